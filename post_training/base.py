@@ -84,9 +84,10 @@ def sync_tree(path):
             try: os.fsync(fd)
             finally: os.close(fd)
 
-# %% ../nbs/00_base.ipynb #a819f3ee
+# %% ../nbs/00_base.ipynb #ebcc195c
 MANIFEST = "manifest.json"
 
+# %% ../nbs/00_base.ipynb #76d756c8
 def sha256(path)->str: # hex digest
     "SHA-256 of a file, read in blocks"
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
@@ -134,8 +135,8 @@ def locked(
         fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
 
-# %% ../nbs/00_base.ipynb #a17f1972
-_SECRET_KEY = re.compile(r"(?i)(api[_-]?key|token|secret|password|passwd|credential|authorization)s?$")
+# %% ../nbs/00_base.ipynb #c75633be
+_SECRET_KEY = re.compile(r"(?i)(api[_-]?key|(?<!bos_)(?<!eos_)(?<!pad_)(?<!unk_)token|secret|password|passwd|credential|authorization)s?$")
 _SECRET = re.compile(r"(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}"
                      r"|(?i:bearer\s+)[A-Za-z0-9._~+/-]{16,}|(?i:(?<=api_key=)|(?<=api_key: ))[^\s,;&]+|wandb_v\d_\w{16,}|local-[0-9a-f]{40})")
 
