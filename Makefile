@@ -1,0 +1,95 @@
+# Every target sets up what it needs; nothing has to be activated or installed first but Python, make, git and a C++ compiler.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+# The environment is whole when this file is there: its name holds the lock's checksum and this folder.
+LOCK_KEY := $(shell (cat requirements.lock; echo "$(CURDIR)") | cksum | cut -d' ' -f1)
+PKG_KEY := $(shell cksum < pyproject.toml | cut -d' ' -f1)
+LOCKED := $(VENV)/.locked-$(LOCK_KEY)
+PACKAGE := $(VENV)/.package-$(PKG_KEY)
+PYTHONS := $(PYTHON) python3.11 python3.12 python3.13 python3 python
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_ROOT_USER_ACTION := ignore
+export PRE_COMMIT_HOME := $(CURDIR)/$(VENV)/pre-commit
+export PYTHONUNBUFFERED := 1
+# Commands see the environment's programs first; the rules that build it see the machine's.
+RUN := PATH="$(BIN):$$PATH"
+# Tests: no hub, no accounts, one thread per process, and everything they write below one temporary folder.
+TESTING := HF_HUB_OFFLINE=1 WANDB_MODE=$${WANDB_MODE:-offline} OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
+WORKERS ?= 2
+PYTEST ?=
+say = printf '\n== %s\n' "$(1)"
+
+.PHONY: help env demo test test-slow hooks notebooks slow-notebooks lab bench readme clean
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: $(LOCKED) $(PACKAGE) ## the environment in .venv, from requirements.lock (the other targets make it too)
+
+# An interrupted installation leaves no such file, so the next `make` begins again with an empty folder.
+$(LOCKED):
+	@py=; for p in $(PYTHONS); do \
+	  base=$$("$$p" -c 'import sys; print(sys._base_executable if sys.version_info >= (3, 11) else "")' 2>/dev/null </dev/null) || continue; \
+	  if [ -n "$$base" ]; then py=$$base; break; fi; done; \
+	if [ -z "$$py" ]; then echo "make: no Python 3.11 or later found (tried: $(PYTHONS)). Install one, or name it: make PYTHON=/path/to/python3" >&2; exit 2; fi; \
+	if ! "$$py" -c 'import venv, ensurepip' 2>/dev/null; then echo "make: $$py cannot make environments. Install its venv package (Debian: python3-venv), or name another: make PYTHON=..." >&2; exit 2; fi; \
+	$(call say,environment: $$("$$py" --version) in $(VENV)); "$$py" -m venv --clear $(VENV); \
+	n=$$(grep -c == requirements.lock); log=$(VENV)/install.log; : > $$log; \
+	fail() { echo "make: the installation failed; the last lines of $$log:" >&2; tail -n 15 $$log >&2; exit 1; }; \
+	tick() { while sleep 2 && kill -0 $$$$ 2>/dev/null; do printf '\r   %s of %s packages found' "$$(grep -c ^Collecting $$log)" $$n; done; }; \
+	if [ -t 1 ]; then tick & trap "kill $$! 2>/dev/null || true" EXIT; fi; \
+	step() { what=$$1; shift; echo "   $$what"; $(BIN)/python -m pip install --no-input --progress-bar off "$$@" < /dev/null >> $$log 2>&1 || fail; }; \
+	lines() { grep -E "^($$1)==" requirements.lock; }; \
+	step "1/3 pip and setuptools" $$(lines 'pip|setuptools|wheel'); \
+	step "2/3 torch (the large one)" $$(lines torch); \
+	step "3/3 $$n packages of requirements.lock" --build-constraint requirements.lock -r requirements.lock; \
+	touch $@
+
+$(PACKAGE): $(LOCKED)
+	@$(BIN)/python -m pip install --no-input -q --no-deps --no-build-isolation -e . < /dev/null; rm -f $(VENV)/.package-*; touch $@
+
+demo: env ## fine-tune the tiny model on the demo data and evaluate it before and after (FORCE=1: once more)
+	@$(RUN) post-training train_sft job_subdir=demo $(if $(FORCE),--force)
+
+test: env ## import contracts, hooks, notebooks, pytest
+	@$(call say,import contracts); $(RUN) lint-imports
+	@$(MAKE) hooks
+	@root=$$(mktemp -d); trap 'rm -rf "$$root"' EXIT; export POST_TRAINING_RUNS_DIR=$$root/runs POST_TRAINING_ARTIFACTS_DIR=$$root/artifacts; \
+	$(MAKE) notebooks; \
+	$(call say,pytest); $(RUN) $(TESTING) pytest -m "not slow" $(PYTEST)
+
+test-slow: env ## slow cells and slow tests: kills and resumes, two-process engines
+	@root=$$(mktemp -d); trap 'rm -rf "$$root"' EXIT; export POST_TRAINING_RUNS_DIR=$$root/runs POST_TRAINING_ARTIFACTS_DIR=$$root/artifacts; \
+	$(MAKE) slow-notebooks; \
+	$(call say,pytest: slow tests); $(RUN) $(TESTING) pytest -m slow $(PYTEST)
+
+hooks: env ## the pre-commit hooks over all files
+	@$(call say,hooks); $(RUN) pre-commit run --all-files
+
+notebooks: env ## run every notebook, without its slow cells
+	@$(call say,notebooks); $(RUN) $(TESTING) nbdev_test --n_workers $(WORKERS) --timing
+
+slow-notebooks: env ## run the notebooks that have slow cells, with them
+	@$(call say,notebooks with slow cells); for nb in $$(grep -rlE --include='*.ipynb' --exclude-dir=.ipynb_checkpoints '"#\| *slow' nbs | sort); do \
+	  $(RUN) $(TESTING) nbdev_test --path "$$nb" --flags slow --n_workers 0 --timing; done
+
+lab: env ## JupyterLab on the notebooks
+	@$(RUN) jupyter lab --notebook-dir=. $(LAB) nbs/index.ipynb
+
+bench: env ## the benchmark notebooks, executed into runs/bench
+	@mkdir -p runs/bench; for nb in nbs/recipes/bench_*.ipynb; do \
+	  $(RUN) papermill --no-progress-bar --cwd nbs/recipes "$$nb" "runs/bench/$$(basename "$$nb" .ipynb)-$$(date +%Y%m%d-%H%M%S).ipynb"; done; ls -1 runs/bench
+
+readme: env ## README.md from nbs/index.ipynb
+	@$(RUN) jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed 's#](\.\./#](#g' > README.md
+
+clean: ## remove the environment and caches; runs/ and artifacts/ stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -not -path './artifacts/*' -prune -exec rm -rf {} +
