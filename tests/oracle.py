@@ -1,0 +1,50 @@
+"The supervised losses written out from their definitions: fp64, full logits, one sequence after the other. Slow on purpose."
+import torch
+
+
+def token_losses(name, logits_TV, ids, lambda_td=0.5, gamma=1.0):
+    "Loss of tokens 1..T-1 of one sequence (token 0 is predicted by nothing)"
+    logits_TV = logits_TV.double()
+    value_T = logits_TV.logsumexp(-1)
+    losses = []
+    for t in range(len(ids) - 1):
+        logp = logits_TV[t, ids[t + 1]] - value_T[t]
+        loss = -logp
+        if name == "irl":
+            after = value_T[t + 1] if t + 2 < len(ids) else 0.0  # nothing follows the last token
+            loss = loss + lambda_td * (value_T[t] + logp - gamma * after) ** 2
+        losses.append(loss)
+    return losses
+
+
+def fraction(name, sequences, w):
+    "The loss over a list of (token losses, completion flags), as if they were one long sequence"
+    prompt, completion, n_prompt, n_completion = 0.0, 0.0, 0, 0
+    for losses, is_completion in sequences:
+        for loss, flag in zip(losses, is_completion):
+            if flag: completion, n_completion = completion + loss, n_completion + 1
+            else: prompt, n_prompt = prompt + loss, n_prompt + 1
+    if name in ("sft", "plw"):
+        norm = w * n_prompt + n_completion
+        return (w * prompt + completion) / norm if norm else 0.0
+    return (w * prompt / n_prompt if n_prompt else 0.0) + (completion / n_completion if n_completion else 0.0)
+
+
+def oracle(name, model, rows, prompt_loss_weight=0.0, sequence_level=False, lambda_td=0.5, gamma=1.0):
+    """The loss of one optimizer step, an fp64 scalar with gradient.
+
+    name: sft, plw, ln-plw or irl. model: a causal language model (use `.double()` for gradients in fp64), or the list of each row's
+    logits [T, V]. rows: all sequences of the step over all micro-batches and ranks, each (ids, completion_mask) without padding; every
+    token that is not completion is prompt. Sequences without a weighted token do not count on the sequence level.
+    """
+    w = 1.0 if name == "sft" else prompt_loss_weight
+    sequences = []
+    for i, (ids, completion_mask) in enumerate(rows):
+        ids = [int(x) for x in ids]
+        logits = model[i] if isinstance(model, (list, tuple)) else model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+        flags = [bool(x) for x in completion_mask][1:]
+        sequences.append((token_losses(name, logits, ids, lambda_td, gamma), flags))
+    if not sequence_level: return torch.as_tensor(fraction(name, sequences, w), dtype=torch.float64)
+    counted = [s for s in sequences if any(s[1]) or (w > 0 and len(s[1]))]
+    total = sum(fraction(name, [s], w) for s in counted)
+    return torch.as_tensor(total / max(len(counted), 1), dtype=torch.float64)
