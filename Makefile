@@ -53,13 +53,14 @@ $(LOCKED):
 	touch $@
 
 $(PACKAGE): $(LOCKED)
-	@$(BIN)/python -m pip install --no-input -q --no-deps --no-build-isolation -e . < /dev/null; rm -f $(VENV)/.package-*; touch $@
+	@$(BIN)/python -m pip install --no-input --no-deps --no-build-isolation -e . < /dev/null >> $(VENV)/install.log 2>&1 || \
+	{ tail -n 15 $(VENV)/install.log >&2; exit 1; }; rm -f $(VENV)/.package-*; touch $@
 
 demo: env ## fine-tune the tiny model on the demo data and evaluate it before and after (FORCE=1: once more)
 	@$(RUN) post-training train_sft job_subdir=demo $(if $(FORCE),--force)
 
 test: env ## import contracts, hooks, notebooks, pytest
-	@$(call say,import contracts); $(RUN) lint-imports
+	@$(call say,import contracts); $(RUN) lint-imports --no-logo
 	@$(MAKE) hooks
 	@root=$$(mktemp -d); trap 'rm -rf "$$root"' EXIT; export POST_TRAINING_RUNS_DIR=$$root/runs POST_TRAINING_ARTIFACTS_DIR=$$root/artifacts; \
 	$(MAKE) notebooks; \

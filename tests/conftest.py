@@ -1,0 +1,64 @@
+"Fixtures that the tests share: a folder of its own for what a test writes, the tiny model and demo data, and real rows where they are."
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent  # not resolved: the environment's programs lie here
+DATA_VAR = "POST_TRAINING_DATA"
+
+# No hub, no accounts, few threads; programs of the environment are found by what the tests start. What the caller set wins.
+for key, value in dict(HF_HUB_OFFLINE="1", WANDB_MODE="offline", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false").items():
+    os.environ.setdefault(key, value)
+os.environ["PATH"] = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_root():
+    "One folder for all the tests of a session: models and data are built once below it, and it is removed at the end"
+    given = os.environ.get("POST_TRAINING_ARTIFACTS_DIR")
+    root = Path(tempfile.mkdtemp(prefix="post-training-tests-"))
+    os.environ["POST_TRAINING_RUNS_DIR"] = str(root / "runs")
+    os.environ["POST_TRAINING_ARTIFACTS_DIR"] = given or str(root / "artifacts")
+    yield root
+    shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture
+def tmp_root(tmp_path, monkeypatch):
+    "A folder of this test's own for runs and artifacts"
+    monkeypatch.setenv("POST_TRAINING_RUNS_DIR", str(tmp_path / "runs"))
+    monkeypatch.setenv("POST_TRAINING_ARTIFACTS_DIR", str(tmp_path / "artifacts"))
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def demo(shared_root):
+    "The artifacts folder with the tiny model and the demo data in it, built under a lock the first time"
+    from post_training import config
+    from post_training.demo import ensure_demo
+
+    ensure_demo(config.compose("train_sft").cfg)
+    return Path(os.environ["POST_TRAINING_ARTIFACTS_DIR"])
+
+
+@pytest.fixture
+def data_dir():
+    "The folder with gsm8k_train.jsonl and other real rows"
+    if not os.environ.get(DATA_VAR):
+        pytest.skip(f"{DATA_VAR} is not set: it names the folder with gsm8k_train.jsonl")
+    folder = Path(os.environ[DATA_VAR])
+    assert folder.is_dir(), f"{DATA_VAR}={folder} is not a folder"
+    return folder
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    "A test that is skipped for want of the real rows although they are there has failed"
+    report = (yield).get_result()
+    if report.skipped and DATA_VAR in str(report.longrepr) and os.environ.get(DATA_VAR):
+        report.outcome, report.longrepr = "failed", f"skipped for want of {DATA_VAR}, which is set: {report.longrepr}"

@@ -1,0 +1,240 @@
+"What the notebooks, recipes, presets and records promise to look like. Style is ruff's, spelling codespell's, imports import-linter's."
+import ast
+import base64
+import json
+import re
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+from conftest import BIN, ROOT
+
+NBS = ROOT / "nbs"
+EXAMPLES = ROOT / "runs" / "examples"
+EXPORT = re.compile(r"^#\|\s*exports?\b", re.M)
+DIRECTIVE = re.compile(r"^#\|.*$", re.M)
+# A folder of somebody's machine, at the start of a path
+MACHINE = re.compile(r"(?<![\w./~-])/(?:home|root|work|tmp|Users)/\w")
+BAR = re.compile(r"\d+%\|[█▏▎▍▌▋▊▉# ]|\d(?:it|s)/(?:s|it)\b")
+
+
+def names(paths, root=ROOT):
+    return dict(argvalues=sorted(paths), ids=lambda p: str(p.relative_to(root)))
+
+
+def below(folder, pattern):
+    return [p for p in folder.rglob(pattern) if ".ipynb_checkpoints" not in p.parts]
+
+
+NOTEBOOKS = below(NBS, "*.ipynb")
+LIBRARY = [p for p in NOTEBOOKS if p.parent == NBS and p.name != "index.ipynb"]
+RECIPES = sorted((NBS / "recipes").glob("*.ipynb"))
+MODULES = [p for p in below(ROOT / "post_training", "*.py") if p.name not in ("__init__.py", "_modidx.py")]
+PRESETS = sorted((ROOT / "post_training" / "configs").glob("*/*.yaml"))
+STAGES = sorted(p.stem for p in (ROOT / "post_training" / "configs").glob("*.yaml") if p.stem != "setup")
+
+
+@cache
+def cells(path, kind="code"):
+    "(number, source, cell) of each cell of a kind"
+    nb = json.loads(path.read_text())
+    return [(i, "".join(c["source"]), c) for i, c in enumerate(nb["cells"]) if c["cell_type"] == kind]
+
+
+def exported(path):
+    return [(i, DIRECTIVE.sub("", src).strip("\n")) for i, src, _ in cells(path) if EXPORT.search(src)]
+
+
+def tags(cell):
+    return cell["metadata"].get("tags", [])
+
+
+# -- library notebooks
+
+@pytest.mark.parametrize("nb", **names(LIBRARY))
+def test_name_title_and_module(nb):
+    "NN_pkg.module.ipynb exports pkg.module, and begins with a title and a one-line subtitle"
+    number, _, name = nb.stem.partition("_")
+    assert re.fullmatch(r"\d\d", number), "library notebooks are called NN_pkg.module.ipynb"
+    default_exp = [m[1] for _, src, _ in cells(nb) for m in re.finditer(r"^#\|\s*default_exp\s+(\S+)", src, re.M)]
+    assert default_exp == [name]
+    assert (ROOT / "post_training" / f"{name.replace('.', '/')}.py").is_file()
+    first = cells(nb, "markdown")[0][1].splitlines()
+    assert first[0].startswith("# ") and any(line.startswith("> ") for line in first[:4]), "title `# X`, then `> one line`"
+
+
+@pytest.mark.parametrize("nb", **names(LIBRARY))
+def test_exported_cells_are_small(nb):
+    "One function or class, or constants, or imports; at most 40 lines"
+    for i, src in exported(nb):
+        lines = [line for line in src.splitlines() if line.strip()]
+        assert len(lines) <= 40, f"cell {i} has {len(lines)} lines"
+        body = [n for n in ast.parse(src).body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
+        kinds = {"import" if isinstance(n, (ast.Import, ast.ImportFrom)) else
+                 "definition" if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) else "statement" for n in body}
+        assert len(kinds) <= 1, f"cell {i} mixes {', '.join(sorted(kinds))}"
+        assert kinds != {"definition"} or len(body) == 1, f"cell {i} defines {', '.join(n.name for n in body)}: one is the limit"
+
+
+@pytest.mark.parametrize("nb", **names(LIBRARY))
+def test_what_is_exported_is_shown(nb):
+    "Each public function and class is used in a cell of its notebook that is not exported"
+    public = [n.name for _, src in exported(nb) for n in ast.parse(src).body
+              if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")
+              and not any("patch" in ast.unparse(d) for d in n.decorator_list)]
+    shown = "\n".join(src for _, src, _ in cells(nb) if not EXPORT.search(src))
+    assert not [name for name in public if not re.search(rf"\b{name}\b", shown)], "without an example or a check"
+
+
+def test_no_module_without_notebook():
+    "Every module is exported by a notebook that is there (nbdev never deletes)"
+    exported = {ROOT / "post_training" / f"{nb.stem.partition('_')[2].replace('.', '/')}.py" for nb in LIBRARY}
+    assert not set(MODULES) - exported
+
+
+@pytest.mark.parametrize("module", **names([*MODULES, *(ROOT / "tests").glob("*.py")]))
+def test_functions_are_short(module):
+    "At most 60 lines"
+    tree = ast.parse(module.read_text())
+    sizes = {n.name: n.end_lineno - n.lineno + 1 for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))}
+    assert not {name: size for name, size in sizes.items() if size > 60}
+
+
+def test_export_and_clean_change_nothing(tmp_path):
+    "nbdev_export and nbdev_clean, run in a copy, leave notebooks and package as they are"
+    for folder in ("nbs", "post_training"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    for name in ("settings.ini", "pyproject.toml"): shutil.copy(ROOT / name, tmp_path)
+    for command in ("nbdev_export", "nbdev_clean"):
+        subprocess.run([BIN / command], cwd=tmp_path, check=True, capture_output=True, stdin=subprocess.DEVNULL)
+
+    def content(root):
+        files = [p for folder in ("nbs", "post_training") for p in below(root / folder, "*") if p.suffix in (".py", ".ipynb")]
+        return {str(p.relative_to(root)): p.read_bytes() for p in files}
+
+    here, there = content(ROOT), content(tmp_path)
+    assert not sorted(k for k in here.keys() | there.keys() if here.get(k) != there.get(k)), "run `make hooks` and commit"
+
+
+# -- recipes and stages
+
+@pytest.mark.parametrize("nb", **names(RECIPES))
+def test_recipe_is_short_and_defines_nothing(nb):
+    "At most 12 cells, no def, no class, no lambda"
+    assert len(json.loads(nb.read_text())["cells"]) <= 12
+    for i, src, _ in cells(nb):
+        if src.startswith("%%"): continue
+        found = [n for n in ast.walk(ast.parse(src)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda))]
+        assert not found, f"cell {i}: what is longer than a call belongs in the library"
+
+
+@pytest.mark.parametrize("nb", **names(RECIPES))
+def test_recipe_parameters(nb):
+    "One tagged cell: at most ten flat typed literals, each with a comment that holds no equals sign"
+    (_, src, _), = [c for c in cells(nb) if "parameters" in tags(c[2])]
+    nodes = [n for n in ast.parse(src).body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
+    assert 0 < len(nodes) <= 10
+    for node in nodes:
+        assert isinstance(node, ast.AnnAssign), f"{ast.unparse(node)}: write `name: type = value  # comment`"
+        assert ast.unparse(node.annotation) in ("str", "int", "float", "bool", "list", "dict"), ast.unparse(node)
+        ast.literal_eval(node.value)
+        _, hash_, comment = src.splitlines()[node.end_lineno - 1][node.end_col_offset:].partition("#")
+        assert hash_ and comment.strip() and "=" not in comment, f"{node.target.id}: a comment without an equals sign"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_has_one_name_in_four_places(stage, tmp_root):
+    "configs/STAGE.yaml, recipes/STAGE.ipynb, a function or module STAGE, runs/STAGE"
+    from post_training import config, run
+    assert (NBS / "recipes" / f"{stage}.ipynb").is_file()
+    entry = rf"^def {stage}\b"
+    assert (ROOT / "post_training" / f"{stage}.py").is_file() or any(re.search(entry, m.read_text(), re.M) for m in MODULES)
+    assert stage in Path(run.locate(config.compose(stage).cfg).run_dir).parts
+    assert stage in config.stages()
+
+
+def test_recipes_are_stages_or_benchmarks():
+    assert not [nb.name for nb in RECIPES if nb.stem not in STAGES and not nb.stem.startswith("bench_")]
+
+
+@pytest.mark.parametrize("preset", **names(PRESETS, ROOT / "post_training" / "configs"))
+def test_preset_composes(preset, tmp_root):
+    "Every preset composes with its stage's defaults, and every key in it is known"
+    from post_training import config
+    group = preset.parent.name
+    choice = f"accelerate_config={preset.stem}" if group == "accelerate" else f"{group}={preset.stem}"
+    users = [s for s in STAGES if re.search(rf"^\s*- (override )?/?{group}:", (preset.parent.parent / f"{s}.yaml").read_text(), re.M)]
+    for stage in users or ["train_sft"]:
+        cfg = config.compose(stage, [choice]).cfg
+        assert cfg["stage"] == stage
+
+
+# -- outputs and records
+
+def images(output):
+    "Sizes in bytes of the pictures of one output"
+    data = output.get("data", {})
+    for kind, value in data.items():
+        text = "".join(value) if isinstance(value, list) else str(value)
+        if kind in ("image/png", "image/jpeg"): yield len(base64.b64decode(text))
+        elif kind in ("image/svg+xml", "text/html"): yield len(text)
+
+
+def text_of(output):
+    "What one output prints"
+    parts = [output.get("text", ""), output.get("data", {}).get("text/plain", "")]
+    return "".join("".join(p) if isinstance(p, list) else p for p in parts)
+
+
+@pytest.mark.parametrize("nb", **names(NOTEBOOKS))
+def test_outputs_are_small_and_stable(nb):
+    "At most 20 lines a cell and 50 kB a picture; no errors, standard error, progress bars or folders of a machine"
+    for i, _, cell in cells(nb):
+        outputs = cell["outputs"]
+        text = "".join(text_of(o) for o in outputs)
+        rich = json.dumps([o.get("data", {}).get("text/html", "") for o in outputs])
+        assert text.count("\n") <= 20, f"cell {i} prints {text.count(chr(10))} lines"
+        assert all(size <= 50_000 for o in outputs for size in images(o)), f"cell {i}: a picture or table above 50 kB"
+        assert not any(o.get("name") == "stderr" for o in outputs), f"cell {i} keeps standard error"
+        assert "raises-exception" in tags(cell) or not any(o["output_type"] == "error" for o in outputs), f"cell {i} keeps an error"
+        assert not BAR.search(text), f"cell {i} keeps a progress bar: {BAR.search(text)[0]}"
+        assert not MACHINE.search(text + rich), f"cell {i} keeps a path of this machine: {MACHINE.search(text + rich)[0]}"
+
+
+RECORDS = [p.parent for p in EXAMPLES.rglob("record.json") if "attempts" not in p.parts]
+
+
+@pytest.mark.parametrize("record", **names(RECORDS))
+def test_record_in_git_is_small_and_redacted(record):
+    "At most 300 kB together; no secret, no host, no folder of a machine, no error output"
+    from post_training.base import redact
+    files = [p for p in record.rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) <= 300_000
+    for path in files:
+        if path.suffix in (".png", ".svg"): continue
+        text = path.read_text()
+        assert not MACHINE.search(text), f"{path.name}: {MACHINE.search(text)[0]}"
+        assert redact(text) == text, f"{path.name} holds what looks like a secret"
+        if path.suffix == ".ipynb":
+            assert not [o for _, _, c in cells(path) for o in c["outputs"] if o["output_type"] == "error"], f"{path.name} keeps an error"
+    assert json.loads((record / "record.json").read_text())
+
+
+def test_a_kept_record_shows_a_run():
+    "A reader sees a record without running anything"
+    assert RECORDS, "keep one: .venv/bin/post-training runs keep RUN"
+
+
+def test_tracked_files_name_no_machine_and_no_registry():
+    "No folder of somebody's machine and no package host in what git holds"
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    host = re.compile(r"\b(?:py(?:pi|thonhosted)|npm(?:js)?|debian)\.(?:org|com)\b")
+    folder = re.compile(r"(?<![\w./~$}-])/(?:root|work)/")
+    found = []
+    for path in (ROOT / name for name in tracked if name and not name.endswith((".lock", "LICENSE"))):
+        if not path.is_file(): continue
+        text = path.read_text(errors="ignore")
+        found += [f"{path.name}: {m[0]}" for pattern in (host, folder) if (m := pattern.search(text))]
+    assert not found
