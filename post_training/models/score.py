@@ -12,13 +12,13 @@ import torch
 from transformers.utils import ModelOutput
 from ..losses.logps import IGNORE, label_logits
 
-# %% ../../nbs/36_models.score.ipynb #53e3f3a4
+# %% ../../nbs/36_models.score.ipynb #796bd125
 @dataclass
 class ScoreOutput(ModelOutput):
     "Per-token results, [B, T-1], entry t for token t+1; 0 (False) where there is no label"
     log_probs: torch.Tensor|None = None # fp32, with gradient
     is_top1: torch.Tensor|None = None # bool: the label is the likeliest token; None unless asked for
-    values: torch.Tensor|None = None # fp32, with gradient: logsumexp of the logits; None unless asked for
+    state_values: torch.Tensor|None = None # fp32, with gradient: logsumexp of the logits; None unless asked for
 
 # %% ../../nbs/36_models.score.ipynb #02e61931
 def head_transform(
@@ -57,20 +57,20 @@ def score_positions(
     logits_N = label_logits(hidden_NH, weight_VH, labels_N, bias_V, scale, softcap, dtype)
     return log_probs_N, top1_N, logits_N - log_probs_N
 
-# %% ../../nbs/36_models.score.ipynb #efdddddc
+# %% ../../nbs/36_models.score.ipynb #bf48756f
 def add_score_head(
     model, # a causal language model, or one wrapped by peft
 ):# the same model
     "Teach `model` to score: `model(..., labels=..., score=True, with_top1=False, with_values=False)`"
     target = model.get_base_model() if hasattr(model, "get_base_model") else model
     if getattr(target, "has_score_head", False): return model
-    inner = target.forward
+    inner = target.forward.__func__ # not bound: a deep copy of the model must not call the original
 
     @functools.wraps(type(target).forward)
     def forward(self, *args, score=False, labels=None, with_top1=False, with_values=False, **kwargs):
         if score: return score_forward(self, *args, labels=labels, with_top1=with_top1, with_values=with_values, **kwargs)
         if labels is not None: kwargs["labels"] = labels
-        return inner(*args, **kwargs)
+        return inner(self, *args, **kwargs)
 
     target.forward, target.has_score_head = types.MethodType(forward, target), True
     return model
