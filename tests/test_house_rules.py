@@ -80,12 +80,28 @@ def test_exported_cells_are_small(nb):
 
 @pytest.mark.parametrize("nb", **names(LIBRARY))
 def test_what_is_exported_is_shown(nb):
-    "Each public function and class is used in a cell of its notebook that is not exported"
-    public = [n.name for _, src in exported(nb) for n in ast.parse(src).body
-              if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")
-              and not any("patch" in ast.unparse(d) for d in n.decorator_list)]
-    shown = "\n".join(src for _, src, _ in cells(nb) if not EXPORT.search(src))
-    assert not [name for name in public if not re.search(rf"\b{name}\b", shown)], "without an example or a check"
+    "Each public function and class is used in a cell that is not exported, or by a definition of the notebook that is"
+    defined = {n.name: ast.unparse(n) for _, src in exported(nb) for n in ast.parse(src).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))
+               and not any("patch" in ast.unparse(d) for d in n.decorator_list)}
+    text = "\n".join(src for _, src, _ in cells(nb) if not EXPORT.search(src))
+    shown, grew = set(), True
+    while grew:
+        new = {name for name in defined.keys() - shown if re.search(rf"\b{name}\b", text)}
+        text, shown, grew = "\n".join([text, *(defined[n] for n in new)]), shown | new, bool(new)
+    assert not [name for name in sorted(defined.keys() - shown) if not name.startswith("_")], "without an example or a check"
+
+
+@pytest.mark.parametrize("nb", **names(LIBRARY))
+def test_slow_cells_come_last_and_limits_are_told(nb):
+    "In each section nothing quick follows a slow cell; the notebook ends with its known limits"
+    slow = False
+    for i, (kind, src) in enumerate((c["cell_type"], "".join(c["source"])) for c in json.loads(nb.read_text())["cells"]):
+        if kind == "markdown" and re.search(r"^#", src, re.M): slow = False
+        elif kind == "code":
+            here = bool(re.search(r"^#\|\s*(slow|cuda|eval:\s*false)", src, re.M))
+            assert here or not slow, f"cell {i} follows a slow one of its section"
+            slow = slow or bool(re.search(r"^#\|\s*slow", src, re.M))
+    assert "known limits" in " ".join(src for _, src, _ in cells(nb, "markdown")[-3:]).lower(), "the last section says the known limits"
 
 
 def test_no_module_without_notebook():
@@ -166,8 +182,10 @@ def test_preset_composes(preset, tmp_root):
     group = preset.parent.name
     choice = f"accelerate_config={preset.stem}" if group == "accelerate" else f"{group}={preset.stem}"
     users = [s for s in STAGES if re.search(rf"^\s*- (override )?/?{group}:", (preset.parent.parent / f"{s}.yaml").read_text(), re.M)]
+    engine = ["accelerate_config=ds-zero2"] if group == "cluster" else []
+    asked = ["dataset_args.dataset_name=rows.jsonl"] if "dataset_name: ???" in preset.read_text() else []
     for stage in users or ["train_sft"]:
-        cfg = config.compose(stage, [choice]).cfg
+        cfg = config.compose(stage, [choice, *engine, *asked]).cfg
         assert cfg["stage"] == stage
 
 
