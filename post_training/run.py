@@ -8,10 +8,10 @@ __all__ = ['SITE_KEYS', 'STACK', 'GENERATION_KEYS', 'canonical', 'config_hash', 
            'list_checkpoints', 'newest_verified', 'final_checkpoint', 'is_trained', 'is_done', 'generation_folder',
            'RunPlan', 'locate', 'is_live', 'hold_run', 'release_run', 'die_with_parent', 'join_run', 'versions',
            'git_state', 'host', 'config_changes', 'check_frozen', 'topology', 'check_topology', 'fingerprint',
-           'check_fingerprints', 'Attempt', 'open_run', 'close_attempt', 'run_status']
+           'check_fingerprints', 'Attempt', 'open_run', 'close_attempt', 'finish', 'run_status']
 
-# %% ../nbs/01_run.ipynb #bff72266
-import ctypes, datetime, fcntl, hashlib, json, math, os, platform, re, secrets, shutil, signal, socket, subprocess, sys, time
+# %% ../nbs/01_run.ipynb #727081ab
+import atexit, ctypes, datetime, fcntl, hashlib, json, math, os, platform, re, secrets, shutil, signal, socket, subprocess, sys, time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -545,17 +545,18 @@ def _write_exit(run_dir:Path, attempt:dict):
     "The end of an attempt, in its own folder: a reader of the folder alone sees whether it holds a whole notebook or a last saved state"
     write_json(run_dir/f"attempts/{attempt['number']}/exit.json", {k: attempt[k] for k in ("number", "exit", "started", "ended", "noticed") if k in attempt})
 
-# %% ../nbs/01_run.ipynb #2d39447c
+# %% ../nbs/01_run.ipynb #6ed279de
 def _attach(cfg:dict, number:int)->Attempt:
     "Join an attempt that a command of ours opened and holds"
     plan, run_dir = locate(cfg), run_folder(cfg)
     attempts = read_record(run_dir).get("attempts") or []
     if number > len(attempts) or "exit" in attempts[number - 1] or not is_live(run_dir):
         raise UserError(f"Attempt {number} of {run_dir} is not open. Leave attempt=0 to open one here.")
+    if os.environ.get("POST_TRAINING_PARENT") == str(os.getppid()): die_with_parent(os.getppid())
     folder = run_dir/f"attempts/{number}"
     return Attempt(run_dir, folder, number, folder/"config.yaml", plan.checkpoints_dir, plan.hash, attempts[number - 1]["began_as"], attached=True)
 
-# %% ../nbs/01_run.ipynb #81256618
+# %% ../nbs/01_run.ipynb #15a37ae3
 def open_run(
     cfg:dict, # a composed, resolved config
     command:list[str]=None, # as typed; None: this process' arguments
@@ -572,6 +573,7 @@ def open_run(
     try: opened = _open_held(cfg, locate(cfg), origins or {}, list(overrides), force, redact(list(command or sys.argv)))
     except BaseException: release_run(run_dir); raise
     if opened.status == "done": release_run(run_dir)
+    else: atexit.register(_close_at_exit, opened, os.getpid())
     return opened
 
 # %% ../nbs/01_run.ipynb #ab22aa07
@@ -630,6 +632,20 @@ def close_attempt(
         _write_exit(Path(run_dir), a)
     edit_record(run_dir, change)
     release_run(run_dir)
+
+# %% ../nbs/01_run.ipynb #c8a01be6
+def finish(
+    attempt:Attempt, # opened here or joined
+):
+    "Close an attempt that ended well; one that a command opened is left to the command"
+    if not attempt.attached and attempt.status != "done": close_attempt(attempt.run_dir, attempt.number, 0)
+
+# %% ../nbs/01_run.ipynb #8ea03bf5
+def _close_at_exit(attempt:Attempt, pid:int):
+    "When the process that opened an attempt ends without a word: well if the run is finished, else interrupted"
+    record = read_record(attempt.run_dir) if os.getpid() == pid else {}
+    if record and "exit" not in record["attempts"][attempt.number - 1]:
+        close_attempt(attempt.run_dir, attempt.number, 0 if record["status"] == "finished" else 130)
 
 # %% ../nbs/01_run.ipynb #4fc651bd
 def run_status(
