@@ -248,13 +248,13 @@ def check_config(
         else: raise UserError(f"Unknown key {key}.{_near_key(key, keys)}{origin(key)}")
     return out
 
-# %% ../nbs/00_config.ipynb #c8def903
+# %% ../nbs/00_config.ipynb #d8463baa
 def quote(
     value:str, # any text
 )->str: # the text in single quotes
     "Quote a value for Hydra's override grammar, so that it arrives as it is"
-    body = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value)
-    return "'" + body.replace("${", "\\${") + "'"
+    body = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + r"\${", value) # no interpolation
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), body) + "'"
 
 # %% ../nbs/00_config.ipynb #d7beec0a
 def typed_form(
@@ -342,16 +342,20 @@ def _env(name:str, *default):
     if default: return default[0]
     raise UserError(f"the environment variable {name} is not set")
 
-# %% ../nbs/00_config.ipynb #cfd7930b
+# %% ../nbs/00_config.ipynb #31faea8f
 @contextlib.contextmanager
-def _omegaconf():
-    "Hold the lock, put the global table of resolvers back afterwards"
+def _alone():
+    "Hold the lock with no Hydra initialized, and put Hydra's and OmegaConf's global tables back afterwards"
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.singleton import Singleton
+    from hydra.version import VersionBase
     from omegaconf.basecontainer import BaseContainer
     with _LOCK:
-        saved = BaseContainer._resolvers
-        BaseContainer._resolvers = dict(saved)
+        resolvers, known = BaseContainer._resolvers, Singleton._instances
+        BaseContainer._resolvers = dict(resolvers)
+        Singleton._instances = {k: v for k,v in known.items() if k not in (GlobalHydra, VersionBase)}
         try: yield BaseContainer
-        finally: BaseContainer._resolvers = saved
+        finally: BaseContainer._resolvers, Singleton._instances = resolvers, known
 
 # %% ../nbs/00_config.ipynb #25524bcf
 def _raw_yaml(path:Path)->dict:
@@ -377,7 +381,7 @@ def preset_names(
     dirs = [CONFIGS/group] + ([Path(config_dir)/group] if config_dir else [])
     return sorted({str(p.relative_to(d).with_suffix("")) for d in dirs for p in d.rglob("*.yaml")})
 
-# %% ../nbs/00_config.ipynb #fe449eef
+# %% ../nbs/00_config.ipynb #e884ad01
 def _origins(config, dirs:list, choices:dict)->dict: # dotted key -> "default" or "preset model=tiny"
     "Which file each key comes from: the files of the defaults list, read in Hydra's order"
     out = {}
@@ -387,10 +391,12 @@ def _origins(config, dirs:list, choices:dict)->dict: # dotted key -> "default" o
         where = f"preset {group}={name}" if name else "default"
         path = next(p for base in dirs if (p := base/f"{d.config_path}.yaml").is_file())
         if d.package: raise UserError(f"{path.name} has to begin with the line: # @package _global_")
-        out |= {k: where for k in flatten({k: v for k,v in _raw_yaml(path).items() if k != "defaults"})}
+        keys = {k: v for k,v in _raw_yaml(path).items() if k != "defaults"}
+        if "hydra" in keys: raise UserError(f"{path.name} sets keys of hydra itself, which nothing here reads: remove them.")
+        out |= {k: where for k in flatten(keys)}
     return out
 
-# %% ../nbs/00_config.ipynb #38224689
+# %% ../nbs/00_config.ipynb #026837f9
 def compose_presets(
     stage:str, # a stage
     choices:dict, # group -> preset, those that were typed
@@ -407,7 +413,7 @@ def compose_presets(
     overrides = [f"{g}={quote(c)}" for g,c in choices.items()]
     if config_dir: overrides.append(f"hydra.searchpath=[{quote(f'file://{dirs[1]}')}]")
     try:
-        with _omegaconf(), initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        with _alone(), initialize_config_dir(str(CONFIGS), version_base="1.3"):
             defaults = GlobalHydra.instance().config_loader().compute_defaults_list(stage, overrides, RunMode.RUN).defaults
             raw = OmegaConf.to_container(hydra_compose(stage, overrides), resolve=False)
             return raw, _origins(defaults, dirs, choices)
@@ -421,41 +427,33 @@ def _first_line(e:Exception)->str:
         return f"{Path(e.problem_mark.name).name}, line {e.problem_mark.line + 1}: {e.problem}"
     return " ".join(line.strip() for line in str(e).splitlines()[:2])
 
-# %% ../nbs/00_config.ipynb #00d171e0
+# %% ../nbs/00_config.ipynb #1a340293
 def resolve(
     raw:dict, # with interpolations
-    missing:str="error", # values left at ???: "error" raises and names them, "keep" leaves them
-)->dict: # plain
+)->dict: # plain; a value that is missing, and what refers to it, stays ???
     "Resolve every interpolation of a configuration"
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    left = []
-    with _omegaconf() as registry:
+    with _alone() as registry:
         registry._resolvers = {}
         for name in ("calc", "eval"): OmegaConf.register_new_resolver(name, calculate)
         OmegaConf.register_new_resolver("oc.env", _env)
-        try: plain = _resolve_node(OmegaConf.create(raw), "", left)
+        try: return _resolve_node(OmegaConf.create(raw), "")
         except OmegaConfBaseException as e: raise UserError(f"{e.full_key} cannot be read: {_reason(e)}.") from None
-    if left and missing == "error":
-        raise UserError(f"{', '.join(left)} {'has' if len(left) == 1 else 'have'} no value: set {' '.join(f'{k}=VALUE' for k in left)}.")
-    return plain
 
-# %% ../nbs/00_config.ipynb #41713aaa
-def _resolve_node(node, key:str, left:list):
-    "One node of an OmegaConf tree as plain data; keys without a value are added to `left`"
+# %% ../nbs/00_config.ipynb #cb1bcc80
+def _resolve_node(node, key:str):
+    "One node of an OmegaConf tree as plain data"
     from omegaconf import OmegaConf
     from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
     if OmegaConf.is_dict(node): items, out = [(k, f"{key}.{k}" if key else str(k)) for k in node], {}
     elif OmegaConf.is_list(node): items, out = [(i, f"{key}[{i}]") for i in range(len(node))], [None] * len(node)
     else: return node
     for k,name in items:
-        try:
-            if OmegaConf.is_missing(node, k): left.append(name); out[k] = "???"
-            else: out[k] = _resolve_node(node[k], name, left)
-        except InterpolationToMissingValueError: out[k] = "???" # the key it points to is named
+        try: out[k] = "???" if OmegaConf.is_missing(node, k) else _resolve_node(node[k], name)
+        except InterpolationToMissingValueError: out[k] = "???"
         except (OmegaConfBaseException, RecursionError) as e:
-            text = node._get_node(k)._value()
-            raise UserError(f"{name}: {text} cannot be resolved ({_reason(e)}).") from None
+            raise UserError(f"{name}: {node._get_node(k)._value()} cannot be resolved ({_reason(e)}).") from None
     return out
 
 # %% ../nbs/00_config.ipynb #d200fbb2
@@ -657,12 +655,15 @@ def _check_values(cfg:dict, keys:dict, where:str=""):
         path = Path(cfg[key])
         if not path.parts or path.is_absolute() or ".." in path.parts: raise UserError(f"{key}={cfg[key]}{where}: give a folder name below the outputs, like A/B.")
 
-# %% ../nbs/00_config.ipynb #0b9e0f6c
-def _finish(raw:dict, keys:dict, origin, typed=(), missing="error")->tuple: # (checked config, derived keys, notices)
+# %% ../nbs/00_config.ipynb #275576d6
+def _finish(raw:dict, keys:dict, origin, typed=(), holes_ok:bool=False)->tuple: # (checked config, derived keys, notices)
     "Resolve, check and complete a raw configuration"
-    cfg = resolve(raw, missing)
-    holes = {k for k,v in flatten(cfg).items() if v == "???"} # only where the presets alone are looked at
+    cfg = resolve(raw)
+    holes = {k for k,v in flatten(cfg).items() if v == "???"}
     cfg = check_config(cfg, {k: "any" if k in holes else v for k,v in keys.items()}, origin)
+    if holes and not holes_ok:
+        left = [k for k in flatten(raw) if k in holes and get(raw, k) == "???"]
+        raise UserError(f"{' and '.join(left)} must be given: {' '.join(f'{k}=VALUE' for k in left)}{origin(left[0])}")
     _check_values(cfg, keys)
     notices, batch = _trust(cfg, origin, typed), batch_arithmetic(cfg, typed)
     derived = {"global_batch_size": batch["global_batch"], "training_args.gradient_accumulation_steps": batch["accumulation"]}
@@ -674,7 +675,7 @@ def _finish(raw:dict, keys:dict, origin, typed=(), missing="error")->tuple: # (c
     if path.parent == CONFIGS/"accelerate": cfg["accelerate_config"] = path.stem
     return cfg, derived, notices
 
-# %% ../nbs/00_config.ipynb #eed5840e
+# %% ../nbs/00_config.ipynb #4908144f
 def compose(
     stage:str, # a stage; hyphens are taken for underscores
     overrides=(), # texts in Hydra's grammar: "model=tiny", "training_args.max_steps=8"
@@ -691,8 +692,8 @@ def compose(
         if text := typed.get(key): return "" if text.lstrip("+").startswith(f"{key}=") else f" (typed: {text})"
         where = next((w for k,w in origins.items() if k == key or k.startswith(key + ".")), "default")
         return "" if where == "default" else f" ({where})"
-    try: presets, _, _ = _finish(json.loads(json.dumps(raw)), keys, origin, missing="keep")
-    except UserError: presets = resolve(raw, "keep") # what is wrong with presets alone, overrides may mend
+    try: presets, _, _ = _finish(json.loads(json.dumps(raw)), keys, origin, holes_ok=True)
+    except UserError: presets = resolve(raw) # what is wrong with presets alone, overrides may mend
     applied, more = _apply(raw, values, keys)
     typed.update(applied)
     cfg, derived, late = _finish(raw, keys, origin, typed)
