@@ -110,8 +110,8 @@ def calculate(
 # %% ../nbs/00_config.ipynb #5826c7a9
 CONFIGS = Path(importlib.util.find_spec("post_training").origin).parent/"configs" # the presets: package data
 
-# %% ../nbs/00_config.ipynb #2fd6e0a1
-SHARED_KEYS = {"stage": "str", "artifacts_dir": "str", "artifacts_subdir": "str", "runs_dir": "str", "job_subdir": "str",
+# %% ../nbs/00_config.ipynb #683d690f
+SHARED_KEYS = {"artifacts_dir": "str", "artifacts_subdir": "str", "runs_dir": "str", "job_subdir": "str",
     "run_dir": "str|null", "resuming_dir": "str|null", "resuming_hash": "str|null", "resume_from": "str|null",
     "resuming.resume": "bool", "resuming.use_commit": "bool", "resuming.ignore_keys": "list", "submit": "bool",
     "num_nodes": "int", "num_processes": "int|null", "accelerate_config": "str", "max_drop_fraction": "float",
@@ -142,7 +142,7 @@ STAGE_KEYS = dict(train_sft=(SHARED_KEYS | SFT_KEYS, "SFTConfig")) # stage -> it
 AMENDED_KEYS = {"model_args.model_name_or_path": "str", "model_args.trust_remote_code": "bool", # TRL lets it be null; has none
     "training_args.gradient_accumulation_steps": "int|null"} # null until it is derived
 
-# %% ../nbs/00_config.ipynb #42a97c50
+# %% ../nbs/00_config.ipynb #5ea3ad25
 @functools.cache
 def known_keys(
     stage:str, # a name of `STAGE_KEYS`
@@ -150,7 +150,7 @@ def known_keys(
     "Every key that a stage may have, with its type"
     own, args = STAGE_KEYS[stage]
     table = json.loads((CONFIGS/"keys.json").read_text())
-    return own | {f"training_args.{k}": v for k,v in table[args].items()} | {f"model_args.{k}": v for k,v in table["ModelConfig"].items()} | AMENDED_KEYS
+    return own | {"stage": f"={stage}"} | {f"training_args.{k}": v for k,v in table[args].items()} | {f"model_args.{k}": v for k,v in table["ModelConfig"].items()} | AMENDED_KEYS
 
 # %% ../nbs/00_config.ipynb #e07e9f2b
 def _type_of(f)->str: # a `dataclasses.Field`

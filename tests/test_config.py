@@ -107,13 +107,15 @@ def test_any_override_composes_or_is_refused(text):
 # -- refusals: one or two lines that name the nearest
 
 @pytest.mark.parametrize("overrides, says", [
-    (["modle=tiny"], "Did you mean 'model'"), (["model=apertus-80b"], "Did you mean 'apertus-8b'"), (["model=../model/tiny"], "no preset"),
+    (["models=tiny"], "Did you mean 'model'"), (["model=apertus-80b"], "Did you mean 'apertus-8b'"), (["model=../model/tiny"], "no preset"),
     (["dataset=null"], "no preset"), (["model=[tiny]"], "no preset"), (["~model"], "no preset"), (["trainer=PLW"], "Choices: sft, plw, ln-plw, irl"),
     (["learning_rate=1e-5"], "Did you mean 'training_args.learning_rate'"), (["+training_args.lerning_rate=1"], "Did you mean 'training_args.learning_rate'"),
     (["training_args.optim=adam_torch"], "Did you mean 'adamw_torch'"), (["a=1,2"], "sweep"), (["training_args.seed=range(1,5)"], "sweep"),
     (["training_args.max_steps=1.5"], "a whole number"), (["training_args.max_steps=abc"], "a whole number"), (["wandb.tags=prod"], "a list"),
     (["wandb=off"], "section"), (["training_args.learning_rate.x=1"], "training_args.learning_rate"), (["submit=maybe"], "true or false"),
-    (["dataset=local"], "must be given: dataset_args.dataset_name=VALUE (preset dataset=local)"), (["wandb.run_name=${nowhere.at.all}"], "not found"), (["job_subdir=${job_subdir}"], "ecursive"),
+    (["dataset=local"], "must be given: dataset_args.dataset_name=VALUE (preset dataset=local)"), (["wandb.run_name=${nowhere.at.all}"], "not found"),
+    (["stage=x"], "Choices: train_sft"),
+    (["job_subdir=${job_subdir}"], "ecursive"),
     (["wandb.run_name=${oc.env:NOT_SET_ANYWHERE}"], "NOT_SET_ANYWHERE is not set"), (["wandb.run_name=${hydra:runtime.cwd}"], "resolved"),
     (["wandb.run_name=${oc.env:WANDB_API_KEY,x}"], "named like a secret"), (["training_args.lr_scheduler_kwargs={_target_: os.system}"], "names no code"),
     (["accelerate_config=ds-zero4"], "Did you mean 'ds-zero3'"), (["accelerate=ds-zero4"], "ds-zero3"), (["num_nodes=2"], "one node"), (["num_processes=-1"], "train nothing"),
@@ -202,7 +204,8 @@ def test_presets_of_an_earlier_code_base_compose(tmp_path, tmp_root):
     ("# @package _global_\ntrainer: [\n", "mine.yaml, line"), ("# @package _global_\na: 1\na: 2\n", "duplicate"), ("- 1\n", "@package _global_"),
     ("# @package _global_\ndefaults:\n  - nowhere\n", "nowhere"), ("# @package _global_\nwandb:\n  run_name: ${eval:'__import__(1)'}\n", "only arithmetic"),
     ("# @package _global_\ntraining_args:\n  lr_scheduler_kwargs:\n    a:\n      - _target_: os.system\n", "names no code"),
-    ("# @package _global_\n_target_: os.system\n", "Unknown key _target_"), ("# @package _global_\nhydra:\n  run:\n    dir: /x\n", "sets keys of hydra"), ("", "@package _global_")])
+    ("# @package _global_\n_target_: os.system\n", "Unknown key _target_"),
+    ("# @package _global_\nhydra:\n  run:\n    dir: /x\n", "sets keys of hydra"), ("", "@package _global_")])
 def test_faulty_presets_are_named(text, says, tmp_path):
     preset(tmp_path, "dataset", "mine", text)
     with pytest.raises(UserError, match=says) as e: compose("train_sft", ["dataset=mine"], config_dir=tmp_path)
@@ -309,7 +312,7 @@ def test_every_composed_training_argument_is_accepted_by_trl(tmp_path):
     assert made.get_warmup_steps(200) == 6  # a share of the steps
 
 
-@pytest.mark.parametrize("change, says", [(lambda c: c.pop("trainer"), "is missing"), (lambda c: c.update(trainner=1), "Did you mean 'trainer'"),
+@pytest.mark.parametrize("change, says", [(lambda c: c.pop("trainer"), "is missing"), (lambda c: c.update(trainerr=1), "Did you mean 'trainer'"),
     (lambda c: c.update(stage="train"), "no stage"), (lambda c: c["plw_args"].update(prompt_loss_weight=2), "between"), (lambda c: c.clear(), "names no stage")])
 def test_frozen_file_is_checked(change, says, tmp_path):
     cfg = compose("train_sft").cfg
