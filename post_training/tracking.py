@@ -59,7 +59,7 @@ def wandb_settings(
                 program="post_training", program_relpath="", host="", username="", email="", init_timeout=30,
                 x_disable_meta=True, x_disable_machine_info=True, x_disable_stats=True, x_save_requirements=False)
 
-# %% ../nbs/02_tracking.ipynb #5b95a8bb
+# %% ../nbs/02_tracking.ipynb #45830aba
 @patch
 def start(self:Tracker,
     mode:str=None, # online or offline; None: as `tracking_mode` says
@@ -72,6 +72,8 @@ def start(self:Tracker,
     except Exception as e:
         if mode or self.mode == "offline": raise
         print(f"wandb is not reachable ({type(e).__name__}); the run is kept offline, post-training wandb-sync sends it later")
+        import wandb
+        wandb.teardown() # a failed start keeps the id in use
         self.mode = "offline"
         self._init()
     self.sent = self._state().get(self.run_id, {}).get(self.mode, self.sent)
@@ -131,7 +133,7 @@ def sync(self:Tracker):
     self._remember()
     return self
 
-# %% ../nbs/02_tracking.ipynb #87f5730f
+# %% ../nbs/02_tracking.ipynb #2cfee7d6
 @patch
 def finish(self:Tracker,
     exit_code:int=0, # 0 ended well
@@ -139,7 +141,9 @@ def finish(self:Tracker,
     "Send the rest and close"
     if not self.run: return
     self.sync()
+    import wandb
     self.run.finish(exit_code=exit_code)
+    wandb.teardown() # waits until everything is written
     self.run = None
 
 # %% ../nbs/02_tracking.ipynb #ea857492
