@@ -447,11 +447,12 @@ INSTEAD = { # key of training_args: (values that are fine, what to do)
 OURS = dict(report_to="none", remove_unused_columns=False, dataset_kwargs=dict(skip_prepare_dataset=True), packing=False, logging_nan_inf_filter=False,
             disable_tqdm=True, prediction_loss_only=True, include_num_input_tokens_seen="no", load_best_model_at_end=False, metric_for_best_model=None)
 
-# %% ../../nbs/52_trainers.sft.ipynb #4c4c1a09
+# %% ../../nbs/52_trainers.sft.ipynb #3617ba68
 def sft_config(
     training_args:dict, # keys of trl.SFTConfig, and what this trainer reads itself
     output_dir, # checkpoints go here
     cpu:bool=False, # train on the CPU though there may be a GPU
+    deepspeed:bool=False, # this process was started under DeepSpeed
 )->trl.SFTConfig:
     "TRL's arguments from the user's: what has no meaning here is refused, what libraries need is set"
     for key, (fine, instead) in INSTEAD.items():
@@ -459,4 +460,5 @@ def sft_config(
     if training_args.get("report_to") not in (None, "none", [], ["none"]): raise UserError("training_args.report_to: tracking is set in the wandb group.")
     args = {k: v for k, v in training_args.items() if v is not None or k in ("max_length", "save_total_limit", "bf16")}
     if args.get("ddp_find_unused_parameters") is None: args["ddp_find_unused_parameters"] = False # every parameter gets a gradient in every micro-batch
-    return trl.SFTConfig(**(args | OURS | dict(output_dir=str(output_dir), use_cpu=cpu)))
+    if cpu: args |= dict(ddp_backend="gloo") if deepspeed else dict(use_cpu=True) # with use_cpu, accelerate leaves DeepSpeed out
+    return trl.SFTConfig(**(args | OURS | dict(output_dir=str(output_dir))))

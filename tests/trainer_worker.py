@@ -1,0 +1,96 @@
+"Runs the trainer on a fixed toy problem, in one process or as one rank of several: `trainer_worker.py CASES.json OUT`"
+import json
+import os
+import random
+import sys
+from pathlib import Path
+
+import torch
+
+ROWS, GLOBAL_BATCH = 11, 4
+
+
+def rate(objective):
+    "Learning rate: the squared term of irl has far larger gradients"
+    return 0.002 if objective["name"] == "irl" else 0.05
+
+
+def make_rows():
+    "Conversations of several lengths and turns over 48 tokens; the last has no prompt that is predicted"
+    rng, rows = random.Random(5), []
+    for i in range(ROWS):
+        ids, mask = [], []
+        for _ in range(1 + i % 2):
+            for length, flag in ((1 + (3 * i) % 6, 0), (1 + i % 4, 1)):
+                ids += [rng.randrange(3, 48) for _ in range(length)]
+                mask += [flag] * length
+        if i == ROWS - 1: mask = [0] + [1] * (len(mask) - 1)
+        rows.append(dict(input_ids=ids, completion_mask=mask, row_id=f"r{i}", source="ab"[i % 2], length=len(ids)))
+    return rows
+
+
+def make_model():
+    "A small Apertus with fixed weights"
+    from transformers import ApertusConfig, ApertusForCausalLM
+
+    config = ApertusConfig(vocab_size=48, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+                           pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    torch.manual_seed(1)
+    model = ApertusForCausalLM(config)
+    for p in model.parameters():
+        if p.dim() > 1: torch.nn.init.normal_(p, std=0.15)
+    return model
+
+
+def make_tokenizer():
+    "A tokenizer that only has to be saved"
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {f"t{i}": i for i in range(48)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="t0")), pad_token="t0", bos_token="t1", eos_token="t2")
+
+
+def run_case(case, folder):
+    "Train one case; losses, rows of every step, evaluation and the saved weights are left in `folder`"
+    from datasets import Dataset
+
+    from post_training.tokens.collate import PackCollator, PadCollator, empty_row
+    from post_training.trainers.sft import Objective, SFTTrainer, sft_config
+
+    class Watched(SFTTrainer):
+        "Remembers the rows of every optimizer step"
+
+        def get_batch_samples(self, *args):
+            batches, ds = super().get_batch_samples(*args)
+            self.seen = [*getattr(self, "seen", []), [i for b in batches for i in b["row_index"].tolist() if i >= 0]]
+            return batches, ds
+
+    data, lines = Dataset.from_list(make_rows()), []
+    bins = [[int(i)] for i in range(ROWS)] if case.get("packed") else None
+    collator = PackCollator() if bins else PadCollator(pad_token_id=0, padding_side=case.get("side", "right"))
+    args = dict(per_device_train_batch_size=case["per_device"], gradient_accumulation_steps=case["accumulation"], optim="sgd", learning_rate=rate(case["objective"]), bf16=False,
+                lr_scheduler_type="constant", warmup_steps=0, max_grad_norm=1e9, num_train_epochs=2, logging_steps=1, seed=9, weight_decay=0.0,
+                activation_checkpointing=False, eval_strategy="epoch", per_device_eval_batch_size=case["per_device"], save_strategy="no")
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    trainer = Watched(make_model(), sft_config(args | case.get("args", {}), folder, cpu=True, deepspeed=deepspeed), data, make_tokenizer(), collator, empty_row,
+                      Objective(**case["objective"]), eval_dataset=data, bins=bins, eval_bins=bins, write_line=lines.append,
+                      drop_last=case.get("drop_last", False))
+    trainer.train()
+    rank = trainer.accelerator.process_index
+    (folder / f"seen-{rank}.json").write_text(json.dumps(trainer.seen))
+    if rank == 0: (folder / "lines.json").write_text(json.dumps(lines))
+
+
+def main(cases, out):
+    from accelerate import PartialState
+
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true": PartialState(cpu=True)
+    torch.set_num_threads(1)
+    for case in json.loads(Path(cases).read_text()):
+        folder = Path(out) / case["name"]
+        folder.mkdir(parents=True, exist_ok=True)
+        run_case(case, folder)
+
+
+if __name__ == "__main__": main(*sys.argv[1:])
