@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SITE_KEYS', 'STACK', 'GENERATION_KEYS', 'canonical', 'config_hash', 'slug', 'run_folder', 'checkpoints_root',
-           'read_record', 'edit_record', 'update_record', 'read_metrics', 'append_metrics', 'truncate_metrics',
+           'read_record', 'plain', 'edit_record', 'update_record', 'read_metrics', 'append_metrics', 'truncate_metrics',
            'list_checkpoints', 'newest_verified', 'final_checkpoint', 'is_trained', 'is_done', 'generation_folder',
            'RunPlan', 'locate', 'is_live', 'hold_run', 'release_run', 'die_with_parent', 'join_run', 'versions',
            'git_state', 'host', 'config_changes', 'check_frozen', 'topology', 'check_topology', 'fingerprint',
@@ -63,13 +63,14 @@ def canonical(
     for key in (*SITE_KEYS, *((cfg.get("resuming") or {}).get("ignore_keys") or [])): _drop_key(out, key)
     return _portable(out, _places(cfg))
 
-# %% ../nbs/01_run.ipynb #cbfb5d56
+# %% ../nbs/01_run.ipynb #c4a32347
 def config_hash(
     cfg:dict, # a composed, resolved config
+    commit:str=None, # None: the checkout's
 )->str: # SHA-256, hex; the first 8 digits appear in names
     "The identity of a run: a hash of the canonical config, and of the commit where `resuming.use_commit` asks for it"
     what = canonical(cfg)
-    if (cfg.get("resuming") or {}).get("use_commit"): what["commit"] = git_state()["commit"]
+    if (cfg.get("resuming") or {}).get("use_commit"): what["commit"] = commit or git_state()["commit"]
     return hashlib.sha256(json.dumps(what, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()
 
 # %% ../nbs/01_run.ipynb #21ac09b0
@@ -121,16 +122,18 @@ def _merge(old, new):
     if isinstance(old, list) and isinstance(new, list): return old + [v for v in new if v not in old]
     return new
 
-# %% ../nbs/01_run.ipynb #ecd66fa4
-def _plain(obj):
+# %% ../nbs/01_run.ipynb #0578b187
+def plain(
+    obj, # anything a record or a line of metrics may hold
+):
     "JSON's own types: numpy numbers as Python's, paths as text, numbers that are not finite by name"
-    if isinstance(obj, dict): return {str(k): _plain(v) for k, v in obj.items()}
-    if isinstance(obj, (list, tuple, set)): return [_plain(v) for v in obj]
+    if isinstance(obj, dict): return {str(k): plain(v) for k, v in obj.items()}
+    if isinstance(obj, (list, tuple, set)): return [plain(v) for v in obj]
     if hasattr(obj, "item") and not isinstance(obj, (str, bytes)): obj = obj.item()
     if isinstance(obj, float) and not math.isfinite(obj): return "NaN" if math.isnan(obj) else "Infinity" if obj > 0 else "-Infinity"
     return obj if obj is None or isinstance(obj, (bool, int, float, str)) else str(obj)
 
-# %% ../nbs/01_run.ipynb #1d485cf2
+# %% ../nbs/01_run.ipynb #537d3350
 def edit_record(
     run_dir, # a run folder
     change, # function of the record, changing it in place
@@ -140,17 +143,17 @@ def edit_record(
     with locked(run_dir/".record.lock"):
         record = read_record(run_dir)
         change(record)
-        record = redact(_plain(record))
+        record = redact(plain(record))
         write_json(run_dir/"record.json", record)
     return record
 
-# %% ../nbs/01_run.ipynb #c15f4c1d
+# %% ../nbs/01_run.ipynb #63d55bb4
 def update_record(
     run_dir, # a run folder
     **facts, # merged into the record
 )->dict: # the record written
     "Add facts to a record"
-    facts = _plain(facts)
+    facts = plain(facts)
     return edit_record(run_dir, lambda r: r.update(_merge(r, facts)))
 
 # %% ../nbs/01_run.ipynb #e384eb21
@@ -167,18 +170,18 @@ def read_metrics(
         except (ValueError, AttributeError): pass # half a line of a killed process
     return rows
 
-# %% ../nbs/01_run.ipynb #6be420ae
+# %% ../nbs/01_run.ipynb #9ebf528b
 def append_metrics(
     run_dir, # a run folder
     row:dict, # numbers by name, with `step`
 ):
     "Add one line to metrics.jsonl, in one write"
-    line = json.dumps(_plain(row), allow_nan=False) + "\n"
+    line = json.dumps(plain(row), allow_nan=False) + "\n"
     fd = os.open(Path(run_dir)/"metrics.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try: os.write(fd, line.encode())
     finally: os.close(fd)
 
-# %% ../nbs/01_run.ipynb #67b3b10f
+# %% ../nbs/01_run.ipynb #699f432f
 def truncate_metrics(
     run_dir, # a run folder
     step:int, # the step that training continues from
@@ -187,7 +190,7 @@ def truncate_metrics(
     path = Path(run_dir)/"metrics.jsonl"
     if not path.exists(): return 0
     n, keep = len(path.read_text().splitlines()), [r for r in read_metrics(run_dir) if r.get("step", 0) <= step]
-    if len(keep) < n: write_atomic(path, "".join(json.dumps(_plain(r)) + "\n" for r in keep))
+    if len(keep) < n: write_atomic(path, "".join(json.dumps(plain(r)) + "\n" for r in keep))
     return n - len(keep)
 
 # %% ../nbs/01_run.ipynb #917684e1
@@ -617,7 +620,7 @@ def _start_attempt(
     edit_record(made.run_dir, change)
     return made
 
-# %% ../nbs/01_run.ipynb #170a8cf2
+# %% ../nbs/01_run.ipynb #6c4409c9
 def close_attempt(
     run_dir, # a run folder
     number:int, # of the attempt
@@ -627,7 +630,7 @@ def close_attempt(
     "Write how an attempt ended, and let others in"
     def change(r):
         a = r["attempts"][number - 1]
-        a.update(_plain(facts), exit=exit, ended=_now())
+        a.update(plain(facts), exit=exit, ended=_now())
         if exit and r["status"] == "running": r["status"] = "failed"
         _write_exit(Path(run_dir), a)
     edit_record(run_dir, change)
