@@ -22,6 +22,8 @@ export PYTHONUNBUFFERED := 1
 RUN := PATH="$(BIN):$$PATH"
 # Tests: no hub, no accounts, one thread per process, and everything they write below one temporary folder.
 TESTING := HF_HUB_OFFLINE=1 WANDB_MODE=$${WANDB_MODE:-offline} OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
+ROOTED := if [ -z "$${TEST_ROOT:-}" ]; then export TEST_ROOT="$$(mktemp -d)"; trap 'rm -rf "$$TEST_ROOT"' EXIT; fi; \
+	export POST_TRAINING_RUNS_DIR="$$TEST_ROOT/runs" POST_TRAINING_ARTIFACTS_DIR="$$TEST_ROOT/artifacts"
 WORKERS ?= 2
 PYTEST ?=
 say = printf '\n== %s\n' "$(1)"
@@ -62,24 +64,26 @@ demo: env ## fine-tune the tiny model on the demo data and evaluate it before an
 test: env ## import contracts, hooks, notebooks, pytest
 	@$(call say,import contracts); $(RUN) lint-imports --no-logo
 	@$(MAKE) hooks
-	@root=$$(mktemp -d); trap 'rm -rf "$$root"' EXIT; export POST_TRAINING_RUNS_DIR=$$root/runs POST_TRAINING_ARTIFACTS_DIR=$$root/artifacts; \
+	@$(ROOTED); \
 	$(MAKE) notebooks; \
 	$(call say,pytest); $(RUN) $(TESTING) pytest -m "not slow" $(PYTEST)
 
 test-slow: env ## slow cells and slow tests: kills and resumes, two-process engines
-	@root=$$(mktemp -d); trap 'rm -rf "$$root"' EXIT; export POST_TRAINING_RUNS_DIR=$$root/runs POST_TRAINING_ARTIFACTS_DIR=$$root/artifacts; \
+	@$(ROOTED); \
 	$(MAKE) slow-notebooks; \
 	$(call say,pytest: slow tests); $(RUN) $(TESTING) pytest -m slow $(PYTEST)
 
 hooks: env ## the pre-commit hooks over all files
 	@$(call say,hooks); $(RUN) pre-commit run --all-files
 
+# A process for each notebook, so that none sees what another has set.
+NBDEV_TEST = $(RUN) $(TESTING) xargs -P $(WORKERS) -I{} nbdev_test --path {} --n_workers 0 --timing $(1) | grep -v '^Success\.$$'
+
 notebooks: env ## run every notebook, without its slow cells
-	@$(call say,notebooks); $(RUN) $(TESTING) nbdev_test --n_workers $(WORKERS) --timing
+	@$(call say,notebooks); $(ROOTED); find nbs -name '*.ipynb' -not -path '*/.*' | sort | $(call NBDEV_TEST)
 
 slow-notebooks: env ## run the notebooks that have slow cells, with them
-	@$(call say,notebooks with slow cells); for nb in $$(grep -rlE --include='*.ipynb' --exclude-dir=.ipynb_checkpoints '"#\| *slow' nbs | sort); do \
-	  $(RUN) $(TESTING) nbdev_test --path "$$nb" --flags slow --n_workers 0 --timing; done
+	@$(call say,notebooks with slow cells); $(ROOTED); grep -rlE --include='*.ipynb' --exclude-dir=.ipynb_checkpoints '"#\| *slow' nbs | sort | $(call NBDEV_TEST,--flags slow)
 
 lab: env ## JupyterLab on the notebooks
 	@$(RUN) jupyter lab --notebook-dir=. $(LAB) nbs/index.ipynb

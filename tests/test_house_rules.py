@@ -63,6 +63,7 @@ def test_name_title_and_module(nb):
     assert (ROOT / "post_training" / f"{name.replace('.', '/')}.py").is_file()
     first = cells(nb, "markdown")[0][1].splitlines()
     assert first[0].startswith("# ") and any(line.startswith("> ") for line in first[:4]), "title `# X`, then `> one line`"
+    assert not any(line.startswith("- ") for line in first), "nbdev reads a list in the title's cell as front matter: give it a cell of its own"
 
 
 @pytest.mark.parametrize("nb", **names(LIBRARY))
