@@ -36,7 +36,7 @@ def make_model():
     config = ApertusConfig(vocab_size=48, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
                            pad_token_id=0, bos_token_id=1, eos_token_id=2)
     torch.manual_seed(1)
-    model = ApertusForCausalLM(config)
+    model = ApertusForCausalLM(config).float()
     for p in model.parameters():
         if p.dim() > 1: torch.nn.init.normal_(p, std=0.15)
     return model

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'tensor_header', 'saved_weights', 'expected_weights', 'check_weights', 'write_failure', 'checkpoint_folder',
-           'finish_checkpoint', 'checkpoints', 'best_checkpoint', 'rotate', 'clean', 'check_topology']
+           'finish_checkpoint', 'checkpoints', 'best_checkpoint', 'rotate', 'clean']
 
 # %% ../../nbs/50_trainers.checkpoint.ipynb #9daaa89a
 import contextlib, errno, json, os, re, shutil, struct
@@ -151,23 +151,3 @@ def rotate(
 def clean(checkpoints_dir):
     "Remove what killed processes left behind; call it before training, under the run's lock"
     for p in Path(checkpoints_dir).glob(".tmp-*"): shutil.rmtree(p, ignore_errors=True)
-
-# %% ../../nbs/50_trainers.checkpoint.ipynb #0269d446
-def check_topology(
-    manifest:dict, # of the checkpoint to resume from
-    world_size:int, # processes now
-    engine:str, # "single", "ddp" or "deepspeed" now
-    zero_stage:int|None, # now; None without DeepSpeed
-    global_batch:int, # rows per optimizer step now
-)->str|None: # a notice where the topology changed and the resume is not exact to the bit
-    "Whether a checkpoint can be resumed by this set of processes; raises where it cannot"
-    was = {k: manifest.get(k) for k in ("world_size", "engine", "zero_stage", "global_batch")}
-    now = dict(world_size=world_size, engine=engine, zero_stage=zero_stage, global_batch=global_batch)
-    if was == now: return None
-    diff = ", ".join(f"{k} was {was[k]} and is {now[k]}" for k in now if was[k] != now[k])
-    step = manifest.get("step")
-    if was["global_batch"] != global_batch: raise UserError(f"checkpoint-{step} cannot be resumed: {diff}. Keep the global batch.")
-    if "deepspeed" in (engine, was["engine"]):
-        raise UserError(f"checkpoint-{step} cannot be resumed: {diff}. DeepSpeed's optimizer state is cut per rank and ZeRO stage: start as before, or "
-                        "start a new run from its weights with model_args.model_name_or_path=run:RUN.")
-    return f"resumed on another topology ({diff}): the same rows in the same steps, sums in another order, dropout drawn anew"

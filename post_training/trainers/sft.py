@@ -64,7 +64,7 @@ def batch_labels(
 # %% ../../nbs/52_trainers.sft.ipynb #015062dc
 COUNTS = ("prompt_tokens", "completion_tokens", "trained_tokens", "tokens", "rows", "places")
 
-# %% ../../nbs/52_trainers.sft.ipynb #4a497916
+# %% ../../nbs/52_trainers.sft.ipynb #1619af06
 def batch_counts(
     batch:dict, # from a collator, on the host
     objective:Objective,
@@ -73,8 +73,9 @@ def batch_counts(
     prompt, completion, sequence = shifted_masks(batch)
     ds = denominators(objective.name, prompt, completion, sequence, objective.prompt_loss_weight, objective.sequence_level)
     n_prompt, n_completion = prompt.sum(), completion.sum()
-    n = [n_prompt, n_completion, n_completion + n_prompt*objective.prompt_trained, ((batch["prompt_mask"] + batch["completion_mask"]) > 0).sum(),
-         (batch["row_index"] >= 0).sum(), torch.tensor(batch["input_ids"].numel())]
+    real_B, sequence_BT = batch["row_index"] >= 0, batch["sequence"]
+    tokens = (real_B[sequence_BT.clamp(min=0)] & (sequence_BT >= 0)).sum()
+    n = [n_prompt, n_completion, n_completion + n_prompt*objective.prompt_trained, tokens, real_B.sum(), torch.tensor(sequence_BT.numel())]
     return torch.cat([ds, torch.stack(n).double()])
 
 # %% ../../nbs/52_trainers.sft.ipynb #2178b4cd
@@ -139,10 +140,11 @@ def loss_parts(
     extra = dict(values_BT=out.state_values, lambda_td=objective.lambda_td, gamma=objective.gamma) if objective.name == "irl" else {}
     return SFT_LOSSES[objective.name](out.log_probs, *shifted_masks(batch), objective.prompt_loss_weight, objective.sequence_level, **extra)
 
-# %% ../../nbs/52_trainers.sft.ipynb #18b66f83
+# %% ../../nbs/52_trainers.sft.ipynb #cf0b185e
 class SFTTrainer(trl.SFTTrainer):
     "TRL's trainer with losses as fractions over the optimizer step"
     loss_is_scaled_for_ga = True # compute_loss divides by the step's own sums
+    save_nothing = False # a trainer that only tries something
     def __init__(self,
         model, # a causal language model
         args, # trl.SFTConfig, as `sft_config` makes it
@@ -346,10 +348,11 @@ def write_state(self:SFTTrainer,
         self.state.log_history = [] # metrics.jsonl has them
         self.state.save_to_json(str(folder/"trainer_state.json"))
 
-# %% ../../nbs/52_trainers.sft.ipynb #b0159b81
+# %% ../../nbs/52_trainers.sft.ipynb #dc00c31a
 @patch
 def _save_checkpoint(self:SFTTrainer, model=None, trial=None):
     "Write, check and rename a checkpoint; then delete the oldest"
+    if self.save_nothing: return
     step, metrics = self.state.global_step, {}
     if self.last_eval.get("step") == step: metrics = {k: v for k, v in self.last_eval.items() if k != "step"}
     expected = expected_weights(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
