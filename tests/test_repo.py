@@ -48,6 +48,12 @@ def test_readme_links_lead_somewhere():
     assert not missing
 
 
+def test_readme_maps_every_notebook():
+    linked = set(re.findall(r"\]\((nbs/[^)#]+\.ipynb)\)", README.read_text()))
+    there = {str(p.relative_to(ROOT)) for p in [*(ROOT / "nbs").glob("*.ipynb"), *(ROOT / "nbs" / "recipes").glob("*.ipynb")]}
+    assert not there - linked - {"nbs/index.ipynb"}
+
+
 def test_readme_names_make_targets_that_exist():
     named = set(re.findall(r"\bmake ([a-z][a-z-]*)", " ".join(re.findall(r"`[^`]*`", README.read_text())) + " ".join(COMMANDS)))
     assert named <= TARGETS
