@@ -36,12 +36,13 @@ def _portable(
         if value == folder or value.startswith(folder + "/"): return (name + value[len(folder):]).lstrip("/")
     return value
 
-# %% ../nbs/01_run.ipynb #5b48f4b8
+# %% ../nbs/01_run.ipynb #d933a8e7
 def _places(cfg:dict)->dict[str, str]:
     "The folders of this machine that a config may name, the longest first"
     root, art = project_root(), str(cfg.get("artifacts_dir") or "artifacts").rstrip("/")
     arts = {art, str(site_path(art)), str(site_path(art).resolve())}
-    names = {a: "${artifacts_dir}" for a in arts} | {str(r): "" for r in (root, root.resolve()) if str(r) not in arts}
+    sub = cfg.get("artifacts_subdir") or "shared"
+    names = {a: "${artifacts_dir}" for a in arts} | {f"{a}/{sub}": "${artifacts_dir}/${artifacts_subdir}" for a in arts} | {str(r): "" for r in (root, root.resolve()) if str(r) not in arts}
     return dict(sorted(names.items(), key=lambda kv: -len(kv[0])))
 
 # %% ../nbs/01_run.ipynb #8e677d44
@@ -349,15 +350,16 @@ def die_with_parent(
     ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL) # 1 is PR_SET_PDEATHSIG
     if parent is not None and os.getppid() != parent: os.kill(os.getpid(), signal.SIGKILL) # it died before we asked
 
-# %% ../nbs/01_run.ipynb #b23e6f72
+# %% ../nbs/01_run.ipynb #906db7d0
 def join_run(
     run_dir, # a run folder
 ):
-    "What a training process calls first: die with the launcher, and keep other attempts out until then"
-    die_with_parent()
-    lock = _try_lock(Path(run_dir)/".workers", fcntl.LOCK_SH, 5.)
-    if not lock: raise UserError(f"Another attempt is starting on {run_dir}.")
-    _HELD[f"{run_dir} (worker {os.getpid()})"] = lock
+    "What a training process calls first: die with its launcher, and keep other attempts out until then"
+    if "POST_TRAINING_ATTEMPT" in os.environ or "LOCAL_RANK" in os.environ: die_with_parent()
+    run_dir, first = Path(run_dir), os.environ.get("RANK", "0") == "0"
+    locks = [_try_lock(run_dir/".workers", fcntl.LOCK_SH, 5.)] + ([_try_lock(run_dir/".worker0", fcntl.LOCK_EX, 5.)] if first else [])
+    if not all(locks): raise UserError(f"Another attempt is at work on {run_dir}. Wait for it or stop it.")
+    _HELD[f"{run_dir} (worker)"] = locks
 
 # %% ../nbs/01_run.ipynb #5ec3929d
 STACK = ("torch", "transformers", "trl", "accelerate", "deepspeed", "datasets", "tokenizers", "peft", "mergekit", "wandb", "papermill",

@@ -68,7 +68,7 @@ def own_kernel():
                 if v is None: os.environ.pop(k, None)
                 else: os.environ[k] = v
 
-# %% ../../nbs/72_launch.recipe.ipynb #1b6c6335
+# %% ../../nbs/72_launch.recipe.ipynb #b174acdd
 def execute_notebook(
     path, # a recipe notebook
     out, # the executed notebook, saved after each cell
@@ -79,7 +79,7 @@ def execute_notebook(
     import papermill
     from papermill.exceptions import PapermillExecutionError
     with own_kernel(), raise_on_sigterm():
-        try: papermill.execute_notebook(str(path), str(out), parameters=parameters, kernel_name="python3", cwd=str(project_root()),
+        try: papermill.execute_notebook(str(path), str(out), parameters=parameters, kernel_name="python3", language="python", cwd=str(project_root()),
                                         progress_bar=sys.stderr.isatty(), request_save_on_cell_execute=True, start_timeout=120)
         except PapermillExecutionError as e:
             known = dict(UserError=UserError, JobFailed=JobFailed).get(e.ename)
