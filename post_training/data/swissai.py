@@ -7,10 +7,9 @@ __all__ = ['DISPLAY_ANSWERS', 'plain_schema', 'ts_object', 'ts_array', 'ts_union
            'block', 'check_pending', 'add_part', 'assistant_blocks', 'is_swissai', 'row_tools', 'developer', 'user',
            'linearise', 'is_structured', 'structured', 'show_block', 'plain_messages']
 
-# %% ../../nbs/12_data.swissai.ipynb #d993c9e5
+# %% ../../nbs/12_data.swissai.ipynb #9f3d8bfb
 import json
 
-from ..base import UserError
 from .messages import MalformedRow, UnsupportedContent
 
 # %% ../../nbs/12_data.swissai.ipynb #f70ab359

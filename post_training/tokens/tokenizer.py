@@ -7,8 +7,8 @@ __all__ = ['SPECIAL_TOKENS', 'SAMPLE_TEXT', 'special_tokens', 'fast_tokenizer', 
            'tekken_tokenizer', 'set_special', 'check_pad', 'config_ids', 'sample_messages', 'check_bos',
            'load_tokenizer', 'read_tokenizer', 'plain_backend', 'tokenizer_fingerprint', 'template_fingerprint']
 
-# %% ../../nbs/21_tokens.tokenizer.ipynb #9a2b5007
-import hashlib, json, re, weakref
+# %% ../../nbs/21_tokens.tokenizer.ipynb #f387f80d
+import hashlib, json, weakref
 from functools import lru_cache
 from pathlib import Path
 
