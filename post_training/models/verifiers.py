@@ -150,7 +150,7 @@ def verify(
     if answer is None: raise UserError(f"The verifier {name} got a row without an answer: give it one, or leave the row out.")
     return VERIFIERS[name](text, answer)
 
-# %% ../../nbs/38_models.verifiers.ipynb #0efd97d3
+# %% ../../nbs/38_models.verifiers.ipynb #5ce414b3
 def row_verifier(
     row:dict, # with answer, and perhaps verifier
 )->str|None: # name of a verifier; None where there is nothing to check
@@ -159,4 +159,4 @@ def row_verifier(
     if answer is None: return None
     if row.get("verifier"): return row["verifier"]
     marked = "####" in str(answer) or NUMBER.fullmatch(clean(str(answer)).strip())
-    return "final_number" if marked else "exact_match"
+    return "final_number" if marked else None
