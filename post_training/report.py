@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PANELS', 'KEPT_BYTES', 'short', 'as_table', 'runs_root', 'all_runs', 'find_run', 'runs_table', 'show_run',
            'diff_runs', 'verify_run', 'curves', 'show_config', 'show_counts', 'show_arithmetic', 'show_evaluation',
-           'show_record', 'anonymous', 'machine_names', 'thin', 'shrink_notebook', 'keep_run']
+           'show_record', 'show_identity', 'lengths', 'anonymous', 'machine_names', 'thin', 'shrink_notebook',
+           'keep_run']
 
 # %% ../nbs/80_report.ipynb #d8b55422
 import getpass, json, os, re, socket
@@ -212,6 +213,31 @@ def show_record(
     facts = {"run": run_dir.name, "status": run_status(run_dir, r), "hash": (r.get("hash") or "")[:16], "attempts": len(r.get("attempts") or []), "generation": r.get("generation")}
     facts |= {k: v for k, v in flatten(r.get("final") or {}).items() if not isinstance(v, (list, dict))}
     return Markdown(as_table([dict(what=k, value=v) for k, v in facts.items()], markdown=True))
+
+# %% ../nbs/80_report.ipynb #2b587cfc
+def show_identity(
+    attempt, # opened with `run.open_run`
+):
+    "Which run this is, and whether it begins, goes on, or is done"
+    from IPython.display import Markdown
+    what = dict(new="a new run", resume="goes on from its newest verified checkpoint", done="finished, and its final checkpoint verifies: it is shown, not trained again")
+    facts = {"run": attempt.run_dir.name, "hash": attempt.hash[:16], "attempt": attempt.number, "state": what[attempt.status]}
+    return Markdown(as_table([dict(what=k, value=v) for k, v in facts.items()], markdown=True))
+
+# %% ../nbs/80_report.ipynb #9b453674
+def lengths(
+    tokens:list[int], # tokens of each row
+    max_length:int=None, # drawn as a line
+): # a matplotlib figure
+    "Histogram of row lengths, with the share that is at the limit"
+    from matplotlib import pyplot as plt
+    fig, ax = plt.subplots(figsize=(6, 2.2), dpi=70, layout="constrained")
+    plt.close(fig)
+    ax.hist(tokens, bins=min(40, max(tokens) - min(tokens) + 1), color="#4878a8")
+    share = sum(n >= max_length for n in tokens)/len(tokens) if max_length else 0
+    if max_length and max_length < 1.5*max(tokens): ax.axvline(max_length, color="#b04040", lw=1)
+    ax.set(xlabel=f"tokens of a row (median {sorted(tokens)[len(tokens)//2]}" + f"; {100*share:.1f} % at the limit of {max_length})"*bool(max_length) + ")"*(not max_length), ylabel="rows")
+    return fig
 
 # %% ../nbs/80_report.ipynb #7f0a9f89
 _ABSOLUTE = re.compile(r"(?<![\w.:/~$}<\\])/(?:[\w.@+=-]+/)+([\w.@+=-]*)")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BOUND', 'visible_gpus', 'device_of', 'preflight', 'launch_settings', 'launch_env', 'launch_command', 'stop_tree',
            'raise_on_sigterm', 'supervise', 'progress_line', 'progress', 'JobFailed', 'last_lines', 'raise_for_exit',
-           'run_module', 'launch_worker']
+           'run_module', 'launch_worker', 'launch_evaluation']
 
 # %% ../../nbs/70_launch.accelerate.ipynb #d9b298d3
 import contextlib, json, os, signal, subprocess, sys, threading, time
@@ -221,3 +221,22 @@ def launch_worker(
         if not attempt.attached: close_attempt(attempt.run_dir, attempt.number, 2 if isinstance(e, UserError) else 1)
         raise
     return 0
+
+# %% ../../nbs/70_launch.accelerate.ipynb #f35dcd0f
+def launch_evaluation(
+    attempt:Attempt, # opened with `run.open_run`
+    name:str, # before or after: the file's name and the record's key
+    checkpoint=None, # folder; None: the model that the run starts from
+)->dict: # accuracy, skills, samples; empty where evaluation is off
+    "Evaluate a checkpoint on the prompts of the run's config, once"
+    cfg = yaml.safe_load(attempt.config_path.read_text())
+    if not cfg["evaluation"]["num_prompts"] or name == "before" and not cfg["evaluation"]["before"]: return {}
+    out = attempt.checkpoints_dir/f"evaluation-{name}.json"
+    if not out.exists():
+        args = ["--config", attempt.config_path, "--name", name, "--out", out, *(["--checkpoint", checkpoint] if checkpoint else [])]
+        env = dict(CUDA_VISIBLE_DEVICES="") if device_of(cfg) == "cpu" else {}
+        try: run_module("post_training.evaluation", args, attempt.attempt_dir, env, f"evaluation-{name}")
+        except BaseException as e:
+            if not attempt.attached: close_attempt(attempt.run_dir, attempt.number, 2 if isinstance(e, UserError) else 1)
+            raise
+    return json.loads(out.read_text())
