@@ -119,6 +119,18 @@ def test_functions_are_short(module):
     assert not {name: size for name, size in sizes.items() if size > 60}
 
 
+@pytest.mark.parametrize("module", **names(MODULES))
+def test_arguments_are_explained(module):
+    "Public functions of three arguments or more: each argument has a type or a comment on its line"
+    text = module.read_text()
+    lines = text.splitlines()
+    for n in ast.parse(text).body:
+        if not isinstance(n, ast.FunctionDef) or n.name.startswith("_") or any("patch" in ast.unparse(d) for d in n.decorator_list): continue
+        args = [a for a in [*n.args.posonlyargs, *n.args.args, *n.args.kwonlyargs] if a.arg not in ("self", "cls")]
+        bare = [a.arg for a in args if a.annotation is None and "# " not in lines[a.lineno - 1]]
+        assert len(args) < 3 or not bare, f"{n.name}: {', '.join(bare)}"
+
+
 def test_export_and_clean_change_nothing(tmp_path):
     "nbdev_export and nbdev_clean, run in a copy, leave notebooks and package as they are"
     for folder in ("nbs", "post_training"):
