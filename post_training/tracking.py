@@ -50,16 +50,17 @@ class Tracker:
         self.run, self.mode, self.sent = None, "disabled", dict(step=-1, lines=0)
         self.position, self.step, self.at_step, self.count = 0, -1, 0, 0 # bytes read; step of the last line and its lines so far; lines sent
 
-# %% ../nbs/02_tracking.ipynb #d55aee79
+# %% ../nbs/02_tracking.ipynb #7e468c91
 def wandb_settings(
     run_dir, # everything wandb writes is below RUN_DIR/wandb
 )->dict: # keyword arguments of `wandb.Settings`
     "What wandb may know and write"
     return dict(root_dir=str(run_dir), silent=True, console="off", save_code=False, disable_code=True, disable_git=True, disable_job_creation=True,
                 program="post_training", program_relpath="", host="", username="", email="", init_timeout=30,
-                x_disable_meta=True, x_disable_machine_info=True, x_disable_stats=True, x_save_requirements=False)
+                x_disable_meta=True, x_disable_machine_info=True, x_disable_stats=True, x_save_requirements=False,
+                x_transaction_log_flush_interval=2.0)
 
-# %% ../nbs/02_tracking.ipynb #45830aba
+# %% ../nbs/02_tracking.ipynb #e0d9d732
 @patch
 def start(self:Tracker,
     mode:str=None, # online or offline; None: as `tracking_mode` says
@@ -76,7 +77,7 @@ def start(self:Tracker,
         wandb.teardown() # a failed start keeps the id in use
         self.mode = "offline"
         self._init()
-    self.sent = self._state().get(self.run_id, {}).get(self.mode, self.sent)
+    self.sent = self._arrived(self._state().get(self.run_id, {}).get(self.mode, self.sent))
     return self.sync()
 
 # %% ../nbs/02_tracking.ipynb #baa19f4a
@@ -89,6 +90,20 @@ def _init(self:Tracker):
     self.run = wandb.init(project=c.get("project") or "post-training", entity=c.get("entity"), name=c.get("run_name"), group=c.get("group"), tags=list(c.get("tags") or []),
         id=self.run_id, resume="allow", config=redact(self.config), dir=str(self.run_dir), mode=self.mode, settings=wandb.Settings(**wandb_settings(self.run_dir)))
     self.run.define_metric("*", step_metric="step")
+
+# %% ../nbs/02_tracking.ipynb #e3553f89
+@patch
+def _arrived(self:Tracker,
+    sent:dict, # what an earlier process believed to have sent
+)->dict: # last step and its lines that are known to have arrived
+    "Correct what was believed by what is there"
+    if sent["step"] < 0: return sent
+    if self.mode == "online":
+        step = self.run.summary.get("step", -1)
+        return sent if step == sent["step"] else dict(step=step, lines=0)
+    files = sorted(self.run_dir.glob(f"wandb/offline-run-*-{self.run_id}*/*.wandb"))
+    steps = [row["step"] for f in files for row in read_offline(f)["history"] if "step" in row]
+    return dict(step=steps[-1], lines=steps.count(steps[-1])) if steps else dict(step=-1, lines=0)
 
 # %% ../nbs/02_tracking.ipynb #a94d296f
 @patch

@@ -52,13 +52,13 @@ def recipe_path(
     if not path.is_file(): raise UserError(f"Stage {stage} has no recipe {path}.{nearest(stage, known)}")
     return path
 
-# %% ../../nbs/72_launch.recipe.ipynb #d5c52bbd
+# %% ../../nbs/72_launch.recipe.ipynb #e593bb16
 @contextlib.contextmanager
 def own_kernel():
     "During the block, `python3` is a kernel on this very interpreter, and a kernel knows whose child it is"
     with tempfile.TemporaryDirectory() as d:
         argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        write_json(Path(d)/"kernels/python3/kernel.json", dict(argv=argv, display_name="Python 3", language="python"))
+        write_json(Path(d)/"kernels/python3/kernel.json", dict(argv=argv, display_name="Python 3", language="python", metadata=dict(supported_encryption=["curve"])))
         mine = dict(JUPYTER_PATH=os.pathsep.join(filter(None, [d, os.environ.get("JUPYTER_PATH")])), POST_TRAINING_PARENT=str(os.getpid()), JUPYTER_PLATFORM_DIRS="1")
         before = {k: os.environ.get(k) for k in mine}
         os.environ.update(mine)
@@ -68,7 +68,7 @@ def own_kernel():
                 if v is None: os.environ.pop(k, None)
                 else: os.environ[k] = v
 
-# %% ../../nbs/72_launch.recipe.ipynb #b174acdd
+# %% ../../nbs/72_launch.recipe.ipynb #bc22f7ed
 def execute_notebook(
     path, # a recipe notebook
     out, # the executed notebook, saved after each cell
@@ -76,11 +76,13 @@ def execute_notebook(
 ):
     "Execute a recipe with papermill; an error in a cell is raised as `UserError`, `JobFailed` or papermill's own"
     check_parameters(path, parameters)
-    import papermill
+    import papermill, zmq
     from papermill.exceptions import PapermillExecutionError
+    from traitlets.config import Config
+    encrypted = Config(KernelManager=dict(transport_encryption="auto" if zmq.has("curve") else "disabled")) # others on this machine cannot listen in
     with own_kernel(), raise_on_sigterm():
         try: papermill.execute_notebook(str(path), str(out), parameters=parameters, kernel_name="python3", language="python", cwd=str(project_root()),
-                                        progress_bar=sys.stderr.isatty(), request_save_on_cell_execute=True, start_timeout=120)
+                                        progress_bar=sys.stderr.isatty(), request_save_on_cell_execute=True, start_timeout=120, config=encrypted)
         except PapermillExecutionError as e:
             known = dict(UserError=UserError, JobFailed=JobFailed).get(e.ename)
             if known: raise known(e.evalue) from None
@@ -147,7 +149,7 @@ def keep_final(
     write_atomic(final, notebook.read_bytes())
     for p in (final, notebook): p.chmod(0o444)
 
-# %% ../../nbs/72_launch.recipe.ipynb #79c230e8
+# %% ../../nbs/72_launch.recipe.ipynb #9250640b
 def run_recipe(
     stage:str, # a stage's name
     overrides, # Hydra overrides, as typed
@@ -156,8 +158,8 @@ def run_recipe(
 )->int: # exit code: 0; faults and mistakes raise
     "Run a stage on this machine by its recipe, and print where the record is"
     composed = compose(stage, overrides)
-    recipe = recipe_path(composed.stage)
     preflight(composed.cfg)
+    recipe = recipe_path(composed.stage)
     attempt = open_run(composed.cfg, command, composed.origins, overrides, force)
     if attempt.status == "done": print_done(attempt.run_dir, attempt.checkpoints_dir); return 0
     for notice in composed.notices: print(notice)
