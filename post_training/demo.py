@@ -106,7 +106,7 @@ def turns(
     thought = [part("thought", worked(*operands))] if skill == "worked" else []
     return prompt, [say("assistant", *thought, part("response", answer))], answer
 
-# %% ../nbs/05_demo.ipynb #2c327e70
+# %% ../nbs/05_demo.ipynb #9e60d24a
 def make_row(
     skill:str, # one of `SKILLS`
     operands:tuple, # as `draw` gives them
@@ -115,7 +115,7 @@ def make_row(
 )->dict: # a Swiss-AI row with source, language, skill, answer and verifier
     "One row: a problem put into words"
     language = rng.choice(sorted(SYSTEM))
-    if rng.random() < .5 and identity(skill, operands) == identity(skill, operands[::-1]): operands = operands[::-1]
+    if skill in ("compare", "worked") and rng.random() < .5: operands = operands[::-1]
     system = dict(content=SYSTEM[language], metadata={}) if rng.random() < SYSTEM_SHARE else None
     prompt, messages, answer = turns(skill, operands, language)
     source, _, verifier = SKILLS[skill]

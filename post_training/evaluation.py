@@ -171,7 +171,7 @@ def eval_rows(
     rows = load_rows(str(path) if path.exists() else args["dataset_name"], (args.get("eval_split") or {}).get("name"))
     return [rows[i] for i in spread(len(rows), num_prompts)]
 
-# %% ../nbs/61_evaluation.ipynb #0a23f451
+# %% ../nbs/61_evaluation.ipynb #0fd88f9f
 def evaluate_config(
     cfg:dict, # composed or frozen
     checkpoint:str|None=None, # folder; None is the model that the run starts from
@@ -179,7 +179,9 @@ def evaluate_config(
 )->dict: # see `evaluate_checkpoint`
     "Evaluate a checkpoint as a configuration says"
     from post_training.demo import ensure_demo
+    from post_training.models.load import model_path
     from post_training.tokens.tokenizer import load_tokenizer
+    if checkpoint: model_path(checkpoint) # a wrong folder fails before anything is loaded
     ensure_demo(cfg)
     how, model, tok = cfg["evaluation"], cfg["model_args"], dict(cfg["tokenizer_args"])
     tokenizer = load_tokenizer(start_model(tok.pop("tokenizer_name_or_path"), cfg["runs_dir"]), **tok)
