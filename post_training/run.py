@@ -517,7 +517,7 @@ def _refuse_secrets(cfg:dict):
 # %% ../nbs/01_run.ipynb #b2cac34b
 GENERATION_KEYS = ("id", "status", "checkpoints_dir", "fingerprints", "topology", "checkpoints", "counts", "final", "evaluation", "wandb")
 
-# %% ../nbs/01_run.ipynb #8df1a35f
+# %% ../nbs/01_run.ipynb #a2aa9dda
 def _begin_generation(
     run_dir:Path, # the run folder
     cfg:dict, # with run_dir filled
@@ -529,6 +529,7 @@ def _begin_generation(
     n, run_id = old.get("generation", 0) + 1, f"{run_dir.name}-{secrets.token_hex(3)}"
     folder = _claim_generation(cfg, run_id)
     if (run_dir/"metrics.jsonl").exists(): os.replace(run_dir/"metrics.jsonl", run_dir/f"metrics-g{n-1}.jsonl")
+    (run_dir/f"{cfg['stage']}.ipynb").unlink(missing_ok=True) # the attempt that made it has it too
     freeze(cfg, run_dir/"config.yaml")
     def change(r):
         if r: r.setdefault("earlier", []).append({k: r.pop(k) for k in ("generation", *GENERATION_KEYS) if k in r})
@@ -602,7 +603,7 @@ def _open_held(cfg:dict, plan:RunPlan, origins:dict, overrides:list, force:bool,
     made = Attempt(run_dir, run_dir/f"attempts/{len(attempts)+1}", len(attempts)+1, None, folder, plan.hash, status)
     return _start_attempt(made, {**cfg, "resuming_dir": str(folder)}, dict(changed=changed, command=command, overrides=overrides, began_as=status, topology=now))
 
-# %% ../nbs/01_run.ipynb #8e2a3c1d
+# %% ../nbs/01_run.ipynb #8cdfc875
 def _start_attempt(
     made:Attempt, # without its config
     cfg:dict, # the config of this attempt
@@ -616,8 +617,9 @@ def _start_attempt(
     if git["diff"]: write_atomic(made.attempt_dir/"diff.patch", redact(git["diff"]))
     git["diff"] = "attempts/%d/diff.patch" % made.number if git["diff"] else None
     entry = dict(number=made.number, started=_now(), pid=os.getpid(), host=host(), git=git, versions=versions(), **facts)
+    state = "finished" if made.status == "resume" and is_trained(made.run_dir, made.checkpoints_dir) else "running" # what comes after training may be left to do
     def change(r):
-        r.update(status="running", checkpoints_dir=str(made.checkpoints_dir), topology=facts["topology"])
+        r.update(status=state, checkpoints_dir=str(made.checkpoints_dir), topology=facts["topology"])
         r["attempts"].append({**entry, "generation": r["generation"]})
     edit_record(made.run_dir, change)
     return made
@@ -652,13 +654,14 @@ def _close_at_exit(attempt:Attempt, pid:int):
     if record and "exit" not in record["attempts"][attempt.number - 1]:
         close_attempt(attempt.run_dir, attempt.number, 0 if record["status"] == "finished" else 130)
 
-# %% ../nbs/01_run.ipynb #4fc651bd
+# %% ../nbs/01_run.ipynb #b83c6501
 def run_status(
     run_dir, # a run folder
     record:dict=None, # its record, where it was read already
 )->str: # running, killed, failed, finished, unknown
     "The state of a run now: a record that says running while nobody holds the run means killed"
     record = record or read_record(run_dir)
-    state = record.get("status", "unknown")
-    if any("exit" not in a for a in (record.get("attempts") or [])[-1:]): return "running" if is_live(run_dir) else "killed"
-    return "killed" if state == "running" else state
+    last = (record.get("attempts") or [{}])[-1]
+    if last and "exit" not in last: return "running" if is_live(run_dir) else "killed"
+    if last.get("exit", 0) != 0: return "killed" if last["exit"] == "killed" else "failed"
+    return record.get("status", "unknown")
