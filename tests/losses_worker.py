@@ -11,13 +11,12 @@ SETTINGS = [("plw", 0.1, False), ("ln-plw", 0.1, True), ("irl", 0.0, False), ("i
 
 
 def micro_batches(rank):
-    "Rank 0 has two rows and then four; rank 1 has nothing but padding and a row of prompt, as in a smaller last step"
+    "Rank 0 has two rows, rank 1 four (one is all prompt, one a single token); both end with a filler row, as a smaller last step does"
     rows = make_rows()
-    fillers = [([3, 4, 5], [0, 0, 0])]
     batches = [[rows[:1], rows[1:2]], [rows[2:5], rows[5:]]][rank]
     batches = [collate(b, "right") for b in batches]
-    filler = collate(fillers, "right")
-    return [*batches, (filler[0], filler[1] * 0, filler[2] * 0, filler[3] * 0 - 1)]
+    inputs, *masks, sequence = collate([([3, 4, 5], [0, 0, 0])], "right")
+    return [*batches, (inputs, *[m * 0 for m in masks], sequence * 0 - 1)]
 
 
 def total_of(name, batches, w, level):
