@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['POLICIES', 'row_messages', 'check_policies', 'policy_of', 'batch_chats', 'fit', 'tokenize_batch', 'row_id',
-           'processes', 'counts_of', 'check_dropped', 'tokenize_dataset', 'rows_fingerprint', 'hash_array',
-           'tokenize_key', 'cached_tokenize']
+           'processes', 'counts_of', 'check_dropped', 'tokenize_dataset', 'check_sample', 'rows_fingerprint',
+           'hash_array', 'tokenize_key', 'cached_tokenize']
 
-# %% ../../nbs/25_tokens.dataset.ipynb #f1ed87c1
-import hashlib, json, os
+# %% ../../nbs/25_tokens.dataset.ipynb #8d42b1b0
+import hashlib, json, os, tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import numpy as np
 from ..base import UserError, atomic_dir, locked, verify_manifest, write_json, write_manifest
 from ..data.messages import MalformedRow, UnsupportedContent, check_messages, format_of, to_messages
 from ..data.swissai import is_swissai, linearise, plain_messages, structured
-from .masks import Refused, encoder_for, tokenize_chats
+from .masks import Refused, check_generation_prompt, check_stop_tokens, encoder_for, tokenize_chats
 from .templates import wants_blocks
 from .tokenizer import template_fingerprint, tokenizer_fingerprint
 
@@ -83,7 +83,7 @@ def fit(
     if completion_T[1:].any(): return ids_T, completion_T
     return Refused("no completion after truncation" if max_length and n > max_length else "no completion", "no token is left to train on")
 
-# %% ../../nbs/25_tokens.dataset.ipynb #d8deead7
+# %% ../../nbs/25_tokens.dataset.ipynb #7cc1bc07
 def tokenize_batch(
     batch:dict, # columns of raw rows
     indices:list[int], # their indices
@@ -100,8 +100,9 @@ def tokenize_batch(
     out = batch_chats(rows, columns, wants_blocks(tokenizer.chat_template))
     at = [i for i, v in enumerate(out) if not isinstance(v, Refused)]
     chats = tokenize_chats(tokenizer, [out[i] for i in at], allow_control_tokens_in_content, policies["unsupported_roles"])
-    left_out = [""]*len(rows)
+    left_out, whole = [""]*len(rows), list(out)
     for i, chat in zip(at, chats):
+        whole[i] = chat
         out[i] = chat if isinstance(chat, Refused) else fit(chat, max_length, policies["overlength"])
         if not isinstance(chat, Refused): left_out[i] = ", ".join(sorted({d.split(".")[0] for d in chat.dropped}))
     ids = [row_id(r, i) for r, i in zip(rows, indices)]
@@ -111,7 +112,7 @@ def tokenize_batch(
     empty = np.zeros(0, np.int32), np.zeros(0, bool)
     ids_masks = [empty if isinstance(v, Refused) else v for v in out]
     return dict(input_ids=[i for i, _ in ids_masks], completion_mask=[m for _, m in ids_masks], length=[len(i) for i, _ in ids_masks],
-                row_id=ids, source=[str(r.get("source") or "") for r in rows], left_out=left_out,
+                cut=[not isinstance(c, Refused) and len(c) > len(i) > 0 for c, (i, _) in zip(whole, ids_masks)], row_id=ids, source=[str(r.get("source") or "") for r in rows], left_out=left_out,
                 reason=[v.reason if isinstance(v, Refused) else "" for v in out])
 
 # %% ../../nbs/25_tokens.dataset.ipynb #c634f62e
@@ -127,14 +128,18 @@ def processes(
     "How many processes are worth starting"
     return max(1, min(num_proc or min(os.cpu_count() or 1, rows//5000), rows))
 
-# %% ../../nbs/25_tokens.dataset.ipynb #8eb7c2d7
+# %% ../../nbs/25_tokens.dataset.ipynb #23004b96
 def counts_of(
     data, # tokenized rows with reasons
 )->dict:
-    "Rows in, out, dropped by reason, and what was left out of kept rows"
+    "Rows in, out, dropped by reason, cut to length, what was left out of kept rows, and tokens in all and to be written"
+    import pyarrow.compute as pc
     reasons = Counter(data["reason"][:])
     kept = reasons.pop("", 0)
-    return {"in": len(data), "out": kept, "dropped": dict(sorted(reasons.items())), "left_out": {k: n for k, n in Counter(data["left_out"][:]).items() if k}}
+    left_out = {k: n for k, n in Counter(data["left_out"][:]).items() if k}
+    completion = pc.sum(pc.list_flatten(data.data.column("completion_mask"))).as_py() or 0
+    return {"in": len(data), "out": kept, "dropped": dict(sorted(reasons.items())), "truncated": sum(data["cut"][:]), "left_out": left_out,
+            "tokens": sum(data["length"][:]), "completion_tokens": completion}
 
 # %% ../../nbs/25_tokens.dataset.ipynb #7a48a645
 def check_dropped(
@@ -149,7 +154,7 @@ def check_dropped(
         raise UserError(f"{lost} of {counts['in']} rows were dropped ({why}), more than max_drop_fraction={max_drop_fraction}. "
                         "Correct the data, or raise max_drop_fraction.")
 
-# %% ../../nbs/25_tokens.dataset.ipynb #8b50bab7
+# %% ../../nbs/25_tokens.dataset.ipynb #4ba124ef
 def tokenize_dataset(
     dataset, # `datasets.Dataset` of raw rows in a known format
     tokenizer, # with a chat template
@@ -159,6 +164,7 @@ def tokenize_dataset(
     max_drop_fraction:float|None=None, # share of rows that may be dropped
     num_proc:int|None=None, # processes; None chooses
     batch_size:int=500, # rows of one encoding call
+    work=None, # folder for files while it works; None keeps everything in memory
     **policies, # overlength, on_unverifiable, unsupported_roles, on_malformed
 )->tuple: # (`datasets.Dataset`, counts)
     "Tokenize a dataset: ids and masks of every row that is kept, and counts of those that are not"
@@ -167,19 +173,37 @@ def tokenize_dataset(
     if not len(dataset): raise UserError("The dataset has no rows.")
     columns = None if is_swissai(dataset.column_names) else format_of(dataset.column_names)
     n = processes(len(dataset), num_proc)
-    features = Features(input_ids=List(Value("int32")), completion_mask=List(Value("bool")), length=Value("int32"), row_id=Value("string"),
+    features = Features(input_ids=List(Value("int32")), completion_mask=List(Value("bool")), length=Value("int32"), cut=Value("bool"), row_id=Value("string"),
                         source=Value("string"), left_out=Value("string"), reason=Value("string"))
     encoder_for(tokenizer).header() # made before the processes fork
     data = dataset.map(tokenize_batch, batched=True, with_indices=True, batch_size=batch_size, num_proc=n if n > 1 else None, features=features,
-                       remove_columns=dataset.column_names, load_from_cache_file=False, desc="Tokenizing", new_fingerprint=os.urandom(8).hex(),
+                       remove_columns=dataset.column_names, load_from_cache_file=False, desc="Tokenizing", keep_in_memory=work is None, cache_file_name=work and str(Path(work)/"rows.arrow"), new_fingerprint=os.urandom(8).hex(),
                        fn_kwargs=dict(tokenizer=tokenizer, columns=columns, max_length=max_length, policies=policies, serial=n > 1,
                                       allow_control_tokens_in_content=allow_control_tokens_in_content))
     counts = counts_of(data)
     check_dropped(counts, max_drop_fraction)
     keep = [i for i, reason in enumerate(data["reason"][:]) if not reason]
-    data = (data if len(keep) == len(data) else data.select(keep)).remove_columns(["reason", "left_out"])
+    data = (data if len(keep) == len(data) else data.select(keep)).remove_columns(["reason", "left_out", "cut"])
     if not any(data["source"][:]): data = data.remove_columns("source")
     return data, counts
+
+# %% ../../nbs/25_tokens.dataset.ipynb #0ad44f2b
+def check_sample(
+    dataset, # raw rows
+    tokenizer, # with a chat template
+    stop_ids=None, # ids that generation_config stops at; None: the tokenizer's eos
+    on_missing_stop:str="error", # error or warn
+    n:int=32, # rows to look at, spread over the dataset
+)->list[str]: # warnings
+    "Run the stop-token and the generation-prompt gate on some rows of a dataset"
+    columns = None if is_swissai(dataset.column_names) else format_of(dataset.column_names)
+    rows = dataset.select(np.linspace(0, len(dataset) - 1, min(n, len(dataset)), dtype=int).tolist()).to_list()
+    talks = [c for c in batch_chats(rows, columns, wants_blocks(tokenizer.chat_template)) if not isinstance(c, Refused)]
+    both = [(t, c) for t, c in zip(talks, tokenize_chats(tokenizer, talks, unsupported_roles="drop")) if not isinstance(c, Refused)]
+    stop_ids = tokenizer.eos_token_id if stop_ids is None else stop_ids
+    found = [check_stop_tokens(tokenizer, [c for _, c in both], stop_ids, on_missing_stop),
+             check_generation_prompt(tokenizer, [t for t, _ in both], on_missing_stop)]
+    return [w for w in found if w]
 
 # %% ../../nbs/25_tokens.dataset.ipynb #07acd5b7
 def rows_fingerprint(
@@ -231,7 +255,7 @@ def tokenize_key(
                  template=template_fingerprint(tokenizer), parameters=dict(sorted(parameters.items())))
     return dict(facts, key=hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest())
 
-# %% ../../nbs/25_tokens.dataset.ipynb #b9fa821c
+# %% ../../nbs/25_tokens.dataset.ipynb #f2c3714f
 def cached_tokenize(
     folder, # where tokenized datasets are kept
     dataset, # raw rows
@@ -249,8 +273,8 @@ def cached_tokenize(
     with locked(out.with_name(f".{out.name}.lock")):
         found = out.exists() and not verify_manifest(out, hashes=False)
         if not found:
-            data, counts = tokenize_dataset(dataset, tokenizer, max_drop_fraction=max_drop_fraction, num_proc=num_proc, **parameters)
-            with atomic_dir(out, replace=True) as tmp:
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".work-") as work, atomic_dir(out, replace=True) as tmp:
+                data, counts = tokenize_dataset(dataset, tokenizer, max_drop_fraction=max_drop_fraction, num_proc=num_proc, work=work, **parameters)
                 data.save_to_disk(str(tmp))
                 write_json(tmp/"counts.json", counts)
                 write_manifest(tmp, **facts)
