@@ -18,9 +18,9 @@ accelerate_config=src/post_training/configs/accelerate/ds-zero3.yaml plw_args.pr
 training_args.per_device_train_batch_size=2 training_args.optim=adamw_torch training_args.learning_rate=2e-06 tokenizer_args.chat_template_name=tulu
 training_args.num_train_epochs=1 artifacts_subdir=private job_subdir=A/B wandb.run_name=A/B wandb.tags=[prod,plw,default,A] resuming.resume=True""".split()
 RECIPE = """from post_training import config, run
-from post_training.launch.accelerate import launch_worker
+from post_training.launch.accelerate import run_module
 task = run.open_run(config.compose('train_sft', overrides).cfg, attempt=attempt, force=force)
-launch_worker('toy_worker', task)"""
+if task.status != 'done': run_module('toy_worker', [task.config_path], task.attempt_dir, dict(POST_TRAINING_ATTEMPT=str(task.number)))"""
 WORKER = """
 import json, os, sys
 from pathlib import Path
@@ -109,7 +109,7 @@ def test_a_run_from_mistake_to_done(checkout):
     assert out.strip().splitlines()[-1] == "train_sft: loss 4 at the first step, 2 at the last"
     begin = time.monotonic()
     code, out, err = typed(*args, TOY="fault")  # nothing is started again
-    assert code == 0 and out.startswith("done already") and "checkpoint-2" in out and err == ""
+    assert code == 0 and out.startswith("done already") and "checkpoint-2" in out and err == "", out + err
     print(f"a finished run is found in {time.monotonic() - begin:.1f} s")
     code, out, err = typed(*args, "resuming.resume=false", TOY="ok")
     assert code == 2 and "resuming.resume is false" in err
