@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['wants_cpu', 'join_world', 'zero_stage', 'check_world', 'Worker', 'read_args', 'begin', 'open_here', 'share', 'place',
-           'find_run', 'base_model', 'Data', 'load_split', 'wants_eval', 'prepare_data', 'resolved', 'trl_args',
-           'load_base', 'objective_of', 'make_trainer', 'resume_point', 'probe_memory', 'peak_memory', 'train_sft',
-           'finish', 'report_error', 'quiet', 'main']
+           'find_run', 'base_model', 'Data', 'load_split', 'wants_eval', 'stop_ids', 'check_gates', 'prepare_data',
+           'examples', 'resolved', 'trl_args', 'load_base', 'objective_of', 'make_trainer', 'resume_point',
+           'probe_memory', 'peak_memory', 'train_sft', 'finish', 'report_error', 'quiet', 'main']
 
 # %% ../nbs/54_train_sft.ipynb #18a095d7
 import datetime, json, os, sys, traceback
@@ -153,7 +153,7 @@ def base_model(
     if path is None: raise UserError(f"{name} has no checkpoint that verifies" + (f" ({skipped[0][0].name}: {skipped[0][1]})" if skipped else "") + ".")
     return str(path), dict(parents=[dict(run=record.get("id"), hash=record.get("hash"), checkpoint=path.name)])
 
-# %% ../nbs/54_train_sft.ipynb #a06870eb
+# %% ../nbs/54_train_sft.ipynb #46348bf3
 @dataclass
 class Data:
     "Tokenized rows and what is known about them"
@@ -162,6 +162,7 @@ class Data:
     eval: object = None # the same, or None where evaluation is off
     counts: dict = field(default_factory=dict) # rows in, out, dropped by reason, tokens; per split
     fingerprints: dict = field(default_factory=dict) # rows, tokenizer, template
+    notices: list = field(default_factory=list) # what a gate warned of
 
 # %% ../nbs/54_train_sft.ipynb #64346de9
 def load_split(
@@ -180,7 +181,39 @@ def wants_eval(cfg:dict)->bool:
     "Whether the evaluation split is needed"
     return cfg["training_args"].get("eval_strategy", "no") != "no" or bool(cfg["training_args"].get("eval_on_start"))
 
-# %% ../nbs/54_train_sft.ipynb #12eb9353
+# %% ../nbs/54_train_sft.ipynb #c1e2bd70
+def stop_ids(
+    name:str, # the base model
+    tokenizer,
+)->set: # ids that generation of the trained model will stop at
+    "The tokenizer's eos, and what the base model's generation config has besides"
+    from transformers import GenerationConfig
+    try: ids = GenerationConfig.from_pretrained(name).eos_token_id
+    except (OSError, ValueError): ids = None
+    return {tokenizer.eos_token_id} | ({ids} if isinstance(ids, int) else set(ids or ()))
+
+# %% ../nbs/54_train_sft.ipynb #c57c514c
+def check_gates(
+    rows, # raw rows
+    tokenizer,
+    stops:set, # ids that generation stops at
+    policy:str="error", # tokenization.on_missing_stop: error or warn
+    sample:int=64, # rows looked at
+)->list[str]: # warnings
+    "Stop tokens and generation prompt, on a sample of the rows"
+    from post_training.data.messages import format_of
+    from post_training.data.swissai import is_swissai
+    from post_training.tokens.dataset import batch_chats
+    from post_training.tokens.masks import Refused, check_generation_prompt, check_stop_tokens, tokenize_chats
+    from post_training.tokens.templates import wants_blocks
+    columns = None if is_swissai(rows.column_names) else format_of(rows.column_names)
+    some = [rows[i] for i in range(0, len(rows), max(1, len(rows)//sample))]
+    talks = [t for t in batch_chats(some, columns, wants_blocks(tokenizer.chat_template)) if not isinstance(t, Refused)]
+    chats = [c for c in tokenize_chats(tokenizer, talks, unsupported_roles="drop") if not isinstance(c, Refused)]
+    found = [check_stop_tokens(tokenizer, chats, stops, policy), check_generation_prompt(tokenizer, talks, policy)]
+    return [f for f in found if f]
+
+# %% ../nbs/54_train_sft.ipynb #438d1159
 def prepare_data(
     cfg:dict, # composed
 )->Data:
@@ -195,12 +228,26 @@ def prepare_data(
     policies = {k: v for k, v in cfg["tokenization"].items() if k != "on_missing_stop"}
     out = Data(tokenizer, None, fingerprints=dict(tokenizer=tokenizer_fingerprint(tokenizer), template=template_fingerprint(tokenizer)))
     for split in ("train", "eval") if wants_eval(cfg) else ("train",):
-        rows, counts = cached_tokenize(folder, load_split(cfg, split), tokenizer, max_length=cfg["training_args"].get("max_length"),
+        raw = load_split(cfg, split)
+        if split == "train" and len(raw):
+            stops = stop_ids(base_model(cfg["model_args"]["model_name_or_path"], cfg["runs_dir"])[0], tokenizer)
+            out.notices = check_gates(raw, tokenizer, stops, cfg["tokenization"]["on_missing_stop"])
+        rows, counts = cached_tokenize(folder, raw, tokenizer, max_length=cfg["training_args"].get("max_length"),
                                        max_drop_fraction=cfg["max_drop_fraction"], **policies)
         out.counts[split] = {k: counts[k] for k in ("in", "out", "dropped", "left_out") if counts.get(k)} | dict(tokens=sum(rows["length"][:]))
         out.fingerprints[f"{split}_rows"] = counts["rows_fingerprint"]
         setattr(out, split, rows)
     return out
+
+# %% ../nbs/54_train_sft.ipynb #f3d0988e
+def examples(
+    data:Data,
+    n:int=3, # rows
+)->list[dict]: # row_id, source, stretches of tokens of one kind with their text
+    "What the model sees of some rows: (prompt | completion, whether a control token, text)"
+    from post_training.tokens.masks import token_runs
+    rows = data.train.select(range(min(n, len(data.train))))
+    return [dict(row_id=r["row_id"], source=r.get("source"), runs=token_runs(data.tokenizer, r["input_ids"], r["completion_mask"])) for r in rows]
 
 # %% ../nbs/54_train_sft.ipynb #dfdc4352
 def resolved(
@@ -224,7 +271,7 @@ def trl_args(
     args = dict(w.cfg["training_args"], bf16=auto["bf16"], gradient_accumulation_steps=config.batch_arithmetic(w.cfg)["accumulation"], packing=False)
     return sft_config(args, w.checkpoints_dir, cpu=w.cpu, deepspeed=w.zero_stage is not None)
 
-# %% ../nbs/54_train_sft.ipynb #b5daff7f
+# %% ../nbs/54_train_sft.ipynb #49cc0ab2
 def load_base(
     w:Worker,
     auto:dict, # from `resolved`
@@ -241,7 +288,10 @@ def load_base(
     if len(tokenizer) > size: raise UserError(f"The tokenizer has {len(tokenizer)} ids and the model only {size}: tokenizer_args and model_args do not belong together.")
     for name, value in ids.items():
         setattr(model.config.get_text_config(), name, value)
-        setattr(model.generation_config, name, value)
+        if name != "eos_token_id": setattr(model.generation_config, name, value)
+    others = model.generation_config.eos_token_id
+    others = [others] if isinstance(others, int) else list(others or [])
+    model.generation_config.eos_token_id = [ids["eos_token_id"], *(i for i in others if i != ids["eos_token_id"])] # any of them stops
     return model
 
 # %% ../nbs/54_train_sft.ipynb #2b8d0f27
@@ -328,7 +378,7 @@ def peak_memory(cpu:bool)->float: # GiB
     import resource, torch
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024 if cpu else torch.cuda.max_memory_allocated())/2**30
 
-# %% ../nbs/54_train_sft.ipynb #509ebbe7
+# %% ../nbs/54_train_sft.ipynb #f184f1a0
 def train_sft(
     w:Worker,
 ):
@@ -345,8 +395,9 @@ def train_sft(
         clean(w.checkpoints_dir)
         run.check_fingerprints(w.run_dir, **data.fingerprints, **(dict(base_weights=run.fingerprint(name)) if Path(name).is_dir() else {}))
         run.truncate_metrics(w.run_dir, int(point.name.split("-")[1]) if point else -1)
-        run.update_record(w.run_dir, counts=data.counts, resolved=auto, seeds=dict(seed=w.cfg["training_args"]["seed"], data_seed=w.cfg["training_args"].get("data_seed")), **lineage)
-        for p, why in skipped: print(f"passed over {p.name}: {why}", file=sys.stderr)
+        run.update_record(w.run_dir, counts=data.counts, notices=data.notices, resolved=auto, seeds=dict(seed=w.cfg["training_args"]["seed"], data_seed=w.cfg["training_args"].get("data_seed")), **lineage)
+        write_json(w.run_dir/"examples.json", examples(data))
+        for text in [*data.notices, *(f"passed over {p.name}: {why}" for p, why in skipped)]: print(text, file=sys.stderr)
     if w.cfg["dataset_args"].get("debug_oom") and point is None:
         probe = probe_memory(w, data, auto)
         if w.main: run.update_record(w.run_dir, debug_oom=probe)

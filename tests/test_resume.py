@@ -1,0 +1,124 @@
+"Exact resume: a run that is killed at any instant and started again ends as if it had never been interrupted, bit for bit"
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from post_training import run
+from post_training.base import verify_manifest
+
+STEPS = 14
+CONFIG = ["dataset_args.debug_subsample.train=40", "dataset_args.debug_subsample.eval=12", "cluster.device=cpu", "global_batch_size=8", "training_args.max_length=96",
+          "training_args.per_device_train_batch_size=2", f"training_args.max_steps={STEPS}", "training_args.eval_steps=4", "training_args.save_steps=3",
+          "training_args.logging_steps=2", "training_args.save_total_limit=2", "training_args.optim=ademamix", "trainer=ln-plw", "plw_args.prompt_loss_weight=0.1"]
+LAUNCH = """import sys
+from post_training import config, run
+from post_training.launch.accelerate import launch_worker
+c = config.compose("train_sft", sys.argv[1:])
+task = run.open_run(c.cfg, origins=c.origins, overrides=sys.argv[1:])
+launch_worker("post_training.train_sft", task)
+run.close_attempt(task.run_dir, task.number, 0)
+"""
+COMMANDS = {"single": [sys.executable, "-m", "post_training.train_sft", *CONFIG],
+            "ds-zero2": [sys.executable, "-c", LAUNCH, *CONFIG, "accelerate_config=ds-zero2", "num_processes=2"]}
+
+
+class Place:
+    "Runs and checkpoints of one run, below a folder of its own; models and data are shared"
+
+    def __init__(self, folder, demo):
+        self.folder, self.env = folder, os.environ | dict(POST_TRAINING_RUNS_DIR=str(folder / "runs"), POST_TRAINING_ARTIFACTS_DIR=str(folder / "artifacts"),
+                                                          WANDB_MODE="disabled", OMP_NUM_THREADS="1")
+        for name in ("models", "datasets"): shutil.copytree(demo / name, folder / "artifacts" / name)
+
+    @property
+    def run_dir(self): return next((p.parent for p in (self.folder / "runs").rglob("record.json")), None)
+
+    @property
+    def checkpoints(self): return Path(run.read_record(self.run_dir)["checkpoints_dir"])
+
+    def start(self, how):
+        log = open(self.folder / "log.txt", "a")
+        return subprocess.Popen(COMMANDS[how], env=self.env, stdout=log, stderr=log, start_new_session=True)
+
+    def finish(self, how):
+        p = self.start(how)
+        assert p.wait(timeout=900) == 0, (self.folder / "log.txt").read_text()[-4000:]
+
+    def lines(self): return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in run.read_metrics(self.run_dir)] if self.run_dir else []
+
+    def kill_when(self, how, ready):
+        "Start, and kill everything at once when `ready()` first holds; False where the run ended before"
+        p = self.start(how)
+        while p.poll() is None and not ready(): time.sleep(0.001)
+        if p.poll() is not None: return False
+        try: os.killpg(p.pid, signal.SIGKILL)  # the ranks of a launcher have a session of their own and die with their parent
+        except ProcessLookupError: pass
+        p.wait()
+        while self.run_dir and run.is_live(self.run_dir): time.sleep(0.05)
+        return True
+
+
+def after_lines(place, n):
+    "Whether `n` more lines than now have been logged"
+    before = len(place.lines())
+    return lambda: len(place.lines()) >= before + n
+
+
+def during_a_save(place, step):
+    "Whether a checkpoint at or after `step` is being written"
+    def ready():
+        tmp = [p for p in (place.folder / "artifacts").rglob(".tmp-checkpoint-*") if int(p.name.split("-")[-1]) >= step]
+        return bool(tmp and list(tmp[0].iterdir()))
+    return ready
+
+
+def assert_same(a, b):
+    "The same lines in metrics.jsonl, and the same bytes in the last checkpoint"
+    assert a.lines() == b.lines()
+    steps = [line["step"] for line in b.lines() if "loss" in line]
+    assert steps == sorted(set(steps)), "each step is logged once"
+    last = f"checkpoint-{STEPS}"
+    manifests = [json.loads((p.checkpoints / last / "manifest.json").read_text()) for p in (a, b)]
+    assert not verify_manifest(b.checkpoints / last)
+    differ = [n for n in manifests[0]["files"] if manifests[0]["files"][n]["sha256"] != manifests[1]["files"].get(n, {}).get("sha256")]
+    differ = [n for n in differ if not n.endswith(("mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt", "trainer_state.json"))]  # they hold times and paths
+    assert not differ, differ
+    assert set(manifests[0]["files"]) == set(manifests[1]["files"])
+    assert run.read_record(b.run_dir)["status"] == "finished"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, demo):
+    "The run that was never interrupted"
+    place = Place(tmp_path_factory.mktemp("whole"), demo)
+    place.finish("single")
+    return place
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_at_random_instants(tmp_path, demo, whole, seed):
+    rng, cut = random.Random(seed), Place(tmp_path / "cut", demo)
+    killed = [cut.kill_when("single", after_lines(cut, rng.randint(1, 2))), cut.kill_when("single", during_a_save(cut, 3 + 3 * seed)),
+              cut.kill_when("single", after_lines(cut, rng.randint(1, 3)))]
+    assert sum(killed) >= 2, "the run ended before it could be killed"
+    cut.finish("single")
+    assert_same(whole, cut)
+
+
+@pytest.mark.slow
+def test_two_processes_zero2_killed(tmp_path, demo):
+    whole, cut = Place(tmp_path / "whole", demo), Place(tmp_path / "cut", demo)
+    whole.finish("ds-zero2")
+    assert cut.kill_when("ds-zero2", during_a_save(cut, 6))
+    assert cut.kill_when("ds-zero2", after_lines(cut, 2))
+    cut.finish("ds-zero2")
+    assert_same(whole, cut)
