@@ -85,7 +85,7 @@ def runs_table(
         rows.append(row)
     return sorted(rows, key=lambda r: r["started"], reverse=True)
 
-# %% ../nbs/80_report.ipynb #9e2f2993
+# %% ../nbs/80_report.ipynb #6f0fba0d
 def show_run(
     run_dir, # a run folder
 )->str:
@@ -96,7 +96,8 @@ def show_run(
     for a in r.get("attempts") or []:
         lines.append(f"attempt {a['number']}   {a.get('began_as')} {a['started']}, exit {a.get('exit', 'none yet')}" + (f", changed {', '.join(a['changed'])}" if a.get("changed") else ""))
     for kind in ("final", "counts", "evaluation"):
-        lines += [f"{kind}.{k}: {short(v)}" for k, v in flatten(r.get(kind) or {}).items() if not isinstance(v, (list, dict))][:20]
+        flat = flatten(r.get(kind) or {}) # per source and the details of an evaluation are in the notebook
+        lines += [f"{kind}.{k}: {short(v)}" for k, v in flat.items() if not isinstance(v, (list, dict)) and "/" not in k and (kind != "evaluation" or k.endswith("accuracy"))]
     return "\n".join(lines)
 
 # %% ../nbs/80_report.ipynb #e3a58ce6
@@ -297,7 +298,7 @@ def shrink_notebook(
 # %% ../nbs/80_report.ipynb #0cd1c229
 KEPT_BYTES = 300_000
 
-# %% ../nbs/80_report.ipynb #68ff35b2
+# %% ../nbs/80_report.ipynb #99bd55ac
 def keep_run(
     run_dir, # a run folder
     name:str=None, # of the copy; None: the run's own
@@ -310,7 +311,9 @@ def keep_run(
     if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."): raise UserError(f"{name!r} is no name for a folder. Use letters, digits, dots and dashes.")
     if run_status(run_dir, r) != "finished": raise UserError(f"{run_dir.name} is {run_status(run_dir, r)}: only a finished run is kept.")
     names = machine_names(r)
-    for a in r.get("attempts") or []: a.pop("pid", None); (a.get("git") or {}).update(diff=None, untracked=[])
+    for a in r.get("attempts") or []:
+        a.pop("pid", None); (a.get("git") or {}).update(diff=None, untracked=[])
+        if a.get("host"): a["host"] |= dict(name="[host]", platform=a["host"].get("platform", "").split("-")[0])
     with atomic_dir(Path(into or project_root()/"runs/examples")/name, replace=True) as out:
         write_json(out/"record.json", anonymous(r, names))
         cfg = anonymous(yaml.safe_load((run_dir/"config.yaml").read_text()), names)

@@ -52,7 +52,7 @@ def checkout(tmp_path, monkeypatch):
     "A project root of the test's own with a recipe that starts a toy worker"
     (tmp_path / "settings.ini").write_text("[DEFAULT]\nlib_name = post_training\n")
     (tmp_path / "toy_worker.py").write_text(WORKER)
-    sources = ["overrides: list = []\nforce: bool = False\nattempt: int = 0", RECIPE]
+    sources = ['overrides: list = ["a=1"]  # what to change\nforce: bool = False\nattempt: int = 0', RECIPE]
     cells = [dict(cell_type="code", id=f"c{i}", metadata={} if i else {"tags": ["parameters"]}, source=s, outputs=[], execution_count=None) for i, s in enumerate(sources)]
     (tmp_path / "nbs/recipes").mkdir(parents=True)
     (tmp_path / "nbs/recipes/train_sft.ipynb").write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)))

@@ -6,8 +6,8 @@
 __all__ = ['recipe_parameters', 'check_parameters', 'recipe_path', 'own_kernel', 'execute_notebook', 'closing_line', 'shown_path',
            'print_done', 'followed', 'keep_final', 'run_recipe']
 
-# %% ../../nbs/72_launch.recipe.ipynb #82cb5d5d
-import ast, contextlib, json, os, shutil, sys, tempfile, threading
+# %% ../../nbs/72_launch.recipe.ipynb #5c558676
+import ast, contextlib, json, logging, os, shutil, sys, tempfile, threading
 from pathlib import Path
 from ..base import UserError, nearest, write_atomic, write_json
 from ..config import compose, project_root, stage_name
@@ -68,7 +68,7 @@ def own_kernel():
                 if v is None: os.environ.pop(k, None)
                 else: os.environ[k] = v
 
-# %% ../../nbs/72_launch.recipe.ipynb #bc22f7ed
+# %% ../../nbs/72_launch.recipe.ipynb #c21d3e21
 def execute_notebook(
     path, # a recipe notebook
     out, # the executed notebook, saved after each cell
@@ -80,6 +80,7 @@ def execute_notebook(
     from papermill.exceptions import PapermillExecutionError
     from traitlets.config import Config
     encrypted = Config(KernelManager=dict(transport_encryption="auto" if zmq.has("curve") else "disabled")) # others on this machine cannot listen in
+    logging.getLogger("papermill").setLevel(logging.ERROR) # it warns about parameters that it cannot parse; ours are checked
     with own_kernel(), raise_on_sigterm():
         try: papermill.execute_notebook(str(path), str(out), parameters=parameters, kernel_name="python3", language="python", cwd=str(project_root()),
                                         progress_bar=sys.stderr.isatty(), request_save_on_cell_execute=True, start_timeout=120, config=encrypted)
