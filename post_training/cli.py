@@ -6,8 +6,8 @@
 __all__ = ['COMMANDS', 'split_arguments', 'stage_line', 'print_help', 'print_stage_help', 'dry_run', 'runs_command',
            'sync_command', 'stage_command', 'dispatch', 'main']
 
-# %% ../nbs/81_cli.ipynb #1cd7d7f7
-import contextlib, os, sys
+# %% ../nbs/81_cli.ipynb #3dc7a4a7
+import os, sys
 from .base import UserError, nearest
 
 # %% ../nbs/81_cli.ipynb #5f52cfee

@@ -85,7 +85,7 @@ def runs_table(
         rows.append(row)
     return sorted(rows, key=lambda r: r["started"], reverse=True)
 
-# %% ../nbs/80_report.ipynb #6f0fba0d
+# %% ../nbs/80_report.ipynb #f7bfd302
 def show_run(
     run_dir, # a run folder
 )->str:
@@ -94,7 +94,8 @@ def show_run(
     lines = [f"{r.get('stage')}  {run_dir.name}  {run_status(run_dir, r)}", f"record      {run_dir/'record.json'}", f"checkpoints {r.get('checkpoints_dir')}"]
     if r.get("overrides"): lines.append("typed       " + " ".join(map(str, r["overrides"])))
     for a in r.get("attempts") or []:
-        lines.append(f"attempt {a['number']}   {a.get('began_as')} {a['started']}, exit {a.get('exit', 'none yet')}" + (f", changed {', '.join(a['changed'])}" if a.get("changed") else ""))
+        changed = f", changed {', '.join(a['changed'])}" if a.get("changed") else ""
+        lines.append(f"attempt {a['number']}   {a.get('began_as')} {a['started']}, exit {a.get('exit', 'none yet')}{changed}")
     for kind in ("final", "counts", "evaluation"):
         flat = flatten(r.get(kind) or {}) # per source and the details of an evaluation are in the notebook
         lines += [f"{kind}.{k}: {short(v)}" for k, v in flat.items() if not isinstance(v, (list, dict)) and "/" not in k and (kind != "evaluation" or k.endswith("accuracy"))]
@@ -135,7 +136,7 @@ def verify_run(
 PANELS = {"loss": ("loss", "eval_loss", "eval_prompt_loss", "eval_completion_loss"), "learning rate": ("learning_rate",), "gradient norm": ("grad_norm",),
           "token accuracy": ("eval_mean_token_accuracy", "eval_prompt_token_accuracy", "eval_completion_token_accuracy")}
 
-# %% ../nbs/80_report.ipynb #8622a85c
+# %% ../nbs/80_report.ipynb #b531b73c
 def curves(
     run_dir, # a run folder
 ): # a matplotlib figure
@@ -147,7 +148,8 @@ def curves(
     for ax, (title, names) in zip(axes.flat, PANELS.items()):
         for name in names:
             points = [(r["step"], r[name]) for r in rows if "step" in r and isinstance(r.get(name), (int, float))]
-            if points: ax.plot(*zip(*points), label=name.removeprefix("eval_") if len(names) > 1 and name != "eval_loss" else name, marker="." if name.startswith("eval_") else None, lw=1)
+            label = name if name == "eval_loss" else name.removeprefix("eval_")
+            if points: ax.plot(*zip(*points), label=label, marker="." if name.startswith("eval_") else None, lw=1)
         ax.set_title(title, fontsize=9); ax.tick_params(labelsize=7); ax.grid(alpha=.3)
         if ax.lines and len(names) > 1: ax.legend(fontsize=6)
         if not ax.lines: ax.text(.5, .5, "not logged", ha="center", va="center", transform=ax.transAxes, fontsize=8)
@@ -225,7 +227,7 @@ def show_identity(
     facts = {"run": attempt.run_dir.name, "hash": attempt.hash[:16], "attempt": attempt.number, "state": what[attempt.status]}
     return Markdown(as_table([dict(what=k, value=v) for k, v in facts.items()], markdown=True))
 
-# %% ../nbs/80_report.ipynb #9b453674
+# %% ../nbs/80_report.ipynb #a0ac7cbb
 def lengths(
     tokens:list[int], # tokens of each row
     max_length:int=None, # drawn as a line
@@ -237,7 +239,8 @@ def lengths(
     ax.hist(tokens, bins=min(40, max(tokens) - min(tokens) + 1), color="#4878a8")
     share = sum(n >= max_length for n in tokens)/len(tokens) if max_length else 0
     if max_length and max_length < 1.5*max(tokens): ax.axvline(max_length, color="#b04040", lw=1)
-    ax.set(xlabel=f"tokens of a row (median {sorted(tokens)[len(tokens)//2]}" + f"; {100*share:.1f} % at the limit of {max_length})"*bool(max_length) + ")"*(not max_length), ylabel="rows")
+    limit = f"; {100*share:.1f} % at the limit of {max_length}" if max_length else ""
+    ax.set(xlabel=f"tokens of a row (median {sorted(tokens)[len(tokens)//2]}{limit})", ylabel="rows")
     return fig
 
 # %% ../nbs/80_report.ipynb #7f0a9f89
@@ -255,13 +258,13 @@ def anonymous(
     for old, new in names.items(): obj = re.sub(rf"(?<![\w-]){re.escape(old)}(?![\w-])", lambda m: new, obj)
     return _ABSOLUTE.sub(lambda m: f"[path]/{m[1]}", redact(obj))
 
-# %% ../nbs/80_report.ipynb #9178c212
+# %% ../nbs/80_report.ipynb #d2d753f2
 def machine_names(
     record:dict, # of the run to keep
 )->dict[str, str]: # text -> what stands for it, the longest first
     "What tells where a run was made"
     cfg = record.get("config") or {}
-    places = {str(project_root()): ".", str(site_path(cfg.get("artifacts_dir") or "artifacts")): "artifacts", str(site_path(cfg.get("runs_dir") or "runs")): "runs", str(Path.home()): "~"}
+    places = {str(site_path(cfg.get(f"{k}_dir") or k)): k for k in ("artifacts", "runs")} | {str(project_root()): ".", str(Path.home()): "~"}
     hosts = {socket.gethostname(), *((a.get("host") or {}).get("name", "") for a in record.get("attempts") or [])}
     try: people = {getpass.getuser()} - {"root"}
     except (KeyError, OSError): people = set()

@@ -10,14 +10,14 @@ __all__ = ['SITE_KEYS', 'STACK', 'RUN_KEYS', 'canonical', 'config_hash', 'slug',
            'git_state', 'host', 'config_changes', 'check_frozen', 'topology', 'check_topology', 'fingerprint',
            'check_fingerprints', 'Attempt', 'open_run', 'close_attempt', 'finish', 'run_status']
 
-# %% ../nbs/01_run.ipynb #727081ab
+# %% ../nbs/01_run.ipynb #8784620c
 import atexit, ctypes, datetime, fcntl, hashlib, json, math, os, platform, re, secrets, shutil, signal, socket, subprocess, sys, time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from .base import UserError, locked, redact, verify_manifest, write_atomic, write_json
 import yaml
-from .config import accelerate_file, batch_arithmetic, compose, flatten, freeze, project_root, site_path
+from .config import accelerate_file, batch_arithmetic, flatten, freeze, project_root, site_path
 
 # %% ../nbs/01_run.ipynb #951ff32f
 SITE_KEYS = ("run_dir", "resuming_dir", "resuming_hash", "resuming", "artifacts_dir", "artifacts_subdir", "runs_dir", "submit", "num_processes")
@@ -36,13 +36,14 @@ def _portable(
         if value == folder or value.startswith(folder + "/"): return (name + value[len(folder):]).lstrip("/")
     return value
 
-# %% ../nbs/01_run.ipynb #d933a8e7
+# %% ../nbs/01_run.ipynb #af5fd357
 def _places(cfg:dict)->dict[str, str]:
     "The folders of this machine that a config may name, the longest first"
     root, art = project_root(), str(cfg.get("artifacts_dir") or "artifacts").rstrip("/")
     arts = {art, str(site_path(art)), str(site_path(art).resolve())}
     sub = cfg.get("artifacts_subdir") or "shared"
-    names = {a: "${artifacts_dir}" for a in arts} | {f"{a}/{sub}": "${artifacts_dir}/${artifacts_subdir}" for a in arts} | {str(r): "" for r in (root, root.resolve()) if str(r) not in arts}
+    names = {a: "${artifacts_dir}" for a in arts} | {f"{a}/{sub}": "${artifacts_dir}/${artifacts_subdir}" for a in arts}
+    names |= {str(r): "" for r in (root, root.resolve()) if str(r) not in arts}
     return dict(sorted(names.items(), key=lambda kv: -len(kv[0])))
 
 # %% ../nbs/01_run.ipynb #8e677d44

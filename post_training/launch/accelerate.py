@@ -7,8 +7,8 @@ __all__ = ['BOUND', 'visible_gpus', 'device_of', 'preflight', 'launch_settings',
            'raise_on_sigterm', 'supervise', 'progress_line', 'progress', 'JobFailed', 'last_lines', 'raise_for_exit',
            'run_module', 'launch_worker', 'launch_evaluation']
 
-# %% ../../nbs/70_launch.accelerate.ipynb #d9b298d3
-import contextlib, json, os, signal, subprocess, sys, threading, time
+# %% ../../nbs/70_launch.accelerate.ipynb #9affda60
+import contextlib, json, os, signal, subprocess, sys, threading
 from pathlib import Path
 import yaml
 from ..base import UserError, redact, write_atomic

@@ -6,12 +6,12 @@
 __all__ = ['recipe_parameters', 'check_parameters', 'recipe_path', 'own_kernel', 'execute_notebook', 'closing_line', 'shown_path',
            'print_done', 'followed', 'keep_final', 'run_recipe']
 
-# %% ../../nbs/72_launch.recipe.ipynb #5c558676
-import ast, contextlib, json, logging, os, shutil, sys, tempfile, threading
+# %% ../../nbs/72_launch.recipe.ipynb #e67b235c
+import ast, contextlib, json, logging, os, sys, tempfile, threading
 from pathlib import Path
 from ..base import UserError, nearest, write_atomic, write_json
-from ..config import compose, project_root, stage_name
-from .accelerate import JobFailed, last_lines, preflight, progress, raise_on_sigterm, stop_tree
+from ..config import compose, project_root
+from .accelerate import JobFailed, preflight, progress, raise_on_sigterm, stop_tree
 from ..run import Attempt, close_attempt, final_checkpoint, open_run, read_metrics, read_record
 
 # %% ../../nbs/72_launch.recipe.ipynb #b9feddda
