@@ -52,12 +52,12 @@ def recipe_path(
     if not path.is_file(): raise UserError(f"Stage {stage} has no recipe {path}.{nearest(stage, known)}")
     return path
 
-# %% ../../nbs/72_launch.recipe.ipynb #e593bb16
+# %% ../../nbs/72_launch.recipe.ipynb #c6609f6f
 @contextlib.contextmanager
 def own_kernel():
     "During the block, `python3` is a kernel on this very interpreter, and a kernel knows whose child it is"
     with tempfile.TemporaryDirectory() as d:
-        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        argv = [sys.executable, "-m", "ipykernel_launcher", "--log-level=50", "-f", "{connection_file}"]
         write_json(Path(d)/"kernels/python3/kernel.json", dict(argv=argv, display_name="Python 3", language="python", metadata=dict(supported_encryption=["curve"])))
         mine = dict(JUPYTER_PATH=os.pathsep.join(filter(None, [d, os.environ.get("JUPYTER_PATH")])), POST_TRAINING_PARENT=str(os.getpid()), JUPYTER_PLATFORM_DIRS="1")
         before = {k: os.environ.get(k) for k in mine}
