@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from post_training.data.swissai import assistant_blocks, developer, structured, user
 from post_training.tokens.collate import PackCollator, PadCollator, best_fit_pack
 from post_training.tokens.dataset import fit
-from post_training.tokens.masks import Refused, encoder_for, tokenize_chat, tokenize_chats
+from post_training.tokens.masks import Refused, encoder_for, finish, tokenize_chat, tokenize_chats
 from post_training.tokens.templates import CHAT_TEMPLATES, template_text, wants_blocks
 from post_training.tokens.tokenizer import toy_tokenizer
 
@@ -77,6 +77,16 @@ def test_a_batch_is_its_rows(talks_, name):
     t = tokenizer("bpe", name)
     for one, many in zip([tokenize_chat(t, x) for x in talks_], tokenize_chats(t, talks_)):
         assert one.input_ids.tolist() == many.input_ids.tolist() and one.completion_mask.tolist() == many.completion_mask.tolist()
+
+
+@quick
+@given(talks(), st.sampled_from(PLAIN), st.sampled_from(["bpe", "char"]))
+def test_the_two_ways_to_a_mask_agree(talk, name, kind):
+    "From the tokens at the edges of a region, and from the array of all offsets"
+    t = tokenizer(kind, name)
+    chat = tokenize_chat(t, talk)
+    row = encoder_for(t).verify(talk, chat.text, False)
+    assert finish(row, chat.input_ids, chat.offsets).completion_mask.tolist() == chat.completion_mask.tolist()
 
 
 @st.composite

@@ -124,13 +124,15 @@ def check_pending(
     if last and last["type"] == "tool_outputs" and len(last["outputs"]) < len(blocks[-2]["calls"]):
         raise MalformedRow(f"{len(blocks[-2]['calls'])} tool calls have {len(last['outputs'])} tool output(s)")
 
-# %% ../../nbs/12_data.swissai.ipynb #fd928054
+# %% ../../nbs/12_data.swissai.ipynb #fd0176a6
 def add_part(
     blocks:list[dict], # the blocks so far; changed in place
     part:dict, # one part of an assistant turn
 ):
     "Append one part to the blocks of a turn"
     kind, last = part["type"], blocks[-1] if blocks else dict(type="")
+    if kind in ("thought", "response", "function-output") and not isinstance(part.get("content"), str):
+        raise MalformedRow(f"a {kind} without content")
     if kind == "function-output":
         if last["type"] == "tool_calls": blocks.append(block("tool_outputs", outputs=[("", part["content"])]))
         elif last["type"] == "tool_outputs" and len(last["outputs"]) < len(blocks[-2]["calls"]):
@@ -144,7 +146,7 @@ def add_part(
         elif kind == "thought": blocks.append(block("thoughts", part["content"]))
         elif kind == "response": blocks.append(block("response", part["content"]))
         elif kind == "verifiable-responses":
-            blocks.append(block("tool_calls", calls=[("display_answers", json.dumps(dict(answers=part["answers"]), ensure_ascii=False))]))
+            blocks.append(block("tool_calls", calls=[("display_answers", json.dumps(dict(answers=part["answers"] or []), ensure_ascii=False))]))
             blocks.append(block("tool_outputs", outputs=[("display_answers", '"Answers displayed"')]))
         else: raise MalformedRow(f"unknown part type {kind!r}")
 

@@ -83,7 +83,7 @@ def fit(
     if completion_T[1:].any(): return ids_T, completion_T
     return Refused("no completion after truncation" if max_length and n > max_length else "no completion", "no token is left to train on")
 
-# %% ../../nbs/25_tokens.dataset.ipynb #7cc1bc07
+# %% ../../nbs/25_tokens.dataset.ipynb #8e2b5770
 def tokenize_batch(
     batch:dict, # columns of raw rows
     indices:list[int], # their indices
@@ -112,7 +112,8 @@ def tokenize_batch(
     empty = np.zeros(0, np.int32), np.zeros(0, bool)
     ids_masks = [empty if isinstance(v, Refused) else v for v in out]
     return dict(input_ids=[i for i, _ in ids_masks], completion_mask=[m for _, m in ids_masks], length=[len(i) for i, _ in ids_masks],
-                cut=[not isinstance(c, Refused) and len(c) > len(i) > 0 for c, (i, _) in zip(whole, ids_masks)], row_id=ids, source=[str(r.get("source") or "") for r in rows], left_out=left_out,
+                cut=[not isinstance(c, Refused) and len(c) > len(i) > 0 for c, (i, _) in zip(whole, ids_masks)],
+                row_id=ids, source=[str(r.get("source") or "") for r in rows], left_out=left_out,
                 reason=[v.reason if isinstance(v, Refused) else "" for v in out])
 
 # %% ../../nbs/25_tokens.dataset.ipynb #c634f62e
@@ -154,7 +155,7 @@ def check_dropped(
         raise UserError(f"{lost} of {counts['in']} rows were dropped ({why}), more than max_drop_fraction={max_drop_fraction}. "
                         "Correct the data, or raise max_drop_fraction.")
 
-# %% ../../nbs/25_tokens.dataset.ipynb #4ba124ef
+# %% ../../nbs/25_tokens.dataset.ipynb #12448826
 def tokenize_dataset(
     dataset, # `datasets.Dataset` of raw rows in a known format
     tokenizer, # with a chat template
@@ -177,7 +178,8 @@ def tokenize_dataset(
                         source=Value("string"), left_out=Value("string"), reason=Value("string"))
     encoder_for(tokenizer).header() # made before the processes fork
     data = dataset.map(tokenize_batch, batched=True, with_indices=True, batch_size=batch_size, num_proc=n if n > 1 else None, features=features,
-                       remove_columns=dataset.column_names, load_from_cache_file=False, desc="Tokenizing", keep_in_memory=work is None, cache_file_name=work and str(Path(work)/"rows.arrow"), new_fingerprint=os.urandom(8).hex(),
+                       remove_columns=dataset.column_names, load_from_cache_file=False, desc="Tokenizing", new_fingerprint=os.urandom(8).hex(),
+                       keep_in_memory=work is None, cache_file_name=work and str(Path(work)/"rows.arrow"),
                        fn_kwargs=dict(tokenizer=tokenizer, columns=columns, max_length=max_length, policies=policies, serial=n > 1,
                                       allow_control_tokens_in_content=allow_control_tokens_in_content))
     counts = counts_of(data)

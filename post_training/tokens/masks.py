@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['SLOT', 'TRANSFORMS', 'EDGES', 'KINDS', 'shape_of', 'probe', 'find_probes', 'unshape', 'is_written', 'is_needed',
            'first_special', 'end_of_turn', 'turn_regions', 'Skeleton', 'TokenizedChat', 'Refused', 'ChatEncoder',
-           'encoder_state', 'encoder_for', 'inside', 'encode_batch', 'tokenize_chats', 'tokenize_chat', 'last_tokens',
-           'check_stop_tokens', 'prompt_ids', 'check_generation_prompt', 'token_runs', 'Html', 'colour_html',
-           'colour_ansi']
+           'encoder_state', 'encoder_for', 'inside', 'region_tokens', 'encode_batch', 'offsets_of', 'completion_of',
+           'finish', 'tokenize_chats', 'tokenize_chat', 'last_tokens', 'check_stop_tokens', 'prompt_ids',
+           'check_generation_prompt', 'token_runs', 'Html', 'colour_html', 'colour_ansi']
 
-# %% ../../nbs/22_tokens.masks.ipynb #89afedb5
+# %% ../../nbs/22_tokens.masks.ipynb #1e7d56ac
 import html, json, os, re
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import accumulate, chain
 
 import numpy as np
 from fastcore.basics import patch
@@ -141,31 +141,33 @@ def turn_regions(
     if start is None: start = (2*j+1, min(first_special(special, pieces[j+1]), end)) # outputs at the end: the end token alone
     return [*out, (*start, 2*j+1, end)]
 
-# %% ../../nbs/22_tokens.masks.ipynb #6a3c43c8
+# %% ../../nbs/22_tokens.masks.ipynb #8064459c
 @dataclass
 class Skeleton:
     "What a template writes around the texts of one shape of conversation"
     items:list # (piece before the text, index of the text, transform)
     tail:str # what follows the last text
-    written:np.ndarray # of each item: whether the model writes it
-    regions:np.ndarray # [R, 4] as `turn_regions` gives them
+    written:list # the items that the model writes
+    regions:list # of edges and shifts, as `turn_regions` gives them
     turns:list # (first region, last region) of each assistant turn
     lost:list # "role.path" of needed texts that the template leaves out
     n_special:int # control tokens that the template writes
 
-# %% ../../nbs/22_tokens.masks.ipynb #e8c082a2
+# %% ../../nbs/22_tokens.masks.ipynb #784bf7d1
 @dataclass
 class TokenizedChat:
     "A conversation as tokens: each is either prompt or completion"
     text:str # the rendering
     input_ids:np.ndarray # [T] int32
     completion_mask:np.ndarray # [T] bool: the model is to write this token
-    offsets:np.ndarray # [T, 2] first and last (exclusive) character of each token
+    encoding:object # `tokenizers.Encoding`, or an array of offsets
     spans:list # (start, end) characters of the regions that the model writes
     turns:list # (start, end) characters of each assistant turn
     dropped:list = field(default_factory=list) # what the template left out, where that is allowed
     @property
     def prompt_mask(self): return ~self.completion_mask
+    @property
+    def offsets(self): return offsets_of(self.encoding) # [T, 2] first and last (exclusive) character of each token
     def __len__(self): return len(self.input_ids)
 
 # %% ../../nbs/22_tokens.masks.ipynb #6d872253
@@ -263,7 +265,7 @@ def skeleton(self:ChatEncoder, shape)->Skeleton|Refused:
     self.skeletons[shape] = out
     return out
 
-# %% ../../nbs/22_tokens.masks.ipynb #5597c80f
+# %% ../../nbs/22_tokens.masks.ipynb #327ad32b
 @patch
 def build(self:ChatEncoder, shape, text:str, found:list, places:list, roles:list)->Skeleton:
     "The skeleton of a shape from its parsed rendering"
@@ -284,8 +286,8 @@ def build(self:ChatEncoder, shape, text:str, found:list, places:list, roles:list
     seen = {i for *_, i, _ in found}
     lost = [f"{roles[p[0]]}.{'.'.join(map(str, p[1:]))}" for i, p in enumerate(places) if i not in seen and is_needed(p) and roles[p[0]] != "user"]
     n_special = int(self.is_special[self.backend.encode(text, add_special_tokens=False).ids].sum())
-    return Skeleton([(p, i, f) for p, (*_, i, f) in zip(pieces, found)], pieces[-1], np.array(written, bool),
-                    np.array(regions, np.int64).reshape(-1, 4), turns, lost, n_special)
+    return Skeleton([(p, i, f) for p, (*_, i, f) in zip(pieces, found)], pieces[-1], [k for k, w in enumerate(written) if w],
+                    regions, turns, lost, n_special)
 
 # %% ../../nbs/22_tokens.masks.ipynb #6538f65b
 @patch
@@ -315,25 +317,56 @@ def inside(
     start, end = np.append(spans_S2[:, 0], 2**62)[i], np.append(spans_S2[:, 1], 2**62)[i]
     return start < b if overlap else (start <= a) & (b <= end)
 
-# %% ../../nbs/22_tokens.masks.ipynb #88a64e90
+# %% ../../nbs/22_tokens.masks.ipynb #dd577bc7
+def region_tokens(
+    encoding, # `tokenizers.Encoding` of the row
+    n:int, # characters of the row
+    start:int, end:int, # characters of the region
+    first:int, last:int, # where the texts in it begin and end; beyond the region where it has none
+)->tuple[int, int]|None: # tokens from .. to (exclusive); None where a character at an edge has no token
+    "The tokens of a region: those wholly inside, and those that overlap its texts"
+    a = encoding.char_to_token(start)
+    if a is None: return None
+    left, right = encoding.token_to_chars(a)
+    a += left < start and right <= first # it crosses the edge and reaches no text
+    if end >= n: return a, len(encoding)
+    b = encoding.char_to_token(end) # the first token past the region, or one that crosses its end
+    return None if b is None else (a, b + (encoding.token_to_chars(b)[0] < last))
+
+# %% ../../nbs/22_tokens.masks.ipynb #e62ead23
 def encode_batch(
     backend, # `plain_backend` of a tokenizer
     texts:list[str], # texts with control tokens in them
-)->list[tuple]: # (ids [T], offsets [T, 2]) of each
-    "Encode texts in one call: ids and character offsets as arrays"
+)->list[tuple]: # (ids [T], `tokenizers.Encoding`) of each
+    "Encode texts in one call"
     encodings = backend.encode_batch(texts, add_special_tokens=False)
     ids = [e.ids for e in encodings]
-    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-    n, cuts = int(lengths.sum()), np.cumsum(lengths)[:-1]
-    ids_N = np.fromiter(chain.from_iterable(ids), np.int32, n)
-    offsets_N2 = np.fromiter(chain.from_iterable(chain.from_iterable(e.offsets for e in encodings)), np.int64, 2*n).reshape(n, 2)
-    return list(zip(np.split(ids_N, cuts), np.split(offsets_N2, cuts)))
+    cuts = list(accumulate(map(len, ids), initial=0))
+    ids_N = np.fromiter(chain.from_iterable(ids), np.int32, cuts[-1])
+    return [(ids_N[a:b], e) for e, a, b in zip(encodings, cuts, cuts[1:])]
 
-# %% ../../nbs/22_tokens.masks.ipynb #53abe422
+# %% ../../nbs/22_tokens.masks.ipynb #6f7cc1db
+def offsets_of(
+    encoding, # `tokenizers.Encoding`, or an array that is returned as it is
+)->np.ndarray: # [T, 2]
+    "Character offsets of the tokens of one row"
+    if isinstance(encoding, np.ndarray): return encoding
+    return np.fromiter(chain.from_iterable(encoding.offsets), np.int64, 2*len(encoding)).reshape(-1, 2)
+
+# %% ../../nbs/22_tokens.masks.ipynb #31b56350
 @patch
-def encode_typed(self:ChatEncoder, text:str, ids:np.ndarray, offsets:np.ndarray, edges:list, n_special:int)->tuple|Refused:
+def with_typed(self:ChatEncoder, rows:list, encoded:list)->list[int]: # indices
+    "The rows of a batch that hold more control tokens than their template writes"
+    if not rows: return []
+    special_N = self.is_special[np.concatenate([ids for ids, _ in encoded])]
+    counts = np.diff(np.concatenate([[0], np.cumsum(special_N)])[np.cumsum([0, *(len(ids) for ids, _ in encoded)])])
+    return np.flatnonzero(counts != [s.n_special for _, s, _ in rows]).tolist()
+
+# %% ../../nbs/22_tokens.masks.ipynb #10b3741e
+@patch
+def encode_typed(self:ChatEncoder, text:str, ids:np.ndarray, encoding, edges:list, n_special:int)->tuple|Refused: # (ids [T], offsets [T, 2])
     "Encode one row again with the control tokens of its contents as plain text"
-    contents = np.array(edges).reshape(-1, 2)
+    offsets, contents = offsets_of(encoding), np.array(edges).reshape(-1, 2)
     own = self.is_special[ids] & ~inside(offsets, contents, overlap=True)
     if own.sum() != n_special: return Refused("unverifiable", "a control token in a content covers one of the template's")
     cuts = offsets[own]
@@ -343,10 +376,10 @@ def encode_typed(self:ChatEncoder, text:str, ids:np.ndarray, offsets:np.ndarray,
         stretches = encode_batch(self.backend, [text[a:b] for a, b in zip(starts, ends)])
     finally: self.backend.encode_special_tokens = False
     if any(self.is_special[i].any() for i, _ in stretches): return Refused("unverifiable", "the tokenizer cannot write a control token as text")
-    out_ids, out_offsets = [stretches[0][0]], [stretches[0][1]]
+    out_ids, out_offsets = [stretches[0][0]], [offsets_of(stretches[0][1])]
     for token, cut, start, (i, o) in zip(ids[own], cuts, starts[1:], stretches[1:]):
         out_ids += [[token], i]
-        out_offsets += [cut[None], o + start]
+        out_offsets += [cut[None], offsets_of(o) + start]
     return np.concatenate(out_ids).astype(np.int32), np.concatenate(out_offsets)
 
 # %% ../../nbs/22_tokens.masks.ipynb #adba11ec
@@ -364,22 +397,42 @@ def verify(self:ChatEncoder, chat:list, text, drop_unsupported:bool)->tuple|Refu
     if edges is None: return Refused("unverifiable", "the rendering is not the template's pieces and the contents in order")
     return text, skeleton, edges
 
-# %% ../../nbs/22_tokens.masks.ipynb #8d440146
-@patch
-def finish(self:ChatEncoder, rows:list, encoded:list)->list: # `TokenizedChat` of each
-    "Masks of a batch: all rows at once on the concatenated offsets"
-    base = np.cumsum([0, *(len(text) + 1 for text, *_ in rows)])
-    shifted = np.concatenate([o + b for (_, o), b in zip(encoded, base)] or [np.zeros((0, 2), np.int64)])
-    edges = [np.array(e, np.int64) for *_, e in rows]
-    regions = [np.stack([e[s.regions[:, 0]] + s.regions[:, 1], e[s.regions[:, 2]] + s.regions[:, 3]], 1) for (_, s, _), e in zip(rows, edges)]
-    whole = np.concatenate([r + b for r, b in zip(regions, base)] or [np.zeros((0, 2), np.int64)])
-    texts = np.concatenate([e.reshape(-1, 2)[s.written] + b for (_, s, _), e, b in zip(rows, edges, base)] or [np.zeros((0, 2), np.int64)])
-    mask = inside(shifted, whole) | inside(shifted, texts, overlap=True)
-    masks = np.split(mask, np.cumsum([len(i) for i, _ in encoded])[:-1]) if encoded else []
-    return [TokenizedChat(text, ids, m, offsets, list(map(tuple, r.tolist())), [(int(r[a, 0]), int(r[b, 1])) for a, b in s.turns], s.lost)
-            for (text, s, _), (ids, offsets), m, r in zip(rows, encoded, masks, regions)]
+# %% ../../nbs/22_tokens.masks.ipynb #c21f2b33
+def completion_of(
+    n:int, # characters of the row
+    skeleton:Skeleton,
+    edges:list[int], # start and end of each text
+    spans:list[tuple], # the regions
+    ids:np.ndarray, # [T]
+    encoding, # `tokenizers.Encoding`, or an array of offsets
+)->np.ndarray: # [T] bool
+    "The completion mask of one row"
+    mask = np.zeros(len(ids), bool)
+    if not isinstance(encoding, np.ndarray):
+        for (i, _, j, _), (start, end) in zip(skeleton.regions, spans):
+            if start >= end: continue
+            texts = (edges[i], edges[j]) if i % 2 == 0 else (n, -1) # a region that begins behind a text has none of its own
+            found = region_tokens(encoding, n, start, end, *texts)
+            if found is None: break
+            mask[found[0]:found[1]] = True
+        else: return mask
+    offsets = offsets_of(encoding)
+    texts = np.array([edges[2*k:2*k+2] for k in skeleton.written], np.int64).reshape(-1, 2)
+    return inside(offsets, np.array(spans, np.int64).reshape(-1, 2)) | inside(offsets, texts, overlap=True)
 
-# %% ../../nbs/22_tokens.masks.ipynb #e6735118
+# %% ../../nbs/22_tokens.masks.ipynb #2ca46741
+def finish(
+    row:tuple, # (text, skeleton, edges)
+    ids:np.ndarray, # [T]
+    encoding, # `tokenizers.Encoding`, or an array of offsets
+)->TokenizedChat:
+    "One verified and encoded row as tokens with their mask"
+    text, s, edges = row
+    spans = [(edges[i] + x, edges[j] + y) for i, x, j, y in s.regions]
+    mask = completion_of(len(text), s, edges, spans, ids, encoding)
+    return TokenizedChat(text, ids, mask, encoding, spans, [(spans[i][0], spans[j][1]) for i, j in s.turns], s.lost)
+
+# %% ../../nbs/22_tokens.masks.ipynb #a61a1a0e
 def tokenize_chats(
     tokenizer, # a fast tokenizer with a chat template
     chats:list[list[dict]], # conversations in the format the template takes
@@ -392,14 +445,10 @@ def tokenize_chats(
     at = [i for i, v in enumerate(out) if not isinstance(v, Refused)]
     rows = [out[i] for i in at]
     encoded = encode_batch(self.backend, [text for text, *_ in rows]) if rows else []
-    if not allow_control_tokens_in_content:
-        for n, ((text, skeleton, edges), (ids, offsets)) in enumerate(zip(rows, encoded)):
-            if np.count_nonzero(self.is_special[ids]) != skeleton.n_special:
-                encoded[n] = self.encode_typed(text, ids, offsets, edges, skeleton.n_special)
-    good = [n for n, v in enumerate(encoded) if not isinstance(v, Refused)]
-    for n, v in enumerate(encoded):
-        if isinstance(v, Refused): out[at[n]] = v
-    for n, chat in zip(good, self.finish([rows[n] for n in good], [encoded[n] for n in good])): out[at[n]] = chat
+    for n in [] if allow_control_tokens_in_content else self.with_typed(rows, encoded):
+        text, skeleton, edges = rows[n]
+        encoded[n] = self.encode_typed(text, *encoded[n], edges, skeleton.n_special)
+    for i, row, v in zip(at, rows, encoded): out[i] = v if isinstance(v, Refused) else finish(row, *v)
     return out
 
 # %% ../../nbs/22_tokens.masks.ipynb #13e7d153
@@ -441,7 +490,7 @@ def check_stop_tokens(
     if on_missing_stop == "error": raise UserError(text + ", or tokenization.on_missing_stop=warn.")
     return text + "."
 
-# %% ../../nbs/22_tokens.masks.ipynb #e3320222
+# %% ../../nbs/22_tokens.masks.ipynb #d21fdbf9
 def prompt_ids(
     tokenizer, # with a chat template
     messages:list[dict], # a conversation that ends before an answer
@@ -451,13 +500,13 @@ def prompt_ids(
     self = encoder_for(tokenizer)
     text, texts = self.render([messages], add_generation_prompt=True)[0], []
     if isinstance(text, Refused): raise UserError(text.detail)
-    (ids, offsets), = encode_batch(self.backend, [text])
+    (ids, encoding), = encode_batch(self.backend, [text])
     skeleton = self.skeleton(shape_of(messages, texts))
     if allow_control_tokens_in_content or isinstance(skeleton, Refused): return ids
     edges = self.locate(skeleton, text.removesuffix(self.header()), texts)
     n_special = skeleton.n_special + int(self.is_special[encode_batch(self.backend, [self.header()])[0][0]].sum())
     if edges is None or np.count_nonzero(self.is_special[ids]) == n_special: return ids
-    typed = self.encode_typed(text, ids, offsets, edges, n_special)
+    typed = self.encode_typed(text, ids, encoding, edges, n_special)
     return ids if isinstance(typed, Refused) else typed[0]
 
 # %% ../../nbs/22_tokens.masks.ipynb #8918b300
