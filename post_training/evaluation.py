@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CALL', 'CALL_END', 'THOUGHT_END', 'spread', 'prompt_of', 'render_prompts', 'stops_at_calls', 'answer_text',
-           'bootstrap', 'by_skill', 'result_of', 'evaluate_checkpoint', 'start_model', 'eval_rows', 'evaluate_config',
-           'show_samples', 'parse_args', 'main']
+           'bootstrap', 'by_skill', 'result_of', 'evaluate_checkpoint', 'eval_rows', 'evaluate_config', 'show_samples',
+           'parse_args', 'main']
 
 # %% ../nbs/61_evaluation.ipynb #626afe0b
 import argparse, json, os, sys, time, traceback
@@ -144,22 +144,7 @@ def evaluate_checkpoint(
     out = result_of(tokenizer, rows, prompts, [made.get(i) for i in range(len(rows))], num_samples)
     return out | dict(new_tokens=sum(len(w["ids"]) for w in made.values()), seconds=round(time.perf_counter() - began, 2))
 
-# %% ../nbs/61_evaluation.ipynb #bb74fac6
-def start_model(
-    name:str, # model_args.model_name_or_path
-    runs_dir, # where `run:RUN` is looked up
-)->str: # folder or hub name
-    "What a run starts from: a folder, a hub name, or another run's newest verified checkpoint"
-    if name.startswith("run:"):
-        found = [p for p in (Path(name[4:]), config.site_path(runs_dir)/name[4:], *sorted(config.site_path(runs_dir).glob(f"*/**/{name[4:]}"))) if (p/"record.json").is_file()]
-        if not found: raise UserError(f"{name}: there is no such run below {runs_dir}. `post-training runs` lists them.")
-        path, _ = run.newest_verified(run.read_record(found[0])["checkpoints_dir"])
-        if path is None: raise UserError(f"{name} has no checkpoint that verifies.")
-        return str(path)
-    path = config.site_path(name)
-    return str(path) if path.exists() else name
-
-# %% ../nbs/61_evaluation.ipynb #ca901007
+# %% ../nbs/61_evaluation.ipynb #f6667227
 def eval_rows(
     cfg:dict, # composed
     num_prompts:int, # 0 takes all
@@ -167,11 +152,10 @@ def eval_rows(
     "Rows to ask about: of the evaluation split, else of the only one there is"
     from post_training.data.io import load_rows
     args = cfg["dataset_args"]
-    path = config.site_path(args["dataset_name"])
-    rows = load_rows(str(path) if path.exists() else args["dataset_name"], (args.get("eval_split") or {}).get("name"))
+    rows = load_rows(run.place(args["dataset_name"]), (args.get("eval_split") or {}).get("name"))
     return [rows[i] for i in spread(len(rows), num_prompts)]
 
-# %% ../nbs/61_evaluation.ipynb #0fd88f9f
+# %% ../nbs/61_evaluation.ipynb #7a3e030a
 def evaluate_config(
     cfg:dict, # composed or frozen
     checkpoint:str|None=None, # folder; None is the model that the run starts from
@@ -184,9 +168,9 @@ def evaluate_config(
     if checkpoint: model_path(checkpoint) # a wrong folder fails before anything is loaded
     ensure_demo(cfg)
     how, model, tok = cfg["evaluation"], cfg["model_args"], dict(cfg["tokenizer_args"])
-    tokenizer = load_tokenizer(start_model(tok.pop("tokenizer_name_or_path"), cfg["runs_dir"]), **tok)
+    tokenizer = load_tokenizer(run.base_model(tok.pop("tokenizer_name_or_path"), cfg["runs_dir"])[0], **tok)
     device = cfg.get("cluster", {}).get("device", "auto")
-    path = checkpoint or start_model(model["model_name_or_path"], cfg["runs_dir"])
+    path = checkpoint or run.base_model(model["model_name_or_path"], cfg["runs_dir"])[0]
     rows = eval_rows(cfg, how["num_prompts"] if num_prompts is None else num_prompts)
     out = evaluate_checkpoint(path, rows, tokenizer, how["max_new_tokens"], how["batch_size"], how["num_samples_shown"],
                               None if device == "auto" else device, tokenizer.eos_token_id, trust_remote_code=model["trust_remote_code"],

@@ -8,14 +8,15 @@ __all__ = ['SITE_KEYS', 'STACK', 'RUN_KEYS', 'canonical', 'config_hash', 'slug',
            'list_checkpoints', 'newest_verified', 'final_checkpoint', 'is_trained', 'is_done', 'generation_folder',
            'RunPlan', 'locate', 'is_live', 'hold_run', 'release_run', 'die_with_parent', 'join_run', 'versions',
            'git_state', 'host', 'config_changes', 'check_frozen', 'topology', 'check_topology', 'fingerprint',
-           'check_fingerprints', 'Attempt', 'open_run', 'close_attempt', 'finish', 'run_status']
+           'check_fingerprints', 'Attempt', 'open_run', 'close_attempt', 'finish', 'run_status', 'runs_root',
+           'all_runs', 'find_run', 'place', 'base_model']
 
-# %% ../nbs/01_run.ipynb #8784620c
+# %% ../nbs/01_run.ipynb #58f3370c
 import atexit, ctypes, datetime, fcntl, hashlib, json, math, os, platform, re, secrets, shutil, signal, socket, subprocess, sys, time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from .base import UserError, locked, redact, verify_manifest, write_atomic, write_json
+from .base import UserError, locked, nearest, redact, verify_manifest, write_atomic, write_json
 import yaml
 from .config import accelerate_file, batch_arithmetic, flatten, freeze, project_root, site_path
 
@@ -666,3 +667,50 @@ def run_status(
     if last and "exit" not in last: return "running" if is_live(run_dir) else "killed"
     if last.get("exit", 0) != 0: return "killed" if last["exit"] == "killed" else "failed"
     return record.get("status", "unknown")
+
+# %% ../nbs/01_run.ipynb #5ebc5e96
+def runs_root()->Path:
+    "Where records are: POST_TRAINING_RUNS_DIR, else `runs` below the project root"
+    return site_path(os.environ.get("POST_TRAINING_RUNS_DIR", "runs"))
+
+# %% ../nbs/01_run.ipynb #b9adc649
+def all_runs(
+    root=None, # a folder; None: `runs_root`
+)->list[Path]: # run folders, by name; the examples are left out
+    "Folders that hold a record"
+    root = site_path(root or runs_root())
+    return sorted(p.parent for p in root.rglob("record.json") if p.relative_to(root).parts[0] != "examples" and "attempts" not in p.relative_to(root).parts)
+
+# %% ../nbs/01_run.ipynb #6b449ebf
+def find_run(
+    name:str, # a path, a folder's name, the digits of a hash, or a part of these
+    root=None, # a folder; None: `runs_root`
+)->Path:
+    "The one run that a name means"
+    for p in (Path(name), site_path(name), site_path(root or runs_root())/name):
+        if (p/"record.json").is_file(): return p
+    runs = all_runs(root)
+    hits = [r for r in runs if r.name == name or r.name.endswith(f"-{name[:8]}")] or [r for r in runs if name in str(r)]
+    if len(hits) == 1: return hits[0]
+    if hits: raise UserError(f"{name!r} means {len(hits)} runs: {', '.join(h.name for h in hits[:5])}. Give more of the name.")
+    raise UserError(f"There is no run {name!r}.{nearest(name, [r.name for r in runs])} `post-training runs` lists them.")
+
+# %% ../nbs/01_run.ipynb #ddf71603
+def place(
+    name:str, # a path, a glob or a hub name
+)->str:
+    "The path below the project root if it is there, else the name as it is"
+    path = site_path(name)
+    return str(path) if path.exists() or list(path.parent.glob(path.name)) else name
+
+# %% ../nbs/01_run.ipynb #24085cb6
+def base_model(
+    name:str, # model_args.model_name_or_path
+    runs_dir=None, # where records are kept; None: `runs_root`
+)->tuple[str, dict]: # (what to load, lineage for the record)
+    "A model's path or hub name; `run:RUN` is a run's newest verified checkpoint"
+    if not name.startswith("run:"): return place(name), {}
+    record = read_record(find_run(name[4:], runs_dir))
+    path, skipped = newest_verified(record["checkpoints_dir"])
+    if path is None: raise UserError(f"{name} has no checkpoint that verifies" + (f" ({skipped[0][0].name}: {skipped[0][1]})" if skipped else "") + ".")
+    return str(path), dict(parents=[dict(run=record.get("id"), hash=record.get("hash"), checkpoint=path.name)])
