@@ -90,24 +90,24 @@ def dry_run(
         if text: print("\n".join([f"\n# {title}", *(f"#   {line}" for line in text.split("\n"))]))
     return 0
 
-# %% ../nbs/81_cli.ipynb #eb941499
+# %% ../nbs/81_cli.ipynb #638da7a8
 def runs_command(
     argv:list[str], # after `runs`
 )->int: # exit code
     "`post-training runs ...`"
-    from post_training import report
+    from post_training import report, run
     words, o = split_arguments(argv, (), ("stage", "status", "text"))
     actions = dict(list=None, show=1, diff=2, verify=None, keep=None)
     action, names = (words[0], words[1:]) if words else ("list", [])
     if action not in actions: raise UserError(f"There is no `runs {action}`.{nearest(action, actions)} There are {', '.join(actions)}.")
     if actions[action] not in (None, len(names)): raise UserError(f"`runs {action}` takes {actions[action]} run{'s' * (actions[action] > 1)}; {len(names)} given.")
     if action == "keep" and len(names) not in (1, 2): raise UserError("`runs keep` takes a run, and a name for the copy.")
-    found = [report.find_run(n) for n in names[:1 if action == "keep" else None]]
+    found = [run.find_run(n) for n in names[:1 if action == "keep" else None]]
     if action == "list": print(report.as_table(report.runs_table(**o), ["run", "status", "attempts", "started", "loss", "accuracy", "stage"]))
     if action == "show": print(report.show_run(found[0]))
     if action == "diff": print(report.as_table(report.diff_runs(*found)))
     if action == "keep": print(f"kept in {report.keep_run(found[0], *names[1:])}")
-    return _verify(found or report.all_runs()) if action == "verify" else 0
+    return _verify(found or run.all_runs()) if action == "verify" else 0
 
 # %% ../nbs/81_cli.ipynb #c87742d0
 def _verify(runs)->int: # 1 where something is wrong
@@ -120,12 +120,12 @@ def _verify(runs)->int: # 1 where something is wrong
         bad |= bool(wrong)
     return int(bad)
 
-# %% ../nbs/81_cli.ipynb #6f6721d8
+# %% ../nbs/81_cli.ipynb #485cf356
 def sync_command(
     argv:list[str], # after `wandb-sync`
 )->int: # exit code
     "`post-training wandb-sync [RUN ...]`"
-    from post_training.report import all_runs, find_run
+    from post_training.run import all_runs, find_run
     from post_training.tracking import wandb_sync
     words, _ = split_arguments(argv)
     for run_dir, n in wandb_sync([find_run(w) for w in words] or all_runs()): print(f"{run_dir.name}: {n} lines sent")

@@ -7,8 +7,8 @@ __all__ = ['CALL', 'CALL_END', 'THOUGHT_END', 'spread', 'prompt_of', 'render_pro
            'bootstrap', 'by_skill', 'result_of', 'evaluate_checkpoint', 'eval_rows', 'evaluate_config', 'show_samples',
            'parse_args', 'main']
 
-# %% ../nbs/61_evaluation.ipynb #626afe0b
-import argparse, json, os, sys, time, traceback
+# %% ../nbs/61_evaluation.ipynb #97c46de0
+import argparse, sys, time, traceback
 from pathlib import Path
 
 import numpy as np

@@ -7,13 +7,13 @@ __all__ = ['PANELS', 'KEPT_BYTES', 'short', 'as_table', 'runs_table', 'show_run'
            'show_config', 'show_counts', 'show_arithmetic', 'show_evaluation', 'show_record', 'show_identity',
            'lengths', 'anonymous', 'machine_names', 'thin', 'shrink_notebook', 'keep_run']
 
-# %% ../nbs/80_report.ipynb #884cacba
-import getpass, json, os, re, socket
+# %% ../nbs/80_report.ipynb #ec6a0c01
+import getpass, json, re, socket
 from pathlib import Path
 import yaml
-from .base import UserError, atomic_dir, nearest, redact, verify_manifest, write_json
+from .base import UserError, atomic_dir, redact, verify_manifest, write_json
 from .config import batch_arithmetic, diff_from_presets, flatten, project_root, site_path
-from .run import all_runs, config_hash, find_run, final_checkpoint, list_checkpoints, plain, read_metrics, read_record, run_status
+from .run import all_runs, config_hash, final_checkpoint, list_checkpoints, plain, read_metrics, read_record, run_status
 
 # %% ../nbs/80_report.ipynb #bcaad55b
 def short(

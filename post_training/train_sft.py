@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['wants_cpu', 'join_world', 'zero_stage', 'check_world', 'Worker', 'read_args', 'begin', 'open_here', 'share', 'Data',
-           'load_split', 'wants_eval', 'stop_ids', 'check_gates', 'prepare_data', 'examples', 'resolved', 'trl_args',
-           'load_base', 'objective_of', 'make_trainer', 'resume_point', 'probe_memory', 'peak_memory', 'train_sft',
-           'finish', 'report_error', 'quiet', 'main']
+           'load_split', 'wants_eval', 'stop_ids', 'prepare_data', 'examples', 'resolved', 'trl_args', 'load_base',
+           'objective_of', 'make_trainer', 'resume_point', 'probe_memory', 'peak_memory', 'train_sft', 'finish',
+           'report_error', 'quiet', 'main']
 
 # %% ../nbs/54_train_sft.ipynb #18a095d7
 import datetime, json, os, sys, traceback
@@ -161,34 +161,13 @@ def stop_ids(
     except (OSError, ValueError): ids = None
     return {tokenizer.eos_token_id} | ({ids} if isinstance(ids, int) else set(ids or ()))
 
-# %% ../nbs/54_train_sft.ipynb #c57c514c
-def check_gates(
-    rows, # raw rows
-    tokenizer,
-    stops:set, # ids that generation stops at
-    policy:str="error", # tokenization.on_missing_stop: error or warn
-    sample:int=64, # rows looked at
-)->list[str]: # warnings
-    "Stop tokens and generation prompt, on a sample of the rows"
-    from post_training.data.messages import format_of
-    from post_training.data.swissai import is_swissai
-    from post_training.tokens.dataset import batch_chats
-    from post_training.tokens.masks import Refused, check_generation_prompt, check_stop_tokens, tokenize_chats
-    from post_training.tokens.templates import wants_blocks
-    columns = None if is_swissai(rows.column_names) else format_of(rows.column_names)
-    some = [rows[i] for i in range(0, len(rows), max(1, len(rows)//sample))]
-    talks = [t for t in batch_chats(some, columns, wants_blocks(tokenizer.chat_template)) if not isinstance(t, Refused)]
-    chats = [c for c in tokenize_chats(tokenizer, talks, unsupported_roles="drop") if not isinstance(c, Refused)]
-    found = [check_stop_tokens(tokenizer, chats, stops, policy), check_generation_prompt(tokenizer, talks, policy)]
-    return [f for f in found if f]
-
-# %% ../nbs/54_train_sft.ipynb #428ca976
+# %% ../nbs/54_train_sft.ipynb #9c6c0850
 def prepare_data(
     cfg:dict, # composed
 )->Data:
     "Tokenizer and tokenized rows of a run, from the cache where they are there"
     from post_training.demo import ensure_demo
-    from post_training.tokens.dataset import cached_tokenize
+    from post_training.tokens.dataset import cached_tokenize, check_sample
     from post_training.tokens.tokenizer import load_tokenizer, template_fingerprint, tokenizer_fingerprint
     ensure_demo(cfg)
     t = dict(cfg["tokenizer_args"])
@@ -200,10 +179,10 @@ def prepare_data(
         raw = load_split(cfg, split)
         if split == "train" and len(raw):
             stops = stop_ids(run.base_model(cfg["model_args"]["model_name_or_path"], cfg["runs_dir"])[0], tokenizer)
-            out.notices = check_gates(raw, tokenizer, stops, cfg["tokenization"]["on_missing_stop"])
+            out.notices = check_sample(raw, tokenizer, stops, cfg["tokenization"]["on_missing_stop"])
         rows, counts = cached_tokenize(folder, raw, tokenizer, max_length=cfg["training_args"].get("max_length"),
                                        max_drop_fraction=cfg["max_drop_fraction"], **policies)
-        out.counts[split] = {k: counts[k] for k in ("in", "out", "dropped", "left_out") if counts.get(k)} | dict(tokens=sum(rows["length"][:]))
+        out.counts[split] = {k: counts[k] for k in ("in", "out", "dropped", "left_out", "truncated", "tokens", "completion_tokens") if counts.get(k)}
         out.fingerprints[f"{split}_rows"] = counts["rows_fingerprint"]
         setattr(out, split, rows)
     return out
@@ -298,7 +277,7 @@ def make_trainer(
                       best_metric=metric if metric.startswith("eval_") else f"eval_{metric}",
                       greater_is_better="accuracy" in metric if t.get("greater_is_better") is None else t["greater_is_better"])
 
-# %% ../nbs/54_train_sft.ipynb #345f3fca
+# %% ../nbs/54_train_sft.ipynb #5ccda5b1
 def resume_point(
     w:Worker,
 )->tuple[Path|None, list]: # (checkpoint, what was passed over with the reason)
@@ -313,7 +292,8 @@ def resume_point(
         manifest = json.loads((path/"manifest.json").read_text())
         run.check_topology(manifest, run.topology(w.cfg))
         batch = config.batch_arithmetic(w.cfg)["global_batch"]
-        if manifest.get("global_batch", batch) != batch: raise UserError(f"{path.name} was trained with a global batch of {manifest['global_batch']}, not {batch}. Keep it, or start from its weights.")
+        if manifest.get("global_batch", batch) != batch:
+            raise UserError(f"{path.name} was trained with a global batch of {manifest['global_batch']}, not {batch}. Keep it, or start from its weights.")
     return path, skipped
 
 # %% ../nbs/54_train_sft.ipynb #7c5fcd7c
@@ -347,7 +327,7 @@ def peak_memory(cpu:bool)->float: # GiB
     import resource, torch
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024 if cpu else torch.cuda.max_memory_allocated())/2**30
 
-# %% ../nbs/54_train_sft.ipynb #d00d28d6
+# %% ../nbs/54_train_sft.ipynb #2f38cac4
 def train_sft(
     w:Worker,
 ):
@@ -364,7 +344,8 @@ def train_sft(
         clean(w.checkpoints_dir)
         run.check_fingerprints(w.run_dir, **data.fingerprints, **(dict(base_weights=run.fingerprint(name)) if Path(name).is_dir() else {}))
         run.truncate_metrics(w.run_dir, int(point.name.split("-")[1]) if point else -1)
-        run.update_record(w.run_dir, counts=data.counts, notices=data.notices, resolved=auto, seeds=dict(seed=w.cfg["training_args"]["seed"], data_seed=w.cfg["training_args"].get("data_seed")), **lineage)
+        seeds = {k: w.cfg["training_args"].get(k) for k in ("seed", "data_seed")}
+        run.update_record(w.run_dir, counts=data.counts, notices=data.notices, resolved=auto, seeds=seeds, **lineage)
         write_json(w.run_dir/"examples.json", examples(data))
         for text in [*data.notices, *(f"passed over {p.name}: {why}" for p, why in skipped)]: print(text, file=sys.stderr)
     if w.cfg["dataset_args"].get("debug_oom") and point is None:
@@ -414,10 +395,11 @@ def report_error(
     print(message, file=sys.stderr, flush=True)
     return 2 if user else 1
 
-# %% ../nbs/54_train_sft.ipynb #4dfbaac9
+# %% ../nbs/54_train_sft.ipynb #72937511
 def quiet():
     "No telemetry, no progress bars in logs, no advice that is meant for scripts of another kind"
-    for k, v in dict(HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="true", TRANSFORMERS_VERBOSITY="error").items(): os.environ.setdefault(k, v)
+    wishes = dict(HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="true", TRANSFORMERS_VERBOSITY="error")
+    for k, v in wishes.items(): os.environ.setdefault(k, v)
     import datasets, transformers, warnings
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()

@@ -12,9 +12,10 @@ from fractions import Fraction
 
 from ..base import UserError, nearest
 
-# %% ../../nbs/38_models.verifiers.ipynb #ff736a9f
+# %% ../../nbs/38_models.verifiers.ipynb #6a964eed
 _DIGITS = r"(?:\d+(?:[.,'’\u00a0\u202f]\d+)*|\.\d+|\d{1,3}(?: \d{3})+(?!\d))"
-NUMBER = re.compile(rf"(?:(?<![\w.)\]}}])[-−–+]\s?)?[$€£]?\s?(?:\d+ +(?=\d+/\d))?(?:\d{{1,3}}(?: \d{{3}})+(?![\d])|{_DIGITS})(?:[eE][-+]?\d+(?!\w))?(?:\s?[/⁄]\s?\d+(?![\d.,]*\s*[/⁄]))?")
+NUMBER = re.compile(rf"(?:(?<![\w.)\]}}])[-−–+]\s?)?[$€£]?\s?(?:\d+ +(?=\d+/\d))?(?:\d{{1,3}}(?: \d{{3}})+(?![\d])|{_DIGITS})"
+                    r"(?:[eE][-+]?\d+(?!\w))?(?:\s?[/⁄]\s?\d+(?![\d.,]*\s*[/⁄]))?")
 
 # %% ../../nbs/38_models.verifiers.ipynb #4dd1bf45
 def plain_digits(

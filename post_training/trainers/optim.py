@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['ADEMAMIX_ARGS', 'parse_optim_args', 'ademamix_args', 'ademamix', 'optimizer_for']
 
-# %% ../../nbs/51_trainers.optim.ipynb #8fce7cab
-import torch
+# %% ../../nbs/51_trainers.optim.ipynb #339a184f
 from ..base import UserError, nearest
 
 # %% ../../nbs/51_trainers.optim.ipynb #4e39d5f9
