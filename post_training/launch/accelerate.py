@@ -53,13 +53,13 @@ def launch_settings(
     if preset["distributed_type"] != "DEEPSPEED": preset |= dict(distributed_type="MULTI_GPU" if n > 1 else "NO", use_cpu=cpu)
     return preset
 
-# %% ../../nbs/70_launch.accelerate.ipynb #329c2e16
+# %% ../../nbs/70_launch.accelerate.ipynb #7b4c79f6
 def launch_env(
     cfg:dict, # a composed, resolved config
     attempt:int, # number, which the worker reads
 )->dict[str, str]:
     "The environment of a worker: this one, without what belongs to a notebook kernel or another launch"
-    inherited = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "MPLBACKEND")
+    inherited = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "MPLBACKEND", "DS_ACCELERATOR")
     env = {k: v for k, v in os.environ.items() if k not in inherited and not k.startswith(("ACCELERATE_", "TORCHELASTIC_"))}
     env |= dict(POST_TRAINING_ATTEMPT=str(attempt), POST_TRAINING_ROOT=str(project_root()), PYTHONUNBUFFERED="1")
     if device_of(cfg) == "cpu":

@@ -6,12 +6,12 @@
 __all__ = ['recipe_parameters', 'check_parameters', 'recipe_path', 'own_kernel', 'execute_notebook', 'closing_line', 'shown_path',
            'print_done', 'followed', 'keep_final', 'run_recipe']
 
-# %% ../../nbs/72_launch.recipe.ipynb #e67b235c
+# %% ../../nbs/72_launch.recipe.ipynb #cb7833d7
 import ast, contextlib, json, logging, os, sys, tempfile, threading
 from pathlib import Path
 from ..base import UserError, nearest, write_atomic, write_json
 from ..config import compose, project_root
-from .accelerate import JobFailed, preflight, progress, raise_on_sigterm, stop_tree
+from .accelerate import visible_gpus, JobFailed, preflight, progress, raise_on_sigterm, stop_tree
 from ..run import Attempt, close_attempt, final_checkpoint, open_run, read_metrics, read_record
 
 # %% ../../nbs/72_launch.recipe.ipynb #b9feddda
@@ -52,7 +52,7 @@ def recipe_path(
     if not path.is_file(): raise UserError(f"Stage {stage} has no recipe {path}.{nearest(stage, known)}")
     return path
 
-# %% ../../nbs/72_launch.recipe.ipynb #c6609f6f
+# %% ../../nbs/72_launch.recipe.ipynb #3f6ab4f6
 @contextlib.contextmanager
 def own_kernel():
     "During the block, `python3` is a kernel on this very interpreter, and a kernel knows whose child it is"
@@ -60,6 +60,7 @@ def own_kernel():
         argv = [sys.executable, "-m", "ipykernel_launcher", "--log-level=50", "-f", "{connection_file}"]
         write_json(Path(d)/"kernels/python3/kernel.json", dict(argv=argv, display_name="Python 3", language="python", metadata=dict(supported_encryption=["curve"])))
         mine = dict(JUPYTER_PATH=os.pathsep.join(filter(None, [d, os.environ.get("JUPYTER_PATH")])), POST_TRAINING_PARENT=str(os.getpid()), JUPYTER_PLATFORM_DIRS="1")
+        if not visible_gpus(): mine.setdefault("DS_ACCELERATOR", "cpu") # or DeepSpeed says that it found none
         before = {k: os.environ.get(k) for k in mine}
         os.environ.update(mine)
         try: yield
