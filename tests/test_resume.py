@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ launch_worker("post_training.train_sft", task)
 run.close_attempt(task.run_dir, task.number, 0)
 """
 COMMANDS = {"single": [sys.executable, "-m", "post_training.train_sft", *CONFIG],
+            "ddp": [sys.executable, "-c", LAUNCH, *CONFIG, "accelerate_config=ddp", "num_processes=2"],
             "ds-zero2": [sys.executable, "-c", LAUNCH, *CONFIG, "accelerate_config=ds-zero2", "num_processes=2"]}
 
 
@@ -44,9 +46,11 @@ class Place:
     @property
     def checkpoints(self): return Path(run.read_record(self.run_dir)["checkpoints_dir"])
 
-    def start(self, how):
+    def start(self, how, largest_file=resource.RLIM_INFINITY):
         log = open(self.folder / "log.txt", "a")
-        return subprocess.Popen(COMMANDS[how], env=self.env, stdout=log, stderr=log, start_new_session=True)
+        limits = (largest_file, resource.RLIM_INFINITY)
+        return subprocess.Popen(COMMANDS[how], env=self.env, stdout=log, stderr=log, start_new_session=True,
+                                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
 
     def finish(self, how):
         p = self.start(how)
@@ -112,6 +116,34 @@ def test_killed_at_random_instants(tmp_path, demo, whole, seed):
     assert sum(killed) >= 2, "the run ended before it could be killed"
     cut.finish("single")
     assert_same(whole, cut)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("room", [2_000_000, 5_000_000], ids=["weights", "optimizer"])
+def test_a_save_that_finds_no_room(tmp_path, demo, whole, room):
+    "The disk takes no more in the middle of a save: the message says so, older checkpoints stay, and with room again the run ends as ever"
+    cut = Place(tmp_path / "cut", demo)
+    assert cut.kill_when("single", during_a_save(cut, 6))
+    assert cut.start("single", largest_file=room).wait(timeout=600) == 2
+    said = (cut.folder / "log.txt").read_text()
+    assert "checkpoint-6 could not be written" in said and "Older checkpoints are untouched" in said and "Traceback" not in said
+    assert json.loads((cut.run_dir / "attempts/2/error.json").read_text())["kind"] == "user"
+    assert sorted(p.name for p in cut.checkpoints.iterdir()) == ["checkpoint-3", "owner"] and not verify_manifest(cut.checkpoints / "checkpoint-3")
+    cut.finish("single")
+    assert_same(whole, cut)
+
+
+@pytest.mark.slow
+def test_fewer_processes_after_a_kill(tmp_path, demo, whole):
+    "Two processes are killed, one goes on: the same rows in the same steps, and the same losses up to rounding"
+    cut = Place(tmp_path / "cut", demo)
+    assert cut.kill_when("ddp", during_a_save(cut, 6))
+    cut.finish("single")
+    a, b = whole.lines(), cut.lines()
+    assert [(x["step"], x.get("rows"), x.get("tokens"), x.get("total_trained_tokens")) for x in a] == [(x["step"], x.get("rows"), x.get("tokens"), x.get("total_trained_tokens")) for x in b]
+    for x, y in zip(a, b):
+        for k in ("loss", "eval_loss", "grad_norm"):
+            if k in x: assert y[k] == pytest.approx(x[k], rel=2e-3)
 
 
 @pytest.mark.slow
