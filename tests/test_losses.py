@@ -12,6 +12,7 @@ from oracle import oracle
 from post_training.losses.irl import SFT_LOSSES, scored_tokens
 from post_training.losses.logps import masked_labels
 from post_training.losses.sft import denominators, reduce_parts
+from post_training.models import score
 from post_training.models.score import add_score_head
 from transformers import ApertusConfig, ApertusForCausalLM
 
@@ -98,9 +99,10 @@ def expected(model):
 
 
 @pytest.mark.parametrize("layout", ["right", "left", "packed"])
-@pytest.mark.parametrize("cuts", [(6,), (1, 5), (2, 1, 3), (1, 1, 1, 1, 1, 1)], ids=str)
-def test_any_layout_and_any_micro_batches(model, expected, layout, cuts):
+@pytest.mark.parametrize("cuts,kernel", [((6,), "tiles"), ((1, 5), "tiles"), ((2, 1, 3), "trl"), ((1,) * 6, "tiles")], ids=str)
+def test_any_layout_and_any_micro_batches(model, expected, layout, cuts, kernel, monkeypatch):
     "Same loss and gradient however the step is cut, padded or packed (the cuts of one row include rows with nothing to train on)"
+    monkeypatch.setattr(score, "head_kernel", lambda device: kernel)
     rows = iter(make_rows())
     batches = [collate([next(rows) for _ in range(n)], layout) for n in cuts]
     for name, w, level in SETTINGS:
@@ -147,7 +149,7 @@ def test_no_tensor_of_tokens_by_vocabulary(model):
         with Watch(): micro_loss(big, name, collate(rows, "right"), 0.0, False).backward()
         big.zero_grad()
     assert not [s for s in sizes if len(s) > 1 and s[-1] == 70_000]  # no logits
-    tiles = {s[0] for s in sizes if len(s) == 2 and s[1] == 32_768}  # what ten positions get on a CPU
+    tiles = {s[0] for s in sizes if len(s) == 2 and s[1] == score.tile_columns(10)}
     assert tiles == {10, SIZES["hidden_size"]}  # the ten completion tokens against a tile of the head, and that tile transposed
 
 
@@ -173,10 +175,10 @@ def run_two(mode, tmp_path, timeout=400):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ddp", "zero2", "zero3", "zero3-tied"])
+@pytest.mark.parametrize("mode", ["ddp", "zero2", "zero3", "zero3-tied", "zero3-trl"])
 def test_two_processes(mode, tmp_path):
     "Two ranks with uneven rows, two micro-batches each, one of them with nothing to train on: the step equals the oracle's"
-    exact = make_model(tie_word_embeddings=mode.endswith("tied")).double()
+    exact = make_model(tie_word_embeddings="tied" in mode).double()
     for (name, w, level), (loss, change) in run_two(mode, tmp_path).items():
         exact.zero_grad()
         want = oracle(name, exact, make_rows(), w, level, **IRL)
