@@ -39,7 +39,7 @@ SKILLS = dict( # skill: source, share of the rows, verifier
     recall=("dialogues", .10, "final_number"), worked=("thoughts", .12, "final_number"), tool=("tools", .04, "json_match"))
 SYSTEM_SHARE = .25 # of the rows have a system prompt
 
-# %% ../nbs/05_demo.ipynb #a9ebd64a
+# %% ../nbs/05_demo.ipynb #e52c349c
 def draw(
     skill:str, # one of `SKILLS`
     rng:random.Random, # where the numbers come from
@@ -50,7 +50,7 @@ def draw(
         return ("".join(rng.choice("aeiou" if (i + first)%2 else "bcdfghklmnprstvz") for i in range(rng.randint(3, 5))),)
     if skill == "recall": return (rng.randrange(8), rng.randint(2, 99))
     if skill == "tool": return (rng.randint(10, 999),)
-    if skill == "compare": return tuple(rng.sample(range(1, 100), 2))
+    if skill == "compare": return tuple(rng.sample(range(10, 100), 2))
     return (rng.randint(10, 99), rng.randint(1, 9) if skill == "sum" else rng.randint(10, 99))
 
 # %% ../nbs/05_demo.ipynb #36f8b3d1
@@ -174,8 +174,8 @@ def overlap(
     seen = set(map(operands_of, train))
     return sorted({o for o in map(operands_of, held_out) if o in seen})
 
-# %% ../nbs/05_demo.ipynb #5045fff2
-DEMO_VERSION = 1 # of the rows, the tokenizer and the initial weights: another number builds them anew
+# %% ../nbs/05_demo.ipynb #6d43d106
+DEMO_VERSION = 2 # of the rows, the tokenizer and the initial weights: another number builds them anew
 
 # %% ../nbs/05_demo.ipynb #6e59b649
 def write_demo(
