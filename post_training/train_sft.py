@@ -197,7 +197,7 @@ def examples(
     rows = data.train.select(range(min(n, len(data.train))))
     return [dict(row_id=r["row_id"], source=r.get("source"), runs=token_runs(data.tokenizer, r["input_ids"], r["completion_mask"])) for r in rows]
 
-# %% ../nbs/54_train_sft.ipynb #dfdc4352
+# %% ../nbs/54_train_sft.ipynb #fec3c59f
 def resolved(
     w:Worker,
 )->dict: # dtype, attn_implementation, bf16, device
@@ -207,6 +207,8 @@ def resolved(
     auto = resolve_auto(device, "none" if w.zero_stage is None else "deepspeed", m["dtype"], m["attn_implementation"], flash_available(device))
     bf16 = w.cfg["training_args"].get("bf16")
     if bf16 is None: bf16 = auto["autocast"] == "bfloat16" or w.zero_stage is not None and auto["dtype"] == "bfloat16"
+    if w.cpu and w.zero_stage is not None and (bf16 or auto["dtype"] != "float32"):
+        raise UserError("DeepSpeed on a CPU trains in float32 only. Leave model_args.dtype=auto and training_args.bf16=null, or use accelerate_config=ddp.")
     return dict(dtype=auto["dtype"], attn_implementation=auto["attn_implementation"], bf16=bf16, device=device)
 
 # %% ../nbs/54_train_sft.ipynb #5c6a28cf
@@ -327,7 +329,7 @@ def peak_memory(cpu:bool)->float: # GiB
     import resource, torch
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024 if cpu else torch.cuda.max_memory_allocated())/2**30
 
-# %% ../nbs/54_train_sft.ipynb #2f38cac4
+# %% ../nbs/54_train_sft.ipynb #91b9b4c7
 def train_sft(
     w:Worker,
 ):
@@ -337,7 +339,7 @@ def train_sft(
     from post_training.trainers.checkpoint import clean
     import transformers
     with PartialState().main_process_first(): data = prepare_data(w.cfg)
-    point, skipped = resume_point(w)
+    point, skipped = share(dict(world_size=w.world_size, rank=w.rank), lambda: resume_point(w)) # one rank reads and hashes the files
     auto = resolved(w)
     name, lineage = run.base_model(w.cfg["model_args"]["model_name_or_path"], w.cfg["runs_dir"])
     if w.main:

@@ -331,12 +331,13 @@ def evaluation_loop(self:SFTTrainer, dataloader, description, prediction_loss_on
     metrics = {k: v for k, v in self.last_eval.items() if k != "step"} | {"perf/eval_seconds": time.perf_counter() - start}
     return out._replace(metrics=metrics)
 
-# %% ../../nbs/52_trainers.sft.ipynb #bef70bb9
+# %% ../../nbs/52_trainers.sft.ipynb #070e6720
 @patch
 def write_state(self:SFTTrainer,
     folder:Path, # a temporary folder that all ranks write to
 ):
     "Everything a resume needs, and a model that stands by itself"
+    self.store_flos() # counted since the last log line, by all ranks
     self.save_model(str(folder), _internal_call=True)
     if self.args.should_save: (folder/"training_args.bin").unlink(missing_ok=True) # a pickle that nobody reads
     self._save_optimizer_and_scheduler(str(folder))
