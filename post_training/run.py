@@ -681,16 +681,17 @@ def all_runs(
     root = site_path(root or runs_root())
     return sorted(p.parent for p in root.rglob("record.json") if p.relative_to(root).parts[0] != "examples" and "attempts" not in p.relative_to(root).parts)
 
-# %% ../nbs/01_run.ipynb #6b449ebf
+# %% ../nbs/01_run.ipynb #8b633fba
 def find_run(
     name:str, # a path, a folder's name, the digits of a hash, or a part of these
     root=None, # a folder; None: `runs_root`
+    parts:bool=True, # a part of a name will do, as on the command line; a config has to say it whole
 )->Path:
     "The one run that a name means"
     for p in (Path(name), site_path(name), site_path(root or runs_root())/name):
         if (p/"record.json").is_file(): return p
-    runs = all_runs(root)
-    hits = [r for r in runs if r.name == name or r.name.endswith(f"-{name[:8]}")] or [r for r in runs if name in str(r)]
+    runs, top = all_runs(root), site_path(root or runs_root())
+    hits = [r for r in runs if r.name == name or r.name.endswith(f"-{name[:8]}")] or [r for r in runs if parts and name in str(r.relative_to(top))]
     if len(hits) == 1: return hits[0]
     if hits: raise UserError(f"{name!r} means {len(hits)} runs: {', '.join(h.name for h in hits[:5])}. Give more of the name.")
     raise UserError(f"There is no run {name!r}.{nearest(name, [r.name for r in runs])} `post-training runs` lists them.")
@@ -703,14 +704,14 @@ def place(
     path = site_path(name)
     return str(path) if path.exists() or list(path.parent.glob(path.name)) else name
 
-# %% ../nbs/01_run.ipynb #24085cb6
+# %% ../nbs/01_run.ipynb #8f8fd212
 def base_model(
     name:str, # model_args.model_name_or_path
     runs_dir=None, # where records are kept; None: `runs_root`
 )->tuple[str, dict]: # (what to load, lineage for the record)
     "A model's path or hub name; `run:RUN` is a run's newest verified checkpoint"
     if not name.startswith("run:"): return place(name), {}
-    record = read_record(find_run(name[4:], runs_dir))
+    record = read_record(find_run(name[4:], runs_dir, parts=False))
     path, skipped = newest_verified(record["checkpoints_dir"])
     if path is None: raise UserError(f"{name} has no checkpoint that verifies" + (f" ({skipped[0][0].name}: {skipped[0][1]})" if skipped else "") + ".")
     return str(path), dict(parents=[dict(run=record.get("id"), hash=record.get("hash"), checkpoint=path.name)])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'weights', 'weighted_sum', 'counts', 'denominators', 'Part', 'reduce_parts', 'plw', 'sft',
-           'length_normalised', 'ln_plw', 'metric_sums', 'metric_means']
+           'length_normalised', 'ln_plw']
 
 # %% ../../nbs/31_losses.sft.ipynb #d1823a17
 from typing import NamedTuple
@@ -143,37 +143,3 @@ def ln_plw(
 
 # %% ../../nbs/31_losses.sft.ipynb #e04ecd1d
 LOSSES = {"sft": sft, "plw": plw, "ln-plw": ln_plw}
-
-# %% ../../nbs/31_losses.sft.ipynb #18e2bbc3
-@torch.no_grad()
-def metric_sums(
-    logps_BT:torch.Tensor, # token log-probabilities
-    prompt_mask_BT:torch.Tensor, # 1 on prompt tokens
-    completion_mask_BT:torch.Tensor, # 1 on completion tokens
-    is_top1_BT:torch.Tensor|None=None, # whether the label was the likeliest token; None leaves accuracies out
-    scored_BT:torch.Tensor|None=None, # where a log-probability was computed; None means everywhere
-    **more_BT, # further per-token quantities to sum, by name
-)->dict[str, torch.Tensor]: # fp64 scalars: GROUP_tokens, GROUP_loss, GROUP_top1, and GROUP_NAME of `more_BT`
-    "Sums over prompt and completion tokens, for streaming"
-    tokens = dict(loss=-logps_BT, **({} if is_top1_BT is None else dict(top1=is_top1_BT)), **more_BT)
-    sums = {}
-    for group, mask_BT in dict(prompt=prompt_mask_BT, completion=completion_mask_BT).items():
-        mask_BT = mask_BT.bool() if scored_BT is None else mask_BT.bool() & scored_BT.bool()
-        sums[f"{group}_tokens"] = mask_BT.sum().double()
-        for name, x_BT in tokens.items():
-            sums[f"{group}_{name}"] = torch.where(mask_BT, x_BT, x_BT.new_zeros(())).sum(dtype=torch.float64)
-    return sums
-
-# %% ../../nbs/31_losses.sft.ipynb #79237ff1
-def metric_means(
-    sums:dict, # `metric_sums`, summed over micro-batches and ranks; numbers or scalars
-)->dict[str, float]: # prompt_loss, completion_token_accuracy, mean_token_accuracy, ...; groups without tokens are left out
-    "Divide the sums: means per group, and over both groups as `mean_...`"
-    sums = {k: float(v) for k, v in sums.items()}
-    names = dict(loss="loss", top1="token_accuracy")
-    quantities = [k.removeprefix("completion_") for k in sums if k.startswith("completion_") and not k.endswith("_tokens")]
-    out = {}
-    for group, members in dict(prompt=["prompt"], completion=["completion"], mean=["prompt", "completion"]).items():
-        n = sum(sums[f"{m}_tokens"] for m in members)
-        if n: out |= {f"{group}_{names.get(q, q)}": sum(sums[f"{m}_{q}"] for m in members)/n for q in quantities}
-    return out
