@@ -59,7 +59,8 @@ $(PACKAGE): $(LOCKED)
 	{ tail -n 15 $(VENV)/install.log >&2; exit 1; }; rm -f $(VENV)/.package-*; touch $@
 
 demo: env ## fine-tune the tiny model on the demo data and evaluate it before and after (FORCE=1: once more)
-	@$(RUN) post-training train_sft job_subdir=demo $(if $(FORCE),--force)
+	@# one thread: a model this small gains nothing from a second one, and loses tenfold where the machine is busy
+	@$(RUN) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} post-training train_sft job_subdir=demo $(if $(FORCE),--force)
 
 test: env ## import contracts, hooks, notebooks, pytest
 	@$(call say,import contracts); $(RUN) lint-imports --no-logo
