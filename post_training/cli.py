@@ -109,14 +109,15 @@ def runs_command(
     if action == "keep": print(f"kept in {report.keep_run(found[0], *names[1:])}")
     return _verify(found or run.all_runs()) if action == "verify" else 0
 
-# %% ../nbs/81_cli.ipynb #c87742d0
+# %% ../nbs/81_cli.ipynb #5e539887
 def _verify(runs)->int: # 1 where something is wrong
     "Verify runs and print what is wrong"
     from post_training.report import verify_run
+    from post_training.run import read_record
     bad = 0
     for r in runs:
         wrong = verify_run(r)
-        print(f"{r.name}: {'; '.join(wrong) or 'whole'}")
+        print(f"{r.name}: {'; '.join(wrong) or ('whole' if read_record(r).get('status') == 'finished' else 'nothing wrong, but it is not finished')}")
         bad |= bool(wrong)
     return int(bad)
 

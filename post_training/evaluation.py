@@ -155,7 +155,7 @@ def eval_rows(
     rows = load_rows(run.place(args["dataset_name"]), (args.get("eval_split") or {}).get("name"))
     return [rows[i] for i in spread(len(rows), num_prompts)]
 
-# %% ../nbs/61_evaluation.ipynb #7a3e030a
+# %% ../nbs/61_evaluation.ipynb #038b872c
 def evaluate_config(
     cfg:dict, # composed or frozen
     checkpoint:str|None=None, # folder; None is the model that the run starts from
@@ -175,6 +175,8 @@ def evaluate_config(
     out = evaluate_checkpoint(path, rows, tokenizer, how["max_new_tokens"], how["batch_size"], how["num_samples_shown"],
                               None if device == "auto" else device, tokenizer.eos_token_id, trust_remote_code=model["trust_remote_code"],
                               **{k: model[k] for k in ("dtype", "attn_implementation")})
+    if not (cfg["dataset_args"].get("eval_split") or {}).get("name"):
+        out["notice"] = "These prompts are training rows: the config names no evaluation split (dataset_args.eval_split.name)."
     return out | dict(checkpoint=Path(path).name if Path(path).exists() else path, dataset=cfg["dataset_name"])
 
 # %% ../nbs/61_evaluation.ipynb #f1aec40f

@@ -147,26 +147,28 @@ def show_counts(
     from IPython.display import Markdown
     return Markdown(as_table([dict(what=k.replace("_", " ").replace(".", ": "), number=f"{v:,}" if isinstance(v, int) else v) for k, v in flatten(counts).items()], markdown=True))
 
-# %% ../nbs/80_report.ipynb #3ce7e3f1
+# %% ../nbs/80_report.ipynb #0b0977b5
 def show_arithmetic(
     cfg:dict, # a composed, resolved config
     rows:int=0, # training rows after tokenization
     tokens:int=0, # their tokens
+    packs:int=0, # packs that the rows fill, where rows are packed
 ):
     "What one step is, and how many there are"
     from IPython.display import Markdown
     b, t = batch_arithmetic(cfg), cfg["training_args"]
-    facts = {"processes": b["world_size"], "rows per process and micro-batch": b["per_device"], "accumulation": b["accumulation"], "global batch": b["global_batch"]}
-    steps = t.get("max_steps") or -1
+    facts = {"processes": b["world_size"], f"{'packs' if packs else 'rows'} per process and micro-batch": b["per_device"], "accumulation": b["accumulation"],
+             f"global batch, {'packs' if packs else 'rows'}": b["global_batch"]}
+    steps, units = t.get("max_steps") or -1, packs or rows
     if rows:
-        per_epoch = rows//b["global_batch"] if t.get("dataloader_drop_last") else -(-rows//b["global_batch"])
+        per_epoch = units//b["global_batch"] if t.get("dataloader_drop_last") else -(-units//b["global_batch"])
         if steps <= 0: steps = int(-(-per_epoch*t["num_train_epochs"]//1))
-        facts |= {"rows": rows, "steps per epoch": per_epoch}
-    if tokens: facts |= {"tokens per epoch": tokens, "tokens per step, on average": tokens*b["global_batch"]//max(rows, 1)}
+        facts |= {"rows": rows} | ({"packs": packs} if packs else {}) | {"steps per epoch": per_epoch}
+    if tokens: facts |= {"tokens per epoch": tokens, "tokens per step, on average": tokens*b["global_batch"]//max(units, 1)}
     if steps > 0: facts["steps"] = steps
     return Markdown(as_table([dict(what=k, number=f"{v:,}") for k, v in facts.items()], markdown=True))
 
-# %% ../nbs/80_report.ipynb #90b68f15
+# %% ../nbs/80_report.ipynb #5936c2d1
 def show_evaluation(
     before:dict|None, # accuracy, skills (skill -> accuracy or dict with it)
     after:dict|None, # the same after training
@@ -176,16 +178,18 @@ def show_evaluation(
     def rates(e): return {"all": (e or {}).get("accuracy"), **{k: v.get("accuracy") if isinstance(v, dict) else v for k, v in ((e or {}).get("skills") or {}).items()}}
     b, a = rates(before), rates(after)
     rows = [dict(skill=k, before=b.get(k), after=a.get(k)) for k in {**b, **a}]
-    return Markdown(as_table([{k: f"{100*v:.1f} %" if isinstance(v, (int, float)) else v for k, v in r.items()} for r in rows], markdown=True))
+    notice = next((f"\n\n**{e['notice']}**" for e in (before, after) if e and e.get("notice")), "")
+    return Markdown(as_table([{k: f"{100*v:.1f} %" if isinstance(v, (int, float)) else v for k, v in r.items()} for r in rows], markdown=True) + notice)
 
-# %% ../nbs/80_report.ipynb #59e747bc
+# %% ../nbs/80_report.ipynb #30bd1855
 def show_record(
     run_dir, # a run folder
 ):
     "What is kept of a run, and where"
     from IPython.display import Markdown
     r, run_dir = read_record(run_dir), Path(run_dir)
-    facts = {"run": run_dir.name, "status": run_status(run_dir, r), "hash": (r.get("hash") or "")[:16], "attempts": len(r.get("attempts") or []), "generation": r.get("generation")}
+    status = "finished" if r.get("final") and r.get("status") == "finished" else run_status(run_dir, r) # this attempt is about to end
+    facts = {"run": run_dir.name, "status": status, "hash": (r.get("hash") or "")[:16], "attempts": len(r.get("attempts") or []), "generation": r.get("generation")}
     facts |= {k: v for k, v in flatten(r.get("final") or {}).items() if not isinstance(v, (list, dict))}
     return Markdown(as_table([dict(what=k, value=v) for k, v in facts.items()], markdown=True))
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['wants_cpu', 'join_world', 'zero_stage', 'check_world', 'Worker', 'read_args', 'begin', 'open_here', 'share', 'Data',
            'load_split', 'wants_eval', 'stop_ids', 'prepare_data', 'examples', 'resolved', 'trl_args', 'load_base',
-           'objective_of', 'make_trainer', 'resume_point', 'probe_memory', 'peak_memory', 'train_sft', 'finish',
-           'report_error', 'quiet', 'main']
+           'objective_of', 'bins_of', 'make_trainer', 'resume_point', 'probe_memory', 'peak_memory', 'train_sft',
+           'finish', 'report_error', 'quiet', 'main']
 
 # %% ../nbs/54_train_sft.ipynb #18a095d7
 import datetime, json, os, sys, traceback
@@ -133,7 +133,7 @@ class Data:
     fingerprints: dict = field(default_factory=dict) # rows, tokenizer, template
     notices: list = field(default_factory=list) # what a gate warned of
 
-# %% ../nbs/54_train_sft.ipynb #0e4c6909
+# %% ../nbs/54_train_sft.ipynb #cedd23ec
 def load_split(
     cfg:dict, # composed
     split:str, # train or eval
@@ -141,6 +141,8 @@ def load_split(
     "Raw rows of a split, the first ones only where a subsample is asked for"
     from post_training.data.io import load_rows
     args = cfg["dataset_args"]
+    if split == "eval" and not (args.get("eval_split") or {}).get("name"):
+        raise UserError("Evaluation needs rows that are not trained on: name a split in dataset_args.eval_split.name, or set training_args.eval_strategy=no.")
     rows = load_rows(run.place(args["dataset_name"]), (args.get(f"{split}_split") or {}).get("name"))
     n = (args.get("debug_subsample") or {}).get(split) or 0
     return rows.select(range(min(n, len(rows)))) if n else rows
@@ -253,7 +255,17 @@ def objective_of(
     p, i = cfg["plw_args"], cfg["irl_args"]
     return Objective(cfg["trainer"], p["prompt_loss_weight"], p["sequence_level_loss"], i["lambda_td"], i["gamma"])
 
-# %% ../nbs/54_train_sft.ipynb #4ce2fb89
+# %% ../nbs/54_train_sft.ipynb #17fb7b63
+def bins_of(
+    cfg:dict, # composed
+    rows, # tokenized
+)->list[list[int]]|None: # rows of each pack; None where rows are not packed
+    "Which rows are packed together"
+    from post_training.tokens.collate import best_fit_pack
+    t = cfg["training_args"]
+    return best_fit_pack(rows["length"][:], t.get("max_length") or max(rows["length"][:])) if t.get("packing") else None
+
+# %% ../nbs/54_train_sft.ipynb #58aa34fa
 def make_trainer(
     w:Worker,
     data:Data,
@@ -263,15 +275,13 @@ def make_trainer(
     order=None, # visit the training rows in this order
 ):
     "A trainer for this worker"
-    from post_training.tokens.collate import PackCollator, PadCollator, best_fit_pack, empty_row
+    from post_training.tokens.collate import PackCollator, PadCollator, empty_row
     from post_training.trainers.sft import SFTTrainer
     t, tokenizer = w.cfg["training_args"], data.tokenizer
     args = args or trl_args(w, auto)
-    collator, bins, eval_bins = PadCollator(tokenizer.pad_token_id, tokenizer.padding_side, t.get("pad_to_multiple_of")), None, None
-    if t.get("packing"):
-        size = t.get("max_length") or max(data.train["length"][:])
-        collator, bins = PackCollator(tokenizer.pad_token_id, t.get("pad_to_multiple_of")), best_fit_pack(data.train["length"][:], size)
-        eval_bins = best_fit_pack(data.eval["length"][:], size) if data.eval is not None else None
+    sides = [] if t.get("packing") else [tokenizer.padding_side]
+    collator = (PackCollator if t.get("packing") else PadCollator)(tokenizer.pad_token_id, *sides, t.get("pad_to_multiple_of"))
+    bins, eval_bins = (None if rows is None else bins_of(w.cfg, rows) for rows in (data.train, data.eval))
     facts = dict(engine=w.engine, zero_stage=w.zero_stage, global_batch=config.batch_arithmetic(w.cfg)["global_batch"], config_hash=w.cfg.get("resuming_hash"))
     metric = t.get("metric_for_best_model") or "loss"
     return SFTTrainer(load_base(w, auto, tokenizer), args, data.train, tokenizer, collator, empty_row, objective_of(w.cfg), eval_dataset=data.eval, bins=bins,
@@ -407,12 +417,13 @@ def quiet():
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
 
-# %% ../nbs/54_train_sft.ipynb #3b3be1b5
+# %% ../nbs/54_train_sft.ipynb #629869a8
 def main(
     argv:list[str]|None=None, # command line; None takes this process's
 )->int: # exit code
     "Train what a frozen config or overrides describe"
     argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & {*argv}: print("python -m post_training.train_sft CONFIG.yaml | key=value ...   (post-training train_sft --help lists the keys)"); return 0
     attempt_dir = Path(argv[0]).parent if len(argv) == 1 and "=" not in argv[0] and "POST_TRAINING_ATTEMPT" in os.environ else None
     w, code = None, 0
     try:
@@ -420,7 +431,10 @@ def main(
         w = begin(argv)
         attempt_dir = w.attempt_dir
         if w.done: print(f"{w.run_dir} is finished and its final checkpoint verifies: nothing to do.")
-        else: train_sft(w)
+        else:
+            if w.main: print(f"attempt {w.number} in {w.run_dir}", flush=True)
+            train_sft(w)
+            if w.main: print(f"finished: {w.checkpoints_dir/run.read_record(w.run_dir)['final']['checkpoint']}")
     except Exception as e: code = report_error(e, attempt_dir)
     if w is not None and w.owned and not w.done: run.close_attempt(w.run_dir, w.number, code)
     return code

@@ -1,4 +1,5 @@
 "The README is true: it is what its notebook says, its links lead somewhere, and every command in it has been run."
+import json
 import os
 import re
 import shlex
@@ -132,7 +133,11 @@ def test_make_demo(tmp_path):
     numbers = [float(n) for n in re.findall(r"(\d+(?:\.\d+)?) ?%", closing)]
     assert len(numbers) == 2 and numbers[1] >= 50 and numbers[1] > numbers[0], f"accuracy before and after in: {closing}"
     records = list((tmp_path / "runs" / "train_sft" / "demo").glob("*/record.json"))
-    assert len(records) == 1 and (records[0].parent / "train_sft.ipynb").is_file()
+    assert len(records) == 1
+    after = json.loads(records[0].read_text())["evaluation"]["after"]
+    assert after["n"] >= 200 and all(skill["accuracy"] > 0 for skill in after["skills"].values()), after["skills"]
+    outputs = [o for c in json.loads((records[0].parent / "train_sft.ipynb").read_text())["cells"] for o in c.get("outputs", [])]
+    assert not [o for o in outputs if o["output_type"] == "error"] and sum("image/png" in o.get("data", {}) for o in outputs) == 2  # lengths, curves
     start = time.time()
     again = run(["make", "demo"], timeout=120, **env)
     assert again.returncode == 0 and time.time() - start < 60, again.stdout + again.stderr

@@ -53,7 +53,7 @@ def launch_settings(
     if preset["distributed_type"] != "DEEPSPEED": preset |= dict(distributed_type="MULTI_GPU" if n > 1 else "NO", use_cpu=cpu)
     return preset
 
-# %% ../../nbs/70_launch.accelerate.ipynb #7b4c79f6
+# %% ../../nbs/70_launch.accelerate.ipynb #9dcc0357
 def launch_env(
     cfg:dict, # a composed, resolved config
     attempt:int, # number, which the worker reads
@@ -63,7 +63,7 @@ def launch_env(
     env = {k: v for k, v in os.environ.items() if k not in inherited and not k.startswith(("ACCELERATE_", "TORCHELASTIC_"))}
     env |= dict(POST_TRAINING_ATTEMPT=str(attempt), POST_TRAINING_ROOT=str(project_root()), PYTHONUNBUFFERED="1")
     if device_of(cfg) == "cpu":
-        env |= dict(CUDA_VISIBLE_DEVICES="")
+        env |= dict(CUDA_VISIBLE_DEVICES="", OMP_WAIT_POLICY=os.environ.get("OMP_WAIT_POLICY", "PASSIVE")) # idle threads must not spin on shared cores
         env |= dict(DS_ACCELERATOR="cpu") if launch_settings(cfg)["distributed_type"] == "DEEPSPEED" else dict(ACCELERATE_USE_CPU="true")
     return env
 
@@ -222,7 +222,7 @@ def launch_worker(
         raise
     return 0
 
-# %% ../../nbs/70_launch.accelerate.ipynb #f35dcd0f
+# %% ../../nbs/70_launch.accelerate.ipynb #36acf845
 def launch_evaluation(
     attempt:Attempt, # opened with `run.open_run`
     name:str, # before or after: the file's name and the record's key
@@ -234,7 +234,7 @@ def launch_evaluation(
     out = attempt.checkpoints_dir/f"evaluation-{name}.json"
     if not out.exists():
         args = ["--config", attempt.config_path, "--name", name, "--out", out, *(["--checkpoint", checkpoint] if checkpoint else [])]
-        env = dict(CUDA_VISIBLE_DEVICES="") if device_of(cfg) == "cpu" else {}
+        env = {k: v for k, v in launch_env(cfg, attempt.number).items() if k in ("CUDA_VISIBLE_DEVICES", "OMP_WAIT_POLICY")}
         try: run_module("post_training.evaluation", args, attempt.attempt_dir, env, f"evaluation-{name}")
         except BaseException as e:
             if not attempt.attached: close_attempt(attempt.run_dir, attempt.number, 2 if isinstance(e, UserError) else 1)

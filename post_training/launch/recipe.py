@@ -97,7 +97,7 @@ def _stop_children():
     import psutil
     for p in psutil.Process().children(): stop_tree(p.pid, grace=3.)
 
-# %% ../../nbs/72_launch.recipe.ipynb #9fd4fbb1
+# %% ../../nbs/72_launch.recipe.ipynb #510e7167
 def closing_line(
     run_dir, # a run folder
 )->str: # one line
@@ -108,7 +108,8 @@ def closing_line(
     elif isinstance(final.get("train_loss"), (int, float)): parts.append(f"train loss {final['train_loss']:.4g}")
     told = {k: (record.get("evaluation") or {}).get(k, {}).get("accuracy") for k in ("before", "after")}
     if any(v is not None for v in told.values()):
-        parts.append("accuracy " + ", ".join(f"{100*v:.1f} % {k}" for k, v in told.items() if v is not None))
+        on = " on training rows"*("notice" in record["evaluation"].get("after", {}))
+        parts.append("accuracy " + ", ".join(f"{100*v:.1f} % {k}" for k, v in told.items() if v is not None) + on)
     return f"{record.get('stage', 'run')}: {'; '.join(parts) or record.get('status', 'no record')}"
 
 # %% ../../nbs/72_launch.recipe.ipynb #2a07080c

@@ -142,7 +142,7 @@ def counts_of(
     return {"in": len(data), "out": kept, "dropped": dict(sorted(reasons.items())), "truncated": sum(data["cut"][:]), "left_out": left_out,
             "tokens": sum(data["length"][:]), "completion_tokens": completion}
 
-# %% ../../nbs/25_tokens.dataset.ipynb #7a48a645
+# %% ../../nbs/25_tokens.dataset.ipynb #1b1a84fd
 def check_dropped(
     counts:dict, # from `counts_of`
     max_drop_fraction:float|None=None, # share of rows that may be dropped
@@ -150,6 +150,7 @@ def check_dropped(
     "Raise a `UserError` where all rows, or more than the allowed share, were dropped"
     lost = counts["in"] - counts["out"]
     why = "; ".join(f"{n} {reason}" for reason, n in sorted(counts["dropped"].items(), key=lambda x: -x[1])[:5])
+    if any(r.startswith(("overlength", "no completion after")) for r in counts["dropped"]): why += ": training_args.max_length is too short for them"
     if not counts["out"]: raise UserError(f"All {counts['in']} rows were dropped ({why}): nothing is left to train on.")
     if max_drop_fraction is not None and lost > max_drop_fraction*counts["in"]:
         raise UserError(f"{lost} of {counts['in']} rows were dropped ({why}), more than max_drop_fraction={max_drop_fraction}. "
