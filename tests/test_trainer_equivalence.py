@@ -102,7 +102,7 @@ def check(case, folder, world=1, tol=2e-5):
 
 
 def test_one_process(tmp_path):
-    todo = cases(ONE, ["plw"]) + cases({k: ONE[k] for k in ("left", "packed")}, [o for o in OBJECTIVES if o not in ("plw", "sft")])
+    todo = cases(ONE, ["plw"]) + cases({k: ONE[k] for k in ("left", "packed")}, [o for o in OBJECTIVES if o != "plw"])
     dropping = [dict(c, name=f"drop-{c['name']}", drop_last=True) for c in cases({k: ONE[k] for k in ("whole", "left")}, ["plw"])]
     (tmp_path / "cases.json").write_text(json.dumps(todo + dropping))
     start_ranks(1, [tmp_path / "cases.json", tmp_path])
