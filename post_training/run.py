@@ -8,17 +8,17 @@ __all__ = ['SITE_KEYS', 'STACK', 'RUN_KEYS', 'canonical', 'config_hash', 'slug',
            'list_checkpoints', 'newest_verified', 'final_checkpoint', 'is_trained', 'is_done', 'generation_folder',
            'RunPlan', 'locate', 'is_live', 'hold_run', 'release_run', 'die_with_parent', 'join_run', 'versions',
            'git_state', 'host', 'config_changes', 'check_frozen', 'topology', 'check_topology', 'fingerprint',
-           'check_fingerprints', 'Attempt', 'open_run', 'close_attempt', 'finish', 'run_status', 'runs_root',
-           'all_runs', 'find_run', 'place', 'base_model']
+           'check_fingerprints', 'Attempt', 'open_run', 'close_attempt', 'input_files', 'inputs_of', 'changed_inputs',
+           'finish_output', 'finish', 'run_status', 'runs_root', 'all_runs', 'find_run', 'place', 'base_model']
 
-# %% ../nbs/01_run.ipynb #58f3370c
+# %% ../nbs/01_run.ipynb #9f4b5056
 import atexit, ctypes, datetime, fcntl, hashlib, json, math, os, platform, re, secrets, shutil, signal, socket, subprocess, sys, time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from .base import UserError, locked, nearest, redact, verify_manifest, write_atomic, write_json
 import yaml
-from .config import accelerate_file, batch_arithmetic, flatten, freeze, project_root, site_path
+from .config import TRAINING_STAGES, accelerate_file, batch_arithmetic, flatten, freeze, project_root, site_path
 
 # %% ../nbs/01_run.ipynb #951ff32f
 SITE_KEYS = ("run_dir", "resuming_dir", "resuming_hash", "resuming", "artifacts_dir", "artifacts_subdir", "runs_dir", "submit", "num_processes")
@@ -56,13 +56,13 @@ def _drop_key(cfg:dict, dotted:str):
         if not isinstance(cfg, dict): return
     cfg.pop(last, None)
 
-# %% ../nbs/01_run.ipynb #0296bdb9
+# %% ../nbs/01_run.ipynb #71b7df9d
 def canonical(
     cfg:dict, # a composed, resolved config
 )->dict: # what the identity is computed from
     "The config without the keys that do not change the result, with portable paths"
     out = json.loads(json.dumps(cfg, default=str))
-    out["global_batch_size"] = cfg.get("global_batch_size") or batch_arithmetic(cfg)["global_batch"]
+    if cfg["stage"] in TRAINING_STAGES: out["global_batch_size"] = cfg.get("global_batch_size") or batch_arithmetic(cfg)["global_batch"]
     for key in (*SITE_KEYS, *((cfg.get("resuming") or {}).get("ignore_keys") or [])): _drop_key(out, key)
     return _portable(out, _places(cfg))
 
@@ -216,17 +216,18 @@ def newest_verified(
         skipped.append((path, wrong[0]))
     return None, skipped
 
-# %% ../nbs/01_run.ipynb #45a29d65
+# %% ../nbs/01_run.ipynb #35e43a41
 def final_checkpoint(
     record:dict, # of a run
     checkpoints_dir:Path, # the folder of its generation
 )->Path|None: # not verified here
-    "The checkpoint that a finished run ends with"
+    "The checkpoint that a finished run ends with, or the folder of rows that a data stage wrote"
+    if output := (record.get("final") or {}).get("output"): return site_path(output)
     name = (record.get("final") or {}).get("checkpoint")
     if name: return Path(checkpoints_dir)/Path(name).name
     return next(iter(list_checkpoints(checkpoints_dir)), None)
 
-# %% ../nbs/01_run.ipynb #002f8182
+# %% ../nbs/01_run.ipynb #88b129c1
 def is_trained(
     run_dir, # a run folder
     checkpoints_dir=None, # the folder of its generation; None reads it from the record
@@ -234,6 +235,7 @@ def is_trained(
     "Whether the record says finished and the final checkpoint verifies"
     record = read_record(run_dir)
     if record.get("status") != "finished": return False
+    if str((record.get("final") or {}).get("output")).startswith("hub:"): return True # what is on the hub cannot be verified from here
     final = final_checkpoint(record, checkpoints_dir or record["checkpoints_dir"])
     return bool(final and not verify_manifest(final))
 
@@ -433,22 +435,23 @@ def check_frozen(
         raise UserError(f"The config differs from the one frozen in {run_dir}: {listed}. Restore config.yaml, or set another job_subdir for a run of its own.")
     return rest
 
-# %% ../nbs/01_run.ipynb #1bdc0af1
+# %% ../nbs/01_run.ipynb #10c7dce4
 def topology(
     cfg:dict, # a composed, resolved config
 )->dict: # world_size, per_device, accumulation, zero_stage, engine
-    "How the work of a step is divided"
+    "How the work of a step is divided; empty for stages without steps"
+    if cfg["stage"] not in TRAINING_STAGES: return {}
     preset, b = yaml.safe_load(accelerate_file(cfg["accelerate_config"]).read_text()), batch_arithmetic(cfg)
     zero = (preset.get("deepspeed_config") or {}).get("zero_stage", 0) if preset.get("distributed_type") == "DEEPSPEED" else None
     return dict(world_size=b["world_size"], per_device=b["per_device"], accumulation=b["accumulation"], zero_stage=zero)
 
-# %% ../nbs/01_run.ipynb #d7b9686e
+# %% ../nbs/01_run.ipynb #b8f598c4
 def check_topology(
     before:dict|None, # as recorded
     now:dict, # as asked for
 ):
     "Refuse to continue under a division of work that the engine's checkpoints cannot be loaded in"
-    if not before or all(before.get(k) == now[k] for k in ("world_size", "zero_stage")): return
+    if not before or not now or all(before.get(k) == now[k] for k in ("world_size", "zero_stage")): return
     if before.get("zero_stage") is None and now["zero_stage"] is None: return # plain data parallel: every rank holds everything
     raise UserError("DeepSpeed's checkpoints load only where they were saved: " + ", ".join(f"{k} was {before.get(k)} and is {now[k]}"
         for k in ("world_size", "zero_stage") if before.get(k) != now[k]) + ". Resume with the former accelerate_config and number of processes, or start another job_subdir.")
@@ -584,7 +587,7 @@ def open_run(
     else: atexit.register(_close_at_exit, opened, os.getpid())
     return opened
 
-# %% ../nbs/01_run.ipynb #ab22aa07
+# %% ../nbs/01_run.ipynb #784d1060
 def _open_held(cfg:dict, plan:RunPlan, origins:dict, overrides:list, force:bool, command:list)->Attempt:
     "`open_run` once the lock is held"
     run_dir, existing = plan.run_dir, plan.status != "new"
@@ -592,6 +595,8 @@ def _open_held(cfg:dict, plan:RunPlan, origins:dict, overrides:list, force:bool,
         raise UserError(f"{run_dir} exists and resuming.resume is false. Set resuming.resume=true, force a new attempt, or choose another job_subdir.")
     attempts = read_record(run_dir).get("attempts") or []
     if plan.status == "done" and not force:
+        if changed := changed_inputs(read_record(run_dir)):
+            raise UserError(f"{', '.join(changed)} changed since the finished run in {run_dir}. Add --force (force=True) to make it anew, or choose another job_subdir.")
         last = run_dir/f"attempts/{len(attempts)}"
         return Attempt(run_dir, last, len(attempts), last/"config.yaml", plan.checkpoints_dir, plan.hash, "done")
     if existing: _mark_killed(run_dir)
@@ -641,6 +646,48 @@ def close_attempt(
         _write_exit(Path(run_dir), a)
     edit_record(run_dir, change)
     release_run(run_dir)
+
+# %% ../nbs/01_run.ipynb #1caff675
+def input_files(
+    path, # file, folder or glob
+)->list[Path]: # sorted; none where nothing is there, as for a hub name
+    "The files of an input on this machine"
+    path = site_path(path)
+    found = sorted(path.parent.glob(path.name)) if any(c in path.name for c in "*?[") else [path]
+    return [f for p in found for f in ([p] if p.is_file() else sorted(q for q in p.rglob("*") if q.is_file() and not q.name.startswith(".")))]
+
+# %% ../nbs/01_run.ipynb #573b95a6
+def inputs_of(
+    paths, # files, folders or globs
+    content:bool=True, # read the contents; False: names, sizes and times only
+)->dict[str, dict]: # path -> stat and content, two digests; hub names have none
+    "Fingerprints of what a stage reads"
+    digest = lambda parts: hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
+    out = {}
+    for path in map(str, paths):
+        if not (files := input_files(path)): out[path] = {}; continue
+        out[path] = dict(stat=digest(x for f in files for x in (f, f.stat().st_size, f.stat().st_mtime_ns)))
+        if content: out[path]["content"] = digest(map(fingerprint, files))
+    return out
+
+# %% ../nbs/01_run.ipynb #022219e3
+def changed_inputs(
+    record:dict, # of a finished run
+)->list[str]: # paths whose content is another now
+    "Which inputs of a run have changed since; contents are read only where names, sizes or times differ"
+    before = {path: was for path, was in (record.get("inputs") or {}).items() if was.get("content")}
+    touched = [path for path, was in before.items() if inputs_of([path], content=False)[path].get("stat") != was["stat"]]
+    return [path for path in touched if inputs_of([path])[path].get("content") != before[path]["content"]]
+
+# %% ../nbs/01_run.ipynb #c0fb0ef1
+def finish_output(
+    attempt:Attempt, # opened here or joined
+    output, # folder with a manifest, or "hub:NAME"
+    **facts, # counts, inputs, summary and what else the record should hold
+):
+    "Record that a data stage is finished and where its output is"
+    update_record(attempt.run_dir, status="finished", final=dict(output=str(output)), **facts)
+    finish(attempt)
 
 # %% ../nbs/01_run.ipynb #c8a01be6
 def finish(
