@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['POLICIES', 'row_messages', 'check_policies', 'policy_of', 'batch_chats', 'fit', 'tokenize_batch', 'row_id',
-           'processes', 'counts_of', 'check_dropped', 'tokenize_dataset', 'check_sample', 'rows_fingerprint',
-           'hash_array', 'tokenize_key', 'cached_tokenize']
+           'processes', 'counts_of', 'check_dropped', 'tokenize_rows', 'tokenize_dataset', 'count_tokens',
+           'check_sample', 'rows_fingerprint', 'hash_array', 'tokenize_key', 'cached_tokenize']
 
 # %% ../../nbs/25_tokens.dataset.ipynb #8d42b1b0
 import hashlib, json, os, tempfile
@@ -129,18 +129,20 @@ def processes(
     "How many processes are worth starting"
     return max(1, min(num_proc or min(os.cpu_count() or 1, rows//5000), rows))
 
-# %% ../../nbs/25_tokens.dataset.ipynb #23004b96
+# %% ../../nbs/25_tokens.dataset.ipynb #2ae7873b
 def counts_of(
     data, # tokenized rows with reasons
 )->dict:
-    "Rows in, out, dropped by reason, cut to length, what was left out of kept rows, and tokens in all and to be written"
+    "Rows in, out, dropped by reason with the id of the first, cut to length, what was left out of kept rows, and tokens in all and to be written"
     import pyarrow.compute as pc
-    reasons = Counter(data["reason"][:])
+    why = data["reason"][:]
+    reasons = Counter(why)
+    first = {r: data[why.index(r)]["row_id"] for r in reasons if r}
     kept = reasons.pop("", 0)
     left_out = {k: n for k, n in Counter(data["left_out"][:]).items() if k}
     completion = pc.sum(pc.list_flatten(data.data.column("completion_mask"))).as_py() or 0
     return {"in": len(data), "out": kept, "dropped": dict(sorted(reasons.items())), "truncated": sum(data["cut"][:]), "left_out": left_out,
-            "tokens": sum(data["length"][:]), "completion_tokens": completion}
+            "tokens": sum(data["length"][:]), "completion_tokens": completion, "first": first}
 
 # %% ../../nbs/25_tokens.dataset.ipynb #1b1a84fd
 def check_dropped(
@@ -156,20 +158,18 @@ def check_dropped(
         raise UserError(f"{lost} of {counts['in']} rows were dropped ({why}), more than max_drop_fraction={max_drop_fraction}. "
                         "Correct the data, or raise max_drop_fraction.")
 
-# %% ../../nbs/25_tokens.dataset.ipynb #12448826
-def tokenize_dataset(
+# %% ../../nbs/25_tokens.dataset.ipynb #af974aec
+def tokenize_rows(
     dataset, # `datasets.Dataset` of raw rows in a known format
     tokenizer, # with a chat template
-    *,
     max_length:int|None=None, # tokens of a row at most
     allow_control_tokens_in_content:bool=False, # encode control tokens in contents as control tokens
-    max_drop_fraction:float|None=None, # share of rows that may be dropped
     num_proc:int|None=None, # processes; None chooses
     batch_size:int=500, # rows of one encoding call
     work=None, # folder for files while it works; None keeps everything in memory
     **policies, # overlength, on_unverifiable, unsupported_roles, on_malformed
-)->tuple: # (`datasets.Dataset`, counts)
-    "Tokenize a dataset: ids and masks of every row that is kept, and counts of those that are not"
+): # `datasets.Dataset`: a row for each raw row, with the reason where it is not to be kept
+    "Tokenize every row; nothing is dropped yet"
     from datasets import Features, List, Value
     policies = check_policies(**policies)
     if not len(dataset): raise UserError("The dataset has no rows.")
@@ -178,17 +178,43 @@ def tokenize_dataset(
     features = Features(input_ids=List(Value("int32")), completion_mask=List(Value("bool")), length=Value("int32"), cut=Value("bool"), row_id=Value("string"),
                         source=Value("string"), left_out=Value("string"), reason=Value("string"))
     encoder_for(tokenizer).header() # made before the processes fork
-    data = dataset.map(tokenize_batch, batched=True, with_indices=True, batch_size=batch_size, num_proc=n if n > 1 else None, features=features,
+    return dataset.map(tokenize_batch, batched=True, with_indices=True, batch_size=batch_size, num_proc=n if n > 1 else None, features=features,
                        remove_columns=dataset.column_names, load_from_cache_file=False, desc="Tokenizing", new_fingerprint=os.urandom(8).hex(),
                        keep_in_memory=work is None, cache_file_name=work and str(Path(work)/"rows.arrow"),
                        fn_kwargs=dict(tokenizer=tokenizer, columns=columns, max_length=max_length, policies=policies, serial=n > 1,
                                       allow_control_tokens_in_content=allow_control_tokens_in_content))
+
+# %% ../../nbs/25_tokens.dataset.ipynb #4bc9045a
+def tokenize_dataset(
+    dataset, # `datasets.Dataset` of raw rows in a known format
+    tokenizer, # with a chat template
+    *,
+    max_drop_fraction:float|None=None, # share of rows that may be dropped
+    **parameters, # max_length, policies and the rest of `tokenize_rows`'
+)->tuple: # (`datasets.Dataset`, counts)
+    "Tokenize a dataset: ids and masks of every row that is kept, and counts of those that are not"
+    data = tokenize_rows(dataset, tokenizer, **parameters)
     counts = counts_of(data)
     check_dropped(counts, max_drop_fraction)
     keep = [i for i, reason in enumerate(data["reason"][:]) if not reason]
     data = (data if len(keep) == len(data) else data.select(keep)).remove_columns(["reason", "left_out", "cut"])
     if not any(data["source"][:]): data = data.remove_columns("source")
     return data, counts
+
+# %% ../../nbs/25_tokens.dataset.ipynb #7cfef454
+def count_tokens(
+    dataset, # `datasets.Dataset` of raw rows in a known format
+    tokenizer, # with a chat template
+    num_proc:int|None=None, # processes; None chooses
+)->tuple[list[int], list[int]]: # tokens of each row, and those of completions; 0 for rows that would be dropped
+    "How many tokens each row has"
+    import pyarrow as pa, pyarrow.compute as pc
+    if not len(dataset): return [], []
+    data = tokenize_rows(dataset, tokenizer, num_proc=num_proc, unsupported_roles="drop")
+    masks = data.data.column("completion_mask").combine_chunks()
+    ends = np.concatenate([[0], np.cumsum(pc.cast(pc.list_flatten(masks), pa.int64()).to_numpy(zero_copy_only=False))])
+    cuts = np.cumsum([0, *data["length"][:]])
+    return data["length"][:], (ends[cuts[1:]] - ends[cuts[:-1]]).tolist()
 
 # %% ../../nbs/25_tokens.dataset.ipynb #0ad44f2b
 def check_sample(
