@@ -7,12 +7,12 @@ __all__ = ['BOUND', 'visible_gpus', 'device_of', 'preflight', 'launch_settings',
            'raise_on_sigterm', 'supervise', 'progress_line', 'progress', 'JobFailed', 'last_lines', 'raise_for_exit',
            'run_module', 'launch_worker', 'launch_evaluation']
 
-# %% ../../nbs/70_launch.accelerate.ipynb #9affda60
+# %% ../../nbs/70_launch.accelerate.ipynb #ddded9a8
 import contextlib, json, os, signal, subprocess, sys, threading
 from pathlib import Path
 import yaml
 from ..base import UserError, redact, write_atomic
-from ..config import accelerate_file, batch_arithmetic, project_root
+from ..config import TRAINING_STAGES, accelerate_file, batch_arithmetic, project_root
 from ..run import Attempt, close_attempt, is_trained, read_metrics, read_record
 
 # %% ../../nbs/70_launch.accelerate.ipynb #abc67a79
@@ -32,14 +32,16 @@ def device_of(
     device = (cfg.get("cluster") or {}).get("device") or "auto"
     return ("cuda" if visible_gpus() else "cpu") if device == "auto" else device
 
-# %% ../../nbs/70_launch.accelerate.ipynb #f9cacd82
+# %% ../../nbs/70_launch.accelerate.ipynb #a2de977c
 def preflight(
     cfg:dict, # a composed, resolved config
 ):
     "Refuse what this machine cannot start, before anything is opened or written"
-    cluster, n = cfg.get("cluster") or {}, batch_arithmetic(cfg)["world_size"]
+    cluster = cfg.get("cluster") or {}
     if cluster.get("launcher", "local") != "local":
         raise UserError(f"cluster={cluster.get('name')} hands jobs to a scheduler; this command starts them on this machine. Set cluster=local.")
+    if cfg["stage"] not in TRAINING_STAGES: return
+    n = batch_arithmetic(cfg)["world_size"]
     if device_of(cfg) == "cuda" and visible_gpus() < n:
         raise UserError(f"{n} processes need {n} GPUs and this machine shows {visible_gpus()}. Set num_processes, or cluster.device=cpu.")
 

@@ -97,11 +97,12 @@ def _stop_children():
     import psutil
     for p in psutil.Process().children(): stop_tree(p.pid, grace=3.)
 
-# %% ../../nbs/72_launch.recipe.ipynb #510e7167
+# %% ../../nbs/72_launch.recipe.ipynb #cb5eddb3
 def closing_line(
     run_dir, # a run folder
 )->str: # one line
-    "Loss and accuracy before and after, as the record has them"
+    "Loss and accuracy before and after, or the summary of a stage that prepares data, as the record has them"
+    if (summary := read_record(run_dir).get("summary")): return f"{read_record(run_dir)['stage']}: {summary}"
     record, losses = read_record(run_dir), [r["loss"] for r in read_metrics(run_dir) if "loss" in r]
     final, parts = record.get("final") or {}, []
     if losses: parts.append(f"loss {losses[0]:.4g} at the first step, {losses[-1]:.4g} at the last")
@@ -118,14 +119,16 @@ def shown_path(path)->str:
     try: return str(Path(path).relative_to(project_root()))
     except ValueError: return str(path)
 
-# %% ../../nbs/72_launch.recipe.ipynb #8e5603b5
+# %% ../../nbs/72_launch.recipe.ipynb #d911f2b1
 def print_done(
     run_dir:Path, # a run folder
     checkpoints_dir:Path, # of its generation
 ):
     "Say that a run is finished, and where its record and its checkpoint are"
     print(f"done already: record {shown_path(run_dir/'record.json')}")
-    print(f"verified checkpoint {shown_path(final_checkpoint(read_record(run_dir), checkpoints_dir))}")
+    record = read_record(run_dir)
+    if output := (record.get("final") or {}).get("output"): print(f"verified output {shown_path(output)}")
+    else: print(f"verified checkpoint {shown_path(final_checkpoint(record, checkpoints_dir))}")
     print(closing_line(run_dir))
 
 # %% ../../nbs/72_launch.recipe.ipynb #3e778cf5
