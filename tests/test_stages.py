@@ -1,0 +1,155 @@
+"The stages that prepare data, as commands: with their defaults, and over real files of three formats; what they leave, and what a mistake leaves"
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import BIN
+
+from post_training import config, run
+
+
+def command(*words, **env):
+    return subprocess.run([str(BIN / "post-training"), *words], capture_output=True, text=True, env={**os.environ, **env}, timeout=600)
+
+
+def the_run(stage):
+    "Record and folder of the only run of a stage"
+    found = [p for p in run.all_runs() if p.parent.parent.name == stage]
+    assert len(found) == 1, found
+    return run.read_record(found[0]), found[0]
+
+
+@pytest.fixture
+def small(demo, tmp_root, monkeypatch):
+    "Runs of a test's own; the tiny model and the demo data are the session's"
+    monkeypatch.setenv("POST_TRAINING_ARTIFACTS_DIR", str(demo))
+    return f"artifacts_subdir={tmp_root.name}"
+
+
+def test_mixture(small, tmp_root):
+    out = command("dataset_mixture", small)
+    assert out.returncode == 0, out.stderr
+    record, folder = the_run("dataset_mixture")
+    assert "2,970 rows from 2 sources in demo-mixture" in out.stdout and run.is_done(folder)
+    assert [s["source"] for s in record["sources"]] == ["demo", "greetings", "total"] and record["sources"][-1]["rows"] == 2970
+    notebook = json.loads((folder / "dataset_mixture.ipynb").read_text())
+    assert sum("image/png" in o.get("data", {}) for c in notebook["cells"] for o in c.get("outputs", [])) == 2
+    from post_training.data.io import load_splits
+    splits = load_splits(record["final"]["output"])
+    assert {k: len(v) for k, v in splits.items()} == {"train": 2970, "eval": 400}
+    again = command("dataset_mixture", small)
+    assert again.returncode == 0 and again.stdout.startswith("done already"), again.stdout + again.stderr
+    (Path(record["final"]["output"]) / "train/state.json").write_text("{}")  # damage: done no longer
+    third = command("dataset_mixture", small)
+    assert third.returncode == 0 and "attempt 2 (resume)" in third.stdout, third.stdout + third.stderr
+
+
+def test_another_mixture_does_not_replace_it(small):
+    assert command("dataset_mixture", small).returncode == 0
+    out = command("dataset_mixture", small, "seed=1")
+    assert out.returncode == 2 and "rows of another configuration" in out.stderr and "dataset_name" in out.stderr, out.stderr
+    assert command("dataset_mixture", small, "seed=1", "dataset_name=demo-mixture-1").returncode == 0
+
+
+def test_real_mixture_then_tokenize_and_train(data_dir, small, tmp_root, demo):
+    "Three sources of three formats, one drawn from, one repeated; then training reads the tokenized rows"
+    out = command("dataset_mixture", "mixture=real-small", small, f"tokenizer_args.tokenizer_name_or_path={demo}/models/tiny", "tokenizer_args.chat_template_name=tulu",
+                  "tokenizer_args.model_pad_token_id=10", "max_drop_fraction=0.2")
+    assert out.returncode == 0, out.stderr
+    record, _ = the_run("dataset_mixture")
+    rows = {s["source"]: s for s in record["sources"]}
+    assert rows["gsm8k"]["rows"] == 7473 // 4 and rows["seed-tasks"]["rows"] == 3 * rows["seed-tasks"]["drawn"] and rows["sharegpt"]["rows"] <= 500
+    assert all(s["tokens"] > s["completion_tokens"] > 0 for s in record["sources"])
+    assert [k for k in record["overlaps"]] and set(record["inputs"]) >= {str(data_dir / "gsm8k_train.jsonl")}
+    mixed = ["dataset=local", f"dataset_args.dataset_name={record['final']['output']}", small, f"model_args.model_name_or_path={demo}/models/tiny", "tokenizer_args.chat_template_name=tulu",
+             "tokenizer_args.model_eos_token_id=null", "training_args.max_length=256", "training_args.max_steps=2", "cluster.device=cpu", "max_drop_fraction=0.2"]
+    out = command("tokenize", *mixed)
+    assert out.returncode == 0, out.stderr
+    made, _ = the_run("tokenize")
+    before = sorted(p.name for p in Path(made["final"]["output"]).parent.iterdir() if not p.name.startswith("."))
+    out = subprocess.run([sys.executable, "-m", "post_training.train_sft", *mixed], capture_output=True, text=True, env=os.environ | dict(WANDB_MODE="disabled"))
+    assert out.returncode == 0, out.stderr
+    trained, _ = the_run("train_sft")
+    assert trained["counts"]["train"] == made["counts"]["train"] and trained["fingerprints"]["train_rows"] == made["fingerprints"]["train_rows"]
+    assert sorted(p.name for p in Path(made["final"]["output"]).parent.iterdir() if not p.name.startswith(".")) == before  # nothing was tokenized again
+
+
+def test_split(small):
+    out = command("dataset_split", small, "dataset_args.eval_split.ratio=0.1")
+    assert out.returncode == 0 and "570 rows in validation" in out.stdout, out.stdout + out.stderr
+    record, _ = the_run("dataset_split")
+    assert record["counts"] == {"train": 5130, "validation": 570, "eval": 400} and len(record["classes"]) > 1
+
+
+def test_split_that_is_there(small):
+    out = command("dataset_split", small, "dataset_args.eval_split.name=eval")
+    assert out.returncode == 0 and "nothing done" in out.stdout, out.stdout + out.stderr
+
+
+def test_linearise_then_train_on_the_same_tokens(small, demo):
+    "Rows that were linearised before are tokenized to the very ids of rows that were not"
+    out = command("linearise", small)
+    assert out.returncode == 0, out.stderr
+    record, _ = the_run("linearise")
+    from post_training.prepare import prepare_data
+    few = ["dataset_args.debug_subsample.train=300", small]
+    a = prepare_data(config.compose("tokenize", few).cfg)
+    b = prepare_data(config.compose("tokenize", [*few, "dataset=local", f"dataset_args.dataset_name={record['final']['output']}", "dataset_args.train_split.name=train"]).cfg)
+    assert a.train["input_ids"][:] == b.train["input_ids"][:] and a.train["completion_mask"][:] == b.train["completion_mask"][:]
+
+
+def test_generation_ratio(small):
+    out = command("generation_ratio", small, "dataset_args.debug_subsample.train=500")
+    assert out.returncode == 0 and "completion over prompt" in out.stdout, out.stderr
+    record, _ = the_run("generation_ratio")
+    assert record["ratios"][-1]["source"] == "all" and record["ratios"][-1]["rows"] == 500
+
+
+def test_a_changed_source_is_noticed(small, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    talk = lambda i: json.dumps(dict(question=f"What is {i} + 1?", answer=str(i + 1))) + "\n"
+    rows.write_text("".join(map(talk, range(20))))
+    args = ["dataset_mixture", "mixture=local", "dataset_name=mine", f"sources=[{{dataset_name: a, dataset_path: {rows}}}]", small]
+    assert command(*args).returncode == 0
+    rows.write_text("".join(map(talk, range(30))))
+    out = command(*args)
+    assert out.returncode == 2 and "rows.jsonl changed since the finished run" in out.stderr, out.stderr
+    out = command(*args, "--force")
+    assert out.returncode == 0 and "30 rows" in out.stdout, out.stderr
+
+
+MISTAKES = {  # name: words after dataset_mixture, words of the message
+    "unknown key of a source": (["mixture=local", "dataset_name=m", "sources=[{dataset_name: a, dataset_pth: b}]"], ["dataset_pth", "dataset_path"]),
+    "missing file": (["mixture=local", "dataset_name=m", "sources=[{dataset_name: a, dataset_path: nowhere/b.jsonl}]"], ["nowhere/b.jsonl"]),
+    "double name": (["mixture=local", "dataset_name=m", "sources=[{dataset_name: a, dataset_path: b.jsonl}, {dataset_name: a, dataset_path: c.jsonl}]"], ["'a'"]),
+    "no sources": (["mixture=local", "dataset_name=m", "sources=[]"], ["sources"]),
+    "unknown preset": (["mixture=demmo"], ["Did you mean 'demo'"]),
+    "unknown file": (["mixture=my.yaml"], ["my.yaml", "no such file"]),
+    "negative share": (["mixture=local", "dataset_name=m", "sources=[{dataset_name: a, dataset_path: b.jsonl, subsample_factor: -1}]"], ["subsample_factor"]),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_told(case, small):
+    words, told = MISTAKES[case]
+    out = command("dataset_mixture", *words, small)
+    assert out.returncode == 2 and "Traceback" not in out.stderr, out.stdout + out.stderr
+    for word in told: assert word in out.stderr, (word, out.stderr)
+    assert len(out.stderr.strip().splitlines()) <= 3, out.stderr
+
+
+@pytest.mark.slow
+def test_several_ranks_read_what_one_made(small, tmp_path):
+    "Two processes under accelerate, started by hand: rank 0 tokenizes before they meet, the other reads"
+    args = [small, "cluster.device=cpu", "accelerate_config=ddp", "training_args.max_steps=1", "evaluation.num_prompts=0", "wandb.mode=disabled", "global_batch_size=8",
+            "training_args.per_device_train_batch_size=4", "training_args.eval_strategy=no", "dataset_args.debug_subsample.train=64"]
+    settings = tmp_path / "ddp.yaml"
+    settings.write_text((config.CONFIGS / "accelerate/ddp.yaml").read_text().replace("use_cpu: false", "use_cpu: true"))
+    argv = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(settings), "-m", "post_training.train_sft", *args]
+    out = subprocess.run(argv, capture_output=True, text=True, env=os.environ | dict(ACCELERATE_USE_CPU="true"), timeout=300)
+    assert out.returncode == 0, out.stderr[-3000:]
+    record, folder = the_run("train_sft")
+    assert record["topology"]["world_size"] == 2 and run.is_done(folder)
