@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from post_training.data.swissai import assistant_blocks, developer, structured, user
 from post_training.tokens.collate import PackCollator, PadCollator, best_fit_pack
 from post_training.tokens.dataset import fit
-from post_training.tokens.masks import Refused, encoder_for, finish, tokenize_chat, tokenize_chats
+from post_training.tokens.masks import Refused, completion_of, encoder_for, tokenize_chat, tokenize_chats
 from post_training.tokens.templates import CHAT_TEMPLATES, template_text, wants_blocks
 from post_training.tokens.tokenizer import toy_tokenizer
 
@@ -82,11 +82,11 @@ def test_a_batch_is_its_rows(talks_, name):
 @quick
 @given(talks(), st.sampled_from(PLAIN), st.sampled_from(["bpe", "char"]))
 def test_the_two_ways_to_a_mask_agree(talk, name, kind):
-    "From the tokens at the edges of a region, and from the array of all offsets"
+    "From the tokens at the edges of the regions of a batch, and from the characters of every token of a row"
     t = tokenizer(kind, name)
     chat = tokenize_chat(t, talk)
-    row = encoder_for(t).verify(talk, chat.text, False)
-    assert finish(row, chat.input_ids, chat.offsets).completion_mask.tolist() == chat.completion_mask.tolist()
+    _, skeleton, edges = encoder_for(t).verify(talk, chat.text)
+    assert completion_of(skeleton, edges, chat.spans, chat.offsets).tolist() == chat.completion_mask.tolist()
 
 
 @st.composite
