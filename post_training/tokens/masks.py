@@ -507,24 +507,27 @@ def with_typed(self:ChatEncoder, rows:list, ids_N:np.ndarray, cuts:list)->list[i
 # %% ../../nbs/22_tokens.masks.ipynb #07725e3b
 MARKS = 0xF0000 # a plane of Unicode without characters of its own
 
-# %% ../../nbs/22_tokens.masks.ipynb #b27e8985
+# %% ../../nbs/22_tokens.masks.ipynb #0ddaba01
 @patch
-def typing(self:ChatEncoder)->tuple: # (`tokenizers.Tokenizer`, {id of a mark: id of the control token})
+def typing(self:ChatEncoder)->tuple|None: # (`tokenizers.Tokenizer`, {id of a mark: id of the control token}); None where the tokenizer would change the marks
     "A copy of the tokenizer that takes control tokens for text, and knows a mark in place of each"
     if not hasattr(self, "_typing"):
         from tokenizers import AddedToken, Tokenizer
         copy = Tokenizer.from_str(self.backend.to_str())
         own = {i: t for i, t in copy.get_added_tokens_decoder().items() if self.is_special[i]}
+        self._typing = None
+        if copy.normalizer and any(t.normalized and copy.normalizer.normalize_str(chr(MARKS + i)) != chr(MARKS + i) for i, t in own.items()): return None
         copy.add_tokens([AddedToken(chr(MARKS + i), special=False, lstrip=t.lstrip, rstrip=t.rstrip, single_word=False, normalized=t.normalized) for i, t in own.items()])
         copy.encode_special_tokens = True # the name means: treat them as any other text
         self._typing = copy, {copy.token_to_id(chr(MARKS + i)): i for i in own}
     return self._typing
 
-# %% ../../nbs/22_tokens.masks.ipynb #a5e2b2b1
+# %% ../../nbs/22_tokens.masks.ipynb #aef152e0
 @patch
 def encode_typed(self:ChatEncoder, row:tuple, ids:np.ndarray, offsets:np.ndarray)->tuple|Refused: # (ids [T], offsets [T, 2])
     "Encode one row (text, skeleton, edges) again with the control tokens of its contents as plain text"
     text, skeleton, edges = row
+    if self.typing() is None: return Refused("unverifiable", "the tokenizer cannot write a control token as text")
     copy, marks = self.typing()
     names = self.backend.get_added_tokens_decoder()
     found = [(max(text.find(names[i].content, a, b), a), i) for i, (a, b) in zip(ids.tolist(), offsets.tolist()) if self.is_special[i]]
