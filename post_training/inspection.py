@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['HEADINGS', 'USAGE', 'KINDS_OF_TALK', 'look_batch', 'Inspection', 'inspect_dataset', 'drop_table', 'by_source',
-           'source_table', 'length_table', 'printable', 'readable', 'as_text', 'as_html', 'View', 'view_row',
-           'view_text', 'view_html', 'find_row', 'some_rows', 'notices', 'plot_shares', 'plot_lengths',
-           'dataset_overrides', 'find_rows', 'open_inspection', 'parse_args', 'head_lines', 'print_inspection',
-           'legend', 'inspect_command', 'main', 'carried', 'template_facts', 'templates_html']
+           'source_table', 'length_table', 'printable', 'readable', 'text_headings', 'as_text', 'as_html', 'View',
+           'why_dropped', 'view_row', 'view_text', 'view_html', 'find_row', 'some_rows', 'notices', 'plot_shares',
+           'plot_lengths', 'dataset_overrides', 'near_paths', 'find_rows', 'tokenizer_of', 'open_inspection', 'usage',
+           'parse_args', 'head_lines', 'print_inspection', 'legend', 'quiet', 'inspect_command', 'main', 'carried',
+           'template_facts', 'templates_html']
 
-# %% ../nbs/57_inspection.ipynb #dbc6b812
+# %% ../nbs/57_inspection.ipynb #5fd0976b
 import json, os, re, sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,11 @@ from . import config, run
 from .base import UserError, nearest
 from .data.messages import format_of
 from .data.swissai import block, developer, is_swissai, user
-from .tokens.dataset import batch_chats, check_policies, check_sample, fit, policy_of, processes, row_id
+from .tokens.dataset import batch_chats, check_dropped, check_policies, check_sample, fit, policy_of, processes, row_id
 from .tokens.masks import KINDS, Html, Refused, colour_ansi, colour_html, encoder_for, last_tokens, token_runs, tokenize_chats
 from .tokens.templates import CHAT_TEMPLATES, template_text, wants_blocks
 
-# %% ../nbs/57_inspection.ipynb #a0a82997
+# %% ../nbs/57_inspection.ipynb #22bbee52
 def look_batch(
     batch:dict, # columns of raw rows
     indices:list[int], # their indices
@@ -31,8 +32,10 @@ def look_batch(
     max_length:int|None, # tokens of a row at most
     policies:dict, # from `check_policies`
     allow_control_tokens_in_content:bool=False, # encode control tokens in contents as control tokens
+    serial:bool=False, # several processes share the work: one thread each
 )->dict: # columns: row_id, source, tokens (of the whole row), kept, trained, reason, left_out
     "Lengths and fates of a batch of raw rows"
+    if serial: os.environ["TOKENIZERS_PARALLELISM"] = "false"
     rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
     whole = batch_chats(rows, columns, wants_blocks(tokenizer.chat_template))
     at = [i for i, v in enumerate(whole) if not isinstance(v, Refused)]
@@ -45,7 +48,7 @@ def look_batch(
                 trained=[0 if no else int(f[1].sum()) for f, no in zip(fate, lost)], reason=[f.reason if no else "" for f, no in zip(fate, lost)],
                 left_out=["" if no else ", ".join(sorted({d.split(".")[0] for d in w.dropped})) for w, no in zip(whole, lost)])
 
-# %% ../nbs/57_inspection.ipynb #30f7251a
+# %% ../nbs/57_inspection.ipynb #778ca047
 @dataclass
 class Inspection:
     "A dataset as training would see it: numbers of every row, and what is needed to look at one"
@@ -57,8 +60,9 @@ class Inspection:
     policies: dict # from `check_policies`
     allow_control_tokens_in_content: bool
     numbers: object # data frame: row_id, source, tokens, kept, trained, reason, left_out
+    max_drop_fraction: float|None = None # share of rows that training may drop
 
-# %% ../nbs/57_inspection.ipynb #2f0c671d
+# %% ../nbs/57_inspection.ipynb #a323213e
 def inspect_dataset(
     dataset, # `datasets.Dataset` of raw rows in a known format
     tokenizer, # with a chat template
@@ -67,6 +71,7 @@ def inspect_dataset(
     max_length:int|None=None, # tokens of a row at most
     allow_control_tokens_in_content:bool=False, # encode control tokens in contents as control tokens
     num_proc:int|None=None, # processes; None chooses
+    max_drop_fraction:float|None=None, # share of rows that training may drop
     **policies, # overlength, on_unverifiable, unsupported_roles, on_malformed
 )->Inspection:
     "Look at every row of a dataset; nothing is refused but a format that is not known"
@@ -80,8 +85,8 @@ def inspect_dataset(
     options = dict(max_length=max_length, policies=policies, allow_control_tokens_in_content=allow_control_tokens_in_content)
     data = dataset.map(look_batch, batched=True, with_indices=True, batch_size=500, num_proc=n if n > 1 else None, features=features, desc="Looking",
                        remove_columns=dataset.column_names, keep_in_memory=True, load_from_cache_file=False, new_fingerprint=os.urandom(8).hex(),
-                       fn_kwargs=dict(tokenizer=tokenizer, columns=columns, **options))
-    return Inspection(name, dataset, tokenizer, columns, numbers=data.to_pandas(), **options)
+                       fn_kwargs=dict(tokenizer=tokenizer, columns=columns, serial=n > 1, **options))
+    return Inspection(name, dataset, tokenizer, columns, numbers=data.to_pandas(), max_drop_fraction=max_drop_fraction, **options)
 
 # %% ../nbs/57_inspection.ipynb #d2e913cd
 def drop_table(
@@ -150,39 +155,46 @@ def printable(
     text = _CONTROL.sub(lambda m: m[0].encode("unicode_escape").decode(), str(text))
     return text if len(text) <= most else text[:most - 1] + "…"
 
-# %% ../nbs/57_inspection.ipynb #cf119aa0
+# %% ../nbs/57_inspection.ipynb #93c29a50
 HEADINGS = dict(source="source", rows="rows", dropped="dropped", cut="cut", tokens="tokens", token_share="% of tokens", trained="trained", trained_share="% of trained",
-                density="% trained of its own", median="50 %", q90="90 %", q99="99 %", longest="longest", over="over max_length", over_share="% over",
-                reason="reason", share="% of rows", first_row="first row", policy="decided by tokenization.")
+                density="% of it trained", median="50 %", q90="90 %", q99="99 %", longest="longest", over="over max_length", over_share="% over",
+                first_end="a first answer ends in", last_end="the last one in", reason="reason", share="% of rows", first_row="first row", policy="decided by tokenization.")
 
-# %% ../nbs/57_inspection.ipynb #fc5c8b59
+# %% ../nbs/57_inspection.ipynb #ce8183cc
 def readable(
     df, # one of the tables
 ):      # the same as texts under headings for people
     "A table for people"
     def cell(name, v):
         if name.endswith(("share", "density")): return f"{100*v:.1f}"
+        if isinstance(v, (bool, np.bool_)): return "yes" if v else "-"
         return f"{v:,}" if isinstance(v, (int, np.integer)) else printable(v)
     import pandas as pd
-    return pd.DataFrame({HEADINGS[c]: [cell(c, v) for v in df[c]] for c in df.columns})
+    return pd.DataFrame({HEADINGS.get(c, c.replace("_", " ")): [cell(c, v) for v in df[c]] for c in df.columns})
 
-# %% ../nbs/57_inspection.ipynb #4f6ab8c2
+# %% ../nbs/57_inspection.ipynb #329cd020
+def text_headings(
+    df, # one of the tables
+)->set[str]: # headings of the columns that hold texts
+    "Columns whose cells are aligned on the left"
+    return {h for c, h in zip(df.columns, readable(df).columns) if df[c].dtype.kind not in "iuf"}
+
+# %% ../nbs/57_inspection.ipynb #49caac1e
 def as_text(
     df, # one of the tables
 )->str:
     "A table for a terminal: texts on the left, numbers on the right"
-    t = readable(df)
-    text = {HEADINGS[c] for c in ("source", "reason", "first_row", "policy")}
+    t, text = readable(df), text_headings(df)
     width = {c: max(len(c), *map(len, t[c])) if len(t) else len(c) for c in t.columns}
     line = lambda cells: "  ".join(v.ljust(width[c]) if c in text else v.rjust(width[c]) for c, v in zip(t.columns, cells)).rstrip()
     return "\n".join(map(line, [t.columns, *t.itertuples(index=False)]))
 
-# %% ../nbs/57_inspection.ipynb #37e6aba9
+# %% ../nbs/57_inspection.ipynb #24cd905b
 def as_html(
     df, # one of the tables
 )->Html:
     "A table for a notebook; texts are escaped"
-    left = {HEADINGS[c] for c in ("source", "reason", "first_row", "policy")}
+    left = text_headings(df)
     cell = lambda tag, c, v: f'<{tag} style="text-align:{"left" if c in left else "right"}">{_escape(v)}</{tag}>'
     t = readable(df)
     head = "".join(cell("th", c, c) for c in t.columns)
@@ -206,7 +218,15 @@ class View:
     prompt: object = None # [T] bool; neither of the two: not kept
     raw: str = "" # the start of the raw row, where it is lost
 
-# %% ../nbs/57_inspection.ipynb #84a1d769
+# %% ../nbs/57_inspection.ipynb #4b2ad806
+def why_dropped(
+    refused, # a `Refused`
+)->str: # one line
+    "Reason and detail of a row that is not kept, said once where they say the same"
+    once = refused.detail in refused.reason
+    return "dropped: " + printable(refused.reason if once else f"{refused.reason}: {refused.detail}", 500)
+
+# %% ../nbs/57_inspection.ipynb #fa10681d
 def view_row(
     i:Inspection,
     index:int, # which row
@@ -218,7 +238,7 @@ def view_row(
     about = [printable(n.row_id), printable(n.source)] if n.source else [printable(n.row_id)]
     fate = chat if isinstance(chat, Refused) else fit(chat, i.max_length, i.policies["overlength"])
     lost = isinstance(fate, Refused)
-    why, raw = (f"dropped: {printable(fate.detail, 400)}", json.dumps(row, ensure_ascii=False, default=str)) if lost else ("", "")
+    why, raw = (why_dropped(fate), json.dumps(row, ensure_ascii=False, default=str)) if lost else ("", "")
     if isinstance(chat, Refused): return View(", ".join(about), why, raw=raw)
     k = 0 if lost else len(fate[0])
     cut = f", cut at {k:,}" if 0 < k < len(chat) else ""
@@ -286,19 +306,20 @@ def some_rows(
     turn = kept.groupby("source", sort=False).cumcount()
     return kept.assign(turn=turn).sort_values("turn", kind="stable").index[:n].tolist()
 
-# %% ../nbs/57_inspection.ipynb #2a24e89e
+# %% ../nbs/57_inspection.ipynb #f7aa550b
 def notices(
     i:Inspection,
 )->list[str]: # a sentence each
-    "What training would stop at or warn of: rows under a policy `error`, and the gates on a sample of rows"
+    "What training would stop at or warn of: rows under a policy `error`, too many dropped rows, and the gates on a sample"
     lost, out = i.numbers[i.numbers.reason != ""], []
     for policy, part in lost.groupby(lost.reason.map(policy_of), sort=True):
         if i.policies[policy] != "error": continue
         more = f" (and {len(part) - 1:,} more)" if len(part) > 1 else ""
         why = view_row(i, part.index[0]).why.partition(": ")[2]
-        then = "leave out such system messages, and rows with more of that kind" if policy == "unsupported_roles" else "leave such rows out and count them"
-        out.append(f"Training stops at row {part.row_id.iloc[0]}{more}: {why}. Set tokenization.{policy}=drop to {then}.")
-    if len(lost) == len(i.numbers): return [*out, "Nothing is left to train on."]
+        then = "train without system messages that have no place, and drop other such rows" if policy == "unsupported_roles" else "drop and count such rows"
+        out.append(f"Training stops at row {part.row_id.iloc[0]}{more}, {why}. Set tokenization.{policy}=drop to {then}.")
+    try: check_dropped({"in": len(i.numbers), "out": len(i.numbers) - len(lost), "dropped": lost.reason.value_counts().to_dict()}, i.max_drop_fraction)
+    except UserError as e: out.append(f"Training stops: {e}")
     return out + check_sample(i.rows, i.tokenizer, on_missing_stop="warn")
 
 # %% ../nbs/57_inspection.ipynb #a7116527
@@ -341,17 +362,28 @@ def plot_lengths(
     ax.legend(fontsize=8, frameon=False)
     return fig
 
-# %% ../nbs/57_inspection.ipynb #ae91b17e
+# %% ../nbs/57_inspection.ipynb #c9f2724f
 def dataset_overrides(
     name:str|None, # what the user typed; None where an override names the dataset
     split:str|None=None, # which split; None leaves it to the preset
 )->list[str]: # overrides
-    "Overrides that choose a dataset"
-    chosen = [] if name is None else [f"dataset={name}"] if name in config.preset_names("dataset") else \
+    "Overrides that choose a dataset; a bare name that nothing has, but a preset almost, is taken for a typo"
+    known = config.preset_names("dataset")
+    if name and name not in known and not {"/", "."} & {*name} and not Path(run.place(name)).exists() and (hint := nearest(name, known)):
+        raise UserError(f"There is no preset and no file {name!r} here.{hint} A dataset of the hub is written ORGANISATION/NAME.")
+    chosen = [] if name is None else [f"dataset={name}"] if name in known else \
         ["dataset=local", f"dataset_args.dataset_name={config.quote(name)}"]
     return chosen + ([f"dataset_args.train_split.name={config.quote(split)}"] if split else [])
 
-# %% ../nbs/57_inspection.ipynb #f2f80ff5
+# %% ../nbs/57_inspection.ipynb #8963c56b
+def near_paths(
+    path, # where nothing is
+)->str: # a sentence, or nothing
+    "What lies beside a path under a similar name"
+    path = Path(path)
+    return nearest(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [], n=2)
+
+# %% ../nbs/57_inspection.ipynb #2fd1874e
 def find_rows(
     cfg:dict, # composed
 ):           # `datasets.Dataset`
@@ -363,12 +395,22 @@ def find_rows(
     except UserError as e:
         text = str(e) + (" Here: --split NAME." if "several splits" in str(e) else "")
         if path.exists() or "Did you mean" in text: raise UserError(text) from None
-        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(text + (nearest(name, config.preset_names("dataset")) or nearest(path.name, beside))) from None
+        raise UserError(text + near_paths(path)) from None
     n = (args.get("debug_subsample") or {}).get("train") or 0
     return rows.select(range(min(n, len(rows)))) if n else rows
 
-# %% ../nbs/57_inspection.ipynb #6495bbfa
+# %% ../nbs/57_inspection.ipynb #8d515ed9
+def tokenizer_of(
+    cfg:dict, # composed
+):           # a fast tokenizer with its chat template
+    "The tokenizer that a configuration names; the tiny model's is built where it is missing"
+    from post_training.demo import ensure_demo
+    from post_training.tokens.tokenizer import load_tokenizer
+    ensure_demo(cfg)
+    t = dict(cfg["tokenizer_args"])
+    return load_tokenizer(run.base_model(t.pop("tokenizer_name_or_path"), cfg["runs_dir"])[0], **t)
+
+# %% ../nbs/57_inspection.ipynb #a5923947
 def open_inspection(
     name:str|None, # a preset, a path or a hub name; None where an override names the dataset
     overrides=(), # of train_sft
@@ -376,22 +418,20 @@ def open_inspection(
 )->Inspection:
     "Compose, load and look: what the command and the notebook begin with"
     from post_training.demo import ensure_demo
-    from post_training.tokens.tokenizer import load_tokenizer
     cfg = config.compose("train_sft", [*dataset_overrides(name, split), *overrides]).cfg
     ensure_demo(cfg)
-    t = dict(cfg["tokenizer_args"])
-    rows = find_rows(cfg)
-    tokenizer = load_tokenizer(run.base_model(t.pop("tokenizer_name_or_path"), cfg["runs_dir"])[0], **t)
+    rows, tokenizer = find_rows(cfg), tokenizer_of(cfg)
     options = {k: v for k, v in cfg["tokenization"].items() if k != "on_missing_stop"}
     options.setdefault("max_length", cfg["training_args"].get("max_length"))
+    options["max_drop_fraction"] = cfg["max_drop_fraction"]
     which = (cfg["dataset_args"].get("train_split") or {}).get("name")
     return inspect_dataset(rows, tokenizer, name=(name or cfg["dataset_name"]) + (f" ({which})" if which else ""), **options)
 
-# %% ../nbs/57_inspection.ipynb #60100ba0
+# %% ../nbs/57_inspection.ipynb #7368b1be
 USAGE = """post-training inspect DATASET [--rows N] [--row ID] [--split NAME] [--tokens N] [key=value ...]
 
-  DATASET      a preset of configs/dataset ({presets}),
-               or a hub name, a saved folder, a json, jsonl or parquet file or glob
+  DATASET      a hub name, a saved folder, a json, jsonl or parquet file or glob, or a preset:
+{presets}
   --rows N     coloured rows to show, the first of each source in turn (3)
   --row ID     one row by its id, or by its index; it is shown also where it is lost
   --split NAME which split
@@ -401,7 +441,13 @@ USAGE = """post-training inspect DATASET [--rows N] [--row ID] [--split NAME] [-
 
 NO_COLOR=1 puts what is trained on in brackets instead of colours."""
 
-# %% ../nbs/57_inspection.ipynb #f345629c
+# %% ../nbs/57_inspection.ipynb #2402314e
+def usage()->str:
+    "The help text, with the presets that there are"
+    import textwrap
+    return USAGE.format(presets=textwrap.fill(", ".join(config.preset_names("dataset")), 100, initial_indent=" "*15, subsequent_indent=" "*15, break_on_hyphens=False))
+
+# %% ../nbs/57_inspection.ipynb #f70cfef6
 def parse_args(
     argv:list[str], # after the command's name
 )->tuple: # (dataset or None, overrides, options)
@@ -414,7 +460,7 @@ def parse_args(
         if name not in kinds: raise UserError(f"There is no option {word}.{nearest(word, [f'--{k}' for k in kinds])} Options: {', '.join(f'--{k}' for k in kinds)}.")
         if not equals and not left: raise UserError(f"--{name} needs a value.")
         value = value if equals else left.pop(0)
-        if kinds[name] is int and not value.isdigit(): raise UserError(f"--{name} {value}: it takes a whole number.")
+        if kinds[name] is int and not value.isdigit(): raise UserError(f"--{name} {value}: it takes a whole number from 0 on.")
         options[name] = kinds[name](value)
     overrides = [w for w in words if "=" in w and not Path(w).expanduser().exists()]
     names = [w for w in words if w not in overrides]
@@ -462,18 +508,22 @@ def legend(
     names = dict(prompt="given", completion="trained on", ignored="not kept", special="control token")
     return "  ".join(f"\x1b[{KINDS[k][1]}m{v}\x1b[0m" for k, v in names.items())
 
-# %% ../nbs/57_inspection.ipynb #c5e7abc5
+# %% ../nbs/57_inspection.ipynb #e3a457b9
+def quiet():
+    "No progress bars and no advice of libraries; hub requests that are tried again still say so"
+    import datasets, transformers
+    datasets.disable_progress_bars()
+    transformers.utils.logging.set_verbosity_error(); transformers.utils.logging.disable_progress_bar()
+
+# %% ../nbs/57_inspection.ipynb #e1cb265b
 def inspect_command(
     argv:list[str], # after the command's name
 )->int: # exit code
     "`post-training inspect ...`; mistakes of the user's raise"
-    import datasets, transformers
-    if not argv or {"-h", "--help", "help"} & {*argv}:
-        print(USAGE.format(presets=", ".join(config.preset_names("dataset")))); return 0
+    if not argv or {"-h", "--help", "help"} & {*argv}: print(usage()); return 0
     name, overrides, o = parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="backslashreplace") # whatever a terminal's encoding
-    datasets.disable_progress_bars()
-    transformers.utils.logging.set_verbosity_error(); transformers.utils.logging.disable_progress_bar()
+    quiet()
     i = open_inspection(name, overrides, o["split"])
     colour = not os.environ.get("NO_COLOR")
     if o["row"] is None: print_inspection(i, o["rows"], o["tokens"], colour); return 0

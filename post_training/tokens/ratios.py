@@ -6,7 +6,9 @@
 __all__ = ['COLUMNS', 'first_and_rest', 'row_sizes', 'ratio_columns', 'generation_ratios', 'measure_batch', 'measure', 'trim',
            'ratio_row', 'summarise', 'plot_ratios']
 
-# %% ../../nbs/23_tokens.ratios.ipynb #bdf3643c
+# %% ../../nbs/23_tokens.ratios.ipynb #cd0b10ce
+import os
+
 import numpy as np
 
 from ..base import UserError
@@ -60,7 +62,7 @@ def generation_ratios(
     sizes = [row_sizes(c, m) for c, m in zip(chats, conversations or [None]*len(chats))]
     return ratio_columns(pd.DataFrame(dict(row_id=list(ids), source=list(sources)) | {c: np.array([s[c] for s in sizes], np.int64) for c in COLUMNS}))
 
-# %% ../../nbs/23_tokens.ratios.ipynb #7e33e83d
+# %% ../../nbs/23_tokens.ratios.ipynb #01275aa2
 def measure_batch(
     batch:dict, # columns of raw rows
     indices:list[int], # their indices
@@ -69,8 +71,10 @@ def measure_batch(
     policies:dict, # from `check_policies`
     allow_control_tokens_in_content:bool=False, # encode control tokens in contents as control tokens
     max_length:int|None=None, # tokens of a row that count
+    serial:bool=False, # several processes share the work: one thread each
 )->dict: # columns: row_id, source, reason and `COLUMNS`
     "Lengths of a batch of raw rows; every row comes out, with a reason where it has none"
+    if serial: os.environ["TOKENIZERS_PARALLELISM"] = "false"
     rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
     talks = batch_chats(rows, columns, wants_blocks(tokenizer.chat_template))
     at = [i for i, v in enumerate(talks) if not isinstance(v, Refused)]
@@ -86,7 +90,7 @@ def measure_batch(
     return dict(row_id=ids, source=[str(r.get("source") or "") for r in rows], reason=[c.reason if isinstance(c, Refused) else "" for c in chats],
                 **{c: [s[c] for s in sizes] for c in COLUMNS})
 
-# %% ../../nbs/23_tokens.ratios.ipynb #b0634d4c
+# %% ../../nbs/23_tokens.ratios.ipynb #4cae41ff
 def measure(
     dataset, # `datasets.Dataset` of raw rows in a known format
     tokenizer, # with a chat template
@@ -107,7 +111,7 @@ def measure(
     features = Features({k: Value("string") for k in ("row_id", "source", "reason")} | {c: Value("int64") for c in COLUMNS})
     df = dataset.map(measure_batch, batched=True, with_indices=True, batch_size=batch_size, num_proc=n if n > 1 else None, features=features,
                      remove_columns=dataset.column_names, keep_in_memory=True, load_from_cache_file=False, desc="Measuring",
-                     fn_kwargs=dict(tokenizer=tokenizer, columns=columns, policies=policies, max_length=max_length,
+                     fn_kwargs=dict(tokenizer=tokenizer, columns=columns, policies=policies, max_length=max_length, serial=n > 1,
                                     allow_control_tokens_in_content=allow_control_tokens_in_content)).to_pandas()
     kept = df[df.reason == ""].drop(columns="reason").reset_index(drop=True)
     dropped = {k: int(v) for k, v in df.reason[df.reason != ""].value_counts().sort_index().items()}
