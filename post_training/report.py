@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STATES', 'PANELS', 'KEPT_BYTES', 'short', 'as_table', 'runs_table', 'show_run', 'diff_runs', 'verify_run', 'curves',
-           'show_config', 'show_counts', 'show_rows', 'show_arithmetic', 'show_evaluation', 'show_record',
+           'show_config', 'show_counts', 'show_rows', 'bars', 'show_arithmetic', 'show_evaluation', 'show_record',
            'show_identity', 'lengths', 'anonymous', 'machine_names', 'thin', 'shrink_notebook', 'keep_run']
 
 # %% ../nbs/80_report.ipynb #35b75419
@@ -161,6 +161,23 @@ def show_rows(
     from IPython.display import Markdown
     told = [{k: f"{v:,}" if isinstance(v, int) and not isinstance(v, bool) else v for k, v in r.items()} for r in rows]
     return Markdown(as_table(told, columns, markdown=True))
+
+# %% ../nbs/80_report.ipynb #d7ea49c4
+def bars(
+    values:dict, # name -> number
+    label:str, # of the axis
+    most:int=25, # bars shown, the largest
+): # a matplotlib figure
+    "Horizontal bars, the largest above"
+    from matplotlib import pyplot as plt
+    shown = sorted(((str(k)[:40], v) for k, v in values.items()), key=lambda kv: -kv[1])[:most]
+    fig, ax = plt.subplots(figsize=(6, 0.8 + .22*len(shown)), dpi=70, layout="constrained")
+    plt.close(fig)
+    ax.barh(range(len(shown)), [v for _, v in shown], color="#4878a8")
+    ax.set_yticks(range(len(shown)), [k for k, _ in shown], fontsize=8)
+    ax.invert_yaxis()
+    ax.set_xlabel(label + (f" ({len(values) - most} smaller ones are not shown)" if len(values) > most else ""))
+    return fig
 
 # %% ../nbs/80_report.ipynb #0b0977b5
 def show_arithmetic(
