@@ -6,11 +6,11 @@
 __all__ = ['HEADINGS', 'USAGE', 'KINDS_OF_TALK', 'look_batch', 'Inspection', 'inspect_dataset', 'drop_table', 'by_source',
            'source_table', 'length_table', 'printable', 'readable', 'text_headings', 'as_text', 'as_html', 'View',
            'why_dropped', 'view_row', 'view_text', 'view_html', 'find_row', 'some_rows', 'notices', 'plot_shares',
-           'plot_lengths', 'dataset_overrides', 'near_paths', 'find_rows', 'tokenizer_of', 'open_inspection', 'usage',
-           'parse_args', 'head_lines', 'print_inspection', 'legend', 'quiet', 'inspect_command', 'main', 'carried',
-           'template_facts', 'templates_html']
+           'plot_lengths', 'dataset_overrides', 'near_paths', 'find_rows', 'open_inspection', 'usage', 'parse_args',
+           'head_lines', 'print_inspection', 'legend', 'inspect_command', 'main', 'carried', 'template_facts',
+           'templates_html']
 
-# %% ../nbs/57_inspection.ipynb #5fd0976b
+# %% ../nbs/57_inspection.ipynb #16b3803d
 import json, os, re, sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,10 @@ from . import config, run
 from .base import UserError, nearest
 from .data.messages import format_of
 from .data.swissai import block, developer, is_swissai, user
+from .prepare import load_split, quiet, stop_ids, tokenizer_of
 from .tokens.dataset import batch_chats, check_dropped, check_policies, check_sample, fit, policy_of, processes, row_id
 from .tokens.masks import KINDS, Html, Refused, colour_ansi, colour_html, encoder_for, last_tokens, token_runs, tokenize_chats
+from .tokens.ratios import plain_ticks
 from .tokens.templates import CHAT_TEMPLATES, template_text, wants_blocks
 
 # %% ../nbs/57_inspection.ipynb #22bbee52
@@ -48,7 +50,7 @@ def look_batch(
                 trained=[0 if no else int(f[1].sum()) for f, no in zip(fate, lost)], reason=[f.reason if no else "" for f, no in zip(fate, lost)],
                 left_out=["" if no else ", ".join(sorted({d.split(".")[0] for d in w.dropped})) for w, no in zip(whole, lost)])
 
-# %% ../nbs/57_inspection.ipynb #778ca047
+# %% ../nbs/57_inspection.ipynb #52e59c23
 @dataclass
 class Inspection:
     "A dataset as training would see it: numbers of every row, and what is needed to look at one"
@@ -61,8 +63,9 @@ class Inspection:
     allow_control_tokens_in_content: bool
     numbers: object # data frame: row_id, source, tokens, kept, trained, reason, left_out
     max_drop_fraction: float|None = None # share of rows that training may drop
+    stop_ids: object = None # ids that generation stops at; None: the tokenizer's eos
 
-# %% ../nbs/57_inspection.ipynb #a323213e
+# %% ../nbs/57_inspection.ipynb #e9922ed8
 def inspect_dataset(
     dataset, # `datasets.Dataset` of raw rows in a known format
     tokenizer, # with a chat template
@@ -72,6 +75,7 @@ def inspect_dataset(
     allow_control_tokens_in_content:bool=False, # encode control tokens in contents as control tokens
     num_proc:int|None=None, # processes; None chooses
     max_drop_fraction:float|None=None, # share of rows that training may drop
+    stop_ids=None, # ids that generation of the trained model stops at; None: the tokenizer's eos
     **policies, # overlength, on_unverifiable, unsupported_roles, on_malformed
 )->Inspection:
     "Look at every row of a dataset; nothing is refused but a format that is not known"
@@ -86,7 +90,7 @@ def inspect_dataset(
     data = dataset.map(look_batch, batched=True, with_indices=True, batch_size=500, num_proc=n if n > 1 else None, features=features, desc="Looking",
                        remove_columns=dataset.column_names, keep_in_memory=True, load_from_cache_file=False, new_fingerprint=os.urandom(8).hex(),
                        fn_kwargs=dict(tokenizer=tokenizer, columns=columns, serial=n > 1, **options))
-    return Inspection(name, dataset, tokenizer, columns, numbers=data.to_pandas(), max_drop_fraction=max_drop_fraction, **options)
+    return Inspection(name, dataset, tokenizer, columns, numbers=data.to_pandas(), max_drop_fraction=max_drop_fraction, stop_ids=stop_ids, **options)
 
 # %% ../nbs/57_inspection.ipynb #d2e913cd
 def drop_table(
@@ -306,7 +310,7 @@ def some_rows(
     turn = kept.groupby("source", sort=False).cumcount()
     return kept.assign(turn=turn).sort_values("turn", kind="stable").index[:n].tolist()
 
-# %% ../nbs/57_inspection.ipynb #f7aa550b
+# %% ../nbs/57_inspection.ipynb #efb9c367
 def notices(
     i:Inspection,
 )->list[str]: # a sentence each
@@ -320,7 +324,7 @@ def notices(
         out.append(f"Training stops at row {part.row_id.iloc[0]}{more}, {why}. Set tokenization.{policy}=drop to {then}.")
     try: check_dropped({"in": len(i.numbers), "out": len(i.numbers) - len(lost), "dropped": lost.reason.value_counts().to_dict()}, i.max_drop_fraction)
     except UserError as e: out.append(f"Training stops: {e}")
-    return out + check_sample(i.rows, i.tokenizer, on_missing_stop="warn")
+    return out + check_sample(i.rows, i.tokenizer, i.stop_ids, on_missing_stop="warn")
 
 # %% ../nbs/57_inspection.ipynb #a7116527
 def plot_shares(
@@ -341,7 +345,7 @@ def plot_shares(
     ax.legend(fontsize=8, frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
     return fig
 
-# %% ../nbs/57_inspection.ipynb #c3d3f6a6
+# %% ../nbs/57_inspection.ipynb #fbec879a
 def plot_lengths(
     i:Inspection,
     most:int=6, # sources with a curve of their own
@@ -359,6 +363,7 @@ def plot_lengths(
         ax.stairs(np.histogram(p.tokens[p.tokens > 0], edges)[0], edges, label=printable(name, 30).replace("$", r"\$"), lw=1.4)
     if i.max_length and low/2 < i.max_length < 1.5*high: ax.axvline(i.max_length, color="#b04040", lw=1, ls="--", label=f"max_length {i.max_length:,}")
     ax.set(xlabel="tokens of a row", ylabel="rows", xscale="log" if high > 20*low else "linear")
+    if high > 20*low: plain_ticks(ax)
     ax.legend(fontsize=8, frameon=False)
     return fig
 
@@ -383,34 +388,19 @@ def near_paths(
     path = Path(path)
     return nearest(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [], n=2)
 
-# %% ../nbs/57_inspection.ipynb #2fd1874e
+# %% ../nbs/57_inspection.ipynb #dff412fc
 def find_rows(
     cfg:dict, # composed
 ):           # `datasets.Dataset`
     "The raw rows that a configuration names; where there are none, what is near"
-    from post_training.data.io import load_rows
-    args = cfg["dataset_args"]
-    name, path = args["dataset_name"], Path(run.place(args["dataset_name"])).expanduser()
-    try: rows = load_rows(run.place(name), (args.get("train_split") or {}).get("name"))
+    path = Path(run.place(cfg["dataset_args"]["dataset_name"])).expanduser()
+    try: return load_split(cfg, "train")
     except UserError as e:
         text = str(e) + (" Here: --split NAME." if "several splits" in str(e) else "")
         if path.exists() or "Did you mean" in text: raise UserError(text) from None
         raise UserError(text + near_paths(path)) from None
-    n = (args.get("debug_subsample") or {}).get("train") or 0
-    return rows.select(range(min(n, len(rows)))) if n else rows
 
-# %% ../nbs/57_inspection.ipynb #8d515ed9
-def tokenizer_of(
-    cfg:dict, # composed
-):           # a fast tokenizer with its chat template
-    "The tokenizer that a configuration names; the tiny model's is built where it is missing"
-    from post_training.demo import ensure_demo
-    from post_training.tokens.tokenizer import load_tokenizer
-    ensure_demo(cfg)
-    t = dict(cfg["tokenizer_args"])
-    return load_tokenizer(run.base_model(t.pop("tokenizer_name_or_path"), cfg["runs_dir"])[0], **t)
-
-# %% ../nbs/57_inspection.ipynb #a5923947
+# %% ../nbs/57_inspection.ipynb #a88fa20d
 def open_inspection(
     name:str|None, # a preset, a path or a hub name; None where an override names the dataset
     overrides=(), # of train_sft
@@ -423,7 +413,7 @@ def open_inspection(
     rows, tokenizer = find_rows(cfg), tokenizer_of(cfg)
     options = {k: v for k, v in cfg["tokenization"].items() if k != "on_missing_stop"}
     options.setdefault("max_length", cfg["training_args"].get("max_length"))
-    options["max_drop_fraction"] = cfg["max_drop_fraction"]
+    options |= dict(max_drop_fraction=cfg["max_drop_fraction"], stop_ids=stop_ids(run.base_model(cfg["model_args"]["model_name_or_path"], cfg["runs_dir"])[0], tokenizer))
     which = (cfg["dataset_args"].get("train_split") or {}).get("name")
     return inspect_dataset(rows, tokenizer, name=(name or cfg["dataset_name"]) + (f" ({which})" if which else ""), **options)
 
@@ -507,13 +497,6 @@ def legend(
     if not colour: return "⟦what is trained on⟧, the rest is given"
     names = dict(prompt="given", completion="trained on", ignored="not kept", special="control token")
     return "  ".join(f"\x1b[{KINDS[k][1]}m{v}\x1b[0m" for k, v in names.items())
-
-# %% ../nbs/57_inspection.ipynb #e3a457b9
-def quiet():
-    "No progress bars and no advice of libraries; hub requests that are tried again still say so"
-    import datasets, transformers
-    datasets.disable_progress_bars()
-    transformers.utils.logging.set_verbosity_error(); transformers.utils.logging.disable_progress_bar()
 
 # %% ../nbs/57_inspection.ipynb #e1cb265b
 def inspect_command(

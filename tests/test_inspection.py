@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from conftest import ROOT
 
-from post_training import config, inspection
+from post_training import config, inspection, prepare
 from post_training.tokens.ratios import measure, summarise
 from post_training.tokens.templates import CHAT_TEMPLATES, template_text
 
@@ -47,7 +47,7 @@ def broken(tmp_path):
 def rows(demo):
     "Demo rows and their tokenizer"
     cfg = config.compose("train_sft", SMALL).cfg
-    return inspection.find_rows(cfg), inspection.tokenizer_of(cfg)
+    return inspection.find_rows(cfg), prepare.tokenizer_of(cfg)
 
 
 def tokenized(dataset, tokenizer, **parameters):
@@ -172,7 +172,7 @@ def test_real_rows(name, rows, data_dir, demo):
     seen = inspection.open_inspection(str(data_dir / name), ["training_args.max_length=4096"])
     assert len(seen.numbers) == rows and not inspection.notices(seen) and len(inspection.drop_table(seen)) == 0
     df, counts = measure(seen.rows, seen.tokenizer)
-    assert counts == {"in": rows, "out": rows, "dropped": {}}
+    assert counts == {"in": rows, "out": rows, "dropped": {}, "first": {}}
     assert (df.prompt_tokens + df.completion_tokens).tolist() == seen.numbers.tokens.tolist()
     assert df.completion_tokens.tolist() == seen.numbers.trained.tolist()
     contents = [sum(len(m["content"]) for m in chat) for chat in (conversation(r) for r in seen.rows)]

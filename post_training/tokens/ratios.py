@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'first_and_rest', 'row_sizes', 'ratio_columns', 'generation_ratios', 'measure_batch', 'measure', 'trim',
-           'ratio_row', 'summarise', 'plot_ratios']
+           'ratio_row', 'summarise', 'plain_ticks', 'plot_ratios']
 
 # %% ../../nbs/23_tokens.ratios.ipynb #cd0b10ce
 import os
@@ -90,7 +90,7 @@ def measure_batch(
     return dict(row_id=ids, source=[str(r.get("source") or "") for r in rows], reason=[c.reason if isinstance(c, Refused) else "" for c in chats],
                 **{c: [s[c] for s in sizes] for c in COLUMNS})
 
-# %% ../../nbs/23_tokens.ratios.ipynb #4cae41ff
+# %% ../../nbs/23_tokens.ratios.ipynb #6c97d32b
 def measure(
     dataset, # `datasets.Dataset` of raw rows in a known format
     tokenizer, # with a chat template
@@ -100,7 +100,7 @@ def measure(
     num_proc:int|None=None, # processes; None chooses
     batch_size:int=500, # rows of one encoding call
     **policies, # overlength, on_unverifiable, unsupported_roles, on_malformed
-)->tuple: # (data frame as of `generation_ratios`, counts: in, out, dropped by reason)
+)->tuple: # (data frame as of `generation_ratios`, counts: in, out, dropped by reason, id of the first row of each reason)
     "Generation ratios of a dataset, and counts of the rows that have none"
     from datasets import Features, Value
     policies = check_policies(**policies)
@@ -114,8 +114,8 @@ def measure(
                      fn_kwargs=dict(tokenizer=tokenizer, columns=columns, policies=policies, max_length=max_length, serial=n > 1,
                                     allow_control_tokens_in_content=allow_control_tokens_in_content)).to_pandas()
     kept = df[df.reason == ""].drop(columns="reason").reset_index(drop=True)
-    dropped = {k: int(v) for k, v in df.reason[df.reason != ""].value_counts().sort_index().items()}
-    return ratio_columns(kept), {"in": len(df), "out": len(kept), "dropped": dropped}
+    parts = df[df.reason != ""].groupby("reason").row_id
+    return ratio_columns(kept), {"in": len(df), "out": len(kept), "dropped": parts.size().to_dict(), "first": parts.first().to_dict()}
 
 # %% ../../nbs/23_tokens.ratios.ipynb #c478d31c
 def trim(
@@ -152,7 +152,18 @@ def summarise(
     parts = [(s, df[df.source == s]) for s in df.source.value_counts().index if s]
     return pd.DataFrame([dict(source=s, **ratio_row(part, share)) for s, part in [*parts, ("all", df)]])
 
-# %% ../../nbs/23_tokens.ratios.ipynb #3a0cbd3a
+# %% ../../nbs/23_tokens.ratios.ipynb #d9ce7ece
+def plain_ticks(
+    ax, # matplotlib axes with a logarithmic x axis
+):
+    "Ticks at 1, 2 and 5 of each decade as plain numbers; where there are many decades, at each decade"
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    low, high = ax.get_xlim()
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 5000*low else (1,), numticks=15))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.10g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+# %% ../../nbs/23_tokens.ratios.ipynb #41fa6402
 def plot_ratios(
     df, # as `measure` gives it
     kind:str="tokens", # tokens, chars or first
@@ -175,5 +186,6 @@ def plot_ratios(
     ax.axvline(whole.mean(), color="black", lw=1, ls="--", label=f"trimmed mean {whole.mean():.2f}")
     what = dict(tokens="tokens", chars="characters", first="characters, first message against the rest")[kind]
     ax.set(xscale="log", xlabel=f"generation ratio in {what}", ylabel="rows")
+    plain_ticks(ax)
     ax.legend(fontsize=8, frameon=False)
     return fig
