@@ -123,14 +123,15 @@ def unify(
     except (pa.ArrowTypeError, pa.ArrowInvalid): return None
     return None if pa.types.is_binary(out) and a != b and not (pa.types.is_null(a) or pa.types.is_null(b)) else out # a text does not become bytes
 
-# %% ../../nbs/13_data.mixture.ipynb #bd36dc57
+# %% ../../nbs/13_data.mixture.ipynb #975b6076
 def common_type(
     column:str, # its name, for the message
     types:dict, # source: Arrow type of the column there
 ):             # the Arrow type that holds all of them
     "The common type of a column, or a `UserError` that names two sources and their types"
     import pyarrow as pa
-    out, said = pa.null(), lambda t: str(t) if len(str(t)) <= 90 else str(t)[:87] + "..."
+    out = pa.null()
+    def said(t): return text if len(text := str(t).replace("extension<arrow.json>", "any json")) <= 90 else text[:87] + "..."
     for label, t in types.items():
         merged = unify(out, t)
         if merged is None:
@@ -645,7 +646,7 @@ def source_lengths(
     for i, s in enumerate(mixture.train["source"][:]): at.setdefault(s, []).append(i)
     return {s: np.array([len(t["conversation"]) for *_, t in talks(mixture.train.select(i[:most]))]) for s, i in at.items()}
 
-# %% ../../nbs/13_data.mixture.ipynb #c9efee01
+# %% ../../nbs/13_data.mixture.ipynb #351c36d6
 def plot_lengths(
     mixture:Mixture, # with its training rows
 ):                   # `matplotlib` figure
@@ -656,7 +657,7 @@ def plot_lengths(
     lengths = {r["source"]: lengths[r["source"]] for r in mixture.table[:-1] if r["source"] in lengths}
     fig, ax = plt.subplots(figsize=(6, max(1.8, 0.8 + 0.4*len(lengths))), dpi=70, layout="constrained")
     plt.close(fig)
-    names = [s if len(s) <= 28 else s[:27] + "…" for s in lengths]
+    names = [f"{s if len(s) <= 28 else s[:27] + '…'}\n{len(n):,} rows" for s, n in lengths.items()]
     ax.boxplot([np.maximum(n, 1) for n in lengths.values()], orientation="horizontal", widths=0.6, tick_labels=names,
                flierprops=dict(marker=".", markersize=2), medianprops=dict(linewidth=2))
     ax.set_xscale("log"); ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5))); ax.xaxis.set_major_formatter("{x:,.0f}"); ax.xaxis.set_minor_formatter(NullFormatter())
