@@ -8,7 +8,7 @@ import pytest
 from post_training.base import UserError
 from post_training.data.messages import MalformedRow
 from post_training.data.swissai import linearise
-from post_training.tokens.masks import tokenize_chat
+from post_training.tokens.masks import completion_of, encoder_for, tokenize_chat
 from post_training.tokens.templates import CHAT_TEMPLATES, render, template_text, wants_blocks
 from post_training.tokens.tokenizer import tekken_tokenizer, toy_tokenizer
 
@@ -59,6 +59,16 @@ def test_linearised_rows(case):
         assert render(template_text("apertus"), got, what == "gen", **TEMPLATES["special_tokens"]) == want[what]
 
 
+def test_every_case_has_its_spans():
+    "Each template has spans for every answered conversation that it has a place for, and the three vocabularies are the ones they are called"
+    for name in PLAIN:
+        full = {k.split("|")[0] for k in TEMPLATES["renderings"][name] if k.endswith("|full")}
+        assert set(MASKS["masks"][name]) >= {c for c in full if "open" not in c and (name not in NO_SYSTEM or "system" not in c)}, name
+    assert set(MASKS["masks"]["apertus"]) == {c for c, want in ROWS["expected"].items() if "messages" in want}
+    assert len(bare_tokenizer("tekken")) == 131_072
+    assert encoder_for(tokenizer("tekken", "tulu")).n_bytes is not None and encoder_for(tokenizer("char", "tulu")).n_bytes is None
+
+
 @pytest.mark.parametrize("kind", ["char", "bpe", "tekken"])
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
 def test_mask_spans(name, kind):
@@ -72,6 +82,8 @@ def test_mask_spans(name, kind):
         for (a, b), m in zip(chat.offsets.tolist(), chat.completion_mask):
             if m: assert any(a < e and s < b for s, e in want["completion"]), (case, chat.text[a:b])
             else: assert not any(s <= a and b <= e for s, e in want["completion"]), (case, chat.text[a:b])
+        _, skeleton, edges = encoder_for(t).verify(messages(name, case), chat.text)
+        assert completion_of(skeleton, edges, chat.spans, chat.offsets).tolist() == chat.completion_mask.tolist()
         if kind == "char": assert t.decode(chat.input_ids[chat.completion_mask]) == "".join(want["text"])
 
 

@@ -1,15 +1,19 @@
 "Properties of the masks over random conversations and all templates."
-from functools import cache
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from functools import cache, reduce
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from post_training.data.swissai import assistant_blocks, developer, structured, user
+from post_training.data.swissai import assistant_blocks, block, developer, structured, user
 from post_training.tokens.collate import PackCollator, PadCollator, best_fit_pack
 from post_training.tokens.dataset import fit
-from post_training.tokens.masks import Refused, completion_of, encoder_for, tokenize_chat, tokenize_chats
+from post_training.tokens.masks import Refused, carries, completion_of, encoder_for, tokenize_chat, tokenize_chats
 from post_training.tokens.templates import CHAT_TEMPLATES, template_text, wants_blocks
 from post_training.tokens.tokenizer import toy_tokenizer
 
@@ -121,6 +125,120 @@ def test_tool_outputs_are_never_trained_on(talk):
     assert left >= 0 and "".join(chat.text[a:b] for a, b in chat.offsets[chat.completion_mask]) == trained
 
 
+@st.composite
+def rounds(draw, name):
+    "A conversation in the form its template takes, with its texts: (messages, kinds of text in it, written texts, texts that are given)"
+    has = {k: draw(st.booleans()) for k in ("system", "thoughts", "tool calls", "tool outputs")}
+    has["tool outputs"] |= has["tool calls"]
+    blocks, out, kinds, n = name == "apertus", [], set(), 0
+
+    def text(kind, store):
+        nonlocal n
+        n += 1
+        kinds.add(kind)
+        store.append(f"<{n}>{draw(texts()).strip() or 'x'}<{n}>")  # each is unlike all others
+        return store[-1]
+    written, given_ = [], []
+    if has["system"]: out.append(dict(role="system", content=text("system", given_)))
+    for _ in range(draw(st.integers(1, 3))):
+        out.append(dict(role="user", content=text("user", given_)))
+        turn, args = [], None
+        thought = text("thoughts", written) if has["thoughts"] and draw(st.booleans()) else None
+        if thought: turn.append(block("thoughts", thought))
+        if has["tool calls"]:
+            args = '{"x": "%s"}' % text("tool calls", written)
+            turn.append(block("tool_calls", calls=[("f", args)]))
+        if has["tool outputs"]:
+            if not blocks: out.append(dict(role="assistant", content=text("answer", written)) if not args else dict(role="assistant", content="", tool_calls=[
+                dict(id="call00001", type="function", function=dict(name="f", arguments=args))]))
+            elif not args: turn.append(block("tool_calls", calls=[("f", "{}")]))
+            got = text("tool outputs", given_)
+            out.append(dict(role="tool", content=got))
+            turn.append(block("tool_outputs", outputs=[("", got)]))
+        answer = text("answer", written)
+        out.append(dict(role="assistant", content=answer) | (dict(reasoning_content=thought) if thought else {}))
+        if blocks:
+            while out[-1]["role"] != "user": out.pop()
+            out.append(dict(role="assistant", content=dict(blocks=[*turn, block("response", answer)])))
+    if blocks:
+        out = [dict(m, content=dict(text=m["content"])) if m["role"] == "system" else user(m["content"]) if m["role"] == "user" else m for m in out]
+        out.insert(int(has["system"]), developer([], has["thoughts"]))
+    return out, kinds, written, given_
+
+
+@cache
+def able(name):
+    return carries(tokenizer("bpe", name))
+
+
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_every_template_and_kind_of_turn(name):
+    "Trained on: all that an assistant wrote and nothing that it was given; what a template cannot carry, it says"
+    @settings(max_examples=25, deadline=None)
+    @given(rounds(name), st.sampled_from(["bpe", "char"]), st.integers(1, 60))
+    def check(talk, kind, length):
+        messages, kinds, written, given_ = talk
+        t = tokenizer(kind, name)
+        chat, = tokenize_chats(t, [messages])
+        missing = [k for k in able(name) if k in kinds and not able(name)[k]]
+        if missing or isinstance(chat, Refused):
+            assert missing and isinstance(chat, Refused) and chat.reason in ("unsupported_roles", "template")
+            roles = {"system": "system", "thoughts": "assistant.reasoning_content", "tool calls": "assistant.tool_calls", "tool outputs": "tool"}
+            assert chat.reason == "template" or any(roles[k] in chat.detail for k in missing)
+            return
+        at = {w: (chat.text.index(w), chat.text.index(w) + len(w)) for w in [*written, *given_] if name != "assistant_message_only" or w in written}
+        for w in written: assert any(s <= at[w][0] and at[w][1] <= e for s, e in chat.spans), w
+        for g in given_: assert g not in at or not any(s < at[g][1] and at[g][0] < e for s, e in chat.spans), g
+        for (a, b), m in zip(chat.offsets.tolist(), chat.completion_mask):
+            mine = any(a < at[w][1] and at[w][0] < b for w in written)
+            assert m or not mine
+            assert not m or mine or not any(a < at[g][1] and at[g][0] < b for g in given_ if g in at)
+        assert (chat.prompt_mask ^ chat.completion_mask).all() and (kind == "char" or t.decode(chat.input_ids) == chat.text)
+        row = fit(chat, length, "truncate")
+        assert isinstance(row, Refused) or row[1][1:].any() and len(row[0]) <= length
+    check()
+
+
+ASK, SAY = dict(role="user", content="2+2?"), dict(role="assistant", content="4")
+BAD = dict(
+    no_messages=[], not_a_list=None, not_messages=[None], no_role=[dict(content="2+2?"), SAY], no_content=[dict(role="user"), SAY], none=[dict(role="user", content=None), SAY],
+    a_number=[dict(role="user", content=4), SAY], a_set=[dict(role="user", content={"2+2?"}), SAY], a_mapping=[dict(role="user", content=dict(text="2+2?")), SAY],
+    surrogate=[dict(role="user", content="2+2\ud83d"), SAY], surrogate_answer=[ASK, dict(role="assistant", content="\udfff")],
+    role_is_control=[dict(role="</s>", content="2+2?"), SAY], key_is_control=[dict(ASK, **{"</s>": 1}), SAY],
+    deep=[ASK, dict(SAY, extra=reduce(lambda x, _: [x], range(5000), "x"))])
+
+
+@pytest.mark.parametrize("name", ["tulu", "zephyr", "mistral", "simple_concat_with_space", "apertus_mistral_special_tokens", "apertus"])
+@pytest.mark.parametrize("case", BAD)
+def test_bad_conversations_are_refused_one_by_one(name, case):
+    "With a reason, and the good rows of the batch go on; nothing of a bad one is trained on"
+    t = tokenizer("bpe", name)
+    good = structured([ASK, SAY]) if name == "apertus" else [ASK, SAY]
+    before, bad, after = tokenize_chats(t, [good, BAD[case], good])
+    assert before.input_ids.tolist() == after.input_ids.tolist() == tokenize_chat(t, good).input_ids.tolist()
+    if isinstance(bad, Refused): assert bad.reason.split(":")[0] in ("malformed", "template", "unverifiable", "unsupported_roles") and bad.detail
+    else: assert case in ("no_messages", "no_role", "no_content", "none", "a_number", "role_is_control", "key_is_control", "deep")
+    if case.startswith("surrogate") and name not in ("apertus", "mistral"): assert bad.reason.startswith("malformed")
+
+
+def test_numbers_that_are_equal_are_not_the_same():
+    "1, 1.0 and true are one key of a dict but three renderings"
+    t = toy_tokenizer("bpe", "tulu")
+    t.chat_template = t.chat_template.replace("message['content'] + eos_token", "message['content'] + message['n'] | tojson + eos_token")
+    out = tokenize_chats(t, [[ASK, dict(SAY, n=n)] for n in (1, True, 1.0, -0.0, 0.0)])
+    assert [c.text.split("4")[-1] for c in out] == ["1</s>", "true</s>", "1.0</s>", "-0.0</s>", "0.0</s>"]
+
+
+def test_a_template_that_writes_the_date():
+    "Rows go on when the day changes"
+    t = toy_tokenizer("bpe", "tulu")
+    t.chat_template = "{{ strftime_now('%Y-%m-%d') }}" + t.chat_template
+    chat, = tokenize_chats(t, [[ASK, SAY]])
+    e = encoder_for(t)
+    e.skeletons = {k: replace(s, items=[("1999-12-31" + s.items[0][0][10:], *s.items[0][1:]), *s.items[1:]]) for k, s in e.skeletons.items()}
+    assert tokenize_chats(t, [[ASK, SAY]])[0].input_ids.tolist() == chat.input_ids.tolist()
+
+
 @quick
 @given(talks(), st.sampled_from(PLAIN), st.integers(1, 40))
 def test_truncation_leaves_something_to_train_on(talk, name, length):
@@ -160,3 +278,19 @@ def test_a_large_message(name):
     talk = [dict(role="user", content="Bern. " * 50_000), dict(role="assistant", content="Yes.")]
     chat = tokenize_chat(tokenizer("bpe", name), structured(talk) if name == "apertus" else talk)
     assert chat.text[slice(*chat.spans[-1])].startswith("Yes.")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["Bern is a city. " * 640_000, " " * 10_000_000 + "x", "a" * 10_000_000, "Zürich 🏔 " * 900_000, "No </s> here. " * 700_000], ids=lambda s: s[:12].strip() or "blanks")
+def test_ten_megabytes(text):
+    "In one message, at the Tekken vocabulary: less than two minutes and 5 GB, and the masks are right"
+    code = ("import resource, sys, time; from post_training.tokens.masks import tokenize_chat; from post_training.tokens.tokenizer import tekken_tokenizer\n"
+            "text = sys.stdin.read(); t = tekken_tokenizer('tulu'); start = time.process_time()\n"
+            "a = tokenize_chat(t, [dict(role='user', content=text), dict(role='assistant', content='Yes.')])\n"
+            "assert a.text[slice(*a.spans[0])] == 'Yes.</s>' and a.completion_mask.sum() == 3\n"
+            "b = tokenize_chat(t, [dict(role='user', content='What?'), dict(role='assistant', content=text)])\n"
+            "assert b.text[slice(*b.spans[0])] == text + '</s>' and b.completion_mask.sum() > 500_000/8\n"
+            "print(time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20)")
+    out = subprocess.run([sys.executable, "-c", code], input=text, capture_output=True, text=True, check=True, env=os.environ | dict(PYTHONUTF8="1"))
+    seconds, gigabytes = map(float, out.stdout.split())
+    assert seconds < 120 and gigabytes < 5

@@ -10,7 +10,7 @@ __all__ = ['SLOT', 'TRANSFORMS', 'EDGES', 'OUTPUTS', 'THOUGHTS', 'MARKS', 'KINDS
            'tokenize_chats', 'tokenize_chat', 'carries', 'last_tokens', 'check_stop_tokens', 'prompt_ids',
            'check_generation_prompt', 'token_runs', 'Html', 'colour_html', 'colour_ansi']
 
-# %% ../../nbs/22_tokens.masks.ipynb #8cb2051b
+# %% ../../nbs/22_tokens.masks.ipynb #99baab87
 import html, json, os, re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..base import UserError
-from ..data.swissai import structured
+from ..data.swissai import block, developer, structured, user
 from .templates import CHAT_TEMPLATES, template_text, wants_blocks
 from .tokenizer import byte_letters, plain_backend
 
