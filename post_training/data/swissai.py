@@ -8,7 +8,7 @@ __all__ = ['SUBSCHEMAS', 'FLAT', 'DISPLAY_ANSWERS', 'SOURCE', 'loaded', 'plain_s
            'add_output', 'add_part', 'assistant_blocks', 'is_swissai', 'row_tools', 'developer', 'user', 'linearise',
            'is_structured', 'message_parts', 'in_call_order', 'assistant_turns', 'structured', 'show_block',
            'plain_messages', 'texts_only', 'message_features', 'has_blocks', 'row_conversation', 'convert_batch',
-           'convert', 'as_messages', 'linearise_dataset']
+           'keep_good', 'convert', 'as_messages', 'linearise_dataset']
 
 # %% ../../nbs/12_data.swissai.ipynb #33525a21
 import json, os
@@ -455,7 +455,20 @@ def convert_batch(
         for key, value in zip(out, (messages, fault, name)): out[key].append(value)
     return out | (dict(conversation_id=out["_row"]) if branches is not None else {})
 
-# %% ../../nbs/12_data.swissai.ipynb #a502e446
+# %% ../../nbs/12_data.swissai.ipynb #dd86afd8
+def keep_good(
+    data, # `datasets.Dataset` with the columns `_fault` and `_row` of `convert_batch`
+)->tuple: # (`datasets.Dataset` without the faulty rows, counts)
+    "Drop the rows with a fault, and count them by it"
+    from collections import Counter
+    faults, names = data["_fault"][:], data["_row"][:]
+    dropped = Counter(f for f in faults if f)
+    counts = {"in": len(data), "out": len(data) - sum(dropped.values()), "dropped": dict(dropped.most_common()),
+              "examples": {f: names[faults.index(f)] for f in dropped}}
+    data = data.remove_columns(["_fault", "_row"])
+    return data.select([i for i, f in enumerate(faults) if not f]) if dropped else data, counts
+
+# %% ../../nbs/12_data.swissai.ipynb #1b6e16a1
 def convert(
     dataset, # `datasets.Dataset`
     columns, # the columns that name its format; None for the Swiss-AI format
@@ -466,26 +479,20 @@ def convert(
     branches=None, # of each row, the branch to follow
 )->tuple: # (`datasets.Dataset`, counts)
     "A dataset with a column of messages in the place of the columns they were made from"
-    from collections import Counter
-    from datasets import Dataset, Features, Value
+    from datasets import Dataset, Features, Value, concatenate_datasets
     from datasets.fingerprint import get_temporary_cache_files_directory
     if on_malformed not in ("drop", "error"): raise UserError(f"on_malformed={on_malformed!r}: drop or error.")
     role_fault([dict(role="assistant")], checks) # an unknown name is told before the work
-    used = {"messages", *(SOURCE if columns is None else (*columns, *ALSO_READ.get(columns, ()))), *(["tools"] if blocks else [])} & set(dataset.column_names)
-    kept = {k: v for k, v in dataset.features.items() if k not in used}
-    added = dict(messages=message_features(blocks), _fault=Value("string"), _row=Value("string")) | (dict(conversation_id=Value("string")) if branches else {})
+    used = {"messages", *(SOURCE if columns is None else (*columns, *ALSO_READ.get(columns, ()))), *(["tools"] if blocks else []), *(["conversation_id"] if branches else [])}
+    features = dict(messages=message_features(blocks), _fault=Value("string"), _row=Value("string")) | (dict(conversation_id=Value("string")) if branches else {})
+    kept = dataset.select_columns([k for k in dataset.column_names if k not in used])
+    if not len(dataset): return keep_good(Dataset.from_dict({k: [] for k in kept.features | features}, features=Features(kept.features | features)))
     n = max(1, min(num_proc or min(os.cpu_count() or 1, len(dataset)//20_000), len(dataset)))
     where = os.path.join(get_temporary_cache_files_directory(), f"messages-{os.urandom(8).hex()}.arrow")
-    if not len(dataset): data = Dataset.from_dict({k: [] for k in kept | added}, features=Features(kept | added))
-    else: data = dataset.map(convert_batch, batched=True, with_indices=True, batch_size=500, num_proc=n if n > 1 else None, features=Features(kept | added),
-        remove_columns=sorted(used), load_from_cache_file=False, cache_file_name=where, new_fingerprint=os.urandom(8).hex(), desc="Messages",
+    data = dataset.map(convert_batch, batched=True, with_indices=True, batch_size=500, num_proc=n if n > 1 else None, features=Features(features),
+        remove_columns=dataset.column_names, load_from_cache_file=False, cache_file_name=where, new_fingerprint=os.urandom(8).hex(), desc="Messages",
         fn_kwargs=dict(columns=columns, blocks=blocks, checks=list(checks), on_malformed=on_malformed, branches=branches))
-    faults, names = data["_fault"][:], data["_row"][:]
-    dropped = Counter(f for f in faults if f)
-    counts = {"in": len(data), "out": len(data) - sum(dropped.values()), "dropped": dict(dropped.most_common()),
-              "examples": {f: names[faults.index(f)] for f in dropped}}
-    data = data.remove_columns(["_fault", "_row"])
-    return data.select([i for i, f in enumerate(faults) if not f]) if dropped else data, counts
+    return keep_good(concatenate_datasets([kept, data], axis=1) if kept.column_names else data) # side by side: what stays does not pass through Python
 
 # %% ../../nbs/12_data.swissai.ipynb #f6eb0321
 SOURCE = ("conversation_branches", "system_prompt", "available_functions", "initial_prompt") # columns of the Swiss-AI format that become messages
