@@ -10,7 +10,7 @@ __all__ = ['SLOT', 'TRANSFORMS', 'EDGES', 'OUTPUTS', 'THOUGHTS', 'MARKS', 'KINDS
            'tokenize_chats', 'tokenize_chat', 'carries', 'last_tokens', 'check_stop_tokens', 'prompt_ids',
            'check_generation_prompt', 'token_runs', 'Html', 'colour_html', 'colour_ansi']
 
-# %% ../../nbs/22_tokens.masks.ipynb #99baab87
+# %% ../../nbs/22_tokens.masks.ipynb #6039f2e9
 import html, json, os, re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -20,6 +20,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..base import UserError
+from ..data.messages import unfilled
 from ..data.swissai import block, developer, structured, user
 from .templates import CHAT_TEMPLATES, template_text, wants_blocks
 from .tokenizer import byte_letters, plain_backend
@@ -316,13 +317,14 @@ def encode(self:ChatEncoder, texts:list[str])->tuple: # (ids [N] of all rows, wh
     self.n_bytes = None # it does not add up: this tokenizer is asked for characters from now on
     return self.encode(texts)
 
-# %% ../../nbs/22_tokens.masks.ipynb #e9102458
+# %% ../../nbs/22_tokens.masks.ipynb #8598b93e
 def options_of(
     tools=None, # tool definitions: a list, JSON text, or None
     ask:bool=False, # end with the generation prompt
 )->tuple: # hashable: pairs of an argument of the template and its value as JSON
     "What a template is given beside the messages; raises a `ValueError` where the tools are not a JSON list"
     if isinstance(tools, str): tools = json.loads(tools) if tools.strip() else None
+    else: tools = unfilled(tools) # Arrow gives each tool the fields of all others
     if tools and not isinstance(tools, list): raise ValueError("the tools are not a list")
     return ((("tools", json.dumps(tools)),) if tools else ()) + ((("add_generation_prompt", "true"),) if ask else ())
 
