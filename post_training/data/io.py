@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'NOT_ROWS', 'FREE', 'KINDS', 'split_files', 'needs_exact', 'parse_line', 'json_rows', 'add_shape',
-           'feature_of', 'check_columns', 'as_stored', 'storage_type', 'read_json', 'read_quick', 'read_files',
+           'feature_of', 'check_columns', 'as_stored', 'storage_type', 'read_json', 'stamp', 'read_quick', 'read_files',
            'unreadable', 'pick', 'read_saved', 'from_hub', 'local_splits', 'load_rows', 'load_splits', 'splits',
            'save_folder', 'write_lines', 'save_file', 'save_hub', 'save_rows']
 
-# %% ../../nbs/10_data.io.ipynb #897a7954
-import glob, json, os, re, tempfile
+# %% ../../nbs/10_data.io.ipynb #a1989855
+import glob, hashlib, json, os, re, tempfile
 from functools import partial
 from pathlib import Path
 
@@ -160,16 +160,24 @@ def read_json(
     while batch := list(islice(rows, batch_size)): tables.append(pa.Table.from_pylist(batch, schema=stored).cast(schema))
     return Dataset(pa.concat_tables(tables))
 
-# %% ../../nbs/10_data.io.ipynb #0fe9c2b9
+# %% ../../nbs/10_data.io.ipynb #83f6c500
+def stamp(
+    files:list[str], # paths
+)->str: # hex digits
+    "What changes when one of the files does: their sizes and the times they last changed, which no program can set back"
+    stats = [(os.path.abspath(f), os.stat(f).st_size, os.stat(f).st_ctime_ns, os.stat(f).st_mtime_ns) for f in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+
+# %% ../../nbs/10_data.io.ipynb #38c046a3
 def read_quick(
     kind:str, # json or parquet
     files:list[str], # paths
 ):                   # `datasets.Dataset`
-    "What the datasets library makes of the files; its own log is kept quiet, the error says it all"
+    "What the datasets library makes of the files, or made of them before; its own log is kept quiet, the error says it all"
     import datasets
     log, level = datasets.logging.get_logger("datasets"), datasets.logging.get_verbosity()
     log.setLevel("CRITICAL")
-    try: data = datasets.load_dataset(kind, data_files=list(files), split="train")
+    try: data = datasets.load_dataset(kind, stamp(files), data_files=list(files), split="train") # kept by the library under that name
     finally: log.setLevel(level)
     if kind == "json": data.data.validate(full=True) # bytes that are not UTF-8 pass the reader
     return data

@@ -433,7 +433,7 @@ def row_conversation(
     if fault := check_messages(messages) or role_fault(messages, checks): raise MalformedRow(fault)
     return structured(messages, row.get("tools")) if blocks else texts_only(messages)
 
-# %% ../../nbs/12_data.swissai.ipynb #261cf6a2
+# %% ../../nbs/12_data.swissai.ipynb #0db27087
 def convert_batch(
     batch:dict, # columns of rows
     indices:list[int], # their indices
@@ -441,19 +441,20 @@ def convert_batch(
     blocks:bool, # structured contents
     checks, # names of role checks
     on_malformed:str, # drop or error
-    branches=None, # of each row, the branch to follow; None: the first, and ids stay
+    branches=None, # of each row, the conversation's index and the branch to follow; None: the first branch, and ids stay
 )->dict: # messages, and why there are none
     "The conversations of a batch; every row comes out, with a fault where it is not to be kept"
     out = dict(messages=[], _fault=[], _row=[])
     for i, values in zip(indices, zip(*batch.values())):
         row, messages, fault = dict(zip(batch, values)), [], ""
-        name = row_id(row, i) if branches is None else f"{row_id(row, i)}/{branches[i]}"
-        try: messages = row_conversation(row, columns, blocks, checks, 0 if branches is None else branches[i])
+        of, branch = branches[i] if branches else (i, 0)
+        name = row_id(row, of) + (f"/{branch}" if branches else "")
+        try: messages = row_conversation(row, columns, blocks, checks, branch)
         except (MalformedRow, UnsupportedContent) as e:
             if on_malformed == "error": raise UserError(f"Row {name}: {e}. Set on_malformed=drop to leave such rows out and count them.") from e
             fault = str(e)
         for key, value in zip(out, (messages, fault, name)): out[key].append(value)
-    return out | (dict(conversation_id=out["_row"]) if branches is not None else {})
+    return out | (dict(conversation_id=out["_row"]) if branches else {})
 
 # %% ../../nbs/12_data.swissai.ipynb #dd86afd8
 def keep_good(
@@ -468,7 +469,7 @@ def keep_good(
     data = data.remove_columns(["_fault", "_row"])
     return data.select([i for i, f in enumerate(faults) if not f]) if dropped else data, counts
 
-# %% ../../nbs/12_data.swissai.ipynb #1b6e16a1
+# %% ../../nbs/12_data.swissai.ipynb #cd74da9a
 def convert(
     dataset, # `datasets.Dataset`
     columns, # the columns that name its format; None for the Swiss-AI format
@@ -476,7 +477,7 @@ def convert(
     checks=(), # names of role checks
     on_malformed:str="drop", # drop or error
     num_proc:int|None=None, # processes; None chooses
-    branches=None, # of each row, the branch to follow
+    branches=None, # of each row, the conversation's index and the branch to follow
 )->tuple: # (`datasets.Dataset`, counts)
     "A dataset with a column of messages in the place of the columns they were made from"
     from datasets import Dataset, Features, Value, concatenate_datasets
@@ -509,7 +510,7 @@ def as_messages(
     columns = None if is_swissai(dataset.column_names) else format_of(dataset.column_names)
     return convert(dataset, columns, has_blocks(dataset) if blocks is None else blocks, checks, on_malformed, num_proc)
 
-# %% ../../nbs/12_data.swissai.ipynb #aa885f0e
+# %% ../../nbs/12_data.swissai.ipynb #827eb191
 def linearise_dataset(
     dataset, # `datasets.Dataset` of Swiss-AI rows
     branches:str="first", # first: one row per conversation; all: one row per branch, conversation_id gets "/N"
@@ -522,4 +523,4 @@ def linearise_dataset(
     if branches not in ("first", "all"): raise UserError(f"branches={branches!r}: first or all.{nearest(str(branches), ['first', 'all'])}")
     if branches == "first": return convert(dataset, None, True, (), on_malformed, num_proc)
     each = [(i, b) for i, found in enumerate(dataset["conversation_branches"]) for b in range(max(1, len(found or [])))]
-    return convert(dataset.select([i for i, _ in each]), None, True, (), on_malformed, num_proc, [b for _, b in each])
+    return convert(dataset.select([i for i, _ in each]), None, True, (), on_malformed, num_proc, each)
