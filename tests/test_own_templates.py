@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from post_training.tokens.dataset import tokenize_dataset
 from post_training.tokens.masks import Refused, encoder_for, prompt_ids, tokenize_chats
 from post_training.tokens.templates import render
 
@@ -171,6 +173,17 @@ def test_a_prompt_is_the_beginning_of_its_conversation(talk, name):
     special = encoder_for(t).is_special
     harmless = prompt_ids(t, [dict(m, content="x") for m in talk[:-1]])
     assert asked[special[asked]].tolist() == harmless[special[harmless]].tolist()
+
+
+def test_a_template_that_takes_blocks_and_texts():
+    "Without a developer message of its own it gets plain texts"
+    t = tokenizer("byte", "chatml")
+    t = PreTrainedTokenizerFast(tokenizer_object=t.backend_tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
+    t.chat_template = ("<s>{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is mapping %}{% for b in m.content.blocks %}{{ b.text }}{% endfor %}{% else %}{{ m.content }}"
+                       "{% endif %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    rows = Dataset.from_dict(dict(question=["2+2?"], answer=["4"]))
+    data, counts = tokenize_dataset(rows, t)
+    assert counts["out"] == 1 and t.decode(np.array(data[0]["input_ids"])[data[0]["completion_mask"]]) == "4<|im_end|>"
 
 
 # -- the templates that TRL ships with marks around what is trained on

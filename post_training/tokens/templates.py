@@ -31,12 +31,13 @@ def template_text(
                         "or null for the tokenizer's own.")
     return (files("post_training")/"templates"/"chat"/CHAT_TEMPLATES[name]).read_text()
 
-# %% ../../nbs/20_tokens.templates.ipynb #ac2aef23
+# %% ../../nbs/20_tokens.templates.ipynb #1e1b9b75
 def wants_blocks(
     template:str, # Jinja source
 )->bool: # whether it takes structured contents
-    "Whether a template takes the structured messages of the Swiss-AI format"
-    return bool(re.search(r"\bblocks\b", re.sub(r"\{#.*?#\}", "", template, flags=re.S)))
+    "Whether a template takes the structured messages of the Swiss-AI format: blocks of an assistant, and the developer message"
+    code = re.sub(r"\{#.*?#\}", "", template, flags=re.S)
+    return bool(re.search(r"\bblocks\b", code) and re.search(r"\b(developer|formatted_tools|has_thinking)\b", code))
 
 # %% ../../nbs/20_tokens.templates.ipynb #9f84405f
 def render(
