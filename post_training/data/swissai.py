@@ -469,6 +469,9 @@ def keep_good(
     data = data.remove_columns(["_fault", "_row"])
     return data.select([i for i, f in enumerate(faults) if not f]) if dropped else data, counts
 
+# %% ../../nbs/12_data.swissai.ipynb #f6eb0321
+SOURCE = ("conversation_branches", "system_prompt", "available_functions", "initial_prompt") # columns of the Swiss-AI format that become messages
+
 # %% ../../nbs/12_data.swissai.ipynb #cd74da9a
 def convert(
     dataset, # `datasets.Dataset`
@@ -494,9 +497,6 @@ def convert(
         remove_columns=dataset.column_names, load_from_cache_file=False, cache_file_name=where, new_fingerprint=os.urandom(8).hex(), desc="Messages",
         fn_kwargs=dict(columns=columns, blocks=blocks, checks=list(checks), on_malformed=on_malformed, branches=branches))
     return keep_good(concatenate_datasets([kept, data], axis=1) if kept.column_names else data) # side by side: what stays does not pass through Python
-
-# %% ../../nbs/12_data.swissai.ipynb #f6eb0321
-SOURCE = ("conversation_branches", "system_prompt", "available_functions", "initial_prompt") # columns of the Swiss-AI format that become messages
 
 # %% ../../nbs/12_data.swissai.ipynb #02f11029
 def as_messages(
