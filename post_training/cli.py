@@ -72,7 +72,7 @@ def print_stage_help(
 # %% ../nbs/81_cli.ipynb #c557cffa
 PREVIEWED = ("dataset_mixture", "dataset_split") # stages whose result is cheap enough to be shown before
 
-# %% ../nbs/81_cli.ipynb #ebd075d3
+# %% ../nbs/81_cli.ipynb #02d9296c
 def preview_of(
     cfg:dict, # composed
 )->str: # empty for stages without a preview
@@ -80,7 +80,9 @@ def preview_of(
     if cfg["stage"] not in PREVIEWED: return ""
     import importlib
     importlib.import_module("post_training.prepare").quiet()
-    return importlib.import_module("post_training.data_stages").preview(cfg)
+    from post_training.report import as_table
+    parts = importlib.import_module("post_training.data_stages").preview(cfg)
+    return "\n\n".join(f"{title}:\n{as_table(rows)}" for title, rows in parts.items())
 
 # %% ../nbs/81_cli.ipynb #a493d241
 def dry_run(

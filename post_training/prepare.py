@@ -42,10 +42,10 @@ def wants_eval(cfg:dict)->bool:
     "Whether the evaluation split is needed"
     return cfg["training_args"].get("eval_strategy", "no") != "no" or bool(cfg["training_args"].get("eval_on_start"))
 
-# %% ../nbs/48_prepare.ipynb #c1e2bd70
+# %% ../nbs/48_prepare.ipynb #08bbee70
 def stop_ids(
     name:str, # the base model
-    tokenizer,
+    tokenizer, # with its eos token
 )->set: # ids that generation of the trained model will stop at
     "The tokenizer's eos, and what the base model's generation config has besides"
     from transformers import GenerationConfig
@@ -63,11 +63,11 @@ def tokenizer_of(
     name = t.pop("tokenizer_name_or_path")
     return None if name is None else load_tokenizer(run.base_model(name, cfg["runs_dir"])[0], **t)
 
-# %% ../nbs/48_prepare.ipynb #502793bb
+# %% ../nbs/48_prepare.ipynb #3f37db70
 def check_gates(
     cfg:dict, # composed
     raw, # rows of the training split
-    tokenizer,
+    tokenizer, # with its chat template
 )->list[str]: # warnings
     "Run both gates on some training rows"
     from post_training.tokens.dataset import check_sample
@@ -132,9 +132,9 @@ def read_prepared(
         if wrong := verify_manifest(path, hashes=False): raise UserError(f"The tokenized rows of {split} in {path} are not whole ({wrong[0]}): run post-training tokenize with the same overrides.")
     return Data(tokenizer_of(cfg), **{split: load_from_disk(path) for split, path in told["paths"].items()}, **told)
 
-# %% ../nbs/48_prepare.ipynb #f3d0988e
+# %% ../nbs/48_prepare.ipynb #090f891b
 def examples(
-    data:Data,
+    data:Data, # prepared
     n:int=3, # rows
 )->list[dict]: # row_id, source, stretches of tokens of one kind with their text
     "What the model sees of some rows: (prompt | completion, whether a control token, text)"

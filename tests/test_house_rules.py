@@ -196,7 +196,8 @@ def test_preset_composes(preset, tmp_root):
     choice = f"accelerate_config={preset.stem}" if group == "accelerate" else f"{group}={preset.stem}"
     users = [s for s in STAGES if re.search(rf"^\s*- (override )?/?{group}:", (preset.parent.parent / f"{s}.yaml").read_text(), re.M)]
     engine = ["accelerate_config=ds-zero2"] if group == "cluster" else []
-    asked = ["dataset_args.dataset_name=rows.jsonl"] if "dataset_name: ???" in preset.read_text() else []
+    asked = ["dataset_args.dataset_name=rows.jsonl"] if "  dataset_name: ???" in preset.read_text() else []
+    if "sources: ???" in preset.read_text(): asked = ["dataset_name=mine", "sources=[{dataset_name: a, dataset_path: a.jsonl}]"]
     for stage in users or ["train_sft"]:
         cfg = config.compose(stage, [choice, *engine, *asked]).cfg
         assert cfg["stage"] == stage
