@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['wants_structure', 'dataset_mixture', 'repeats', 'dataset_split', 'linearise', 'generation_ratio', 'tokenize',
-           'written_by', 'write_rows', 'write_table', 'mixture_lines', 'repeat_lines', 'overlap_lines', 'preview']
+           'written_by', 'check_output', 'write_rows', 'write_table', 'mixture_lines', 'repeat_lines', 'overlap_lines',
+           'preview']
 
 # %% ../nbs/56_data_stages.ipynb #b1b8f1e1
 import json
@@ -117,7 +118,22 @@ def written_by(
     try: return json.loads((Path(folder)/MANIFEST).read_text()).get("run_hash")
     except (OSError, ValueError): return None
 
-# %% ../nbs/56_data_stages.ipynb #13959da7
+# %% ../nbs/56_data_stages.ipynb #58803044
+def check_output(
+    task, # the attempt, from `run.open_run`
+    cfg:dict, # composed
+)->str: # where the rows will be: a folder or hub:NAME
+    "Refuse, before any work, to write where something else lies"
+    where = cfg["save_data_dir"]
+    if where.startswith("hub:"): return where
+    folder = config.site_path(where)
+    if folder.suffix in (".jsonl", ".json", ".parquet"): raise UserError(f"save_data_dir={where}: a stage writes a folder. Leave the ending out.")
+    if folder.exists() and written_by(folder) != task.hash:
+        raise UserError(f"{folder} holds {'the rows of another configuration' if written_by(folder) else 'something that was not written here'}: it is left as it is. "
+                        "Choose another dataset_name or save_data_dir, or remove it.")
+    return str(folder)
+
+# %% ../nbs/56_data_stages.ipynb #464a01df
 def write_rows(
     task, # the attempt, from `run.open_run`
     cfg:dict, # composed
@@ -127,16 +143,12 @@ def write_rows(
     "Write the splits of a stage whole or not at all; a finished run's output is left as it is"
     from datasets import DatasetDict
     from post_training.data.io import save_rows
-    where = cfg["save_data_dir"]
     if task.status == "done": return str(run.read_record(task.run_dir)["final"]["output"])
+    where = check_output(task, cfg)
     if where.startswith("hub:"): return save_rows(DatasetDict(splits), where)
-    folder = config.site_path(where)
-    if folder.suffix in (".jsonl", ".json", ".parquet"): raise UserError(f"save_data_dir={where}: a stage writes a folder. Leave the ending out.")
-    with locked(folder.parent/f".{folder.name}.lock"):
-        if folder.exists() and written_by(folder) != task.hash:
-            raise UserError(f"{folder} holds {'the rows of another configuration' if written_by(folder) else 'something that was not written here'}: it is left as it is. "
-                            "Choose another dataset_name or save_data_dir, or remove it.")
-        return save_rows(DatasetDict(splits), folder, replace=True, run_hash=task.hash, stage=cfg["stage"], rows={k: len(v) for k, v in splits.items()}, **facts)
+    with locked(Path(where).parent/f".{Path(where).name}.lock"):
+        check_output(task, cfg) # another run may have come first
+        return save_rows(DatasetDict(splits), where, replace=True, run_hash=task.hash, stage=cfg["stage"], rows={k: len(v) for k, v in splits.items()}, **facts)
 
 # %% ../nbs/56_data_stages.ipynb #1e829657
 def write_table(

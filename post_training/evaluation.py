@@ -34,7 +34,7 @@ def prompt_of(
     if last is None: raise UserError("A conversation without a user message holds no prompt to answer.")
     return messages[:last + 1]
 
-# %% ../nbs/61_evaluation.ipynb #c4fad471
+# %% ../nbs/61_evaluation.ipynb #74f8395c
 def render_prompts(
     tokenizer, # with a chat template
     rows:list[dict], # in any format that `data.messages` or `data.swissai` knows
@@ -42,13 +42,13 @@ def render_prompts(
     "The prompts of rows as token ids"
     from post_training.data.messages import MalformedRow, UnsupportedContent, format_of
     from post_training.data.swissai import is_swissai
-    from post_training.tokens.dataset import row_messages
+    from post_training.tokens.dataset import row_messages, tools_beside
     from post_training.tokens.masks import prompt_ids
     from post_training.tokens.templates import wants_blocks
     columns = None if not rows or is_swissai(rows[0]) else format_of(rows[0])
     out, blocks = [], wants_blocks(tokenizer.chat_template)
     for row in rows:
-        try: out.append(prompt_ids(tokenizer, prompt_of(row_messages(row, columns, blocks))).tolist())
+        try: out.append(prompt_ids(tokenizer, prompt_of(row_messages(row, columns, blocks)), tools=tools_beside([row], columns, blocks)[0]).tolist())
         except (MalformedRow, UnsupportedContent): out.append(None)
     return out
 

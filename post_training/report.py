@@ -144,13 +144,13 @@ def show_config(
     table = as_table(rows, markdown=True) if rows else "Nothing differs from the presets."
     return Markdown(f"{table}\n{notices}\n\n<details><summary>The whole config</summary>\n\n```yaml\n{whole}```\n</details>")
 
-# %% ../nbs/80_report.ipynb #4ff05f31
+# %% ../nbs/80_report.ipynb #9232701d
 def show_counts(
     counts:dict, # numbers in any nesting
 ):
     "Counts of rows and tokens, in and out and dropped by reason, as a table"
     from IPython.display import Markdown
-    return Markdown(as_table([dict(what=k.replace("_", " ").replace(".", ": "), number=f"{v:,}" if isinstance(v, int) else v) for k, v in flatten(counts).items()], markdown=True))
+    return Markdown(as_table([dict(what=k.replace("_", " ").replace(".", ": "), number=f"{v:,}" if isinstance(v, int) else v) for k, v in flatten(counts).items() if v != {}], markdown=True))
 
 # %% ../nbs/80_report.ipynb #a78d75f7
 def show_rows(

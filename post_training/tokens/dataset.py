@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['POLICIES', 'row_messages', 'tools_beside', 'check_policies', 'policy_of', 'batch_chats', 'fit', 'tokenize_batch',
-           'row_id', 'processes', 'counts_of', 'check_dropped', 'tokenize_rows', 'tokenize_dataset', 'count_tokens',
+           'processes', 'counts_of', 'check_dropped', 'tokenize_rows', 'tokenize_dataset', 'count_tokens',
            'check_sample', 'rows_fingerprint', 'hash_array', 'tokenize_key', 'cached_tokenize']
 
-# %% ../../nbs/25_tokens.dataset.ipynb #2217d86d
+# %% ../../nbs/25_tokens.dataset.ipynb #12d87026
 import hashlib, json, os, tempfile
 from collections import Counter
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..base import UserError, atomic_dir, locked, verify_manifest, write_json, write_manifest
-from ..data.messages import MalformedRow, UnsupportedContent, check_messages, format_of, plain_text, to_messages
+from ..data.messages import MalformedRow, UnsupportedContent, check_messages, format_of, plain_text, row_id, to_messages
 from ..data.swissai import is_swissai, linearise, plain_messages, structured
 from .masks import Refused, check_generation_prompt, check_stop_tokens, encoder_for, tokenize_chats
 from .templates import wants_blocks
@@ -126,11 +126,6 @@ def tokenize_batch(
                 cut=[not isinstance(c, Refused) and len(c) > len(i) > 0 for c, (i, _) in zip(whole, ids_masks)],
                 row_id=ids, source=[str(r.get("source") or "") for r in rows], left_out=left_out,
                 reason=[v.reason if isinstance(v, Refused) else "" for v in out])
-
-# %% ../../nbs/25_tokens.dataset.ipynb #c634f62e
-def row_id(row:dict, index:int)->str:
-    "The id of a row: its own where it has one, else its index"
-    return next((str(row[k]) for k in ("row_id", "id", "conversation_id") if row.get(k) is not None), str(index))
 
 # %% ../../nbs/25_tokens.dataset.ipynb #a73b529e
 def processes(
