@@ -430,7 +430,7 @@ def names_in(shape):
             if shape[0] == "{": yield str(part[0])
             yield from names_in(part[1] if shape[0] == "{" else part)
 
-# %% ../../nbs/22_tokens.masks.ipynb #3f824aa2
+# %% ../../nbs/22_tokens.masks.ipynb #5b569f07
 @patch
 def skeleton(self:ChatEncoder, shape, options:tuple=())->Skeleton|Refused:
     "What the template writes around the texts of a shape, worked out once"
@@ -440,7 +440,7 @@ def skeleton(self:ChatEncoder, shape, options:tuple=())->Skeleton|Refused:
     if any(self.special.search(s) for s in [*names_in(shape), *(v for _, v in options)]):
         out = Refused("unverifiable", "a control token stands in the name of a field or in the tools")
     else: out = parsed if isinstance(parsed, Refused) else self.build(shape, options, *parsed)
-    if len(self.skeletons) > 20_000: self.skeletons.clear(); self.parsed.clear(); self.tails.clear() # shapes of wild data do not fill the memory
+    if len(self.skeletons) > 2_000: self.skeletons.clear(); self.parsed.clear(); self.tails.clear() # shapes of wild data do not fill the memory
     self.skeletons[key] = out
     return out
 
