@@ -10,12 +10,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from post_training.base import UserError
 from post_training.data.swissai import assistant_blocks, block, developer, structured, user
 from post_training.tokens.collate import PackCollator, PadCollator, best_fit_pack
 from post_training.tokens.dataset import fit
-from post_training.tokens.masks import Refused, carries, completion_of, encoder_for, tokenize_chat, tokenize_chats
+from post_training.tokens.masks import Refused, carries, completion_of, encoder_for, prompt_ids, tokenize_chat, tokenize_chats
 from post_training.tokens.templates import CHAT_TEMPLATES, template_text, wants_blocks
-from post_training.tokens.tokenizer import toy_tokenizer
+from post_training.tokens.tokenizer import tekken_tokenizer, toy_tokenizer
 
 PLAIN = [n for n in CHAT_TEMPLATES if not wants_blocks(template_text(n))]
 quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -280,8 +281,38 @@ def test_a_large_message(name):
     assert chat.text[slice(*chat.spans[-1])].startswith("Yes.")
 
 
+def test_a_tokenizer_that_panics(monkeypatch):
+    "The library's panics are no exceptions of the usual kind; the other rows go on, and interrupts pass"
+    t = toy_tokenizer("bpe", "tulu")
+    e, want = encoder_for(t), tokenize_chat(t, [ASK, SAY]).input_ids.tolist()
+    PanicException = type("PanicException", (BaseException,), {})
+
+    class Backend:
+        def __getattr__(self, name): return getattr(e.__dict__["real"], name)
+
+        def encode_batch_fast(self, texts, **kwargs):
+            if any("stop" in x for x in texts): raise KeyboardInterrupt
+            if any("panic" in x for x in texts): raise PanicException("retry-limit-in-match over")
+            return e.real.encode_batch_fast(texts, **kwargs)
+    e.real, e.backend = e.backend, Backend()
+    before, bad, after = tokenize_chats(t, [[ASK, SAY], [dict(ASK, content="panic"), SAY], [ASK, SAY]])
+    assert before.input_ids.tolist() == after.input_ids.tolist() == want
+    assert bad.reason == "malformed: the tokenizer cannot encode it" and "retry-limit" in bad.detail
+    with pytest.raises(UserError, match="cannot encode"): prompt_ids(t, [dict(ASK, content="panic")])
+    with pytest.raises(KeyboardInterrupt): tokenize_chats(t, [[dict(ASK, content="stop"), SAY]])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("text", ["Bern is a city. " * 640_000, " " * 10_000_000 + "x", "a" * 10_000_000, "Zürich 🏔 " * 900_000, "No </s> here. " * 700_000], ids=lambda s: s[:12].strip() or "blanks")
+def test_ten_million_blanks():
+    "More than the regular expression of the Tekken vocabulary can take: refused, and the batch goes on"
+    t = tekken_tokenizer("tulu")
+    good, bad, small = tokenize_chats(t, [[ASK, SAY], [dict(ASK, content=" " * 10_000_000 + "x"), SAY], [dict(ASK, content=" " * 1_000_000 + "x"), SAY]])
+    assert isinstance(bad, Refused) and bad.reason == "malformed: the tokenizer cannot encode it"
+    assert good.completion_mask.sum() == small.completion_mask.sum() == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["Bern is a city. " * 640_000, "a" * 10_000_000, "Zürich 🏔 " * 900_000, "No </s> here. " * 700_000], ids=["words", "one word", "wide letters", "control tokens"])
 def test_ten_megabytes(text):
     "In one message, at the Tekken vocabulary: less than two minutes and 5 GB, and the masks are right"
     code = ("import resource, sys, time; from post_training.tokens.masks import tokenize_chat; from post_training.tokens.tokenizer import tekken_tokenizer\n"

@@ -302,11 +302,14 @@ def header(self:ChatEncoder)->str: # text; empty for templates without one
         self._header = with_it[len(without):] if texts and with_it.startswith(without) else ""
     return self._header
 
-# %% ../../nbs/22_tokens.masks.ipynb #4200bb96
+# %% ../../nbs/22_tokens.masks.ipynb #5665e830
 @patch
 def encode(self:ChatEncoder, texts:list[str])->tuple: # (ids [N] of all rows, where each row begins [R+1], where the tokens are: byte lengths [N] or encodings [R])
     "Encode texts in one call"
-    encodings = (self.backend.encode_batch if self.n_bytes is None else self.backend.encode_batch_fast)(texts, add_special_tokens=False)
+    try: encodings = (self.backend.encode_batch if self.n_bytes is None else self.backend.encode_batch_fast)(texts, add_special_tokens=False)
+    except BaseException as e: # the library's panics are no `Exception`
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException": raise
+        raise UserError(f"the tokenizer cannot encode a text ({e})") from None
     ids = [e.ids for e in encodings]
     cuts = [*accumulate(map(len, ids), initial=0)]
     ids_N = np.fromiter(chain.from_iterable(ids), np.int32, cuts[-1])
@@ -586,12 +589,15 @@ def completion_of(
     texts = np.array([edges[2*k:2*k+2] for k in skeleton.written], np.int64).reshape(-1, 2)
     return inside(offsets_T2, np.array(spans, np.int64).reshape(-1, 2)) | inside(offsets_T2, texts, overlap=True)
 
-# %% ../../nbs/22_tokens.masks.ipynb #c57da51a
+# %% ../../nbs/22_tokens.masks.ipynb #71d3c82e
 @patch
 def finish(self:ChatEncoder, rows:list, allow_control_tokens:bool=False)->list: # a `TokenizedChat` or a `Refused` for each
     "Encode verified rows (text, skeleton, edges) and make their masks"
     if not rows: return []
-    ids_N, cuts, where = self.encode([text for text, *_ in rows])
+    try: ids_N, cuts, where = self.encode([text for text, *_ in rows])
+    except UserError as e: # one bad row does not spoil the batch
+        if len(rows) == 1: return [Refused("malformed: the tokenizer cannot encode it", str(e))]
+        return [v for row in rows for v in self.finish([row], allow_control_tokens)]
     spans = [[(edges[i] + x, edges[j] + y) for i, x, j, y in s.regions] for _, s, edges in rows]
     lengths = isinstance(where, np.ndarray)
     mask_N = self.completion(rows, spans, cuts, where) if lengths else None
