@@ -7,13 +7,12 @@ __all__ = ['wants_structure', 'dataset_mixture', 'repeats', 'dataset_split', 'li
            'written_by', 'check_output', 'write_rows', 'write_table', 'mixture_lines', 'repeat_lines', 'overlap_lines',
            'preview']
 
-# %% ../nbs/56_data_stages.ipynb #b1b8f1e1
-import json
+# %% ../nbs/56_data_stages.ipynb #93a949b0
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from . import config, run
-from .base import MANIFEST, UserError, locked
+from .base import UserError, locked
 from .prepare import prepare_data, tokenizer_of
 
 # %% ../nbs/56_data_stages.ipynb #c19bb0fd
@@ -110,13 +109,12 @@ def tokenize(
     "Ids and masks of every split that a config names, under a key of their content"
     return prepare_data(cfg)
 
-# %% ../nbs/56_data_stages.ipynb #905892bb
+# %% ../nbs/56_data_stages.ipynb #d66072bd
 def written_by(
     folder, # where rows are
 )->str|None: # hash of the run that wrote them; None where nothing is there or it was not written here
     "Which run a folder of rows belongs to"
-    try: return json.loads((Path(folder)/MANIFEST).read_text()).get("run_hash")
-    except (OSError, ValueError): return None
+    return next((p["hash"] for p in run.made_by(folder)), None)
 
 # %% ../nbs/56_data_stages.ipynb #58803044
 def check_output(

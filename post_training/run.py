@@ -9,7 +9,8 @@ __all__ = ['SITE_KEYS', 'STACK', 'RUN_KEYS', 'canonical', 'config_hash', 'slug',
            'RunPlan', 'locate', 'is_live', 'hold_run', 'release_run', 'die_with_parent', 'join_run', 'versions',
            'git_state', 'host', 'config_changes', 'check_frozen', 'topology', 'check_topology', 'fingerprint',
            'check_fingerprints', 'Attempt', 'open_run', 'close_attempt', 'input_files', 'inputs_of', 'changed_inputs',
-           'finish_output', 'finish', 'run_status', 'runs_root', 'all_runs', 'find_run', 'place', 'base_model']
+           'made_by', 'finish_output', 'finish', 'run_status', 'runs_root', 'all_runs', 'find_run', 'place',
+           'base_model']
 
 # %% ../nbs/01_run.ipynb #9f4b5056
 import atexit, ctypes, datetime, fcntl, hashlib, json, math, os, platform, re, secrets, shutil, signal, socket, subprocess, sys, time
@@ -679,14 +680,24 @@ def changed_inputs(
     touched = [path for path, was in before.items() if inputs_of([path], content=False)[path].get("stat") != was["stat"]]
     return [path for path in touched if inputs_of([path])[path].get("content") != before[path]["content"]]
 
-# %% ../nbs/01_run.ipynb #c0fb0ef1
+# %% ../nbs/01_run.ipynb #1e4f22a7
+def made_by(
+    path, # a folder of rows
+)->list[dict]: # stage and hash; empty where no run of ours wrote it
+    "The run that wrote a folder of rows, as its manifest says"
+    try: manifest = json.loads((site_path(path)/"manifest.json").read_text())
+    except (OSError, ValueError): return []
+    return [dict(stage=manifest.get("stage"), hash=manifest["run_hash"], dataset=str(path))] if manifest.get("run_hash") else []
+
+# %% ../nbs/01_run.ipynb #eb0fc45c
 def finish_output(
     attempt:Attempt, # opened here or joined
     output, # folder with a manifest, or "hub:NAME"
     **facts, # counts, inputs, summary and what else the record should hold
 ):
     "Record that a data stage is finished and where its output is"
-    update_record(attempt.run_dir, status="finished", final=dict(output=str(output)), **facts)
+    parents = [p for path in facts.get("inputs") or {} for p in made_by(path)]
+    update_record(attempt.run_dir, status="finished", final=dict(output=str(output)), **(dict(parents=parents) if parents else {}), **facts)
     finish(attempt)
 
 # %% ../nbs/01_run.ipynb #c8a01be6

@@ -75,6 +75,7 @@ def test_real_mixture_then_tokenize_and_train(data_dir, small, tmp_root, demo):
     trained, _ = the_run("train_sft")
     assert trained["counts"]["train"] == made["counts"]["train"] and trained["fingerprints"]["train_rows"] == made["fingerprints"]["train_rows"]
     assert sorted(p.name for p in Path(made["final"]["output"]).parent.iterdir() if not p.name.startswith(".")) == before  # nothing was tokenized again
+    assert [p["hash"] for p in trained["parents"]] == [record["hash"]]  # the mixture is named in the record of the training
 
 
 def test_split(small):
