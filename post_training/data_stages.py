@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['wants_structure', 'dataset_mixture', 'repeats', 'dataset_split', 'linearise', 'generation_ratio', 'tokenize',
            'written_by', 'check_output', 'write_rows', 'write_table', 'mixture_lines', 'repeat_lines', 'overlap_lines',
-           'preview']
+           'drop_lines', 'preview']
 
-# %% ../nbs/56_data_stages.ipynb #93a949b0
+# %% ../nbs/56_data_stages.ipynb #1021c0bf
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,16 +16,17 @@ from . import config, run
 from .base import UserError, locked
 from .prepare import prepare_data, tokenizer_of
 
-# %% ../nbs/56_data_stages.ipynb #c19bb0fd
+# %% ../nbs/56_data_stages.ipynb #9c059abe
 def wants_structure(
     message_format:str, # auto, plain or structured
     sources, # of the mixture
 )->bool: # whether contents are to be structured
-    "All rows of a mixture have one form: where a single source needs structure, `auto` gives it to all"
-    from post_training.data.io import load_splits
-    from post_training.data.swissai import has_blocks
+    "All rows of a mixture have one form: where a single source needs structure, or uses tools, `auto` gives it to all"
+    from post_training.data.mixture import read_splits
+    from post_training.data.swissai import has_blocks, uses_tools
     if message_format != "auto": return message_format == "structured"
-    return any(has_blocks(rows) for s in sources for name, rows in load_splits(s.dataset_path).items() if name in s.train_splits + s.eval_splits)
+    wanted = [(s, [*(s.train_splits if s.subsample_factor else []), *s.eval_splits]) for s in sources]
+    return any(has_blocks(rows) or uses_tools(rows) for s, names in wanted if names for rows in [read_splits(s, names)])
 
 # %% ../nbs/56_data_stages.ipynb #a773f265
 def dataset_mixture(
@@ -41,7 +43,7 @@ def dataset_mixture(
                blocks=wants_structure(cfg["message_format"], sources), checks=cfg["role_checks"], on_malformed=cfg["on_malformed"], max_drop_fraction=cfg["max_drop_fraction"],
                count_tokens=partial(count_tokens, tokenizer=tokenizer) if tokenizer else None)
 
-# %% ../nbs/56_data_stages.ipynb #e68a09b6
+# %% ../nbs/56_data_stages.ipynb #3d44499f
 def repeats(
     mixture, # from `dataset_mixture`
     cfg:dict, # composed
@@ -51,9 +53,12 @@ def repeats(
     from post_training.data.mixture import duplicates, overlap
     from post_training.data.swissai import as_messages
     n = cfg["near_duplicates"]
+    if "messages" not in mixture.train.column_names: return {}, {}
     others = {"evaluation rows": mixture.eval} if mixture.eval is not None else {}
     for path in cfg["overlap_with"]:
-        others |= {f"{path}{f' ({split})' if len(found) > 1 else ''}": as_messages(rows)[0] for found in [load_splits(run.place(path))] for split, rows in found.items()}
+        try: found = load_splits(run.place(path))
+        except UserError as e: raise UserError(f"overlap_with: {e}") from e
+        others |= {f"{path}{f' ({split})' if len(found) > 1 else ''}": as_messages(rows)[0] for split, rows in found.items()}
     return duplicates(mixture.train, **n), overlap(mixture.train, others, **n) if others else {}
 
 # %% ../nbs/56_data_stages.ipynb #b6a7db12
@@ -69,7 +74,7 @@ def dataset_split(
     return split_dataset(load_splits(run.place(a["dataset_name"])), a["train_split"]["name"], a["eval_split"]["name"], a["eval_split"]["ratio"], a["stratify_by_column"],
                          cfg["seed"], cfg["rare_classes"])
 
-# %% ../nbs/56_data_stages.ipynb #f2246517
+# %% ../nbs/56_data_stages.ipynb #14faa93d
 def linearise(
     cfg:dict, # composed for this stage
 )->tuple: # (splits by name, counts by split)
@@ -85,7 +90,8 @@ def linearise(
         if name not in found: raise UserError(f"{cfg['dataset_args']['dataset_name']} has no split {name!r}; it has {', '.join(found)}.{nearest(name, found)}")
     done = {name: linearise_dataset(rows, cfg["branches"], cfg["on_malformed"], cfg["num_proc"]) for name, rows in found.items() if name in (cfg["splits"] or found)}
     for _, counts in done.values(): check_dropped(counts, cfg["max_drop_fraction"])
-    return {name: rows for name, (rows, _) in done.items()}, {name: counts for name, (_, counts) in done.items()}
+    counts = {name: dict(c, conversations=len(found[name])) for name, (_, c) in done.items()} # in and out are branches where all of them are taken
+    return {name: rows for name, (rows, _) in done.items()}, counts
 
 # %% ../nbs/56_data_stages.ipynb #edcd396d
 def generation_ratio(
@@ -131,7 +137,7 @@ def check_output(
                         "Choose another dataset_name or save_data_dir, or remove it.")
     return str(folder)
 
-# %% ../nbs/56_data_stages.ipynb #464a01df
+# %% ../nbs/56_data_stages.ipynb #902fafbd
 def write_rows(
     task, # the attempt, from `run.open_run`
     cfg:dict, # composed
@@ -146,6 +152,7 @@ def write_rows(
     if where.startswith("hub:"): return save_rows(DatasetDict(splits), where)
     with locked(Path(where).parent/f".{Path(where).name}.lock"):
         check_output(task, cfg) # another run may have come first
+        for left in Path(where).parent.glob(f".tmp-{Path(where).name}-*"): shutil.rmtree(left, ignore_errors=True) # of a killed save: the lock is ours
         return save_rows(DatasetDict(splits), where, replace=True, run_hash=task.hash, stage=cfg["stage"], rows={k: len(v) for k, v in splits.items()}, **facts)
 
 # %% ../nbs/56_data_stages.ipynb #1e829657
@@ -172,11 +179,12 @@ def mixture_lines(
     rows = [{c: f"{100*row[c]:.1f} %" if c.endswith("share") and row.get(c) is not None else row.get(c) for c in columns} for row in mixture.table]
     return [{c: row[c] for c in columns if any(r[c] is not None for r in rows)} for row in rows]
 
-# %% ../nbs/56_data_stages.ipynb #1eebf24e
+# %% ../nbs/56_data_stages.ipynb #7a9e6e30
 def repeat_lines(
     found:dict, # duplicates, from `repeats`
 )->list[dict]:
     "Duplicates within the training rows by source; copies that were asked for are not counted"
+    if not found: return []
     rows = [dict(source=name, **{k: c[k] for k in ("rows", "exact", "near")}) for name, c in found["by_source"].items()]
     return [*rows, dict(source="all", **{k: found[k] for k in ("rows", "exact", "near")})] if len(rows) > 1 else rows
 
@@ -187,7 +195,14 @@ def overlap_lines(
     "Rows that one evaluates on and that training rows repeat, by dataset"
     return [dict(dataset=name, **{k.replace("_", " "): v for k, v in c.items() if isinstance(v, int)}) for name, c in shared.items()]
 
-# %% ../nbs/56_data_stages.ipynb #9213b504
+# %% ../nbs/56_data_stages.ipynb #fa038264
+def drop_lines(
+    counts:dict, # of each source or split: in, out, dropped by reason, examples
+)->list[dict]:
+    "What was dropped, by source and reason, with the id of the first row"
+    return [dict(source=name, reason=reason, rows=n, first=c.get("examples", {}).get(reason)) for name, c in counts.items() for reason, n in c["dropped"].items()]
+
+# %% ../nbs/56_data_stages.ipynb #0eb37921
 def preview(
     cfg:dict, # composed
 )->dict: # title -> rows of a table; empty for stages without a preview
@@ -195,7 +210,7 @@ def preview(
     if cfg["stage"] == "dataset_mixture":
         mixture = dataset_mixture(cfg)
         found, shared = repeats(mixture, cfg)
-        out = {"rows and tokens": mixture_lines(mixture), "the same, or nearly the same, as an earlier row": repeat_lines(found), "occur in training": overlap_lines(shared),
+        out = {"rows and tokens": mixture_lines(mixture), "dropped": drop_lines(mixture.counts), "the same, or nearly the same, as an earlier row": repeat_lines(found), "occur in training": overlap_lines(shared),
                "notes": [dict(note=n) for n in mixture.notes]}
     elif cfg["stage"] == "dataset_split":
         splits, table = dataset_split(cfg)

@@ -10,7 +10,7 @@ __all__ = ['HEADINGS', 'USAGE', 'KINDS_OF_TALK', 'look_batch', 'Inspection', 'in
            'usage', 'parse_args', 'head_lines', 'print_inspection', 'legend', 'inspect_command', 'main', 'carried',
            'template_facts', 'templates_html']
 
-# %% ../nbs/57_inspection.ipynb #16b3803d
+# %% ../nbs/57_inspection.ipynb #9f7988d4
 import json, os, re, sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +20,12 @@ from .base import UserError, nearest
 from .data.messages import format_of
 from .data.swissai import block, developer, is_swissai, user
 from .prepare import load_split, quiet, stop_ids, tokenizer_of
-from .tokens.dataset import batch_chats, check_dropped, check_policies, check_sample, fit, policy_of, processes, row_id
-from .tokens.masks import KINDS, Html, Refused, colour_ansi, colour_html, encoder_for, last_tokens, token_runs, tokenize_chats
+from .tokens.dataset import check_dropped, check_policies, check_sample, encode_rows, fit, policy_of, processes, row_id
+from .tokens.masks import KINDS, Html, Refused, colour_ansi, colour_html, encoder_for, last_tokens, token_runs
 from .tokens.ratios import plain_ticks
 from .tokens.templates import CHAT_TEMPLATES, template_text, wants_blocks
 
-# %% ../nbs/57_inspection.ipynb #22bbee52
+# %% ../nbs/57_inspection.ipynb #3c26f3c9
 def look_batch(
     batch:dict, # columns of raw rows
     indices:list[int], # their indices
@@ -39,10 +39,7 @@ def look_batch(
     "Lengths and fates of a batch of raw rows"
     if serial: os.environ["TOKENIZERS_PARALLELISM"] = "false"
     rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
-    whole = batch_chats(rows, columns, wants_blocks(tokenizer.chat_template))
-    at = [i for i, v in enumerate(whole) if not isinstance(v, Refused)]
-    chats = tokenize_chats(tokenizer, [whole[i] for i in at], allow_control_tokens_in_content, policies["unsupported_roles"])
-    for i, chat in zip(at, chats): whole[i] = chat
+    _, whole = encode_rows(rows, tokenizer, columns, policies["unsupported_roles"], allow_control_tokens_in_content)
     fate = [v if isinstance(v, Refused) else fit(v, max_length, policies["overlength"]) for v in whole]
     lost = [isinstance(f, Refused) for f in fate]
     return dict(row_id=[row_id(r, i) for r, i in zip(rows, indices)], source=[str(r.get("source") or "") for r in rows],
@@ -239,15 +236,14 @@ def why_dropped(
     once = refused.detail in refused.reason
     return "dropped: " + printable(refused.reason if once else f"{refused.reason}: {refused.detail}", 500)
 
-# %% ../nbs/57_inspection.ipynb #fa10681d
+# %% ../nbs/57_inspection.ipynb #5bc72455
 def view_row(
     i:Inspection,
     index:int, # which row
 )->View:
     "Tokenize one row again to look at it"
     row, n = i.rows[int(index)], i.numbers.iloc[index]
-    talk = batch_chats([row], i.columns, wants_blocks(i.tokenizer.chat_template))[0]
-    chat = talk if isinstance(talk, Refused) else tokenize_chats(i.tokenizer, [talk], i.allow_control_tokens_in_content, i.policies["unsupported_roles"])[0]
+    chat = encode_rows([row], i.tokenizer, i.columns, i.policies["unsupported_roles"], i.allow_control_tokens_in_content)[1][0]
     about = [printable(n.row_id), printable(n.source)] if n.source else [printable(n.row_id)]
     fate = chat if isinstance(chat, Refused) else fit(chat, i.max_length, i.policies["overlength"])
     lost = isinstance(fate, Refused)
@@ -399,13 +395,13 @@ def dataset_overrides(
         ["dataset=local", f"dataset_args.dataset_name={config.quote(name)}"]
     return chosen + ([f"dataset_args.train_split.name={config.quote(split)}"] if split else [])
 
-# %% ../nbs/57_inspection.ipynb #8963c56b
+# %% ../nbs/57_inspection.ipynb #5348f817
 def near_paths(
     path, # where nothing is
 )->str: # a sentence, or nothing
     "What lies beside a path under a similar name"
     path = Path(path)
-    return nearest(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [], n=2)
+    return nearest(path.name, [p.name for p in path.parent.iterdir() if p.name[0] != "."] if path.parent.is_dir() else [], n=2)
 
 # %% ../nbs/57_inspection.ipynb #dff412fc
 def find_rows(
@@ -564,14 +560,13 @@ KINDS_OF_TALK = dict( # what a conversation may hold: an example of it
         block("tool_calls", calls=[("add", "{}")]), block("tool_outputs", outputs=[("add", "4")]), block("response", "4")]))],
     tool_messages=[dict(role="user", content="2+2?"), dict(role="assistant", content="Let me see."), dict(role="tool", content="4"), dict(role="assistant", content="4")])
 
-# %% ../nbs/57_inspection.ipynb #b38d56be
+# %% ../nbs/57_inspection.ipynb #464336b1
 def carried(
     tokenizer, # with a chat template
     messages:list[dict], # a conversation, plain or structured
 ):           # a `TokenizedChat`, or a `Refused` that says what there is no place for
     "A conversation through the door of a dataset's rows"
-    talk = batch_chats([dict(messages=messages)], ("messages",), wants_blocks(tokenizer.chat_template))[0]
-    return talk if isinstance(talk, Refused) else tokenize_chats(tokenizer, [talk])[0]
+    return encode_rows([dict(messages=messages)], tokenizer, ("messages",))[1][0]
 
 # %% ../nbs/57_inspection.ipynb #af19cbe8
 def template_facts(

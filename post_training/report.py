@@ -132,7 +132,7 @@ def curves(
         if not ax.lines: ax.text(.5, .5, "not logged", ha="center", va="center", transform=ax.transAxes, fontsize=8)
     return fig
 
-# %% ../nbs/80_report.ipynb #46d173ed
+# %% ../nbs/80_report.ipynb #8d47abb7
 def show_config(
     composed, # what `config.compose` returned
 ):
@@ -141,8 +141,9 @@ def show_config(
     rows = [dict(key=f"`{k}`", preset=a, here=b) for k, (a, b) in diff_from_presets(composed).items()]
     whole = yaml.safe_dump(redact(composed.cfg), sort_keys=False, allow_unicode=True)
     notices = "".join(f"\n- {n}" for n in composed.notices)
-    table = as_table(rows, markdown=True) if rows else "Nothing differs from the presets."
-    return Markdown(f"{table}\n{notices}\n\n<details><summary>The whole config</summary>\n\n```yaml\n{whole}```\n</details>")
+    table = as_table(rows, markdown=True) if rows else "Nothing differs from these presets."
+    chosen = ", ".join(f"`{group}={name}`" for group, name in composed.choices.items())
+    return Markdown(f"Presets: {chosen}\n\n{table}\n{notices}\n\n<details><summary>The whole config</summary>\n\n```yaml\n{whole}```\n</details>")
 
 # %% ../nbs/80_report.ipynb #9232701d
 def show_counts(

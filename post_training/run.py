@@ -671,13 +671,14 @@ def inputs_of(
         if content: out[path]["content"] = digest(map(fingerprint, files))
     return out
 
-# %% ../nbs/01_run.ipynb #022219e3
+# %% ../nbs/01_run.ipynb #3faab7be
 def changed_inputs(
     record:dict, # of a finished run
 )->list[str]: # paths whose content is another now
     "Which inputs of a run have changed since; contents are read only where names, sizes or times differ"
     before = {path: was for path, was in (record.get("inputs") or {}).items() if was.get("content")}
-    touched = [path for path, was in before.items() if inputs_of([path], content=False)[path].get("stat") != was["stat"]]
+    there = {path: inputs_of([path], content=False)[path] for path in before} # what is gone cannot be compared, and a finished run stands
+    touched = [path for path, now in there.items() if now and now["stat"] != before[path]["stat"]]
     return [path for path in touched if inputs_of([path])[path].get("content") != before[path]["content"]]
 
 # %% ../nbs/01_run.ipynb #1e4f22a7

@@ -278,7 +278,7 @@ def peak_memory(cpu:bool)->float: # GiB
     import resource, torch
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024 if cpu else torch.cuda.max_memory_allocated())/2**30
 
-# %% ../nbs/54_train_sft.ipynb #24d5c285
+# %% ../nbs/54_train_sft.ipynb #f160cf08
 def train_sft(
     w:Worker,
 ):
@@ -297,7 +297,8 @@ def train_sft(
         run.truncate_metrics(w.run_dir, int(point.name.split("-")[1]) if point else -1)
         seeds = {k: w.cfg["training_args"].get(k) for k in ("seed", "data_seed")}
         parents = lineage.get("parents", []) + run.made_by(run.place(w.cfg["dataset_args"]["dataset_name"]))
-        run.update_record(w.run_dir, counts=data.counts, notices=data.notices, resolved=auto, seeds=seeds, **(dict(parents=parents) if parents else {}))
+        run.update_record(w.run_dir, counts=data.counts, notices=data.notices, resolved=auto, seeds=seeds, **(dict(parents=parents) if parents else {}),
+                          inputs=run.inputs_of({run.place(w.cfg["dataset_args"]["dataset_name"]), name, run.base_model(w.cfg["tokenizer_args"]["tokenizer_name_or_path"], w.cfg["runs_dir"])[0]}))
         write_json(w.run_dir/"examples.json", examples(data))
         for text in [*data.notices, *(f"passed over {p.name}: {why}" for p, why in skipped)]: print(text, file=sys.stderr)
     if w.cfg["dataset_args"].get("debug_oom") and point is None:

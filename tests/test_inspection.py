@@ -5,13 +5,18 @@ import re
 import subprocess
 import sys
 
+import datasets
 import nbformat
 import pytest
 from conftest import ROOT
 
 from post_training import config, inspection, prepare
+from post_training.base import UserError
+from post_training.inspection import inspect_dataset
+from post_training.tokens.dataset import check_sample, tokenize_dataset
 from post_training.tokens.ratios import measure, summarise
 from post_training.tokens.templates import CHAT_TEMPLATES, template_text
+from post_training.tokens.tokenizer import toy_tokenizer
 
 SMALL = ["dataset_args.debug_subsample.train=80"]
 
@@ -201,3 +206,41 @@ def test_explore_notebooks_take_other_data(name, broken, demo, tmp_path):
     pages = [o.data.get("text/html", "") for o in captured.outputs]
     assert "<script>alert" not in "".join(pages) and "<b>2+2" not in "".join(pages)
     assert captured.stdout or pages
+
+
+TOOLED = ("{% if tools %}TOOLS {{ tools | tojson }}\n{% endif %}{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+          "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+OFFERED = json.dumps([dict(type="function", function=dict(name="weather", description="Of a city", parameters=dict(type="object", properties=dict(city=dict(type="string")))))])
+
+
+def tooled_rows(n=12):
+    talk = lambda i: [dict(role="user", content=f"What is {i}?"), dict(role="assistant", content=str(i))]
+    return datasets.Dataset.from_list([dict(id=f"t{i}", messages=talk(i), tools=OFFERED if i % 3 else None) for i in range(n)])
+
+
+@pytest.mark.parametrize("template", [None, "tulu", "apertus"])
+def test_tools_beside_the_messages_are_seen_by_all(template):
+    "Training, inspection and ratios agree on rows with a tools column: where a template writes them, and where it has no place for them"
+    tokenizer = toy_tokenizer("bpe", template)
+    if template is None: tokenizer.chat_template = TOOLED
+    rows = tooled_rows()
+    data, counts = tokenize_dataset(rows, tokenizer, unsupported_roles="drop")
+    seen = inspect_dataset(rows, tokenizer, unsupported_roles="drop").numbers
+    ratios, measured = measure(rows, tokenizer, unsupported_roles="drop")
+    kept = seen[seen.reason == ""]
+    assert kept.kept.tolist() == data["length"][:] and kept.trained.sum() == counts["completion_tokens"]
+    assert (ratios.prompt_tokens + ratios.completion_tokens).tolist() == data["length"][:]
+    assert seen.reason[seen.reason != ""].value_counts().to_dict() == counts["dropped"] == measured["dropped"]
+    assert counts["out"] == (4 if template == "tulu" else 12)
+    if template is None: assert max(data["length"]) > 5 * min(data["length"])  # the tools are among the tokens
+
+
+def test_gates_look_at_rows_with_tools():
+    tokenizer = toy_tokenizer("bpe", None)
+    tokenizer.chat_template = TOOLED
+    rows = tooled_rows().filter(lambda r: r["tools"])
+    assert check_sample(rows, tokenizer) == []
+    tokenizer.chat_template = TOOLED.replace("{{ eos_token }}", "")
+    with pytest.raises(UserError, match="assistant turns end with"): check_sample(rows, tokenizer)
+    tokenizer.chat_template = TOOLED.replace("<|assistant|>{% endif %}", "<|bot|>{% endif %}")
+    with pytest.raises(UserError, match="generation prompt ends in"): check_sample(rows, tokenizer)

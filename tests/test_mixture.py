@@ -195,11 +195,12 @@ def test_conflicting_types_are_refused(tmp_path):
 def test_own_ids_and_sources(tmp_path):
     rows = lambda **more: [dict(messages=talk(f"{i}?", "!"), **{k: v[i] for k, v in more.items()}) for i in range(2)]
     made = [save(tmp_path, "own", rows(id=[7, 8], source=["web", "book"])), save(tmp_path, "twice", rows(id=["x", "x"])), save(tmp_path, "null", rows(id=["x", None])), save(tmp_path, "same", rows(id=["7", "9"]))]
-    m = mix(made, shuffle=False, columns_to_keep=["messages", "source"])
-    assert m.train["id"][:] == ["7", "8", "twice_0", "twice_1", "null_0", "null_1", "7", "9"]
+    m = mix(made, shuffle=False, columns_to_keep=["messages", "source", "id"])
+    assert m.train["id"][:] == ["own_0", "own_1", "twice_0", "twice_1", "null_0", "null_1", "same_0", "same_1"]
+    assert m.train["origin_id"][:] == ["7", "8", "x", "x", "x", None, "7", "9"]
     assert m.train["source"][:] == ["own", "own", "twice", "twice", "null", "null", "same", "same"]
     assert m.train["origin"][:2] == ["web", "book"] and set(m.train["origin"][2:]) == {None}
-    assert m.notes == ["own and same share 1 ids, such as '7': an id is unique within its source only"]
+    assert m.notes == [] and len(set(m.train["id"])) == 8
     assert set(mix(made[:1]).train.column_names) == {"messages", "id", "source"} and "id" not in mix(made, keep_ids=False).train.column_names
 
 

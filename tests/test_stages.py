@@ -122,6 +122,54 @@ def test_a_changed_source_is_noticed(small, tmp_path):
     assert out.returncode == 0 and "30 rows" in out.stdout, out.stderr
 
 
+def test_training_on_changed_rows_is_refused(small, tmp_path, demo):
+    rows = tmp_path / "rows.jsonl"
+    talk = lambda i, more="": json.dumps(dict(question=f"What is {i} + 1?", answer=f"{i + 1}{more}")) + "\n"
+    rows.write_text("".join(map(talk, range(20))))
+    args = ["dataset=local", f"dataset_args.dataset_name={rows}", "training_args.max_steps=1", "cluster.device=cpu", "evaluation.num_prompts=0", "global_batch_size=8",
+            "training_args.per_device_train_batch_size=8", small]
+    assert command("train_sft", *args, WANDB_MODE="disabled").returncode == 0
+    assert command("train_sft", *args).stdout.startswith("done already")
+    rows.write_text("".join(map(talk, range(19))) + talk(19, " of course"))
+    out = command("train_sft", *args)
+    assert out.returncode == 2 and "rows.jsonl changed since the finished run" in out.stderr, out.stdout + out.stderr
+
+
+def test_mixture_keeps_tools(small, tmp_path):
+    "Rows that offer or call tools make the mixture structured; asked for plain rows, they are dropped with the reason and what to do"
+    offered = [dict(type="function", function=dict(name="add", description="Sum", parameters=dict(type="object", properties=dict(x=dict(type="number")))))]
+    call = [dict(role="user", content="1+1?"), dict(role="assistant", content=None, tool_calls=[dict(id="c", type="function", function=dict(name="add", arguments='{"x": 1}'))]),
+            dict(role="tool", content="2", tool_call_id="c"), dict(role="assistant", content="2")]
+    (tmp_path / "tools.jsonl").write_text("".join(json.dumps(dict(messages=call, tools=offered)) + "\n" for _ in range(5)))
+    (tmp_path / "plain.jsonl").write_text("".join(json.dumps(dict(question=f"{i}?", answer=f"{i}")) + "\n" for i in range(5)))
+    args = ["dataset_mixture", "mixture=local", "dataset_name=tooled", f"sources=[{{dataset_name: a, dataset_path: {tmp_path}/plain.jsonl}}, {{dataset_name: b, dataset_path: {tmp_path}/tools.jsonl}}]", small]
+    out = command(*args, "message_format=plain")
+    assert out.returncode == 2 and "5 of 5 rows of b were dropped" in out.stderr and "message_format=structured" in out.stderr, out.stderr
+    assert command(*args).returncode == 0
+    from post_training.data.io import load_rows
+    from post_training.data.messages import to_messages
+    rows = load_rows(next(run.read_record(p)["final"]["output"] for p in run.all_runs() if "tooled" in p.name and run.is_done(p)), "train")
+    blocks = [[b["type"] for b in to_messages(r, ("messages",))[-1]["content"]["blocks"]] for r in rows if r["source"] == "b"]
+    assert blocks == [["tool_calls", "tool_outputs", "response"]] * 5 and len(rows) == 10
+
+
+def test_mixture_without_messages(small, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(dict(question=f"{i}?", answer=f"{i}", chosen="x")) + "\n" for i in range(5)))
+    source = f"sources=[{{dataset_name: a, dataset_path: {tmp_path}/rows.jsonl}}]"
+    out = command("dataset_mixture", "mixture=local", "dataset_name=raw", source, "columns_to_keep=[question,answer]", small)
+    assert out.returncode == 0, out.stderr
+    out = command("dataset_mixture", "mixture=local", "dataset_name=typo", source, "columns_to_keep=[mesages]", small)
+    assert out.returncode == 2 and "Did you mean 'messages'" in out.stderr, out.stderr
+
+
+def test_only_the_named_splits_are_read(small, tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/train.jsonl").write_text(json.dumps(dict(question="a", answer="b")) + "\n")
+    (tmp_path / "x/test.jsonl").write_text("not json\n")
+    out = command("dataset_mixture", "mixture=local", "dataset_name=half", f"sources=[{{dataset_name: a, dataset_path: {tmp_path}/x}}]", small)
+    assert out.returncode == 0, out.stderr
+
+
 MISTAKES = {  # name: words after dataset_mixture, words of the message
     "unknown key of a source": (["mixture=local", "dataset_name=m", "sources=[{dataset_name: a, dataset_pth: b}]"], ["dataset_pth", "dataset_path"]),
     "missing file": (["mixture=local", "dataset_name=m", "sources=[{dataset_name: a, dataset_path: nowhere/b.jsonl}]"], ["nowhere/b.jsonl"]),

@@ -250,7 +250,7 @@ def from_hub(
         raise UserError(f"There is no file or folder {name!r} here, and the hub did not give a dataset of that name "
                         f"({type(e).__name__}). Correct the name, or check the network and your access.") from e
 
-# %% ../../nbs/10_data.io.ipynb #248b796f
+# %% ../../nbs/10_data.io.ipynb #30ae3174
 def local_splits(
     path:str|Path, # saved folder, folder of files, file or glob
 )->dict|None: # split name: function that reads it; None for a name on the hub
@@ -263,7 +263,7 @@ def local_splits(
     if p.is_file(): return dict(train=partial(read_files, [str(p)]))
     if files := sorted(f for f in glob.glob(str(p)) if os.path.isfile(f)): return dict(train=partial(read_files, files))
     if p.is_absolute() or text.startswith((".", "~", "artifacts")) or p.suffix in FORMATS or text.count("/") > 1 or "*" in text:
-        raise UserError(f"There is no dataset at {path}: make it first, or correct the path (dataset_args.dataset_name).")
+        raise UserError(f"There is no dataset at {path}: make it first, or correct the path.")
 
 # %% ../../nbs/10_data.io.ipynb #9d9d0760
 def load_rows(
@@ -276,15 +276,17 @@ def load_rows(
     data = from_hub(str(path).removeprefix("hub:"), split)
     return pick(data, split, path) if isinstance(data, dict) else data
 
-# %% ../../nbs/10_data.io.ipynb #8a5cecd0
+# %% ../../nbs/10_data.io.ipynb #b32b7ee0
 def load_splits(
     path:str|Path, # hub name, saved folder, folder of files, file or glob
+    names=None, # the splits wanted; None: all. Others are not read
 )->dict: # split name: `datasets.Dataset`
-    "Load every split of a dataset, wherever it lies; one without a name is called train"
+    "Load splits of a dataset, wherever it lies; one without a name is called train"
     here = local_splits(path)
-    if here is not None: return {k: read() for k, read in here.items()}
+    if here is not None: return {k: here[k]() for k in here} if names is None else {k: pick(here, k, path)() for k in names}
     data = from_hub(str(path).removeprefix("hub:"))
-    return dict(data) if isinstance(data, dict) else dict(train=data)
+    data = dict(data) if isinstance(data, dict) else dict(train=data)
+    return data if names is None else {k: pick(data, k, path) for k in names}
 
 # %% ../../nbs/10_data.io.ipynb #a1e83eb2
 def splits(

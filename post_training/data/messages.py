@@ -6,7 +6,8 @@
 __all__ = ['THOUGHTS', 'SPEAKERS', 'FORMATS', 'ALSO_READ', 'ROLES', 'STRUCTURED', 'CHECKS', 'MalformedRow', 'UnsupportedContent',
            'content_text', 'plain_text', 'unfilled', 'as_written', 'turns', 'from_instruction', 'from_instances',
            'from_conversations', 'from_prompt', 'from_chosen', 'format_of', 'to_messages', 'message_fault',
-           'check_messages', 'row_id', 'alternation', 'system_first', 'ends_with_assistant', 'role_fault']
+           'check_messages', 'row_id', 'alternation', 'system_first', 'ends_with_assistant', 'role_fault',
+           'dropped_text']
 
 # %% ../../nbs/11_data.messages.ipynb #339a184f
 from ..base import UserError, nearest
@@ -226,3 +227,13 @@ def role_fault(
     for name in checks:
         if name not in CHECKS: raise UserError(f"There is no check {name!r}: {', '.join(CHECKS)}.{nearest(name, CHECKS)}")
         if fault := CHECKS[name](messages): return fault
+
+# %% ../../nbs/11_data.messages.ipynb #b0daf2e3
+def dropped_text(
+    counts:dict, # dropped by reason; first or examples: the row id of the first of a reason
+    most:int=5, # reasons, the most frequent
+)->str:
+    "What was dropped, in words"
+    first = counts.get("first") or counts.get("examples") or {}
+    told = sorted(counts["dropped"].items(), key=lambda kv: -kv[1])[:most]
+    return "; ".join(f"{n} {reason}" + (f", first row {first[reason]}" if reason in first else "") for reason, n in told)

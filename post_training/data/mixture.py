@@ -10,7 +10,7 @@ __all__ = ['Source', 'number', 'as_source', 'sources_of', 'draw_count', 'generat
            'check_likeness', 'talks', 'duplicates', 'found_in', 'overlap', 'plot_composition', 'source_lengths',
            'plot_lengths']
 
-# %% ../../nbs/13_data.mixture.ipynb #2625bae5
+# %% ../../nbs/13_data.mixture.ipynb #62be4eda
 import hashlib, json, math, re
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -18,8 +18,8 @@ from fractions import Fraction
 import numpy as np
 
 from ..base import UserError, nearest
-from .io import load_splits, pick
-from .messages import content_text
+from .io import load_splits
+from .messages import content_text, dropped_text
 from .swissai import as_messages
 
 # %% ../../nbs/13_data.mixture.ipynb #e9384ee2
@@ -185,18 +185,15 @@ def with_features(
     try: return dataset.cast(features)
     except pa.ArrowInvalid as e: raise UserError(f"A value of {label} does not fit the common type of its column: {e}") from e
 
-# %% ../../nbs/13_data.mixture.ipynb #3ac9a653
+# %% ../../nbs/13_data.mixture.ipynb #a23f382b
 def with_ids(
     dataset, # `datasets.Dataset`
-    prefix:str, # of ids that are made here
-):            # the dataset with an `id` column of distinct texts
-    "Own ids as texts where they are there and distinct, else `PREFIX_i`"
+    prefix:str, # the name of the source
+):            # the dataset with a column `id`; its own as `origin_id`
+    "Rows with the ids `PREFIX_i`"
     from datasets import Value
-    own = dataset["id"][:] if "id" in dataset.column_names else [None]
-    fine = all(isinstance(i, (str, int)) for i in own) and len(set(own)) == len(dataset)
-    ids = list(map(str, own)) if fine else [f"{prefix}_{i}" for i in range(len(dataset))]
-    if "id" in dataset.column_names: dataset = dataset.remove_columns("id")
-    return dataset.add_column("id", ids, feature=Value("string"))
+    if "id" in dataset.column_names: dataset = dataset.remove_columns("id") if "origin_id" in dataset.column_names else dataset.rename_column("id", "origin_id")
+    return dataset.add_column("id", [f"{prefix}_{i}" for i in range(len(dataset))], feature=Value("string"))
 
 # %% ../../nbs/13_data.mixture.ipynb #f3227926
 def with_origin(
@@ -210,19 +207,19 @@ def with_origin(
     if "source" in columns_to_keep: raise UserError(f"Source {label!r} has the columns source and origin, and one would replace the other: leave source out of columns_to_keep.")
     return dataset
 
-# %% ../../nbs/13_data.mixture.ipynb #83c0ed39
+# %% ../../nbs/13_data.mixture.ipynb #73b20c76
 def read_splits(
     source:Source, # its path
     names:list[str], # splits to read, one after the other
 ):                # `datasets.Dataset`
     "The rows of some splits of a source as one dataset"
     from datasets import concatenate_datasets
-    found = load_splits(source.dataset_path)
-    parts = {f"{source.dataset_name}/{n}": pick(found, n, source.dataset_path) for n in names}
+    try: parts = {f"{source.dataset_name}/{n}": rows for n, rows in load_splits(source.dataset_path, names).items()}
+    except UserError as e: raise UserError(f"Source {source.dataset_name!r}: {e}") from e
     if len(parts) == 1: return next(iter(parts.values()))
     return concatenate_datasets(aligned(parts, dict.fromkeys(c for d in parts.values() for c in d.column_names)))
 
-# %% ../../nbs/13_data.mixture.ipynb #31d519dd
+# %% ../../nbs/13_data.mixture.ipynb #e6a834cd
 def check_lost(
     counts:dict, # in, out, dropped by reason
     label:str, # what was read
@@ -230,12 +227,12 @@ def check_lost(
 ):
     "Raise a `UserError` where more rows than allowed were dropped"
     lost = counts["in"] - counts["out"]
-    why = "; ".join(f"{n} {reason}" for reason, n in sorted(counts["dropped"].items(), key=lambda x: -x[1])[:5])
+    help = "message_format=structured (blocks=True) carries tools and thoughts; else correct" if any("tools" in r or "thoughts" in r for r in counts["dropped"]) else "Correct"
     if max_drop_fraction is not None and lost > max_drop_fraction*counts["in"]:
-        raise UserError(f"{lost} of {counts['in']} rows of {label} were dropped ({why}), more than max_drop_fraction={max_drop_fraction}. "
-                        "Correct the data, or raise max_drop_fraction.")
+        raise UserError(f"{lost} of {counts['in']} rows of {label} were dropped ({dropped_text(counts)}), more than max_drop_fraction={max_drop_fraction}. "
+                        f"{help} the data, or raise max_drop_fraction.")
 
-# %% ../../nbs/13_data.mixture.ipynb #2ccbdd93
+# %% ../../nbs/13_data.mixture.ipynb #8070f050
 def read_rows(
     source:Source, # where, and its name
     names:list[str], # splits
@@ -256,7 +253,7 @@ def read_rows(
         raise UserError(f"Source {label!r} has no column {', '.join(missing)} (need_columns); it has {', '.join(sorted(have))}.")
     check_lost(counts, label, max_drop_fraction)
     used_up = [c for c in columns_to_keep if c in raw.column_names and c not in rows.column_names and c != "source"]
-    kept = {*columns_to_keep, "id", *(["origin"] if "source" in columns_to_keep else [])} - {"source"}
+    kept = {*columns_to_keep, "id", *(["origin"] if "source" in columns_to_keep else []), *(["origin_id"] if "id" in columns_to_keep else [])} - {"source"}
     rows = rows.select_columns([c for c in rows.column_names if c in kept])
     if used_up:
         at = {i: n for n, i in enumerate(raw["id"][:])}
@@ -371,7 +368,7 @@ def mixture_table(
         if counted: r["token_share"] = r["tokens"]/max(total["tokens"], 1)
     return [*rows, total]
 
-# %% ../../nbs/13_data.mixture.ipynb #908bda8a
+# %% ../../nbs/13_data.mixture.ipynb #4a6cf5b7
 def joined(
     parts:list[Part], # of all sources
     columns, # of the mixture
@@ -388,9 +385,9 @@ def joined(
     if shuffle: order = order[np.argsort(np.concatenate([p.places.ravel() for p in trained]), kind="stable")]
     train = concatenate_datasets([rows[p.source.dataset_name] for p in trained]).select(order)
     evals = [rows[f"{p.source.dataset_name}_eval"] for p in parts if p.eval is not None]
-    return train, concatenate_datasets(evals) if evals else None
+    return train.select_columns(columns), concatenate_datasets(evals).select_columns(columns) if evals else None
 
-# %% ../../nbs/13_data.mixture.ipynb #fe179007
+# %% ../../nbs/13_data.mixture.ipynb #35365f2e
 def mixture_notes(
     parts:list[Part], # of all sources
     columns_to_keep, # columns of the mixture
@@ -399,15 +396,9 @@ def mixture_notes(
     notes = [n for p in parts for n in p.notes]
     have = {c for p in parts for d in (p.train, p.eval) if d is not None for c in d.column_names}
     notes += [f"no source has the column {c!r}: it is null in every row.{nearest(c, have)}" for c in columns_to_keep if c not in have | {"source", "id"}]
-    seen = {}
-    for p in parts:
-        ids = set(p.train["id"][:]) if p.train is not None else set()
-        for other, theirs in seen.items():
-            if both := ids & theirs: notes.append(f"{other} and {p.source.dataset_name} share {len(both)} ids, such as {min(both)!r}: an id is unique within its source only")
-        seen[p.source.dataset_name] = ids
     return notes
 
-# %% ../../nbs/13_data.mixture.ipynb #9afc7522
+# %% ../../nbs/13_data.mixture.ipynb #84ad3091
 def mix(
     sources, # list of mappings with keys of `Source`
     *,
@@ -430,8 +421,10 @@ def mix(
     parts = [contribute(s, keep, seed, shuffle, count_tokens, need_columns=need, max_drop_fraction=max_drop_fraction, blocks=blocks, checks=checks, on_malformed=on_malformed)
              for s in sources]
     if all(p.train is None for p in parts): raise UserError("The mixture has no training rows: every source has subsample_factor 0 or no train_splits.")
-    has_origin = any("origin" in d.column_names for p in parts for d in (p.train, p.eval) if d is not None)
-    columns = [c for c in keep if c not in ("id", "source", "origin")] + ["id", "source"] + (["origin"] if has_origin or "origin" in keep else [])
+    have = {c for p in parts for d in (p.train, p.eval) if d is not None for c in d.column_names}
+    if not {*keep} & (have | {"source"}) - {"id"}: raise UserError(f"No source has a column of columns_to_keep ({', '.join(keep)}).{nearest(keep[0], ['messages', *have])} With messages, rows of any known format are converted.")
+    extra = [c for c in ("origin", "origin_id") if c in have or c in keep]
+    columns = [c for c in keep if c not in ("id", "source", *extra)] + ["id", "source", *extra]
     train, evals = joined(parts, columns, shuffle)
     if not keep_ids: train, evals = train.remove_columns("id"), evals and evals.remove_columns("id")
     inputs = {}

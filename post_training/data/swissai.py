@@ -7,8 +7,8 @@ __all__ = ['SUBSCHEMAS', 'FLAT', 'DISPLAY_ANSWERS', 'SOURCE', 'loaded', 'plain_s
            'ts_array', 'ts_union', 'ts_type', 'ts_parameter', 'format_tools', 'block', 'call_of', 'check_pending',
            'add_output', 'add_part', 'assistant_blocks', 'is_swissai', 'row_tools', 'developer', 'user', 'linearise',
            'is_structured', 'message_parts', 'in_call_order', 'assistant_turns', 'structured', 'show_block',
-           'plain_messages', 'texts_only', 'message_features', 'has_blocks', 'row_conversation', 'convert_batch',
-           'keep_good', 'convert', 'as_messages', 'linearise_dataset']
+           'plain_messages', 'texts_only', 'message_features', 'has_blocks', 'uses_tools', 'row_conversation',
+           'convert_batch', 'keep_good', 'convert', 'as_messages', 'linearise_dataset']
 
 # %% ../../nbs/12_data.swissai.ipynb #33525a21
 import json, os
@@ -420,7 +420,19 @@ def has_blocks(
     if type(content or feature).__name__ != "Json": return isinstance(content, dict)
     return any(is_structured([m for m in ms or [] if isinstance(m, dict)]) for ms in dataset["messages"] if isinstance(ms, list))
 
-# %% ../../nbs/12_data.swissai.ipynb #9d872b23
+# %% ../../nbs/12_data.swissai.ipynb #3aa0ef0d
+def uses_tools(
+    dataset, # `datasets.Dataset`
+)->bool:
+    "Whether plain messages of a dataset call tools or are offered some: a column `tools` or calls that are not empty"
+    if "tools" in dataset.column_names and any(t and t != "[]" for t in dataset["tools"]): return True
+    feature = dataset.features.get("messages")
+    inner = getattr(feature, "feature", feature)
+    inner = inner[0] if isinstance(inner, list) else inner
+    if isinstance(inner, dict) and "tool_calls" not in inner or feature is None: return False
+    return any(isinstance(m, dict) and m.get("tool_calls") for ms in dataset["messages"] for m in ms or [])
+
+# %% ../../nbs/12_data.swissai.ipynb #a728d242
 def row_conversation(
     row:dict, # a row of a dataset
     columns, # the columns that name its format, from `format_of`; None for the Swiss-AI format
@@ -431,7 +443,9 @@ def row_conversation(
     "The conversation of a row; raises `MalformedRow` or `UnsupportedContent` with the reason"
     messages = linearise(row, branch) if columns is None else to_messages(row, columns)
     if fault := check_messages(messages) or role_fault(messages, checks): raise MalformedRow(fault)
-    return structured(messages, row.get("tools")) if blocks else texts_only(messages)
+    if blocks: return structured(messages, row.get("tools"))
+    if columns is not None and tool_list(row.get("tools")): raise UnsupportedContent("the conversation offers tools")
+    return texts_only(messages)
 
 # %% ../../nbs/12_data.swissai.ipynb #0db27087
 def convert_batch(

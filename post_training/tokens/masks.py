@@ -720,19 +720,21 @@ def prompt_ids(
     typed = self.encode_typed(row, ids, offsets_of(where if isinstance(where, np.ndarray) else where[0], text))
     return ids if isinstance(typed, Refused) else typed[0]
 
-# %% ../../nbs/22_tokens.masks.ipynb #8918b300
+# %% ../../nbs/22_tokens.masks.ipynb #3ce6aacb
 def check_generation_prompt(
     tokenizer, # with a chat template
     conversations:list[list[dict]], # messages, in the format the template takes
     on_mismatch:str="error", # error or warn
+    tools:list|None=None, # of each conversation: the tools beside it
 )->str|None: # the warning, None where all is well
     "Whether the ids before the last answer are those of the generation prompt"
-    for messages, chat in zip(conversations, tokenize_chats(tokenizer, conversations)):
+    tools = tools or [None]*len(conversations)
+    for messages, given, chat in zip(conversations, tools, tokenize_chats(tokenizer, conversations, unsupported_roles="drop", tools=tools)):
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         if isinstance(chat, Refused) or not answers: continue
         inside_turn = chat.completion_mask & (chat.offsets[:, 1] > chat.turns[-1][0])
         seen = chat.input_ids[:int(inside_turn.argmax())]
-        asked = prompt_ids(tokenizer, messages[:answers[-1]])
+        asked = prompt_ids(tokenizer, messages[:answers[-1]], tools=given)
         if np.array_equal(seen, asked): continue
         text = (f"The generation prompt ends in {tokenizer.decode(asked[-8:])!r}, but before a trained answer stands {tokenizer.decode(seen[-8:])!r}: "
                 "the model would start from ids that it has not seen in training.")

@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'first_and_rest', 'row_sizes', 'ratio_columns', 'generation_ratios', 'measure_batch', 'measure', 'trim',
            'ratio_row', 'summarise', 'plain_ticks', 'plot_ratios']
 
-# %% ../../nbs/23_tokens.ratios.ipynb #cd0b10ce
+# %% ../../nbs/23_tokens.ratios.ipynb #014df5e7
 import os
 
 import numpy as np
@@ -14,8 +14,8 @@ import numpy as np
 from ..base import UserError
 from ..data.messages import content_text, format_of
 from ..data.swissai import is_swissai
-from .dataset import batch_chats, check_policies, fit, policy_of, processes, row_id
-from .masks import Refused, encoder_for, tokenize_chats
+from .dataset import check_policies, encode_rows, fit, policy_of, processes, row_id
+from .masks import Refused, encoder_for
 from .templates import wants_blocks
 
 # %% ../../nbs/23_tokens.ratios.ipynb #316245f0
@@ -62,7 +62,7 @@ def generation_ratios(
     sizes = [row_sizes(c, m) for c, m in zip(chats, conversations or [None]*len(chats))]
     return ratio_columns(pd.DataFrame(dict(row_id=list(ids), source=list(sources)) | {c: np.array([s[c] for s in sizes], np.int64) for c in COLUMNS}))
 
-# %% ../../nbs/23_tokens.ratios.ipynb #01275aa2
+# %% ../../nbs/23_tokens.ratios.ipynb #73bb209a
 def measure_batch(
     batch:dict, # columns of raw rows
     indices:list[int], # their indices
@@ -76,10 +76,8 @@ def measure_batch(
     "Lengths of a batch of raw rows; every row comes out, with a reason where it has none"
     if serial: os.environ["TOKENIZERS_PARALLELISM"] = "false"
     rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
-    talks = batch_chats(rows, columns, wants_blocks(tokenizer.chat_template))
-    at = [i for i, v in enumerate(talks) if not isinstance(v, Refused)]
-    chats = list(talks)
-    for i, chat in zip(at, tokenize_chats(tokenizer, [talks[i] for i in at], allow_control_tokens_in_content, policies["unsupported_roles"])):
+    talks, chats = encode_rows(rows, tokenizer, columns, policies["unsupported_roles"], allow_control_tokens_in_content)
+    for i, chat in enumerate(chats):
         left = chat if isinstance(chat, Refused) else fit(chat, max_length, policies["overlength"])
         chats[i] = left if isinstance(left, Refused) else chat
     ids = [row_id(r, i) for r, i in zip(rows, indices)]
