@@ -84,7 +84,7 @@ def preview_of(
     parts = importlib.import_module("post_training.data_stages").preview(cfg)
     return "\n\n".join(f"{title}:\n{as_table(rows)}" for title, rows in parts.items())
 
-# %% ../nbs/81_cli.ipynb #712ebb66
+# %% ../nbs/81_cli.ipynb #7d416b11
 def dry_run(
     stage:str, # a stage's name
     overrides:list[str], # as typed
@@ -99,7 +99,8 @@ def dry_run(
     plan = locate(composed)
     print(yaml.safe_dump(redact(composed.cfg), sort_keys=False, allow_unicode=True), end="")
     differs = [dict(key=k, preset=a, here=b) for k, (a, b) in diff_from_presets(composed).items()]
-    parts = {"notices": "\n".join(composed.notices), "presets": ", ".join(f"{group}={name}" for group, name in composed.choices.items()), "differs from the presets": as_table(differs) if differs else "nothing",
+    chosen = ", ".join(f"{group}={name}" for group, name in composed.choices.items())
+    parts = {"notices": "\n".join(composed.notices), "presets": chosen, "differs from the presets": as_table(differs) if differs else "nothing",
              "run": f"{plan.run_dir}\n{plan.status}: {plan.why}\ncheckpoints {plan.checkpoints_dir}",
              "batch": ", ".join(f"{k} {v}" for k, v in batch_arithmetic(composed.cfg).items()) if composed.stage in TRAINING_STAGES else "",
              "preview": preview_of(composed.cfg)}

@@ -43,13 +43,13 @@ def dataset_mixture(
                blocks=wants_structure(cfg["message_format"], sources), checks=cfg["role_checks"], on_malformed=cfg["on_malformed"], max_drop_fraction=cfg["max_drop_fraction"],
                count_tokens=partial(count_tokens, tokenizer=tokenizer) if tokenizer else None)
 
-# %% ../nbs/56_data_stages.ipynb #3d44499f
+# %% ../nbs/56_data_stages.ipynb #272603b3
 def repeats(
     mixture, # from `dataset_mixture`
     cfg:dict, # composed
 )->tuple[dict, dict]: # duplicates within the training rows, overlap with rows that one evaluates on
     "What is in a mixture twice, and what should not be in it at all; counted, not removed"
-    from post_training.data.io import load_rows, load_splits
+    from post_training.data.io import load_splits
     from post_training.data.mixture import duplicates, overlap
     from post_training.data.swissai import as_messages
     n = cfg["near_duplicates"]
@@ -202,7 +202,7 @@ def drop_lines(
     "What was dropped, by source and reason, with the id of the first row"
     return [dict(source=name, reason=reason, rows=n, first=c.get("examples", {}).get(reason)) for name, c in counts.items() for reason, n in c["dropped"].items()]
 
-# %% ../nbs/56_data_stages.ipynb #0eb37921
+# %% ../nbs/56_data_stages.ipynb #edeae996
 def preview(
     cfg:dict, # composed
 )->dict: # title -> rows of a table; empty for stages without a preview
@@ -210,7 +210,8 @@ def preview(
     if cfg["stage"] == "dataset_mixture":
         mixture = dataset_mixture(cfg)
         found, shared = repeats(mixture, cfg)
-        out = {"rows and tokens": mixture_lines(mixture), "dropped": drop_lines(mixture.counts), "the same, or nearly the same, as an earlier row": repeat_lines(found), "occur in training": overlap_lines(shared),
+        out = {"rows and tokens": mixture_lines(mixture), "dropped": drop_lines(mixture.counts),
+               "the same, or nearly the same, as an earlier row": repeat_lines(found), "occur in training": overlap_lines(shared),
                "notes": [dict(note=n) for n in mixture.notes]}
     elif cfg["stage"] == "dataset_split":
         splits, table = dataset_split(cfg)

@@ -10,7 +10,7 @@ __all__ = ['HEADINGS', 'USAGE', 'KINDS_OF_TALK', 'look_batch', 'Inspection', 'in
            'usage', 'parse_args', 'head_lines', 'print_inspection', 'legend', 'inspect_command', 'main', 'carried',
            'template_facts', 'templates_html']
 
-# %% ../nbs/57_inspection.ipynb #9f7988d4
+# %% ../nbs/57_inspection.ipynb #a85b1de5
 import json, os, re, sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from .prepare import load_split, quiet, stop_ids, tokenizer_of
 from .tokens.dataset import check_dropped, check_policies, check_sample, encode_rows, fit, policy_of, processes, row_id
 from .tokens.masks import KINDS, Html, Refused, colour_ansi, colour_html, encoder_for, last_tokens, token_runs
 from .tokens.ratios import plain_ticks
-from .tokens.templates import CHAT_TEMPLATES, template_text, wants_blocks
+from .tokens.templates import CHAT_TEMPLATES, template_text
 
 # %% ../nbs/57_inspection.ipynb #3c26f3c9
 def look_batch(

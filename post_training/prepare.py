@@ -6,10 +6,9 @@
 __all__ = ['COUNTS', 'quiet', 'load_split', 'wants_eval', 'stop_ids', 'tokenizer_of', 'check_gates', 'Data', 'splits_of',
            'prepare_data', 'read_prepared', 'examples']
 
-# %% ../nbs/48_prepare.ipynb #f92269f9
+# %% ../nbs/48_prepare.ipynb #48adba37
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from . import config, run
 from .base import UserError, verify_manifest
 
@@ -121,7 +120,7 @@ def prepare_data(
         setattr(out, split, rows)
     return out
 
-# %% ../nbs/48_prepare.ipynb #0c614c85
+# %% ../nbs/48_prepare.ipynb #8fca4b0a
 def read_prepared(
     cfg:dict, # composed
     told:dict, # from `Data.told` of the process that prepared them
@@ -129,7 +128,8 @@ def read_prepared(
     "Tokenizer and tokenized rows as another process found them; nothing is tokenized"
     from datasets import load_from_disk
     for split, path in told["paths"].items():
-        if wrong := verify_manifest(path, hashes=False): raise UserError(f"The tokenized rows of {split} in {path} are not whole ({wrong[0]}): run post-training tokenize with the same overrides.")
+        if wrong := verify_manifest(path, hashes=False):
+            raise UserError(f"The tokenized rows of {split} in {path} are not whole ({wrong[0]}): run post-training tokenize with the same overrides.")
     return Data(tokenizer_of(cfg), **{split: load_from_disk(path) for split, path in told["paths"].items()}, **told)
 
 # %% ../nbs/48_prepare.ipynb #090f891b

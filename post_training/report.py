@@ -41,7 +41,7 @@ def as_table(
 # %% ../nbs/80_report.ipynb #86f00df2
 STATES = ("running", "killed", "failed", "finished") # of a run
 
-# %% ../nbs/80_report.ipynb #3caf2631
+# %% ../nbs/80_report.ipynb #5cdd1cb0
 def runs_table(
     root=None, # a folder; None: `runs_root`
     stage:str=None, # only this stage
@@ -54,7 +54,8 @@ def runs_table(
     for path in all_runs(root):
         r = read_record(path)
         attempts = r.get("attempts") or [{}]
-        row = dict(run=path.name, stage=r.get("stage"), job_subdir=(r.get("config") or {}).get("job_subdir"), status=run_status(path, r), attempts=len(r.get("attempts") or []), started=(attempts[-1].get("started") or "")[:16],
+        row = dict(run=path.name, stage=r.get("stage"), job_subdir=(r.get("config") or {}).get("job_subdir"), status=run_status(path, r),
+                   attempts=len(r.get("attempts") or []), started=(attempts[-1].get("started") or "")[:16],
                    loss=(r.get("final") or {}).get("train_loss"), accuracy=((r.get("evaluation") or {}).get("after") or {}).get("accuracy"), folder=str(path))
         if stage and row["stage"] != stage.replace("-", "_") or status and row["status"] != status: continue
         if text and text not in f"{path} {' '.join(map(str, r.get('overrides') or []))}": continue
@@ -145,13 +146,14 @@ def show_config(
     chosen = ", ".join(f"`{group}={name}`" for group, name in composed.choices.items())
     return Markdown(f"Presets: {chosen}\n\n{table}\n{notices}\n\n<details><summary>The whole config</summary>\n\n```yaml\n{whole}```\n</details>")
 
-# %% ../nbs/80_report.ipynb #9232701d
+# %% ../nbs/80_report.ipynb #6f7615ee
 def show_counts(
     counts:dict, # numbers in any nesting
 ):
     "Counts of rows and tokens, in and out and dropped by reason, as a table"
     from IPython.display import Markdown
-    return Markdown(as_table([dict(what=k.replace("_", " ").replace(".", ": "), number=f"{v:,}" if isinstance(v, int) else v) for k, v in flatten(counts).items() if v != {}], markdown=True))
+    told = {k.replace("_", " ").replace(".", ": "): v for k, v in flatten(counts).items() if v != {}}
+    return Markdown(as_table([dict(what=k, number=f"{v:,}" if isinstance(v, int) else v) for k, v in told.items()], markdown=True))
 
 # %% ../nbs/80_report.ipynb #a78d75f7
 def show_rows(

@@ -278,7 +278,7 @@ def peak_memory(cpu:bool)->float: # GiB
     import resource, torch
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024 if cpu else torch.cuda.max_memory_allocated())/2**30
 
-# %% ../nbs/54_train_sft.ipynb #f160cf08
+# %% ../nbs/54_train_sft.ipynb #2d019c04
 def train_sft(
     w:Worker,
 ):
@@ -296,9 +296,10 @@ def train_sft(
         run.check_fingerprints(w.run_dir, **data.fingerprints, **(dict(base_weights=run.fingerprint(name)) if Path(name).is_dir() else {}))
         run.truncate_metrics(w.run_dir, int(point.name.split("-")[1]) if point else -1)
         seeds = {k: w.cfg["training_args"].get(k) for k in ("seed", "data_seed")}
+        tokenizer_from = run.base_model(w.cfg["tokenizer_args"]["tokenizer_name_or_path"], w.cfg["runs_dir"])[0]
         parents = lineage.get("parents", []) + run.made_by(run.place(w.cfg["dataset_args"]["dataset_name"]))
         run.update_record(w.run_dir, counts=data.counts, notices=data.notices, resolved=auto, seeds=seeds, **(dict(parents=parents) if parents else {}),
-                          inputs=run.inputs_of({run.place(w.cfg["dataset_args"]["dataset_name"]), name, run.base_model(w.cfg["tokenizer_args"]["tokenizer_name_or_path"], w.cfg["runs_dir"])[0]}))
+                          inputs=run.inputs_of({run.place(w.cfg["dataset_args"]["dataset_name"]), name, tokenizer_from}))
         write_json(w.run_dir/"examples.json", examples(data))
         for text in [*data.notices, *(f"passed over {p.name}: {why}" for p, why in skipped)]: print(text, file=sys.stderr)
     if w.cfg["dataset_args"].get("debug_oom") and point is None:

@@ -363,7 +363,7 @@ def save_hub(
         raise UserError(f"hub:{name} could not be written ({type(e).__name__}). Check the network, log in with a token that may write there "
                         "(hf auth login), or save to a folder.") from e
 
-# %% ../../nbs/10_data.io.ipynb #e6516ca2
+# %% ../../nbs/10_data.io.ipynb #e7c288c0
 def save_rows(
     dataset, # `datasets.Dataset`, or a dict of splits
     where, # a folder, a file ending in .jsonl or .parquet, or hub:ORG/NAME
@@ -380,7 +380,9 @@ def save_rows(
         return text
     path = Path(where).expanduser()
     if path.suffix in (".jsonl", ".parquet"):
-        if len(splits) > 1: raise UserError(f"{where} is one file, and there are several splits ({', '.join(splits)}): save to a folder, or each to a file SPLIT{path.suffix} of one folder.")
+        if len(splits) > 1:
+            raise UserError(f"{where} is one file, and there are several splits ({', '.join(splits)}): "
+                            f"save to a folder, or each to a file SPLIT{path.suffix} of one folder.")
         save_file(next(iter(splits.values())), path, replace)
     elif path.suffix == ".json": raise UserError(f"{where}: give a folder, or a file ending in .jsonl or .parquet.")
     else: save_folder(splits, path, replace, **facts)

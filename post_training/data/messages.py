@@ -127,8 +127,9 @@ FORMATS = { # columns that must be there: how the messages are made
     ("query", "response"): lambda r: from_prompt(r, "query", "response"),
 }
 
-# %% ../../nbs/11_data.messages.ipynb #fa151217
-ALSO_READ = {("chosen", "rejected"): ("prompt",), ("instruction", "output"): ("input",), ("question", "response"): ("system_prompt",)} # format: columns it takes in where they are there
+# %% ../../nbs/11_data.messages.ipynb #135084c1
+ALSO_READ = { # format: columns it takes in where they are there
+    ("chosen", "rejected"): ("prompt",), ("instruction", "output"): ("input",), ("question", "response"): ("system_prompt",)}
 
 # %% ../../nbs/11_data.messages.ipynb #32af05d5
 def format_of(

@@ -398,7 +398,7 @@ def mixture_notes(
     notes += [f"no source has the column {c!r}: it is null in every row.{nearest(c, have)}" for c in columns_to_keep if c not in have | {"source", "id"}]
     return notes
 
-# %% ../../nbs/13_data.mixture.ipynb #84ad3091
+# %% ../../nbs/13_data.mixture.ipynb #a47ba538
 def mix(
     sources, # list of mappings with keys of `Source`
     *,
@@ -422,7 +422,9 @@ def mix(
              for s in sources]
     if all(p.train is None for p in parts): raise UserError("The mixture has no training rows: every source has subsample_factor 0 or no train_splits.")
     have = {c for p in parts for d in (p.train, p.eval) if d is not None for c in d.column_names}
-    if not {*keep} & (have | {"source"}) - {"id"}: raise UserError(f"No source has a column of columns_to_keep ({', '.join(keep)}).{nearest(keep[0], ['messages', *have])} With messages, rows of any known format are converted.")
+    if not {*keep} & (have | {"source"}) - {"id"}:
+        raise UserError(f"No source has a column of columns_to_keep ({', '.join(keep)}).{nearest(keep[0], ['messages', *have])} "
+                        "With messages, rows of any known format are converted.")
     extra = [c for c in ("origin", "origin_id") if c in have or c in keep]
     columns = [c for c in keep if c not in ("id", "source", *extra)] + ["id", "source", *extra]
     train, evals = joined(parts, columns, shuffle)

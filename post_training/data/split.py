@@ -27,7 +27,7 @@ def split_sizes(
         if sum(out.values()) < want and out[c] < sizes[c] - 1 and share*sizes[c] > out[c]: out[c] += 1
     return out
 
-# %% ../../nbs/14_data.split.ipynb #07658f84
+# %% ../../nbs/14_data.split.ipynb #85049c4c
 def classes_of(
     dataset, # `datasets.Dataset`
     by:str|None, # column; None: all rows are one class
@@ -35,7 +35,8 @@ def classes_of(
     "The class of every row"
     from datasets import ClassLabel
     if by is None: return ["all rows"]*len(dataset)
-    if by not in dataset.column_names: raise UserError(f"There is no column {by!r} to stratify by (null: not stratified); there are {', '.join(dataset.column_names)}.{nearest(by, dataset.column_names)}")
+    if by not in dataset.column_names:
+        raise UserError(f"There is no column {by!r} to stratify by (null: not stratified); there are {', '.join(dataset.column_names)}.{nearest(by, dataset.column_names)}")
     kind = dataset.features[by]
     if isinstance(kind, ClassLabel): return [None if i is None or i < 0 else kind.names[i] for i in dataset[by][:]]
     if str(getattr(kind, "dtype", "")).startswith(("string", "large_string", "int", "uint", "bool", "null")): return dataset[by][:]

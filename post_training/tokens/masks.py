@@ -462,7 +462,7 @@ def locate(self:ChatEncoder, skeleton:Skeleton, text:str, texts:list[str])->list
         edges.append(pos)
     return edges if len(text) == pos + len(skeleton.tail) and text.endswith(skeleton.tail) else None
 
-# %% ../../nbs/22_tokens.masks.ipynb #c90d416f
+# %% ../../nbs/22_tokens.masks.ipynb #fd740dc0
 @patch
 def verify(self:ChatEncoder, chat:list, text, drop_unsupported:bool=False, options:tuple=())->tuple|Refused: # (text, skeleton, edges)
     "Hold one rendering against the skeleton of its shape"
@@ -473,7 +473,8 @@ def verify(self:ChatEncoder, chat:list, text, drop_unsupported:bool=False, optio
         shape = shape_of(chat, texts)
         skeleton = self.skeleton(shape, options)
     except UnicodeEncodeError: return Refused("malformed: text with a lone surrogate", "a text holds a lone surrogate, which is no character")
-    except (TypeError, RecursionError): return Refused("malformed: unexpected fields", "a message holds something other than texts, numbers, lists and mappings, or too deep a nest of them")
+    except (TypeError, RecursionError):
+        return Refused("malformed: unexpected fields", "a message holds something other than texts, numbers, lists and mappings, or too deep a nest of them")
     if isinstance(skeleton, Refused): return skeleton
     if skeleton.lost and not (drop_unsupported and all(s.startswith(("system.", "developer.")) or s.split(".")[-1] in THOUGHTS for s in skeleton.lost)):
         roles = ", ".join(sorted({s.split(".")[0] for s in skeleton.lost}))
@@ -542,7 +543,7 @@ def typing(self:ChatEncoder)->tuple|None: # (`tokenizers.Tokenizer`, {id of a ma
         self._typing = copy, {copy.token_to_id(chr(MARKS + i)): i for i in own}
     return self._typing
 
-# %% ../../nbs/22_tokens.masks.ipynb #aef152e0
+# %% ../../nbs/22_tokens.masks.ipynb #ae09fccf
 @patch
 def encode_typed(self:ChatEncoder, row:tuple, ids:np.ndarray, offsets:np.ndarray)->tuple|Refused: # (ids [T], offsets [T, 2])
     "Encode one row (text, skeleton, edges) again with the control tokens of its contents as plain text"
@@ -557,7 +558,6 @@ def encode_typed(self:ChatEncoder, row:tuple, ids:np.ndarray, offsets:np.ndarray
     if any(MARKS <= ord(c) < MARKS + len(self.is_special) for c in set(text)): return Refused("unverifiable", "control tokens and private characters in one text")
     starts, ends = [0, *at[:, 1]], [*at[:, 0], len(text)]
     encoded = copy.encode("".join(text[a:b] + chr(MARKS + i) for a, b, i in zip(starts, ends, at[:, 2])) + text[starts[-1]:], add_special_tokens=False)
-    ids_T = np.array(encoded.ids, np.int64)
     out = np.array([marks.get(i, i) for i in encoded.ids], np.int32)
     if not np.array_equal(out[self.is_special[out]], skeleton.special_ids): return Refused("unverifiable", "the tokenizer cannot write a control token as text")
     grown = np.append(0, np.cumsum(at[:, 1] - at[:, 0] - 1)) # characters that the marks before a place are shorter

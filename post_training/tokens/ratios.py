@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'first_and_rest', 'row_sizes', 'ratio_columns', 'generation_ratios', 'measure_batch', 'measure', 'trim',
            'ratio_row', 'summarise', 'plain_ticks', 'plot_ratios']
 
-# %% ../../nbs/23_tokens.ratios.ipynb #014df5e7
+# %% ../../nbs/23_tokens.ratios.ipynb #4aa5e8b5
 import os
 
 import numpy as np
@@ -16,7 +16,6 @@ from ..data.messages import content_text, format_of
 from ..data.swissai import is_swissai
 from .dataset import check_policies, encode_rows, fit, policy_of, processes, row_id
 from .masks import Refused, encoder_for
-from .templates import wants_blocks
 
 # %% ../../nbs/23_tokens.ratios.ipynb #316245f0
 def first_and_rest(
