@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['wants_structure', 'dataset_mixture', 'repeats', 'dataset_split', 'linearise', 'generation_ratio', 'tokenize',
-           'written_by', 'check_output', 'write_rows', 'write_table', 'mixture_lines', 'repeat_lines', 'overlap_lines',
-           'drop_lines', 'preview']
+           'rows_hash', 'written_by', 'check_output', 'write_rows', 'write_table', 'mixture_lines', 'repeat_lines',
+           'overlap_lines', 'drop_lines', 'preview']
 
-# %% ../nbs/56_data_stages.ipynb #1021c0bf
-import shutil
+# %% ../nbs/56_data_stages.ipynb #b00bc955
+import json, shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from . import config, run
-from .base import UserError, locked
+from .base import MANIFEST, UserError, locked
 from .prepare import prepare_data, tokenizer_of
 
 # %% ../nbs/56_data_stages.ipynb #9c059abe
@@ -115,16 +115,23 @@ def tokenize(
     "Ids and masks of every split that a config names, under a key of their content"
     return prepare_data(cfg)
 
-# %% ../nbs/56_data_stages.ipynb #d66072bd
+# %% ../nbs/56_data_stages.ipynb #d07f238a
+def rows_hash(
+    cfg:dict, # composed
+)->str: # hex
+    "What identifies the rows that a stage writes: its config without the name that runs are grouped under"
+    return run.config_hash({**cfg, "job_subdir": "rows"})
+
+# %% ../nbs/56_data_stages.ipynb #131d3524
 def written_by(
     folder, # where rows are
-)->str|None: # hash of the run that wrote them; None where nothing is there or it was not written here
+)->str|None: # `rows_hash` of the run that wrote them; None where nothing is there or it was not written here
     "Which run a folder of rows belongs to"
-    return next((p["hash"] for p in run.made_by(folder)), None)
+    try: return json.loads((Path(folder)/MANIFEST).read_text()).get("rows_hash")
+    except (OSError, ValueError): return None
 
-# %% ../nbs/56_data_stages.ipynb #58803044
+# %% ../nbs/56_data_stages.ipynb #a7fa67d7
 def check_output(
-    task, # the attempt, from `run.open_run`
     cfg:dict, # composed
 )->str: # where the rows will be: a folder or hub:NAME
     "Refuse, before any work, to write where something else lies"
@@ -132,12 +139,12 @@ def check_output(
     if where.startswith("hub:"): return where
     folder = config.site_path(where)
     if folder.suffix in (".jsonl", ".json", ".parquet"): raise UserError(f"save_data_dir={where}: a stage writes a folder. Leave the ending out.")
-    if folder.exists() and written_by(folder) != task.hash:
+    if folder.exists() and written_by(folder) != rows_hash(cfg):
         raise UserError(f"{folder} holds {'the rows of another configuration' if written_by(folder) else 'something that was not written here'}: it is left as it is. "
                         "Choose another dataset_name or save_data_dir, or remove it.")
     return str(folder)
 
-# %% ../nbs/56_data_stages.ipynb #902fafbd
+# %% ../nbs/56_data_stages.ipynb #b32f6168
 def write_rows(
     task, # the attempt, from `run.open_run`
     cfg:dict, # composed
@@ -148,12 +155,12 @@ def write_rows(
     from datasets import DatasetDict
     from post_training.data.io import save_rows
     if task.status == "done": return str(run.read_record(task.run_dir)["final"]["output"])
-    where = check_output(task, cfg)
+    where = check_output(cfg)
     if where.startswith("hub:"): return save_rows(DatasetDict(splits), where)
     with locked(Path(where).parent/f".{Path(where).name}.lock"):
-        check_output(task, cfg) # another run may have come first
+        check_output(cfg) # another run may have come first
         for left in Path(where).parent.glob(f".tmp-{Path(where).name}-*"): shutil.rmtree(left, ignore_errors=True) # of a killed save: the lock is ours
-        return save_rows(DatasetDict(splits), where, replace=True, run_hash=task.hash, stage=cfg["stage"], rows={k: len(v) for k, v in splits.items()}, **facts)
+        return save_rows(DatasetDict(splits), where, replace=True, run_hash=task.hash, rows_hash=rows_hash(cfg), stage=cfg["stage"], rows={k: len(v) for k, v in splits.items()}, **facts)
 
 # %% ../nbs/56_data_stages.ipynb #1e829657
 def write_table(

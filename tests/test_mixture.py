@@ -91,7 +91,7 @@ def test_what_a_draw_promises(folder, sums, chats, prose, seed, shuffle):
     assert m.table[-1]["rows"] == len(m.train) == sum(r["rows"] for r in m.table[:-1])
     for r in m.train:
         if r["source"] == "sums": assert r["messages"][0]["content"] == f"What is {(i := int(r['id'].split('_')[1]))} and {i}?" and r["level"] == i % 3
-        if r["source"] == "chats": assert r["messages"][0]["content"] == f"Hello {r['id'][1:]}" and r["level"] is None
+        if r["source"] == "chats": assert r["messages"][0]["content"] == f"Hello {r['id'].split('_')[1]}" and r["level"] is None
     again = mix(sources(folder, **asked), seed=seed, shuffle=shuffle, columns_to_keep=["messages", "level"])
     assert again.train.to_list() == m.train.to_list() and again.table == m.table
     if not shuffle: assert m.train["source"][:] == [r["source"] for r in m.table[:-1] for _ in range(r["rows"])]
@@ -128,7 +128,7 @@ def test_shuffled_means_mixed(folder):
 def test_a_known_draw(folder):
     "What seed 42 drew when this was written: another result means that old mixtures cannot be made again"
     assert mixture.draw(10, mixture.Source("sums", "x", subsample_factor=5))[0].tolist() == [2, 5, 7, 1, 8]
-    assert ids(mix(sources(folder)), "chats") == ["c7", "c3", "c2", "c1", "c6", "c0", "c10", "c5", "c8", "c4", "c9"]
+    assert ids(mix(sources(folder)), "chats") == [f"chats_{i}" for i in (7, 3, 2, 1, 6, 0, 10, 5, 8, 4, 9)]
 
 
 def test_the_same_in_another_process(folder):
@@ -401,7 +401,7 @@ def test_three_real_sources(data_dir):
     "Formats, subsample and duplication on real files; no row of one source moves when another changes; gsm8k's test rows are not in its train rows"
     m = mix(real(data_dir), count_tokens=words)
     assert [(r["rows_in"], r["drawn"], r["rows"]) for r in m.table] == [(7473, 1868, 1868), (500, 300, 300), (175, 175, 525), (8148, 2343, 2693)]
-    assert not any(c["dropped"] for c in m.counts.values()) and ids(m, "seed-tasks")[0].startswith("seed_task_") and ids(m, "gsm8k")[0].startswith("gsm8k_")
+    assert not any(c["dropped"] for c in m.counts.values()) and ids(m, "seed-tasks")[0].startswith("seed-tasks_") and ids(m, "gsm8k")[0].startswith("gsm8k_")
     less = mix([dict(real(data_dir)[0], subsample_factor=10), *real(data_dir)[1:]])
     assert ids(less, "sharegpt") == ids(m, "sharegpt") and ids(less, "seed-tasks") == ids(m, "seed-tasks")
     found = duplicates(m.train)

@@ -47,11 +47,12 @@ def test_mixture(small, tmp_root):
     assert third.returncode == 0 and "attempt 2 (resume)" in third.stdout, third.stdout + third.stderr
 
 
+@pytest.mark.slow
 def test_another_mixture_does_not_replace_it(small):
     assert command("dataset_mixture", small).returncode == 0
     out = command("dataset_mixture", small, "seed=1")
     assert out.returncode == 2 and "rows of another configuration" in out.stderr and "dataset_name" in out.stderr, out.stderr
-    assert command("dataset_mixture", small, "seed=1", "dataset_name=demo-mixture-1").returncode == 0
+    assert command("dataset_mixture", small, "job_subdir=elsewhere").returncode == 0  # the same rows, asked for under another name
 
 
 def test_real_mixture_then_tokenize_and_train(data_dir, small, tmp_root, demo):
@@ -122,6 +123,7 @@ def test_a_changed_source_is_noticed(small, tmp_path):
     assert out.returncode == 0 and "30 rows" in out.stdout, out.stderr
 
 
+@pytest.mark.slow
 def test_training_on_changed_rows_is_refused(small, tmp_path, demo):
     rows = tmp_path / "rows.jsonl"
     talk = lambda i, more="": json.dumps(dict(question=f"What is {i} + 1?", answer=f"{i + 1}{more}")) + "\n"

@@ -185,14 +185,16 @@ def with_features(
     try: return dataset.cast(features)
     except pa.ArrowInvalid as e: raise UserError(f"A value of {label} does not fit the common type of its column: {e}") from e
 
-# %% ../../nbs/13_data.mixture.ipynb #a23f382b
+# %% ../../nbs/13_data.mixture.ipynb #e3ef4cc6
 def with_ids(
     dataset, # `datasets.Dataset`
     prefix:str, # the name of the source
 ):            # the dataset with a column `id`; its own as `origin_id`
     "Rows with the ids `PREFIX_i`"
     from datasets import Value
-    if "id" in dataset.column_names: dataset = dataset.remove_columns("id") if "origin_id" in dataset.column_names else dataset.rename_column("id", "origin_id")
+    if "id" in dataset.column_names:
+        own = [None if i is None else str(i) for i in dataset["id"][:]]
+        dataset = dataset.remove_columns([c for c in ("id", "origin_id") if c in dataset.column_names]).add_column("origin_id", own, feature=Value("string"))
     return dataset.add_column("id", [f"{prefix}_{i}" for i in range(len(dataset))], feature=Value("string"))
 
 # %% ../../nbs/13_data.mixture.ipynb #f3227926
