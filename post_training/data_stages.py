@@ -144,7 +144,7 @@ def check_output(
                         "Choose another dataset_name or save_data_dir, or remove it.")
     return str(folder)
 
-# %% ../nbs/56_data_stages.ipynb #b32f6168
+# %% ../nbs/56_data_stages.ipynb #f8156470
 def write_rows(
     task, # the attempt, from `run.open_run`
     cfg:dict, # composed
@@ -160,7 +160,8 @@ def write_rows(
     with locked(Path(where).parent/f".{Path(where).name}.lock"):
         check_output(cfg) # another run may have come first
         for left in Path(where).parent.glob(f".tmp-{Path(where).name}-*"): shutil.rmtree(left, ignore_errors=True) # of a killed save: the lock is ours
-        return save_rows(DatasetDict(splits), where, replace=True, run_hash=task.hash, rows_hash=rows_hash(cfg), stage=cfg["stage"], rows={k: len(v) for k, v in splits.items()}, **facts)
+        facts |= dict(run_hash=task.hash, rows_hash=rows_hash(cfg), stage=cfg["stage"], rows={k: len(v) for k, v in splits.items()})
+        return save_rows(DatasetDict(splits), where, replace=True, **facts)
 
 # %% ../nbs/56_data_stages.ipynb #1e829657
 def write_table(
