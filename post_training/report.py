@@ -312,7 +312,7 @@ def shrink_notebook(
 # %% ../nbs/80_report.ipynb #0cd1c229
 KEPT_BYTES = 300_000
 
-# %% ../nbs/80_report.ipynb #99bd55ac
+# %% ../nbs/80_report.ipynb #bd918990
 def keep_run(
     run_dir, # a run folder
     name:str=None, # of the copy; None: the run's own
@@ -333,7 +333,7 @@ def keep_run(
         cfg = anonymous(yaml.safe_load((run_dir/"config.yaml").read_text()), names)
         (out/"config.yaml").write_text(yaml.safe_dump(cfg, sort_keys=False, allow_unicode=True))
         rows = thin(read_metrics(run_dir), most//4)
-        (out/"metrics.jsonl").write_text("".join(json.dumps(plain(x)) + "\n" for x in rows))
+        if rows: (out/"metrics.jsonl").write_text("".join(json.dumps(plain(x)) + "\n" for x in rows))
         _keep_notebook(run_dir/f"{r['stage']}.ipynb", out, names, most - sum(p.stat().st_size for p in out.iterdir()))
     return Path(into or project_root()/"runs/examples")/name
 
