@@ -257,13 +257,13 @@ def lengths(
 # %% ../nbs/80_report.ipynb #7f0a9f89
 _ABSOLUTE = re.compile(r"(?<![\w.:/~$}<\\])/(?:[\w.@+=-]+/)+([\w.@+=-]*)")
 
-# %% ../nbs/80_report.ipynb #560d0166
+# %% ../nbs/80_report.ipynb #e13368ec
 def anonymous(
     obj, # text, or lists and dicts of it
     names:dict[str, str], # text of this machine -> what stands for it
 ):
     "Without secrets, this machine's names and absolute paths; data of pictures is left alone"
-    if isinstance(obj, dict): return {k: v if str(k).startswith("image/") else anonymous(v, names) for k, v in redact(obj).items()}
+    if isinstance(obj, dict): return {k if "/" not in str(k) else anonymous(k, names): v if str(k).startswith("image/") else anonymous(v, names) for k, v in redact(obj).items()}
     if isinstance(obj, list): return [anonymous(v, names) for v in obj]
     if not isinstance(obj, str): return obj
     for old, new in names.items(): obj = re.sub(rf"(?<![\w-]){re.escape(old)}(?![\w-])", lambda m: new, obj)

@@ -79,7 +79,8 @@ def after_lines(place, n):
 def during_a_save(place, step):
     "Whether a checkpoint at or after `step` is being written"
     def ready():
-        tmp = [p for p in (place.folder / "artifacts").rglob(".tmp-checkpoint-*") if int(p.name.split("-")[-1]) >= step]
+        try: tmp = [p for p in (place.folder / "artifacts").rglob(".tmp-checkpoint-*") if int(p.name.split("-")[-1]) >= step]
+        except FileNotFoundError: return False  # another temporary folder went away under the walk
         return bool(tmp and list(tmp[0].iterdir()))
     return ready
 
