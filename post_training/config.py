@@ -9,7 +9,7 @@ __all__ = ['CONFIGS', 'SHARED_KEYS', 'TEMPLATES', 'TOKENIZER_KEYS', 'SFT_KEYS', 
            'check_config', 'quote', 'typed_form', 'Typed', 'parse_override', 'old_names', 'new_name',
            'translate_presets', 'project_root', 'site_path', 'groups', 'preset_names', 'preset_file', 'compose_presets',
            'resolve', 'accelerate_file', 'accelerate_preset', 'world_size', 'batch_arithmetic', 'Composed', 'stages',
-           'stage_name', 'compose', 'diff_from_presets', 'freeze', 'load_frozen']
+           'stage_name', 'compose', 'diff_from_presets', 'freeze', 'load_frozen', 'compose_frozen']
 
 # %% ../nbs/00_config.ipynb #582507f9
 import ast, contextlib, functools, importlib.util, json, math, operator, os, re, shlex, tempfile, threading
@@ -111,13 +111,17 @@ def calculate(
 # %% ../nbs/00_config.ipynb #5826c7a9
 CONFIGS = Path(importlib.util.find_spec("post_training").origin).parent/"configs" # the presets: package data
 
-# %% ../nbs/00_config.ipynb #683d690f
+# %% ../nbs/00_config.ipynb #271df926
 SHARED_KEYS = {"artifacts_dir": "str", "artifacts_subdir": "str", "runs_dir": "str", "job_subdir": "str",
     "run_dir": "str|null", "resuming_dir": "str|null", "resuming_hash": "str|null", "resume_from": "str|null",
     "resuming.resume": "bool", "resuming.use_commit": "bool", "resuming.ignore_keys": "list", "submit": "bool",
     "num_nodes": "int", "num_processes": "int|null", "accelerate_config": "str", "max_drop_fraction": "float",
     "cluster.name": "str", "cluster.launcher": "=local|=slurm", "cluster.device": "=auto|=cpu|=cuda",
-    "cluster.gpus_per_node": "int|null", "cluster.processes_per_node": "int|null",
+    **{f"cluster.{k}": "str|null" for k in ("gpu", "partition", "account", "qos", "reservation", "constraint", "exclude", "nodelist", "time", "memory", "setup",
+                                            "environment", "container_image", "python")},
+    **{f"cluster.{k}": "int|null" for k in ("gpus_per_node", "processes_per_node", "cpus_per_task")},
+    **{f"cluster.{k}": "int" for k in ("max_retries", "signal_seconds", "preflight_seconds")}, "cluster.exclusive": "bool", "cluster.requeue": "bool",
+    "cluster.directives": "dict", "cluster.env": "dict", "cluster.container_mounts": "list", "cluster.container_options": "list",
     "wandb.project": "str", "wandb.entity": "str|null", "wandb.run_name": "str|null", "wandb.group": "str|null",
     "wandb.tags": "list", "wandb.mode": "=online|=offline|=disabled|=off|null"}
 
@@ -720,10 +724,10 @@ def _trust(cfg:dict, origin, typed)->list[str]: # notices; `cfg` is changed in p
         notices.append(f"{key} is true{origin(key)}, but model_args.model_revision names no commit: taken as false.")
     return notices
 
-# %% ../nbs/00_config.ipynb #07040d6e
+# %% ../nbs/00_config.ipynb #3b08ee2c
 RANGES = {"plw_args.prompt_loss_weight": (0, 1), "irl_args.lambda_td": (0, math.inf), "irl_args.gamma": (0, 1), "max_drop_fraction": (0, 1),
     "dataset_args.debug_subsample.train": (0, math.inf), "dataset_args.debug_subsample.eval": (0, math.inf), "num_nodes": (1, math.inf),
-    "trim": (0, 0.49), "near_duplicates.threshold": (0, 1), "near_duplicates.num_perm": (16, 1024), "near_duplicates.ngram": (1, 50),
+    "cluster.max_retries": (0, 1000), "cluster.signal_seconds": (1, 65535), "cluster.preflight_seconds": (1, 3600), "trim": (0, 0.49), "near_duplicates.threshold": (0, 1), "near_duplicates.num_perm": (16, 1024), "near_duplicates.ngram": (1, 50),
     "evaluation.num_prompts": (0, math.inf), "evaluation.max_new_tokens": (1, math.inf), "evaluation.batch_size": (1, math.inf)}
 
 # %% ../nbs/00_config.ipynb #82639b9b
@@ -759,14 +763,17 @@ def _finish(raw:dict, keys:dict, origin, typed=(), holes_ok:bool=False)->tuple: 
     if path.parent == CONFIGS/"accelerate": cfg["accelerate_config"] = path.stem
     return cfg, derived, notices
 
-# %% ../nbs/00_config.ipynb #c54efabf
+# %% ../nbs/00_config.ipynb #c22b1a86
 def compose(
     stage:str, # a stage; hyphens are taken for underscores
-    overrides=(), # texts in Hydra's grammar: "model=tiny", "training_args.max_steps=8"
+    overrides=(), # texts in Hydra's grammar: "model=tiny", "training_args.max_steps=8"; or a frozen file alone
     config_dir=None, # a further folder of presets, laid out like `configs`
 )->Composed:
     "Compose a stage with presets and overrides into one checked configuration"
-    stage, overrides, typed = stage_name(stage), overrides if isinstance(overrides, str) else list(overrides), {}
+    stage, overrides, typed = stage_name(stage), overrides if isinstance(overrides, str) else list(map(str, overrides)), {}
+    if len(overrides) == 1 and overrides[0].endswith((".yaml", ".yml")) and "=" not in overrides[0]:
+        if (frozen := compose_frozen(overrides[0])).stage == stage: return frozen
+        raise UserError(f"{overrides[0]} is a config of stage {frozen.stage}, not {stage}.")
     keys = known_keys(stage)
     choices, values = _sort_overrides(stage, overrides, keys, config_dir)
     raw, origins = compose_presets(stage, choices, config_dir)
@@ -792,10 +799,15 @@ def diff_from_presets(
     before, after = flatten(composed.presets), flatten(composed.cfg)
     return {k: (before.get(k), after.get(k)) for k in dict.fromkeys([*before, *after]) if before.get(k) != after.get(k)}
 
-# %% ../nbs/00_config.ipynb #b517da1a
-def freeze(cfg:dict, path)->Path:
+# %% ../nbs/00_config.ipynb #8e8044a0
+def freeze(
+    cfg:dict, # composed
+    path, # of the file
+    overrides=(), # what was typed, kept in the first line
+)->Path: # the file
     "Write a composed configuration as plain YAML, atomically"
-    return write_atomic(path, yaml.safe_dump(cfg, sort_keys=False, allow_unicode=True, width=140))
+    typed = f"# typed: {json.dumps(redact(list(overrides)), ensure_ascii=False)}\n" if overrides else ""
+    return write_atomic(path, typed + yaml.safe_dump(cfg, sort_keys=False, allow_unicode=True, width=140))
 
 # %% ../nbs/00_config.ipynb #06057eda
 def load_frozen(
@@ -810,3 +822,17 @@ def load_frozen(
     cfg = check_config(cfg, keys, lambda key: f" ({path})")
     _check_values(cfg, keys, f" ({path})")
     return cfg
+
+# %% ../nbs/00_config.ipynb #5187d332
+def compose_frozen(
+    path, # a file that `freeze` wrote
+)->Composed: # with the values of the file
+    "A frozen configuration as `compose` would return it"
+    cfg, first = load_frozen(path), Path(path).read_text().split("\n", 1)[0]
+    typed = json.loads(first.removeprefix("# typed: ")) if first.startswith("# typed: ") else []
+    try: now = compose(cfg["stage"], typed)
+    except UserError: return Composed(cfg["stage"], typed, cfg, dict.fromkeys(flatten(cfg), "frozen"), cfg, [f"Presets no longer compose; the values are those of {Path(path).name}."])
+    a, b = flatten(cfg), flatten(now.cfg)
+    later = [k for k in {**a, **b} if a.get(k) != b.get(k) and k not in ("run_dir", "resuming_dir", "resuming_hash", "runs_dir", "artifacts_dir")]
+    told = [f"Frozen before the presets changed: {', '.join(f'{k}={a.get(k)} (now {b.get(k)})' for k in later[:8])}."] if later else []
+    return Composed(now.stage, typed, cfg, {k: now.origins.get(k, "frozen") for k in a}, now.presets, now.notices + told, now.choices)
