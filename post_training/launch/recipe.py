@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['recipe_parameters', 'check_parameters', 'recipe_path', 'own_kernel', 'execute_notebook', 'closing_line', 'shown_path',
-           'print_done', 'followed', 'keep_final', 'run_recipe']
+           'print_done', 'followed', 'keep_final', 'hand_to_cluster', 'open_task', 'run_recipe', 'execute_run']
 
-# %% ../../nbs/72_launch.recipe.ipynb #cb7833d7
+# %% ../../nbs/72_launch.recipe.ipynb #2b6c2083
 import ast, contextlib, json, logging, os, sys, tempfile, threading
 from pathlib import Path
 from ..base import UserError, nearest, write_atomic, write_json
-from ..config import compose, project_root
-from .accelerate import visible_gpus, JobFailed, preflight, progress, raise_on_sigterm, stop_tree
-from ..run import Attempt, close_attempt, final_checkpoint, open_run, read_metrics, read_record
+from ..config import Composed, compose, project_root
+from . import slurm
+from .accelerate import HandedOver, visible_gpus, JobFailed, preflight, progress, raise_on_sigterm, stop_tree
+from ..run import HANDED_OVER, Attempt, close_attempt, final_checkpoint, open_run, read_metrics, read_record, this_job
 
 # %% ../../nbs/72_launch.recipe.ipynb #b9feddda
 def recipe_parameters(
@@ -69,7 +70,7 @@ def own_kernel():
                 if v is None: os.environ.pop(k, None)
                 else: os.environ[k] = v
 
-# %% ../../nbs/72_launch.recipe.ipynb #c21d3e21
+# %% ../../nbs/72_launch.recipe.ipynb #12c89a0b
 def execute_notebook(
     path, # a recipe notebook
     out, # the executed notebook, saved after each cell
@@ -86,7 +87,7 @@ def execute_notebook(
         try: papermill.execute_notebook(str(path), str(out), parameters=parameters, kernel_name="python3", language="python", cwd=str(project_root()),
                                         progress_bar=sys.stderr.isatty(), request_save_on_cell_execute=True, start_timeout=120, config=encrypted)
         except PapermillExecutionError as e:
-            known = dict(UserError=UserError, JobFailed=JobFailed).get(e.ename)
+            known = dict(UserError=UserError, JobFailed=JobFailed, HandedOver=HandedOver).get(e.ename)
             if known: raise known(e.evalue) from None
             raise JobFailed(f"{e.ename}: {e.evalue}\nThe traceback is in {out}") from None
         except BaseException: _stop_children(); raise
@@ -155,28 +156,67 @@ def keep_final(
     write_atomic(final, notebook.read_bytes())
     for p in (final, notebook): p.chmod(0o444)
 
-# %% ../../nbs/72_launch.recipe.ipynb #9250640b
+# %% ../../nbs/72_launch.recipe.ipynb #881b9b1b
+def hand_to_cluster(
+    composed:Composed, # with cluster.launcher=slurm
+    force:bool=False, # begin a finished run anew, from step 0
+)->slurm.Emitted:
+    "Make a run's folder and its batch script, submit it where `submit` says so, and print what there is"
+    made = slurm.emit(composed, force)
+    if made.status == "done": print_done(made.run_dir, made.plan.checkpoints_dir); return made
+    for fact in slurm.arithmetic(composed.cfg): print(f"{fact['what']}: {fact['value']}")
+    print(f"run {shown_path(made.run_dir)} ({made.status})")
+    if composed.cfg["submit"]: print(f"submitted as job {slurm.submit(made)}: post-training jobs shows it")
+    else: print(f"not submitted. Look at the script, then: sbatch {shown_path(made.script)}   (or add submit=true)")
+    return made
+
+# %% ../../nbs/72_launch.recipe.ipynb #cf2445b3
+def open_task(
+    composed:Composed, # as the recipe composed it
+    force:bool=False, # begin a finished run anew, from step 0
+    attempt:int=0, # join this attempt, which a command opened; 0 opens one
+)->Attempt:
+    "Open the run that a recipe is about, here or in a job of a cluster"
+    if composed.cfg["cluster"]["launcher"] != "local" and not this_job():
+        hand_to_cluster(composed, force)
+        raise SystemExit(0) # papermill takes this for a good end
+    return open_run(composed.cfg, origins=composed.origins, overrides=composed.overrides, force=force, attempt=attempt)
+
+# %% ../../nbs/72_launch.recipe.ipynb #5c2f43ef
 def run_recipe(
     stage:str, # a stage's name
     overrides, # Hydra overrides, as typed
     force:bool=False, # begin a finished run anew, from step 0
     command:list[str]=None, # as typed, for the record
 )->int: # exit code: 0; faults and mistakes raise
-    "Run a stage on this machine by its recipe, and print where the record is"
+    "Run a stage by its recipe, or hand it to the cluster that its config names, and print where the record is"
     composed = compose(stage, overrides)
+    if composed.cfg["cluster"]["launcher"] != "local" and not this_job(): hand_to_cluster(composed, force); return 0
+    return execute_run(composed, overrides, force, command)
+
+# %% ../../nbs/72_launch.recipe.ipynb #b6a84ed6
+def execute_run(
+    composed:Composed,
+    overrides, # what the recipe composes anew: as typed, or a frozen file
+    force:bool=False, # begin a finished run anew, from step 0
+    command:list[str]=None, # as typed, for the record
+    opened=lambda attempt: None, # told of the attempt once it is open
+)->int: # exit code: 0; faults and mistakes raise
+    "Execute a recipe here, as an attempt of its run"
     preflight(composed.cfg)
     recipe = recipe_path(composed.stage)
-    attempt = open_run(composed.cfg, command, composed.origins, overrides, force)
+    attempt = open_run(composed.cfg, command, composed.origins, composed.overrides, force)
     if attempt.status == "done": print_done(attempt.run_dir, attempt.checkpoints_dir); return 0
     for notice in composed.notices: print(notice)
     print(f"{composed.stage}: attempt {attempt.number} ({attempt.status}) in {shown_path(attempt.run_dir)}", flush=True)
+    opened(attempt)
     _execute_attempt(attempt, recipe, dict(overrides=list(overrides), force=force, attempt=attempt.number))
     print(f"record {shown_path(attempt.run_dir/'record.json')}")
     print(f"notebook {shown_path(attempt.run_dir/recipe.name)}")
     print(closing_line(attempt.run_dir))
     return 0
 
-# %% ../../nbs/72_launch.recipe.ipynb #7f4d857f
+# %% ../../nbs/72_launch.recipe.ipynb #7f9479d5
 def _execute_attempt(attempt:Attempt, recipe:Path, parameters:dict):
     "Execute the recipe, then close the attempt with the exit code that its end deserves"
     out, code = attempt.attempt_dir/recipe.name, 1
@@ -185,6 +225,7 @@ def _execute_attempt(attempt:Attempt, recipe:Path, parameters:dict):
         keep_final(attempt, out)
         code = 0
     except UserError: code = 2; raise
+    except HandedOver: code = HANDED_OVER; raise
     except KeyboardInterrupt: code = 130; raise
     except SystemExit as e: code = e.code; raise
     finally: close_attempt(attempt.run_dir, attempt.number, code)

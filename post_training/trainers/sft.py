@@ -140,7 +140,7 @@ def loss_parts(
     extra = dict(values_BT=out.state_values, lambda_td=objective.lambda_td, gamma=objective.gamma) if objective.name == "irl" else {}
     return SFT_LOSSES[objective.name](out.log_probs, *shifted_masks(batch), objective.prompt_loss_weight, objective.sequence_level, **extra)
 
-# %% ../../nbs/52_trainers.sft.ipynb #cf0b185e
+# %% ../../nbs/52_trainers.sft.ipynb #1bc115e4
 class SFTTrainer(trl.SFTTrainer):
     "TRL's trainer with losses as fractions over the optimizer step"
     loss_is_scaled_for_ga = True # compute_loss divides by the step's own sums
@@ -162,10 +162,12 @@ class SFTTrainer(trl.SFTTrainer):
         best_metric:str="eval_loss", # names the best checkpoint
         greater_is_better:bool=False,
         drop_last:bool=False, # leave out the rows that do not fill a global batch
+        stop=None, # asked on the main rank in every step: whether to save and leave at its end
         **kwargs, # of trl.SFTTrainer
     ):
         self.objective, self.collator, self.filler, self.bins, self.eval_bins, self.order = objective, collator, filler, bins, eval_bins, order
         self.write_line, self.facts, self.drop_last = write_line or (lambda line: None), facts or {}, drop_last
+        self.stop, self.stopping = stop or (lambda: False), False
         self.best_metric, self.greater_is_better = best_metric, greater_is_better
         self.sources = sorted(set(eval_dataset["source"])) if eval_dataset is not None and "source" in eval_dataset.column_names else []
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=collator,
@@ -174,7 +176,7 @@ class SFTTrainer(trl.SFTTrainer):
         self.totals, self.last_eval = dict(trained_tokens=0, rows=0), {}
         self.start_line()
         self.remove_callback(PrinterCallback)
-        self.add_callback(StepEnds())
+        self.add_callback(StepEnds(self))
     def _send_telemetry(self): "Nothing is sent anywhere"
 
 # %% ../../nbs/52_trainers.sft.ipynb #17da0749
@@ -184,14 +186,16 @@ def start_line(self:SFTTrainer):
     self.sums = torch.zeros(1 + len(SUMS), dtype=torch.float64, device=self.args.device) # this rank's share of the loss, then SUMS
     self.counts, self.line_steps, self.line_start = torch.zeros(len(COUNTS), dtype=torch.float64), 0, time.perf_counter()
 
-# %% ../../nbs/52_trainers.sft.ipynb #0b3a0ce7
+# %% ../../nbs/52_trainers.sft.ipynb #9099c90c
 class StepEnds(TrainerCallback):
-    "End-of-epoch events on the epoch's last step; the last step is always logged, evaluated and saved"
+    "End-of-epoch events on the epoch's last step; the last step is always logged, evaluated and saved; a step that was asked to be the last for now is saved"
+    def __init__(self, trainer): self.trainer = trainer
     def on_step_end(self, args, state, control, **kwargs):
         last, epoch_ends = state.global_step >= state.max_steps, float(state.epoch).is_integer()
         if last or epoch_ends and args.logging_strategy == IntervalStrategy.EPOCH: control.should_log = True
         if args.eval_strategy != IntervalStrategy.NO and (last or epoch_ends and args.eval_strategy == IntervalStrategy.EPOCH): control.should_evaluate = True
         if last or epoch_ends and args.save_strategy == SaveStrategy.EPOCH: control.should_save = True
+        if self.trainer.stopping: control.should_save = control.should_training_stop = True
         return control
     def on_epoch_end(self, args, state, control, **kwargs):
         control.should_log = control.should_evaluate = control.should_save = False
@@ -229,13 +233,15 @@ def get_eval_dataloader(self:SFTTrainer, eval_dataset=None):
     return make_loader(Rows(self.eval_dataset, self.eval_bins), self.sampler(train=False), self.collator, self.filler, a.dataloader_num_workers,
                        a.dataloader_pin_memory and a.device.type == "cuda", a.dataloader_prefetch_factor)
 
-# %% ../../nbs/52_trainers.sft.ipynb #c0abd8f3
+# %% ../../nbs/52_trainers.sft.ipynb #56495c1c
 @patch
 def get_batch_samples(self:SFTTrainer, epoch_iterator, num_batches, device):
     "The micro-batches of a step, and the step's denominators as fp64 [K] on the device"
     batches = [b for _, b in zip(range(num_batches), epoch_iterator)]
-    counts = sum(batch_counts(b, self.objective) for b in batches)
+    asked = self.is_world_process_zero() and bool(self.stop())
+    counts = torch.cat([torch.tensor([asked], dtype=torch.float64), sum(batch_counts(b, self.objective) for b in batches)])
     if self.accelerator.num_processes > 1: counts = self.accelerator.reduce(counts.to(device), "sum").cpu()
+    self.stopping, counts = self.stopping or counts[0].item() > 0, counts[1:] # all ranks know it by the same reduction
     ds, counts = counts[:-len(COUNTS)], counts[-len(COUNTS):]
     n = dict(zip(COUNTS, counts.long().tolist()))
     if not n["trained_tokens"]:
@@ -385,7 +391,7 @@ def total_steps(self:SFTTrainer)->int:
     s, a = self.sampler(), self.args
     return a.max_steps if a.max_steps > 0 else -int(-a.num_train_epochs*step_count(s.n, s.global_batch, s.drop_last)//1)
 
-# %% ../../nbs/52_trainers.sft.ipynb #ede5cec0
+# %% ../../nbs/52_trainers.sft.ipynb #6080d31b
 @patch
 def train(self:SFTTrainer, resume_from_checkpoint=None, **kwargs):
     "Train, from a verified checkpoint's path or from the start; None comes back where nothing was left to do"
@@ -394,6 +400,7 @@ def train(self:SFTTrainer, resume_from_checkpoint=None, **kwargs):
         if done >= self.total_steps(): return None
         self.load_log_state(resume_from_checkpoint)
         self.args.eval_on_start = False # it was done, and logged, before the first step
+    self.stopping = False
     return super(SFTTrainer, self).train(resume_from_checkpoint=resume_from_checkpoint and str(resume_from_checkpoint), **kwargs)
 
 # %% ../../nbs/52_trainers.sft.ipynb #13ccce6d
