@@ -6,12 +6,14 @@
 __all__ = ['DEVICES', 'FAMILIES', 'PUBLISHED', 'EXPERTS', 'POLICIES', 'OPTIMIZERS', 'BUCKET', 'LIVE', 'TILE', 'PARTS', 'choose',
            'read_model_config', 'dense_shape', 'parameter_counts', 'flops_per_token', 'tokens_per_second', 'hours',
            'node_hours', 'model_states', 'layer_activations', 'head_memory', 'layer_work', 'moments', 'memory_per_gpu',
-           'estimate', 'estimate_rows', 'plot_memory']
+           'estimate', 'estimate_rows', 'config_of', 'policy_of', 'assumed', 'estimate_of', 'plot_memory']
 
-# %% ../../nbs/73_launch.estimate.ipynb #6df02872
+# %% ../../nbs/73_launch.estimate.ipynb #f5b527af
 import json
 from pathlib import Path
 from ..base import UserError, nearest
+from ..config import TRAINING_STAGES, site_path
+from ..run import find_run, list_checkpoints, read_record, topology
 
 # %% ../../nbs/73_launch.estimate.ipynb #72e6cb42
 DEVICES = { # name: dense bf16 peak in FLOP/s, memory in GiB, memory bandwidth in bytes/s (data sheets of the SXM cards and of the GH200 superchip)
@@ -305,10 +307,10 @@ def memory_per_gpu(
     size = {k: v/2**30 for k, v in (states | worst).items()} | dict(reserve=reserve)
     return {k: size[k] for k in PARTS} | dict(total=sum(size[k] for k in PARTS), moment=moment)
 
-# %% ../../nbs/73_launch.estimate.ipynb #12892838
+# %% ../../nbs/73_launch.estimate.ipynb #bba3e0b6
 def estimate(
     model, # see `read_model_config`
-    device:str="gh200", # a key of `DEVICES`
+    device:str|None="gh200", # a key of `DEVICES`; None or cpu: no limit and no speed
     nodes:int=1, # of the cluster
     gpus_per_node:int=1, # processes on each
     zero_stage:int=0, # 0: no DeepSpeed
@@ -322,30 +324,100 @@ def estimate(
     scored:float=1., # share of positions that the head scores
     family:str=None, # see `dense_shape`
     **memory, # policy, optimizer, head, reserve, xielu_kernel: see `memory_per_gpu`
-)->dict: # parameters, memory (GiB by part), limit_gib, fits, gflop_per_token, tokens_per_second, step_seconds, hours, node_hours
+)->dict: # parameters, device, gpus, memory (GiB by part), gflop_per_token; of a known device limit_gib, fits, tokens_per_second, step_seconds, hours, node_hours
     "Will it fit, how fast will it be, what will it cost"
-    world, gpu = nodes*gpus_per_node, choose(DEVICES, device, "device")
+    world, length = nodes*gpus_per_node, mean_length or max_length
     m = memory_per_gpu(model, zero_stage, world, per_device_batch, max_length, accumulation, recompute=recompute, scored=scored, family=family, **memory)
-    length = mean_length or max_length
-    rate = tokens_per_second(model, device, world, utilization, length, recompute, scored, family)
-    out = dict(parameters=parameter_counts(model, family)["total"], device=device, gpus=world, memory=m, limit_gib=gpu["gib"], fits=m["total"] <= gpu["gib"],
-               gflop_per_token=flops_per_token(model, length, recompute, scored, family)/1e9, utilization=utilization, tokens_per_second=rate,
-               step_seconds=world*per_device_batch*accumulation*length/rate)
+    flops = flops_per_token(model, length, recompute, scored, family)
+    out = dict(parameters=parameter_counts(model, family)["total"], device=device, gpus=world, memory=m, gflop_per_token=flops/1e9)
+    if device in (None, "cpu"): return out
+    limit, rate = choose(DEVICES, device, "device")["gib"], tokens_per_second(model, device, world, utilization, length, recompute, scored, family)
+    out |= dict(limit_gib=limit, fits=m["total"] <= limit, utilization=utilization, tokens_per_second=rate, step_seconds=world*per_device_batch*accumulation*length/rate)
     return out | (dict(tokens=tokens, hours=hours(tokens, rate), node_hours=node_hours(tokens, rate, nodes)) if tokens else {})
 
-# %% ../../nbs/73_launch.estimate.ipynb #1d7f0c66
+# %% ../../nbs/73_launch.estimate.ipynb #ad7e0fa7
 def estimate_rows(
-    e:dict, # of `estimate`
-)->list[dict]: # what, value, unit
+    e:dict, # of `estimate` or `estimate_of`
+)->list[dict]: # what, value, unit; a single row where there is no estimate
     "An estimate as rows of a table"
-    m, row = e["memory"], lambda what, value, unit="": dict(what=what, value=value, unit=unit)
-    parts = [row(f"memory: {'at work' if k == 'work' else k}", f"{m[k]:.1f}", "GiB") for k in PARTS if m[k] >= 0.05]
-    total = row(f"memory at its peak, in {m['moment']}", f"{m['total']:.1f}", f"of {e['limit_gib']:g} GiB: " + ("fits" if e["fits"] else "does not fit"))
-    rest = [row("arithmetic", f"{e['gflop_per_token']:.1f}", "GFLOP per token"),
-            row(f"speed at {e['utilization']:.0%} of the peak", f"{e['tokens_per_second']:,.0f}", "tokens per second"),
-            row("speed per GPU", f"{e['tokens_per_second']/e['gpus']:,.0f}", "tokens per second"), row("one step", f"{e['step_seconds']:.2g}", "seconds")]
+    m, row = e.get("memory"), lambda what, value, unit="": dict(what=what, value=value, unit=unit)
+    if "reason" in e: return [row("no estimate", "", e["reason"])]
+    scale, gib = (1, "GiB") if m["total"] >= 1 else (1024, "MiB")
+    told = "fits" if e.get("fits") else "does not fit"
+    n, million = (e["parameters"]/1e9, "billion") if e["parameters"] >= 1e8 else (e["parameters"]/1e6, "million")
+    parts = [row(f"memory: {'at work' if k == 'work' else k}", f"{m[k]*scale:.1f}", gib) for k in PARTS if m[k]*scale >= 0.05]
+    total = row(f"memory at its peak, in {m['moment']}", f"{m['total']*scale:.1f}", f"of {e['limit_gib']:g} GiB: {told}" if "limit_gib" in e else gib)
+    rest = [row("arithmetic", f"{1000*e['gflop_per_token']:.0f}" if scale > 1 else f"{e['gflop_per_token']:.1f}", f"{'M' if scale > 1 else 'G'}FLOP per token")]
+    if "tokens_per_second" in e:
+        rest += [row(f"speed at {e['utilization']:.0%} of the peak", f"{e['tokens_per_second']:,.0f}", "tokens per second"),
+                 row("speed per GPU", f"{e['tokens_per_second']/e['gpus']:,.0f}", "tokens per second"), row("one step", f"{e['step_seconds']:.2g}", "seconds")]
     cost = [row(f"training on {e['tokens']:,.0f} tokens", f"{e['hours']:.2f}", "hours"), row("cost", f"{e['node_hours']:.1f}", "node-hours")] if "hours" in e else []
-    return [row("parameters", f"{e['parameters']/1e9:.2f}", "billion"), row("GPUs", str(e["gpus"]), e["device"]), *parts, total, *rest, *cost]
+    return [row("parameters", f"{n:.2f}", million), row("processes" if e["device"] == "cpu" else "GPUs", str(e["gpus"]), e["device"] or ""), *parts, total, *rest, *cost]
+
+# %% ../../nbs/73_launch.estimate.ipynb #aa49d056
+def config_of(
+    cfg:dict, # a composed, resolved config
+)->dict: # what config.json holds
+    "The sizes of the model that a run starts from; a run's checkpoint is not verified for it"
+    name = str(cfg["model_args"]["model_name_or_path"])
+    if not name.startswith("run:"): return read_model_config(site_path(name) if (site_path(name)/"config.json").is_file() else name)
+    record = read_record(find_run(name[4:], cfg.get("runs_dir"), parts=False))
+    found = [p for p in list_checkpoints(record["checkpoints_dir"]) if (p/"config.json").is_file()]
+    if not found: raise UserError(f"estimate: {name} has no checkpoint yet.")
+    return read_model_config(found[0])
+
+# %% ../../nbs/73_launch.estimate.ipynb #f64aac73
+def policy_of(
+    cfg:dict, # a composed, resolved config
+    cpu:bool, # trained on one
+    zero_stage:int|None, # None: no DeepSpeed
+)->str: # a key of `POLICIES`
+    "How numbers are kept: what `auto` comes to where training begins"
+    dtype, bf16 = cfg["model_args"].get("dtype") or "auto", cfg["training_args"].get("bf16")
+    if dtype in ("bfloat16", "float16"): return "bf16"
+    if zero_stage is not None: return "bf16" if bf16 or dtype == "auto" and not cpu else "float32"
+    return "autocast" if bf16 or dtype == "auto" and not cpu and bf16 is None else "float32"
+
+# %% ../../nbs/73_launch.estimate.ipynb #9096b0ee
+def assumed(
+    e:dict, # of `estimate`
+    cfg:dict, # its config
+    policy:str, # of `policy_of`
+)->str:
+    "What an estimate takes for granted, in a sentence"
+    t = cfg["training_args"]
+    numbers = dict(autocast="float32 weights under bf16 autocast", bf16="bf16 weights", float32="float32")[policy]
+    text = f"Assumed: rows of {t['max_length']} places, all of them scored, {numbers}, {'with' if t.get('activation_checkpointing') else 'without'} recomputation"
+    if e["device"] == "cpu": return text + "; on a CPU what the interpreter and its libraries hold comes on top, and no speed is foreseen."
+    if e["device"] is None: return text + f", {e['memory']['reserve']:g} GiB for CUDA and NCCL. cluster.gpu is not set ({', '.join(DEVICES)}): no limit and no speed."
+    return text + f", {e['memory']['reserve']:g} GiB for CUDA and NCCL, {e['utilization']:.0%} of the peak reached without counting communication or padding."
+
+# %% ../../nbs/73_launch.estimate.ipynb #65366861
+def _estimate_of(cfg:dict, tokens:float, mean_length:int|None)->dict:
+    "`estimate_of` where everything is known"
+    from post_training.launch.accelerate import device_of # here, so that it may import this module
+    t, cluster, w = cfg["training_args"], cfg["cluster"], topology(cfg)
+    if not t.get("max_length"): raise UserError("training_args.max_length is null: the longest row decides, and it is not known here.")
+    cpu = cluster["device"] == "cpu" or cluster["device"] == "auto" and not cluster.get("gpu") and device_of(cfg) == "cpu"
+    policy, optim, places = policy_of(cfg, cpu, w["zero_stage"]), str(t.get("optim") or "adamw_torch"), w["per_device"]*t["max_length"]
+    here = dict(optimizer="adamw_torch_fused" if optim == "adamw_torch" else optim, reserve=0., # a CPU's AdamW takes parameters one by one
+                tile=(places, min(32768, max(512, 2**20//places)))) if cpu else dict(optimizer=optim)
+    out = estimate(config_of(cfg), "cpu" if cpu else cluster.get("gpu"), cfg["num_nodes"], w["world_size"]//cfg["num_nodes"], w["zero_stage"] or 0,
+                   w["per_device"], w["accumulation"], t["max_length"], mean_length, tokens, recompute=bool(t.get("activation_checkpointing")), policy=policy, **here)
+    if t.get("packing") and "step_seconds" in out: out["step_seconds"] = w["world_size"]*w["accumulation"]*places/out["tokens_per_second"] # packs are full
+    return out | dict(assumed=assumed(out, cfg, policy))
+
+# %% ../../nbs/73_launch.estimate.ipynb #ba268ffb
+def estimate_of(
+    cfg:dict, # a composed, resolved config
+    tokens:float=0, # to train on over all epochs; 0: no hours
+    mean_length:int=None, # tokens of a row on average; None: training_args.max_length
+)->dict|None: # of `estimate` with `assumed`; only `reason` where there is none; None for a stage that does not train
+    "The estimate of a run, from its config"
+    if cfg["stage"] not in TRAINING_STAGES: return None
+    try: return _estimate_of(cfg, tokens, mean_length)
+    except UserError as e: return dict(reason=str(e).removeprefix("estimate: "))
+    except Exception as e: return dict(reason=f"{type(e).__name__}: {e}") # a config.json of another kind, for one
 
 # %% ../../nbs/73_launch.estimate.ipynb #80c3733a
 def plot_memory(

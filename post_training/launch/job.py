@@ -17,13 +17,13 @@ from ..run import HANDED_OVER, close_attempt, edit_record, is_done, is_trained, 
 # %% ../../nbs/74_launch.job.ipynb #a6d37361
 FAULTS = (1, 139, 134, 137) # exits of an attempt whose program or machine failed
 
-# %% ../../nbs/74_launch.job.ipynb #401c1c75
+# %% ../../nbs/74_launch.job.ipynb #d5c0e791
 def wasted(
     record:dict, # of a run
     newest:str|None, # name of the newest verified checkpoint
-)->int: # attempts of the present generation
+)->int: # attempts since somebody submitted it
     "Attempts that failed, or were cut and brought no new checkpoint"
-    mine = [a for a in record.get("attempts") or [] if a.get("generation") == record.get("generation") and a.get("job")]
+    mine = [a for a in record.get("attempts") or [] if a.get("generation") == record.get("generation") and a["number"] > record.get("chain", 0)]
     began = [] # the checkpoint that each began from; one that did not come so far would have begun where the one before it did
     for a in mine: began.append((record.get("resumed_from") or {}).get(str(a["number"]), began[-1] if began else None))
     stuck = [a == b for a, b in zip(began, [*began[1:], newest])]
@@ -37,7 +37,7 @@ def last_error(
     try: return json.loads((Path(folder)/"error.json").read_text())
     except (OSError, ValueError): return {}
 
-# %% ../../nbs/74_launch.job.ipynb #da22d520
+# %% ../../nbs/74_launch.job.ipynb #a8ab39c9
 def decide(
     run_dir, # a run folder
     checkpoints_dir, # of its generation
@@ -52,7 +52,7 @@ def decide(
     if not attempts: return "stop", recipe or trained or 1, "no attempt could be opened"
     folder = Path(run_dir)/f"attempts/{attempts[-1]['number']}"
     error, exit = last_error(folder), attempts[-1].get("exit", "killed")
-    said = (error.get("message") or "").strip().split("\n")[0]
+    said = (error.get("message") or attempts[-1].get("error") or "").strip().split("\n")[0]
     if exit != HANDED_OVER and (error.get("kind") == "user" or exit == 2): return "stop", 2, f"a mistake that would come again: {said or 'see the attempt'}"
     if error.get("kind") == "fault": return "stop", 1, f"a fault that would come again: {said}"
     if is_trained(run_dir, checkpoints_dir) and trained == 0 and exit == 1: return "stop", 1, "training is finished; what comes after it failed"
@@ -63,7 +63,7 @@ def decide(
     why = f"saved {newest.name}" if exit == HANDED_OVER and newest else said or f"ended with {exit if exit != 1 else trained}"
     return "again", HANDED_OVER, why + (f" (try {n} of {max_retries})" if n else "")
 
-# %% ../../nbs/74_launch.job.ipynb #8a55e997
+# %% ../../nbs/74_launch.job.ipynb #0764acc0
 def note_job(
     run_dir, # a run folder
 ):
@@ -71,7 +71,10 @@ def note_job(
     job = this_job()
     def change(r):
         known = r.setdefault("jobs", [])
-        if job and not any(j["id"] == job["id"] and j.get("task") == job["task"] for j in known): known.append(dict(id=job["id"], task=job["task"], script=None, submitted=None, after=[]))
+        if not job or any(j["id"] == job["id"] and j.get("task") == job["task"] for j in known): return
+        known.append(dict(id=job["id"], task=job["task"], script=None, submitted=None, after=[]))
+        before = ([{}] + r["attempts"])[-2] # the last entry is this attempt's
+        if not str(before.get("then")).startswith("again"): r["chain"] = len(r["attempts"]) - 1
     if read_record(run_dir): edit_record(run_dir, change)
 
 # %% ../../nbs/74_launch.job.ipynb #82218bcd

@@ -216,16 +216,17 @@ def execute_run(
     print(closing_line(attempt.run_dir))
     return 0
 
-# %% ../../nbs/72_launch.recipe.ipynb #7f9479d5
+# %% ../../nbs/72_launch.recipe.ipynb #b4d6945d
 def _execute_attempt(attempt:Attempt, recipe:Path, parameters:dict):
     "Execute the recipe, then close the attempt with the exit code that its end deserves"
-    out, code = attempt.attempt_dir/recipe.name, 1
+    out, code, said = attempt.attempt_dir/recipe.name, 1, {}
     try:
         with followed(attempt.run_dir): execute_notebook(recipe, out, parameters)
         keep_final(attempt, out)
         code = 0
-    except UserError: code = 2; raise
+    except UserError as e: code, said = 2, dict(error=str(e)); raise
     except HandedOver: code = HANDED_OVER; raise
+    except JobFailed as e: said = dict(error=str(e)); raise
     except KeyboardInterrupt: code = 130; raise
     except SystemExit as e: code = e.code; raise
-    finally: close_attempt(attempt.run_dir, attempt.number, code)
+    finally: close_attempt(attempt.run_dir, attempt.number, code, **said)

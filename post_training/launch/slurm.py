@@ -7,12 +7,12 @@ __all__ = ['GPU_STAGES', 'OPTIONS', 'ACTIVE', 'nodes_of', 'gpus_of', 'hours_of',
            'step_options', 'job_env', 'job_script', 'clean_env', 'slurm', 'sbatch', 'queue', 'job_key', 'active_job',
            'Emitted', 'emit', 'submit', 'submit_array', 'dry_run_parts']
 
-# %% ../../nbs/71_launch.slurm.ipynb #8b167f0a
+# %% ../../nbs/71_launch.slurm.ipynb #82869b76
 import datetime, json, os, re, shlex, shutil, subprocess, sys
 from dataclasses import dataclass
 from pathlib import Path
 from ..base import UserError, redact, write_atomic
-from ..config import CONFIGS, TRAINING_STAGES, Composed, batch_arithmetic, project_root
+from ..config import CONFIGS, TRAINING_STAGES, Composed, batch_arithmetic, freeze, project_root
 from ..run import RunPlan, edit_record, locate, plain, queue_run, read_record
 from .accelerate import device_of, worker_env
 
@@ -127,7 +127,7 @@ def job_env(
     ours = dict(POST_TRAINING_JOB="1", POST_TRAINING_ROOT=str(project_root()), PYTHONUNBUFFERED="1")
     return {k: str(v) for k, v in (ours | worker_env(cfg) | cfg["cluster"]["env"]).items()}
 
-# %% ../../nbs/71_launch.slurm.ipynb #5cc23d5b
+# %% ../../nbs/71_launch.slurm.ipynb #6ca70326
 def job_script(
     cfg:dict, # a composed, resolved config; of an array the first one's
     configs:list, # frozen config files; more than one: task i of an array runs configs[i]
@@ -139,6 +139,7 @@ def job_script(
     import jinja2
     env = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, trim_blocks=False, autoescape=False)
     env.filters["q"] = lambda v: shlex.quote(str(v))
+    env.filters["directive"] = lambda v: shlex.quote(str(v)).replace("\\", "\\\\") # sbatch's own reader takes a backslash for an escape in quotes of any kind
     c, trains, nodes = cfg["cluster"], cfg["stage"] in TRAINING_STAGES, nodes_of(cfg)
     if bad := [p for p in (*configs, log_dir, script) if "\n" in str(p)]: raise UserError(f"{str(bad[0])!r} holds a line break.")
     processes = batch_arithmetic(cfg)["world_size"] if trains else 1
@@ -224,7 +225,7 @@ class Emitted:
     status:str # new, resume, done
     plan:RunPlan
 
-# %% ../../nbs/71_launch.slurm.ipynb #91af0a43
+# %% ../../nbs/71_launch.slurm.ipynb #abef9122
 def emit(
     composed:Composed,
     force:bool=False, # begin a finished run anew
@@ -235,15 +236,17 @@ def emit(
     script = plan.run_dir/"submit.sbatch"
     if plan.status != "done":
         name = f"{cfg['stage']}-{plan.run_dir.name}"
-        write_atomic(script, job_script(cfg, [plan.run_dir/"config.yaml"], plan.run_dir, name, script)).chmod(0o755)
+        freeze(cfg, plan.run_dir/"submit.yaml", composed.overrides)
+        write_atomic(script, job_script(cfg, [plan.run_dir/"submit.yaml"], plan.run_dir, name, script)).chmod(0o755)
     return Emitted(composed, plan.run_dir, script, plan.status, plan)
 
-# %% ../../nbs/71_launch.slurm.ipynb #e469c74f
+# %% ../../nbs/71_launch.slurm.ipynb #a0aff41c
 def _record_job(run_dir:Path, job:int, task, script, after):
     "Add a job to a run's record"
     entry = dict(id=job, task=task, script=str(script), submitted=datetime.datetime.now().astimezone().isoformat(timespec="seconds"), after=list(map(str, after)))
     def change(r):
         r.setdefault("jobs", []).append(entry)
+        r["chain"] = len(r.get("attempts") or []) # tries are counted from here
         if r.get("status") != "finished": r["status"] = "queued"
         r.pop("stopped", None)
     edit_record(run_dir, change)
@@ -264,7 +267,7 @@ def submit(
     _record_job(e.run_dir, job, None, e.script, after)
     return job
 
-# %% ../../nbs/71_launch.slurm.ipynb #523c4b42
+# %% ../../nbs/71_launch.slurm.ipynb #51e2b22d
 def submit_array(
     emitted:list[Emitted], # runs with the same resources
     folder, # for the script and the logs
@@ -278,12 +281,12 @@ def submit_array(
     for e in emitted:
         if busy := active_job(read_record(e.run_dir)): raise UserError(f"Job {busy} is already at {e.run_dir.name}.")
     script = Path(folder)/f"{name}.sbatch"
-    write_atomic(script, job_script(cfgs[0], [e.run_dir/"config.yaml" for e in emitted], Path(folder), name, script)).chmod(0o755)
+    write_atomic(script, job_script(cfgs[0], [e.run_dir/"submit.yaml" for e in emitted], Path(folder), name, script)).chmod(0o755)
     job = sbatch(script, _dependency(after))
     for i, e in enumerate(emitted): _record_job(e.run_dir, job, i if len(emitted) > 1 else None, script, after)
     return job
 
-# %% ../../nbs/71_launch.slurm.ipynb #e8fb1377
+# %% ../../nbs/71_launch.slurm.ipynb #897bfdc1
 def dry_run_parts(
     composed:Composed,
     rows:int=0, # training rows, where they are known
@@ -295,5 +298,5 @@ def dry_run_parts(
     facts = arithmetic(cfg, rows)
     width = max(len(f["what"]) for f in facts)
     name = f"{cfg['stage']}-{plan.run_dir.name}"
-    script = job_script(cfg, [plan.run_dir/"config.yaml"], plan.run_dir, name, plan.run_dir/"submit.sbatch")
+    script = job_script(cfg, [plan.run_dir/"submit.yaml"], plan.run_dir, name, plan.run_dir/"submit.sbatch")
     return {"job": "\n".join(f"{f['what']:{width}}  {f['value']}" for f in facts), "script": script}
