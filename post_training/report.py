@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['STATES', 'PANELS', 'KEPT_BYTES', 'short', 'as_table', 'runs_table', 'show_run', 'diff_runs', 'verify_run', 'curves',
-           'show_config', 'show_counts', 'show_rows', 'bars', 'show_arithmetic', 'show_evaluation', 'show_record',
-           'show_identity', 'lengths', 'anonymous', 'machine_names', 'thin', 'shrink_notebook', 'keep_run']
+           'show_config', 'show_counts', 'show_rows', 'bars', 'estimate_text', 'show_arithmetic', 'show_evaluation',
+           'estimate_beside', 'show_record', 'show_identity', 'lengths', 'anonymous', 'machine_names', 'thin',
+           'shrink_notebook', 'keep_run']
 
-# %% ../nbs/80_report.ipynb #35b75419
+# %% ../nbs/80_report.ipynb #b36a113d
 import getpass, json, re, socket
 from pathlib import Path
+from statistics import median
 import yaml
 from .base import UserError, atomic_dir, nearest, redact, verify_manifest, write_json
 from .config import batch_arithmetic, diff_from_presets, flatten, project_root, site_path
+from .launch.estimate import estimate_of, estimate_rows
 from .run import all_runs, config_hash, final_checkpoint, list_checkpoints, plain, read_metrics, read_record, run_status
 
 # %% ../nbs/80_report.ipynb #bcaad55b
@@ -182,14 +185,27 @@ def bars(
     ax.set_xlabel(label + (f" ({len(values) - most} smaller ones are not shown)" if len(values) > most else ""))
     return fig
 
-# %% ../nbs/80_report.ipynb #0b0977b5
+# %% ../nbs/80_report.ipynb #79684466
+def estimate_text(
+    cfg:dict, # a composed, resolved config
+    tokens:float=0, # to train on over all epochs; 0: no hours
+    mean_length:int=None, # tokens of a row on average; None: training_args.max_length
+    markdown:bool=False, # for a notebook; False: aligned, for a terminal
+)->str: # empty for a stage that does not train
+    "Memory, speed and node-hours before anything is submitted, and what is assumed for it"
+    e = estimate_of(cfg, tokens, mean_length)
+    if e is None: return ""
+    if "reason" in e: return f"No estimate of memory and speed: {e['reason']}"
+    return as_table(estimate_rows(e), markdown=markdown) + ("\n\n" if markdown else "\n") + e["assumed"]
+
+# %% ../nbs/80_report.ipynb #ee3b7c1e
 def show_arithmetic(
     cfg:dict, # a composed, resolved config
     rows:int=0, # training rows after tokenization
     tokens:int=0, # their tokens
     packs:int=0, # packs that the rows fill, where rows are packed
 ):
-    "What one step is, and how many there are"
+    "What one step is, how many there are, and what they will need"
     from IPython.display import Markdown
     b, t = batch_arithmetic(cfg), cfg["training_args"]
     facts = {"processes": b["world_size"], f"{'packs' if packs else 'rows'} per process and micro-batch": b["per_device"], "accumulation": b["accumulation"],
@@ -199,9 +215,11 @@ def show_arithmetic(
         per_epoch = units//b["global_batch"] if t.get("dataloader_drop_last") else -(-units//b["global_batch"])
         if steps <= 0: steps = int(-(-per_epoch*t["num_train_epochs"]//1))
         facts |= {"rows": rows} | ({"packs": packs} if packs else {}) | {"steps per epoch": per_epoch}
-    if tokens: facts |= {"tokens per epoch": tokens, "tokens per step, on average": tokens*b["global_batch"]//max(units, 1)}
+    per_step = tokens*b["global_batch"]//max(units, 1)
+    if tokens: facts |= {"tokens per epoch": tokens, "tokens per step, on average": per_step}
     if steps > 0: facts["steps"] = steps
-    return Markdown(as_table([dict(what=k, number=f"{v:,}") for k, v in facts.items()], markdown=True))
+    foreseen = estimate_text(cfg, per_step*max(steps, 0), tokens//rows if rows and tokens else None, markdown=True)
+    return Markdown(as_table([dict(what=k, number=f"{v:,}") for k, v in facts.items()], markdown=True) + f"\n\n{foreseen}")
 
 # %% ../nbs/80_report.ipynb #5936c2d1
 def show_evaluation(
@@ -216,17 +234,37 @@ def show_evaluation(
     notice = next((f"\n\n**{e['notice']}**" for e in (before, after) if e and e.get("notice")), "")
     return Markdown(as_table([{k: f"{100*v:.1f} %" if isinstance(v, (int, float)) else v for k, v in r.items()} for r in rows], markdown=True) + notice)
 
-# %% ../nbs/80_report.ipynb #30bd1855
+# %% ../nbs/80_report.ipynb #a9f2867a
+def estimate_beside(
+    run_dir, # a run folder
+)->list[dict]: # what, estimated, measured; none where the record holds no estimate
+    "The estimate of a run beside what was measured"
+    r = read_record(run_dir)
+    e, lines = r.get("estimate") or {}, [x for x in read_metrics(run_dir) if "perf/tokens_per_second" in x]
+    if not e.get("memory"): return []
+    cpu, rates = e.get("device") == "cpu", [x["perf/tokens_per_second"] for x in lines]
+    peak = r.get("peak_memory_gib") or max((x.get("perf/peak_memory_gib") or 0 for x in lines), default=None) or None
+    speed = median(rates[min(5, len(rates)//2):]) if rates else None
+    what = "peak memory, GiB (measured: the whole process)" if cpu else "peak memory, GiB (estimated: without the reserve)"
+    rows = [dict(what=what, estimated=e["memory"]["total"] - e["memory"]["reserve"], measured=peak),
+            dict(what="tokens per second", estimated=e.get("tokens_per_second"), measured=speed)]
+    if e.get("tokens_per_second") and speed:
+        rows.append(dict(what="share of the peak reached, %", estimated=100*e["utilization"], measured=100*e["utilization"]*speed/e["tokens_per_second"]))
+    return rows
+
+# %% ../nbs/80_report.ipynb #0a022e2f
 def show_record(
     run_dir, # a run folder
 ):
-    "What is kept of a run, and where"
+    "What is kept of a run, and where; the estimate beside what was measured"
     from IPython.display import Markdown
     r, run_dir = read_record(run_dir), Path(run_dir)
     status = "finished" if r.get("final") and r.get("status") == "finished" else run_status(run_dir, r) # this attempt is about to end
     facts = {"run": run_dir.name, "status": status, "hash": (r.get("hash") or "")[:16], "attempts": len(r.get("attempts") or []), "generation": r.get("generation")}
     facts |= {k: v for k, v in flatten(r.get("final") or {}).items() if not isinstance(v, (list, dict))}
-    return Markdown(as_table([dict(what=k, value=v) for k, v in facts.items()], markdown=True))
+    beside, e = estimate_beside(run_dir), r.get("estimate") or {}
+    foreseen = f"\n\n{as_table(beside, markdown=True)}\n\n{e.get('assumed', '')}" if beside else f"\n\nNo estimate of memory and speed: {e['reason']}" if e.get("reason") else ""
+    return Markdown(as_table([dict(what=k, value=v) for k, v in facts.items()], markdown=True) + foreseen)
 
 # %% ../nbs/80_report.ipynb #32a2e93a
 def show_identity(

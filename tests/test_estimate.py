@@ -6,7 +6,8 @@ import logging
 import pytest
 
 from post_training.base import UserError
-from post_training.launch.estimate import FAMILIES, POLICIES, dense_shape, flops_per_token, head_memory, layer_activations, memory_per_gpu, parameter_counts
+from post_training.launch.estimate import (FAMILIES, POLICIES, dense_shape, estimate_of, estimate_rows, flops_per_token, head_memory, layer_activations, memory_per_gpu,
+                                           parameter_counts)
 
 SMALL = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=320, head_dim=32, pad_token_id=0)
 
@@ -128,3 +129,37 @@ def test_a_tile_is_never_larger_than_the_logits():
 def test_what_is_no_dense_decoder_is_refused():
     with pytest.raises(UserError, match="num_experts"): parameter_counts(dict(model_type="qwen3_moe", num_experts=128))
     with pytest.raises(UserError, match="family"): parameter_counts(dict(model_type="gpt2", n_embd=768))
+
+
+def test_presets_on_a_cluster_have_an_estimate():
+    "Each model preset that names a published model or a folder: an estimate, or one sentence that says why there is none"
+    from post_training.config import compose, preset_names
+    found = {}
+    for name in preset_names("model"):
+        e = estimate_of(compose("train_sft", ["cluster=clariden", "accelerate_config=ds-zero3", "num_nodes=4", "global_batch_size=512", f"model={name}"]).cfg, tokens=1e9)
+        assert ("reason" in e) != ("memory" in e), e
+        found[name] = e
+        assert all(isinstance(r["value"], str) for r in estimate_rows(e))
+        json.dumps(e)
+    assert any("memory" in e for e in found.values()) or all("folder" in e["reason"] for e in found.values())
+
+
+def test_a_run_is_the_model_of_another(tmp_root):
+    "run:RUN is sized by its newest checkpoint's config.json; what cannot be sized stops nothing"
+    from post_training.config import compose
+    run_dir, folder = tmp_root / "runs/train_sft/default/tiny-demo-0123abcd", tmp_root / "g1"
+    for step, layers in ((5, 2), (10, 3)):
+        (folder / f"checkpoint-{step}").mkdir(parents=True)
+        config, written = small_config("llama", num_hidden_layers=layers)
+        (folder / f"checkpoint-{step}/config.json").write_text(json.dumps(written))
+    run_dir.mkdir(parents=True)
+    (run_dir / "record.json").write_text(json.dumps(dict(checkpoints_dir=str(folder))))
+    cfg = compose("train_sft", ["cluster.device=cpu", "model_args.model_name_or_path=run:tiny-demo-0123abcd"]).cfg
+    e = estimate_of(cfg)
+    assert e["parameters"] == parameter_counts(small_config("llama", num_hidden_layers=3)[1])["total"] and e["device"] == "cpu" and e["memory"]["reserve"] == 0
+    for step in (5, 10): (folder / f"checkpoint-{step}/config.json").write_text("[1, 2]")
+    assert set(estimate_of(cfg)) == {"reason"}
+    assert "unknown optimizer 'sgd'" in estimate_of(compose("train_sft", ["cluster.device=cpu", "training_args.optim=sgd", "model=apertus-8b",
+                                                                          "model_args.model_name_or_path=swiss-ai/Apertus-8B-2509"]).cfg)["reason"]
+    assert "unknown device 'h300'" in estimate_of(compose("train_sft", ["cluster=clariden", "cluster.gpu=h300", "model=apertus-8b",
+                                                                        "model_args.model_name_or_path=swiss-ai/Apertus-8B-2509", "accelerate_config=ds-zero2"]).cfg)["reason"]
