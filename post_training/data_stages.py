@@ -83,7 +83,7 @@ def linearise(
     from post_training.data.io import load_splits
     from post_training.data.swissai import linearise_dataset
     from post_training.demo import ensure_demo
-    from post_training.tokens.dataset import check_dropped
+    from post_training.data.messages import check_dropped
     ensure_demo(cfg)
     found = load_splits(run.place(cfg["dataset_args"]["dataset_name"]))
     for name in cfg["splits"] or []:
@@ -100,7 +100,7 @@ def generation_ratio(
     "How much is answered for how much is asked, for each training row"
     from post_training.demo import ensure_demo
     from post_training.prepare import load_split
-    from post_training.tokens.dataset import check_dropped
+    from post_training.data.messages import check_dropped
     from post_training.tokens.ratios import measure
     ensure_demo(cfg)
     policies = {k: v for k, v in cfg["tokenization"].items() if k != "on_missing_stop"}

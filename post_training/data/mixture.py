@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['Source', 'number', 'as_source', 'sources_of', 'draw_count', 'generator', 'draw', 'unify', 'common_type',
-           'label_names', 'aligned', 'with_features', 'with_ids', 'with_origin', 'read_splits', 'check_lost',
-           'read_rows', 'count_rows', 'Part', 'cut_to_budget', 'contribute', 'Mixture', 'table_row', 'mixture_table',
-           'joined', 'mixture_notes', 'mix', 'bands', 'shingles', 'jaccard', 'row_texts', 'Lookalikes',
-           'check_likeness', 'talks', 'duplicates', 'found_in', 'overlap', 'plot_composition', 'source_lengths',
-           'plot_lengths']
+           'label_names', 'aligned', 'with_features', 'with_ids', 'with_origin', 'read_splits', 'read_rows',
+           'count_rows', 'Part', 'cut_to_budget', 'contribute', 'Mixture', 'table_row', 'mixture_table', 'joined',
+           'mixture_notes', 'mix', 'bands', 'shingles', 'jaccard', 'row_texts', 'Lookalikes', 'check_likeness', 'talks',
+           'duplicates', 'found_in', 'overlap', 'plot_composition', 'source_lengths', 'plot_lengths']
 
-# %% ../../nbs/13_data.mixture.ipynb #62be4eda
+# %% ../../nbs/13_data.mixture.ipynb #c6b122b9
 import hashlib, json, math, re
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -19,7 +18,7 @@ import numpy as np
 
 from ..base import UserError, nearest
 from .io import load_splits
-from .messages import content_text, dropped_text
+from .messages import check_dropped, content_text
 from .swissai import as_messages
 
 # %% ../../nbs/13_data.mixture.ipynb #e9384ee2
@@ -221,20 +220,7 @@ def read_splits(
     if len(parts) == 1: return next(iter(parts.values()))
     return concatenate_datasets(aligned(parts, dict.fromkeys(c for d in parts.values() for c in d.column_names)))
 
-# %% ../../nbs/13_data.mixture.ipynb #e6a834cd
-def check_lost(
-    counts:dict, # in, out, dropped by reason
-    label:str, # what was read
-    max_drop_fraction:float|None, # share of rows that may be dropped; None: any
-):
-    "Raise a `UserError` where more rows than allowed were dropped"
-    lost = counts["in"] - counts["out"]
-    help = "message_format=structured (blocks=True) carries tools and thoughts; else correct" if any("tools" in r or "thoughts" in r for r in counts["dropped"]) else "Correct"
-    if max_drop_fraction is not None and lost > max_drop_fraction*counts["in"]:
-        raise UserError(f"{lost} of {counts['in']} rows of {label} were dropped ({dropped_text(counts)}), more than max_drop_fraction={max_drop_fraction}. "
-                        f"{help} the data, or raise max_drop_fraction.")
-
-# %% ../../nbs/13_data.mixture.ipynb #8070f050
+# %% ../../nbs/13_data.mixture.ipynb #ba140195
 def read_rows(
     source:Source, # where, and its name
     names:list[str], # splits
@@ -253,7 +239,7 @@ def read_rows(
     have = {*found.column_names, *rows.column_names}
     if missing := [c for c in need_columns or () if c not in have]:
         raise UserError(f"Source {label!r} has no column {', '.join(missing)} (need_columns); it has {', '.join(sorted(have))}.")
-    check_lost(counts, label, max_drop_fraction)
+    check_dropped(counts, max_drop_fraction, label, none_left=False)
     used_up = [c for c in columns_to_keep if c in raw.column_names and c not in rows.column_names and c != "source"]
     kept = {*columns_to_keep, "id", *(["origin"] if "source" in columns_to_keep else []), *(["origin_id"] if "id" in columns_to_keep else [])} - {"source"}
     rows = rows.select_columns([c for c in rows.column_names if c in kept])

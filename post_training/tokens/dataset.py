@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['POLICIES', 'row_messages', 'tools_beside', 'check_policies', 'policy_of', 'batch_chats', 'encode_rows', 'fit',
-           'tokenize_batch', 'processes', 'counts_of', 'check_dropped', 'tokenize_rows', 'tokenize_dataset',
-           'count_tokens', 'check_sample', 'rows_fingerprint', 'hash_array', 'tokenize_key', 'cached_tokenize']
+           'tokenize_batch', 'processes', 'counts_of', 'tokenize_rows', 'tokenize_dataset', 'count_tokens',
+           'check_sample', 'rows_fingerprint', 'hash_array', 'tokenize_key', 'cached_tokenize']
 
-# %% ../../nbs/25_tokens.dataset.ipynb #fb99c75f
+# %% ../../nbs/25_tokens.dataset.ipynb #d1499143
 import hashlib, json, os, tempfile
 from collections import Counter
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..base import UserError, atomic_dir, locked, verify_manifest, write_json, write_manifest
-from ..data.messages import MalformedRow, UnsupportedContent, check_messages, dropped_text, format_of, plain_text, row_id, to_messages
+from ..data.messages import MalformedRow, UnsupportedContent, check_dropped, check_messages, format_of, plain_text, row_id, to_messages
 from ..data.swissai import is_swissai, linearise, plain_messages, structured
 from .masks import Refused, check_generation_prompt, check_stop_tokens, encoder_for, tokenize_chats
 from .templates import wants_blocks
@@ -160,20 +160,6 @@ def counts_of(
     completion = pc.sum(pc.list_flatten(data.data.column("completion_mask"))).as_py() or 0
     return {"in": len(data), "out": kept, "dropped": dict(sorted(reasons.items())), "truncated": sum(data["cut"][:]), "left_out": left_out,
             "tokens": sum(data["length"][:]), "completion_tokens": completion, "first": first}
-
-# %% ../../nbs/25_tokens.dataset.ipynb #568858a0
-def check_dropped(
-    counts:dict, # from `counts_of`
-    max_drop_fraction:float|None=None, # share of rows that may be dropped
-):
-    "Raise a `UserError` where all rows, or more than the allowed share, were dropped"
-    lost = counts["in"] - counts["out"]
-    why = dropped_text(counts)
-    if any(r.startswith(("overlength", "no completion after")) for r in counts["dropped"]): why += ": training_args.max_length is too short for them"
-    if not counts["out"]: raise UserError(f"All {counts['in']} rows were dropped ({why}): nothing is left to train on.")
-    if max_drop_fraction is not None and lost > max_drop_fraction*counts["in"]:
-        raise UserError(f"{lost} of {counts['in']} rows were dropped ({why}), more than max_drop_fraction={max_drop_fraction}. "
-                        "Correct the data, or raise max_drop_fraction.")
 
 # %% ../../nbs/25_tokens.dataset.ipynb #af974aec
 def tokenize_rows(
