@@ -31,8 +31,9 @@ def below(folder, pattern):
 NOTEBOOKS = below(NBS, "*.ipynb")
 LIBRARY = [p for p in NOTEBOOKS if p.parent == NBS and p.name != "index.ipynb"]
 RECIPES = sorted((NBS / "recipes").glob("*.ipynb"))
+EXPERIMENTS = sorted((NBS / "experiments").glob("*.ipynb"))
 MODULES = [p for p in below(ROOT / "post_training", "*.py") if p.name not in ("__init__.py", "_modidx.py")]
-PRESETS = sorted((ROOT / "post_training" / "configs").glob("*/*.yaml"))
+PRESETS = sorted(p for p in (ROOT / "post_training" / "configs").glob("*/*.yaml") if p.parent.name != "plan")  # plans are composed in test_plan
 STAGES = sorted(p.stem for p in (ROOT / "post_training" / "configs").glob("*.yaml") if p.stem != "setup")
 
 
@@ -149,7 +150,7 @@ def test_export_and_clean_change_nothing(tmp_path):
 
 # -- recipes and stages
 
-@pytest.mark.parametrize("nb", **names(RECIPES))
+@pytest.mark.parametrize("nb", **names(RECIPES + EXPERIMENTS))
 def test_recipe_is_short_and_defines_nothing(nb):
     "At most 12 cells, no def, no class, no lambda"
     assert len(json.loads(nb.read_text())["cells"]) <= 12
@@ -159,7 +160,7 @@ def test_recipe_is_short_and_defines_nothing(nb):
         assert not found, f"cell {i}: what is longer than a call belongs in the library"
 
 
-@pytest.mark.parametrize("nb", **names(RECIPES))
+@pytest.mark.parametrize("nb", **names(RECIPES + EXPERIMENTS))
 def test_recipe_parameters(nb):
     "One tagged cell: at most ten flat typed literals, each with a comment that holds no equals sign"
     (_, src, _), = [c for c in cells(nb) if "parameters" in tags(c[2])]
@@ -171,6 +172,17 @@ def test_recipe_parameters(nb):
         ast.literal_eval(node.value)
         _, hash_, comment = src.splitlines()[node.end_lineno - 1][node.end_col_offset:].partition("#")
         assert hash_ and comment.strip() and "=" not in comment, f"{node.target.id}: a comment without an equals sign"
+
+
+@pytest.mark.parametrize("nb", **names(EXPERIMENTS))
+def test_experiment_asks_and_answers(nb):
+    "It carries its file's name, begins with its question, and as it is kept it ends with a computed sentence of answer; nothing is submitted"
+    from post_training.launch.recipe import recipe_parameters
+    told = recipe_parameters(nb)
+    assert told["experiment"] == nb.stem and told["submit"] is False
+    assert "?" in cells(nb, "markdown")[0][1], "the first cell asks the question"
+    answers = [text_of(o) for _, src, c in cells(nb) if "sweep.answer(" in src for o in c["outputs"]]
+    assert answers and answers[-1].strip().endswith("."), "run it: the kept copy shows its answer"
 
 
 @pytest.mark.parametrize("stage", STAGES)
