@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'PREVIEWED', 'split_arguments', 'stage_line', 'print_help', 'print_stage_help', 'preview_of', 'dry_run',
-           'runs_command', 'inspect_command', 'sync_command', 'stage_command', 'dispatch', 'main']
+           'runs_command', 'show_command', 'gc_command', 'jobs_command', 'plan_command', 'inspect_command',
+           'sync_command', 'stage_command', 'dispatch', 'main']
 
 # %% ../nbs/81_cli.ipynb #3dc7a4a7
 import os, sys
@@ -28,9 +29,11 @@ def split_arguments(
         else: raise UserError(f"There is no option {word}.{nearest(word, [f'--{o}' for o in (*flags, *values)])} Overrides have no dashes: key=value.")
     return words, options
 
-# %% ../nbs/81_cli.ipynb #8b11a5ef
+# %% ../nbs/81_cli.ipynb #0390b16b
 COMMANDS = {
-    "runs": "list runs: --stage, --status, --text; show RUN, diff A B, verify [RUN ...], keep RUN [NAME]",
+    "plan": "several stages that wait for each other: plan PLAN.yaml [--dry-run] [key=value ... for all stages]",
+    "jobs": "what waits and runs on the cluster, and why: jobs [RUN ...] [--all] [--lines N]",
+    "runs": "list runs: --stage, --status, --text; show RUN, diff A B, verify [RUN ...], keep RUN [NAME], gc [RUN ...] [--failed] [--all-checkpoints] [--yes]",
     "inspect": "look at a dataset as the model will see it: inspect DATASET [--rows N] [--row ID] [--split S] [key=value ...]",
     "wandb-sync": "send what was tracked offline: [RUN ...], all runs without a name",
 }
@@ -84,7 +87,7 @@ def preview_of(
     parts = importlib.import_module("post_training.data_stages").preview(cfg)
     return "\n\n".join(f"{title}:\n{as_table(rows)}" for title, rows in parts.items())
 
-# %% ../nbs/81_cli.ipynb #7d416b11
+# %% ../nbs/81_cli.ipynb #7f44ce10
 def dry_run(
     stage:str, # a stage's name
     overrides:list[str], # as typed
@@ -93,6 +96,7 @@ def dry_run(
     import yaml
     from post_training.base import redact
     from post_training.config import TRAINING_STAGES, batch_arithmetic, compose, diff_from_presets
+    from post_training.launch.slurm import dry_run_parts
     from post_training.report import as_table
     from post_training.run import locate
     composed = compose(stage, overrides)
@@ -103,29 +107,39 @@ def dry_run(
     parts = {"notices": "\n".join(composed.notices), "presets": chosen, "differs from the presets": as_table(differs) if differs else "nothing",
              "run": f"{plan.run_dir}\n{plan.status}: {plan.why}\ncheckpoints {plan.checkpoints_dir}",
              "batch": ", ".join(f"{k} {v}" for k, v in batch_arithmetic(composed.cfg).items()) if composed.stage in TRAINING_STAGES else "",
-             "preview": preview_of(composed.cfg)}
+             "preview": preview_of(composed.cfg), **dry_run_parts(composed)}
     for title, text in parts.items():
         if text: print("\n".join([f"\n# {title}", *(f"#   {line}" for line in text.split("\n"))]))
     return 0
 
-# %% ../nbs/81_cli.ipynb #c0dd167b
+# %% ../nbs/81_cli.ipynb #5d34737a
 def runs_command(
     argv:list[str], # after `runs`
 )->int: # exit code
     "`post-training runs ...`"
     from post_training import report, run
+    if argv[:1] == ["gc"]: return gc_command(argv[1:])
     words, o = split_arguments(argv, (), ("stage", "status", "text"))
-    actions = dict(list=None, show=1, diff=2, verify=None, keep=None)
+    actions = dict(list=None, show=1, diff=2, verify=None, keep=None, gc=None)
     action, names = (words[0], words[1:]) if words else ("list", [])
     if action not in actions: raise UserError(f"There is no `runs {action}`.{nearest(action, actions)} There are {', '.join(actions)}.")
     if actions[action] not in (None, len(names)): raise UserError(f"`runs {action}` takes {actions[action]} run{'s' * (actions[action] > 1)}; {len(names)} given.")
     if action == "keep" and len(names) not in (1, 2): raise UserError("`runs keep` takes a run, and a name for the copy.")
     found = [run.find_run(n) for n in names[:1 if action == "keep" else None]]
     if action == "list": print(report.as_table(report.runs_table(**o), ["run", "stage", "job_subdir", "status", "attempts", "started", "loss", "accuracy"]))
-    if action == "show": print(report.show_run(found[0]))
+    if action == "show": show_command(found[0])
     if action == "diff": print(report.as_table(report.diff_runs(*found)))
     if action == "keep": print(f"kept in {report.keep_run(found[0], *names[1:])}")
     return _verify(found or run.all_runs()) if action == "verify" else 0
+
+# %% ../nbs/81_cli.ipynb #b728db2a
+def show_command(
+    run_dir, # a run folder
+):
+    "`post-training runs show`: the run, then its jobs"
+    from post_training.launch.runs import freed_lines, job_history
+    from post_training.report import show_run
+    print("\n".join([show_run(run_dir), *job_history(run_dir), *freed_lines(run_dir)]))
 
 # %% ../nbs/81_cli.ipynb #5e539887
 def _verify(runs)->int: # 1 where something is wrong
@@ -139,13 +153,76 @@ def _verify(runs)->int: # 1 where something is wrong
         bad |= bool(wrong)
     return int(bad)
 
-# %% ../nbs/81_cli.ipynb #defb5205
+# %% ../nbs/81_cli.ipynb #43e3cdec
+def gc_command(
+    argv:list[str], # after `runs gc`
+)->int: # exit code
+    "`post-training runs gc ...`: list what would go, ask, delete"
+    from post_training.launch.runs import free, gc_pieces, gc_rows, in_units
+    from post_training.report import as_table
+    names, o = split_arguments(argv, ("failed", "all-checkpoints", "yes"))
+    pieces, notices = gc_pieces(names, "failed" in o, "all-checkpoints" in o)
+    if pieces: print(as_table(gc_rows(pieces)))
+    for n in notices: print(f"! {n}")
+    going = [p for p in pieces if not p.keep]
+    total = f"{len(going)} of {len(pieces)} folders go, {in_units(sum(p.bytes for p in going))}"
+    print(total if going else "nothing to free", flush=True)
+    if not going: return 0
+    if "yes" not in o:
+        if not sys.stdin.isatty(): raise UserError("Nothing was deleted: there is no terminal to ask at. Add --yes if that is what you want.")
+        if input("Delete? [y/N] ").strip().lower() not in ("y", "yes"): print("nothing was deleted"); return 0
+    print(f"{in_units(free(going))} freed")
+    return 0
+
+# %% ../nbs/81_cli.ipynb #3986da94
+def jobs_command(
+    argv:list[str], # after `jobs`
+)->int: # exit code
+    "`post-training jobs ...`"
+    from post_training.launch.runs import job_rows, job_tails
+    from post_training.report import as_table
+    from post_training.run import find_run
+    names, o = split_arguments(argv, ("all",), ("lines",))
+    if not str(o.get("lines", 20)).isdigit(): raise UserError(f"--lines {o['lines']}: it takes a whole number from 0 on.")
+    rows, notice = job_rows(names, "all" in o)
+    if notice: print(notice)
+    if not rows: print("no job of a run here waits or runs; --all lists those that ended"); return 0
+    print(as_table(rows, ["run", "job", "state", "nodes", "elapsed", "restarts", "step"]))
+    for r in rows:
+        told = [r["why"], "" if names else r["line"]]
+        if any(told): print("\n".join([f"\n{r['job']} {r['run']}", *(f"  {t}" for t in told if t)]))
+    for n in names:
+        for name, lines in job_tails(find_run(n), int(o.get("lines", 20))).items(): print("\n".join([f"\n== {name} of {find_run(n).name}", *lines]))
+    return 0
+
+# %% ../nbs/81_cli.ipynb #039e1ec6
+def plan_command(
+    argv:list[str], # after `plan`
+)->int: # exit code
+    "`post-training plan PLAN.yaml ...`: print the whole, then submit it, or run it here"
+    from post_training.launch.plan import carry_out, load_plan, look_up, plan_rows, plan_total
+    from post_training.launch.recipe import shown_path
+    from post_training.report import as_table
+    words, o = split_arguments(argv, ("dry-run",))
+    if not words: raise UserError("Name a plan: post-training plan PLAN.yaml [--dry-run] [key=value ...].")
+    plan = load_plan(words[0], words[1:])
+    notices = look_up(plan, strict="dry-run" not in o)
+    print(f"plan {plan.name}\n{as_table(plan_rows(plan))}\n{plan_total(plan)}", flush=True)
+    for n in notices: print(f"! {n}")
+    if "dry-run" in o:
+        for s in plan.stages: print("\n".join([f"\n{s.name}", *(f"  {shown_path(r.plan.run_dir)}  {r.state}" for r in plan.runs[s.name])]))
+        return 0
+    print()
+    carry_out(plan)
+    return 0
+
+# %% ../nbs/81_cli.ipynb #65a5a188
 def inspect_command(
     argv:list[str], # after `inspect`
 )->int: # exit code
     "`post-training inspect DATASET ...`; its module is loaded by name"
     import importlib
-    return importlib.import_module("post_training.inspection").main(argv)
+    return importlib.import_module("post_training.inspection").inspect_command(argv)
 
 # %% ../nbs/81_cli.ipynb #485cf356
 def sync_command(
@@ -170,7 +247,7 @@ def stage_command(
     from post_training.launch.recipe import run_recipe
     return run_recipe(stage, words, force="force" in o, command=["post-training", stage, *argv])
 
-# %% ../nbs/81_cli.ipynb #a4051d6a
+# %% ../nbs/81_cli.ipynb #2448b399
 def dispatch(
     argv:list[str], # without the program's name
 )->int: # exit code
@@ -179,10 +256,10 @@ def dispatch(
     if argv[0] == "--version":
         from post_training import __version__
         print(__version__); return 0
+    if argv[0] == "inspect": return inspect_command(argv[1:]) # it has a help text of its own
     if argv[0] in COMMANDS and {"-h", "--help"} & {*argv[1:]}: print(f"post-training {argv[0]}: {COMMANDS[argv[0]]}"); return 0
-    if argv[0] == "runs": return runs_command(argv[1:])
-    if argv[0] == "inspect": return inspect_command(argv[1:])
-    if argv[0] == "wandb-sync": return sync_command(argv[1:])
+    called = {"plan": plan_command, "jobs": jobs_command, "runs": runs_command, "wandb-sync": sync_command}
+    if argv[0] in called: return called[argv[0]](argv[1:])
     from post_training.config import stages
     if argv[0].replace("-", "_") not in stages():
         raise UserError(f"There is no stage or command {argv[0]!r}.{nearest(argv[0].replace('-', '_'), [*stages(), *COMMANDS])} `post-training --help` lists them.")

@@ -10,8 +10,8 @@ __all__ = ['HEADINGS', 'USAGE', 'KINDS_OF_TALK', 'look_batch', 'Inspection', 'in
            'usage', 'parse_args', 'head_lines', 'print_inspection', 'legend', 'inspect_command', 'main', 'carried',
            'template_facts', 'templates_html']
 
-# %% ../nbs/57_inspection.ipynb #a85b1de5
-import json, os, re, sys
+# %% ../nbs/57_inspection.ipynb #444f7422
+import importlib, json, os, re, sys
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -532,19 +532,12 @@ def inspect_command(
     if same > 1: print(f"\n{same:,} rows have this id; this is the first, at index {at:,}.")
     return 0
 
-# %% ../nbs/57_inspection.ipynb #839b6622
+# %% ../nbs/57_inspection.ipynb #d46d91a7
 def main(
     argv:list[str]|None=None, # command line; None takes this process's
 )->int: # exit code: 2 for a mistake of the user's
-    "The command, with mistakes in a line or two"
-    try: return inspect_command(list(sys.argv[1:] if argv is None else argv))
-    except UserError as e: code, text = 2, str(e)
-    except KeyboardInterrupt: code, text = 130, "interrupted"
-    except BrokenPipeError: # the reader of our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    print(f"error: {text}", file=sys.stderr)
-    return code
+    "The command, as `post-training inspect` runs it"
+    return importlib.import_module("post_training.cli").main(["inspect", *(sys.argv[1:] if argv is None else argv)]) # by name: the command line is above this module
 
 # %% ../nbs/57_inspection.ipynb #0cdb94f5
 #| eval: false
