@@ -134,7 +134,7 @@ def test_two_nodes(job, slurm, uncut, tmp_path):
     assert record["status"] == "finished" and record["config"]["wandb"]["run_name"] == NASTY and record["config"]["cluster"]["env"]["SAID"] == NASTY
     [attempt] = record["attempts"]
     assert (attempt["exit"], attempt["job"]["id"], attempt["job"]["num_nodes"], attempt["topology"]["world_size"]) == (0, job.id, 2, 2)
-    assert slurm.job(job.id)["Comment"] == NASTY
+    assert slurm.job(job.id)["Comment"].strip() == NASTY
     script = job.run_dir / "submit.sbatch"
     assert not [p for p in (Path.cwd(), tmp_path, job.run_dir) if (p / "x").exists() or (p / "y").exists()]
     said = [line for line in script.read_text().splitlines() if line.startswith("export SAID=")]

@@ -8,13 +8,14 @@ __all__ = ['BOUND', 'visible_gpus', 'device_of', 'preflight', 'launch_settings',
            'last_lines', 'raise_for_exit', 'run_module', 'raise_if_handed_over', 'launch_worker', 'follow_job',
            'launch_evaluation']
 
-# %% ../../nbs/70_launch.accelerate.ipynb #e69abc8f
+# %% ../../nbs/70_launch.accelerate.ipynb #f1452fd1
 import contextlib, json, os, signal, subprocess, sys, threading, time
 from pathlib import Path
 import yaml
 from ..base import UserError, redact, write_atomic
 from ..config import TRAINING_STAGES, accelerate_file, batch_arithmetic, project_root
-from ..run import HANDED_OVER, Attempt, close_attempt, is_trained, read_metrics, read_record, this_job
+from ..run import HANDED_OVER, Attempt, close_attempt, is_trained, read_metrics, read_record, this_job, update_record
+from .estimate import estimate_of
 
 # %% ../../nbs/70_launch.accelerate.ipynb #abc67a79
 def visible_gpus(
@@ -222,7 +223,7 @@ def raise_if_handed_over(
     except OSError: return
     raise HandedOver(f"Training was asked to stop: {told['checkpoint']} is saved, and the next attempt goes on from it.")
 
-# %% ../../nbs/70_launch.accelerate.ipynb #db2b852f
+# %% ../../nbs/70_launch.accelerate.ipynb #6f76d1d3
 def launch_worker(
     module:str, # of the worker
     attempt:Attempt, # opened with `run.open_run`
@@ -235,6 +236,7 @@ def launch_worker(
     settings = launch_settings(cfg)
     write_atomic(folder/"accelerate.yaml", yaml.safe_dump(settings, sort_keys=False))
     for old in ("error.json", "handed-over.json"): (folder/old).unlink(missing_ok=True)
+    update_record(attempt.run_dir, estimate=estimate_of(cfg))
     argv = launch_command(module, attempt.config_path, folder/"accelerate.yaml", settings["num_processes"])
     try:
         with progress(attempt.run_dir) as tick:
