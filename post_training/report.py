@@ -65,7 +65,7 @@ def runs_table(
         rows.append(row)
     return sorted(rows, key=lambda r: r["started"], reverse=True)
 
-# %% ../nbs/80_report.ipynb #f7bfd302
+# %% ../nbs/80_report.ipynb #156a77fd
 def show_run(
     run_dir, # a run folder
 )->str:
@@ -73,9 +73,12 @@ def show_run(
     r, run_dir = read_record(run_dir), Path(run_dir)
     lines = [f"{r.get('stage')}  {run_dir.name}  {run_status(run_dir, r)}", f"record      {run_dir/'record.json'}", f"checkpoints {r.get('checkpoints_dir')}"]
     if r.get("overrides"): lines.append("typed       " + " ".join(map(str, r["overrides"])))
+    if r.get("stopped"): lines.append(f"stopped     {r['stopped']}")
     for a in r.get("attempts") or []:
         changed = f", changed {', '.join(a['changed'])}" if a.get("changed") else ""
         lines.append(f"attempt {a['number']}   {a.get('began_as')} {a['started']}, exit {a.get('exit', 'none yet')}{changed}")
+        said = (a.get("error") or "").split("\n")[0]
+        lines += [f"            {text}" for text in (said, f"then {a['then']}" if a.get("then") else "") if text and text not in (r.get("stopped") or "")]
     for kind in ("final", "counts", "evaluation"):
         flat = flatten(r.get(kind) or {}) # per source and the details of an evaluation are in the notebook
         lines += [f"{kind}.{k}: {short(v)}" for k, v in flat.items() if not isinstance(v, (list, dict)) and "/" not in k and (kind != "evaluation" or k.endswith("accuracy"))]
