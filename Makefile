@@ -12,7 +12,6 @@ LOCK_KEY := $(shell (cat requirements.lock; echo "$(CURDIR)") | cksum | cut -d' 
 PKG_KEY := $(shell cksum < pyproject.toml | cut -d' ' -f1)
 LOCKED := $(VENV)/.locked-$(LOCK_KEY)
 PACKAGE := $(VENV)/.package-$(PKG_KEY)
-PYTHONS := $(PYTHON) python3.11 python3.12 python3.13 python3 python
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
@@ -37,22 +36,7 @@ env: $(LOCKED) $(PACKAGE) ## the environment in .venv, from requirements.lock (t
 
 # An interrupted installation leaves no such file, so the next `make` begins again with an empty folder.
 $(LOCKED):
-	@py=; for p in $(PYTHONS); do \
-	  base=$$("$$p" -c 'import sys; print(sys._base_executable if sys.version_info >= (3, 11) else "")' 2>/dev/null </dev/null) || continue; \
-	  if [ -n "$$base" ]; then py=$$base; break; fi; done; \
-	if [ -z "$$py" ]; then echo "make: no Python 3.11 or later found (tried: $(PYTHONS)). Install one, or name it: make PYTHON=/path/to/python3" >&2; exit 2; fi; \
-	if ! "$$py" -c 'import venv, ensurepip' 2>/dev/null; then echo "make: $$py cannot make environments. Install its venv package (Debian: python3-venv), or name another: make PYTHON=..." >&2; exit 2; fi; \
-	$(call say,environment: $$("$$py" --version) in $(VENV)); "$$py" -m venv --clear $(VENV); \
-	n=$$(grep -c == requirements.lock); log=$(VENV)/install.log; : > $$log; \
-	fail() { echo "make: the installation failed; the last lines of $$log:" >&2; tail -n 15 $$log >&2; exit 1; }; \
-	tick() { while sleep 2 && kill -0 $$$$ 2>/dev/null; do printf '\r   %s of %s packages found' "$$(grep -c ^Collecting $$log)" $$n; done; }; \
-	if [ -t 1 ]; then tick & trap "kill $$! 2>/dev/null || true" EXIT; fi; \
-	step() { what=$$1; shift; echo "   $$what"; $(BIN)/python -m pip install --no-input --progress-bar off "$$@" < /dev/null >> $$log 2>&1 || fail; }; \
-	lines() { grep -E "^($$1)==" requirements.lock; }; \
-	step "1/3 pip and setuptools" $$(lines 'pip|setuptools|wheel'); \
-	step "2/3 torch (the large one)" $$(lines torch); \
-	step "3/3 $$n packages of requirements.lock" --build-constraint requirements.lock -r requirements.lock; \
-	touch $@
+	@PYTHON="$(PYTHON)" bash container/install.sh $(VENV); touch $@
 
 $(PACKAGE): $(LOCKED)
 	@$(BIN)/python -m pip install --no-input --no-deps --no-build-isolation -e . < /dev/null >> $(VENV)/install.log 2>&1 || \
