@@ -41,8 +41,8 @@ def as_table(
     width = [max(len(line[i]) for line in [columns, *cells]) for i in range(len(columns))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, width)).rstrip() for line in [columns, *cells])
 
-# %% ../nbs/80_report.ipynb #86f00df2
-STATES = ("running", "killed", "failed", "finished") # of a run
+# %% ../nbs/80_report.ipynb #4f376ca9
+STATES = ("ready", "queued", "running", "killed", "failed", "finished") # of a run
 
 # %% ../nbs/80_report.ipynb #5cdd1cb0
 def runs_table(

@@ -277,7 +277,7 @@ def not_begun(
     "Whether a generation was handed to a scheduler and no attempt has opened it yet"
     return bool(record) and record.get("status") == "queued" and not any(a.get("generation") == record["generation"] for a in record.get("attempts") or [])
 
-# %% ../nbs/01_run.ipynb #221d30c1
+# %% ../nbs/01_run.ipynb #6067789e
 def locate(
     cfg, # a composed, resolved config, or an object that has it as `cfg`
 )->RunPlan:
@@ -286,7 +286,7 @@ def locate(
     digest, run_dir, record = config_hash(cfg), run_folder(cfg), read_record(run_folder(cfg))
     if not record: return RunPlan(digest, run_dir, checkpoints_root(cfg), "new", "no run of this config is recorded")
     folder = generation_folder(cfg, record)
-    if not_begun(record): return RunPlan(digest, run_dir, folder, "new", "handed to the scheduler, not begun yet")
+    if not_begun(record): return RunPlan(digest, run_dir, folder, "new", "made for a scheduler, not begun yet")
     if is_done(run_dir, folder): return RunPlan(digest, run_dir, folder, "done", f"finished, {final_checkpoint(record, folder).name} verifies")
     return RunPlan(digest, run_dir, folder, "resume", _why_resume(run_dir, record, folder))
 
@@ -773,15 +773,15 @@ def _close_at_exit(attempt:Attempt, pid:int):
     if record and "exit" not in record["attempts"][attempt.number - 1]:
         close_attempt(attempt.run_dir, attempt.number, 0 if record["status"] == "finished" else 130)
 
-# %% ../nbs/01_run.ipynb #6d43b94c
+# %% ../nbs/01_run.ipynb #567afb5f
 def run_status(
     run_dir, # a run folder
     record:dict=None, # its record, where it was read already
-)->str: # queued, running, killed, failed, finished, unknown
+)->str: # ready (made, not submitted), queued, running, killed, failed, finished, unknown
     "The state of a run now: a record that says running while nobody holds the run means killed"
     record = record or read_record(run_dir)
     last = (record.get("attempts") or [{}])[-1]
-    if record.get("status") == "queued": return "queued"
+    if record.get("status") == "queued": return "queued" if record.get("jobs") or last else "ready"
     if last and "exit" not in last: return "running" if is_live(run_dir) else "killed"
     if last.get("exit", 0) != 0: return "killed" if last["exit"] == "killed" else "failed"
     return record.get("status", "unknown")

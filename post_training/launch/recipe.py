@@ -156,12 +156,13 @@ def keep_final(
     write_atomic(final, notebook.read_bytes())
     for p in (final, notebook): p.chmod(0o444)
 
-# %% ../../nbs/72_launch.recipe.ipynb #881b9b1b
+# %% ../../nbs/72_launch.recipe.ipynb #d9575f68
 def hand_to_cluster(
     composed:Composed, # with cluster.launcher=slurm
     force:bool=False, # begin a finished run anew, from step 0
 )->slurm.Emitted:
     "Make a run's folder and its batch script, submit it where `submit` says so, and print what there is"
+    if composed.cfg["submit"]: slurm.slurm("sbatch", "--version") # nothing is made where nothing can be submitted
     made = slurm.emit(composed, force)
     if made.status == "done": print_done(made.run_dir, made.plan.checkpoints_dir); return made
     for fact in slurm.arithmetic(composed.cfg): print(f"{fact['what']}: {fact['value']}")
