@@ -5,8 +5,10 @@ import shlex
 import shutil
 import stat
 import subprocess
+import time
 
 import pytest
+import slurm_cluster
 import yaml
 from conftest import ROOT
 
@@ -189,6 +191,27 @@ def test_the_same_minute_and_the_same_runs(tmp_root):
     "Two folders of one minute, one set of runs"
     a, b = (sweep.write_sweep("mine", "rates", rates(0.1)) for _ in range(2))
     assert a != b and [j["hash"] for j in sweep.read_sweep(a)] == [j["hash"] for j in sweep.read_sweep(b)]
+
+
+@pytest.mark.slow
+def test_on_a_real_scheduler(demo, tmp_path, monkeypatch):
+    "Two jobs submitted by the script, from inside what looks like another job; while they are there nothing is submitted twice, afterwards nothing is left to submit"
+    if reason := slurm_cluster.missing(): pytest.skip(reason)
+    with slurm_cluster.slurm_cluster(tmp_path / "slurm", nodes=2, cpus=2) as cluster:
+        settings = cluster.env | dict(POST_TRAINING_RUNS_DIR=str(tmp_path / "it's runs"), POST_TRAINING_ARTIFACTS_DIR=str(demo), SLURM_NNODES="7", SBATCH_PARTITION="nowhere")
+        for k, v in settings.items(): monkeypatch.setenv(k, v)
+        keys = {"training_args.learning_rate": "{lr}", "training_args.eval_steps": 4, "evaluation.num_prompts": 0, "cluster.time": 10, "wandb.group": "it's $(touch x)"}
+        folder = sweep.write_sweep("real", "rates", jobs_of(sweep.grid(lr=[0.003, 0.001]), "lr{lr}", **keys))
+        assert list(sweep.submit_sweep(folder)) == ["lr0.003", "lr0.001"]
+        with pytest.raises(UserError, match="is already at lr0.003"): sweep.submit_sweep(folder)
+        end = time.monotonic() + 300
+        while any(cluster.state(n) not in slurm_cluster.FINISHED for j in sweep.read_sweep(folder) for n in j["jobs"]):
+            assert time.monotonic() < end, sweep.sweep_rows(folder)
+            time.sleep(1)
+        rows = sweep.sweep_rows(folder)
+        assert [(r["status"], r["steps"], r["attempts"]) for r in rows] == [("finished", 4, 1)] * 2, [p.read_text()[-2000:] for p in (folder / "out").iterdir()]
+        assert sweep.submit_sweep(folder) == {} and [len(j["jobs"]) for j in sweep.read_sweep(folder)] == [1, 1]
+        assert sorted(p.name for p in (folder / "out").iterdir()) == ["lr0.001.err", "lr0.001.out", "lr0.003.err", "lr0.003.out"]
 
 
 # -- the notebook
