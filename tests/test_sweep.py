@@ -182,7 +182,7 @@ def test_what_was_submitted_is_recorded_where_one_is_refused(tmp_root, scheduler
     assert [j["jobs"] for j in told] == [[1000], [], []]
     record = run.read_record(config.project_root() / told[0]["run"])
     assert record["status"] == "queued" and [(j["id"], j["task"]) for j in record["jobs"]] == [(1000, None)]
-    assert [r["status"] for r in sweep.sweep_rows(folder)] == ["queued"] * 3
+    assert [r["status"] for r in sweep.sweep_rows(folder)] == ["queued", "ready", "ready"]
     (scheduler / "FAILS").unlink()
     assert sweep.submit_sweep(folder, ["lr0.2", "lr0.3"]) == {"lr0.2": 1001, "lr0.3": 1002}
 
