@@ -11,10 +11,10 @@ stop() { echo "$me: $1" >&2; exit 2; }
 
 tried=(${PYTHON:+"$PYTHON"} python3.11 python3.12 python3.13 python3 python) py=
 for p in "${tried[@]}"; do
-  base=$("$p" -c 'import sys; print(sys._base_executable if sys.version_info >= (3, 11, 5) else "")' 2>/dev/null </dev/null) || continue
+  base=$("$p" -c 'import sys; print(sys._base_executable if sys.version_info >= (3, 11) else "")' 2>/dev/null </dev/null) || continue
   if [ -n "$base" ]; then py=$base; break; fi
 done
-[ -n "$py" ] || stop "no Python 3.11.5 or later found (tried: ${tried[*]}). Install one, or name it: $again"
+[ -n "$py" ] || stop "no Python 3.11 or later found (tried: ${tried[*]}). Install one, or name it: $again"
 "$py" -c 'import venv, ensurepip' 2>/dev/null || stop "$py cannot make environments. Install its venv package (Debian: python3-venv), or name another: $again"
 
 printf '\n== %s\n' "environment: $("$py" --version) in $venv"

@@ -51,7 +51,7 @@ def test_readme_links_lead_somewhere():
 
 def test_readme_maps_every_notebook():
     linked = set(re.findall(r"\]\((nbs/[^)#]+\.ipynb)\)", README.read_text()))
-    there = {str(p.relative_to(ROOT)) for p in [*(ROOT / "nbs").glob("*.ipynb"), *(ROOT / "nbs" / "recipes").glob("*.ipynb")]}
+    there = {str(p.relative_to(ROOT)) for p in [*(ROOT / "nbs").glob("*.ipynb"), *(ROOT / "nbs" / "recipes").glob("*.ipynb"), *(ROOT / "nbs" / "experiments").glob("*.ipynb")]}
     assert not there - linked - {"nbs/index.ipynb"}
 
 

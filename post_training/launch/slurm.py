@@ -259,14 +259,15 @@ def emit(
         write_atomic(script, job_script(cfg, [plan.run_dir/"submit.yaml"], plan.run_dir, name, script)).chmod(0o755)
     return Emitted(composed, plan.run_dir, script, plan.status, plan)
 
-# %% ../../nbs/71_launch.slurm.ipynb #a0aff41c
+# %% ../../nbs/71_launch.slurm.ipynb #5d5e39b2
 def _record_job(run_dir:Path, job:int, task, script, after):
     "Add a job to a run's record"
     entry = dict(id=job, task=task, script=str(script), submitted=datetime.datetime.now().astimezone().isoformat(timespec="seconds"), after=list(map(str, after)))
     def change(r):
         r.setdefault("jobs", []).append(entry)
-        r["chain"] = len(r.get("attempts") or []) # tries are counted from here
-        if r.get("status") != "finished": r["status"] = "queued"
+        r["chain"] = sum((a.get("job") or {}).get("id") != job for a in r.get("attempts") or []) # tries are counted from here
+        begun = any((a.get("job") or {}).get("id") == job for a in r.get("attempts") or []) # it was faster than this process
+        if r.get("status") != "finished" and not begun: r["status"] = "queued"
         r.pop("stopped", None)
     edit_record(run_dir, change)
 
