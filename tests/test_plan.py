@@ -34,7 +34,7 @@ def command(*words, **env):
     ("name: a/b\nstages: [{name: a, stage: tokenize}]\n", "the name 'a/b'"),
     (OK + "stage: []\n", "unknown key stage. Did you mean 'stages'?"),
     (OK.replace("stage: train_sft", "stage: train_stf"), "stage train: There is no stage train_stf. Did you mean 'train_sft'?"),
-    (OK.replace("stage: train_sft", "stage: train_sft, afer: [rows]"), "stage train: unknown key afer. Did you mean 'after'?"),
+    (OK.replace("stage: train_sft", "stage: train_sft, aftar: [rows]"), "stage train: unknown key aftar. Did you mean 'after'?"),
     (OK.replace("stage: train_sft", "stage: train_sft, after: [row]"), "train waits for row, which is no stage of this plan. Did you mean 'rows'?"),
     (OK.replace("stage: dataset_mixture", "stage: dataset_mixture, after: [train]"), "rows, train wait for each other in a circle"),
     (OK.replace("name: train", "name: rows"), "rows is the name of 2 stages"),

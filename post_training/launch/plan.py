@@ -240,7 +240,7 @@ def look_up(
             told = [f"what waits or runs is not known: {e}"]
     return told
 
-# %% ../../nbs/75_launch.plan.ipynb #7176c1a0
+# %% ../../nbs/75_launch.plan.ipynb #640f591f
 def plan_rows(
     plan:Plan,
 )->list[dict]: # name, stage, after, runs, status; on a cluster nodes, time limit, node-hours, jobs
@@ -252,22 +252,23 @@ def plan_rows(
         status = next(iter(states)) if len(states) == 1 else ", ".join(f"{n} {k}" for k, n in states.items())
         row = dict(name=s.name, stage=s.stage, after=", ".join(s.after), runs=len(runs), status=status)
         if plan.launcher != "local":
-            hours = slurm.hours_of(cfg["cluster"]["time"])
-            row |= {"nodes": slurm.nodes_of(cfg), "time limit": f"{hours:.3g} h" if hours else "the partition's", "node-hours": node_hours(runs),
+            hours, cost = slurm.hours_of(cfg["cluster"]["time"]), node_hours(runs)
+            limit = "the partition's" if hours is None else f"{hours:g} h" if hours >= 1 else f"{60*hours:.3g} min"
+            row |= {"nodes": slurm.nodes_of(cfg), "time limit": limit, "node-hours": "?" if cost is None else f"{cost:,.4g}",
                     "jobs": ", ".join(dict.fromkeys(r.job for r in runs if r.job))}
         rows.append(row)
     return rows
 
-# %% ../../nbs/75_launch.plan.ipynb #f89f2da6
+# %% ../../nbs/75_launch.plan.ipynb #722f327d
 def node_hours(
     runs:list[Run], # of one stage
 )->float|None: # None where there is no time limit
     "Nodes times the time limit times the runs that are not done"
     cfg = runs[0].composed.cfg
     hours, left = slurm.hours_of(cfg["cluster"]["time"]), sum(r.state != "done" for r in runs)
-    return 0. if not left else None if hours is None else round(left*hours*slurm.nodes_of(cfg), 2)
+    return 0. if not left else None if hours is None else left*hours*slurm.nodes_of(cfg)
 
-# %% ../../nbs/75_launch.plan.ipynb #80351a29
+# %% ../../nbs/75_launch.plan.ipynb #665e2b65
 def plan_total(
     plan:Plan,
 )->str: # one sentence
@@ -276,7 +277,7 @@ def plan_total(
     if plan.launcher == "local": return "on this machine, one after another"
     costs = {s.name: node_hours(plan.runs[s.name]) for s in plan.stages}
     unknown = [n for n, v in costs.items() if v is None]
-    text = f"{sum(v or 0 for v in costs.values()):g} node-hours at most: nodes x time limit x runs that are not done"
+    text = f"{sum(v or 0 for v in costs.values()):,.4g} node-hours at most: nodes x time limit x runs that are not done"
     text += "; a run that is cut by its limit and goes on takes its limit again"
     return text + (f"; without {', '.join(unknown)}, which set no cluster.time" if unknown else "")
 
@@ -307,7 +308,7 @@ def emit_plan(
             else: out[s.name].append(made)
     return out
 
-# %% ../../nbs/75_launch.plan.ipynb #137e8292
+# %% ../../nbs/75_launch.plan.ipynb #757b55b7
 def submit_plan(
     plan:Plan, # looked up
     say=print, # told of each stage
@@ -323,7 +324,7 @@ def submit_plan(
             else: new = None
         except UserError as e:
             there = ", ".join(f"{n} is job {'+'.join(j)}" for n, j in jobs.items() if j)
-            raise UserError(f"stage {s.name} could not be submitted: {e} {there or 'Nothing was submitted'}. The same command goes on from there.") from None
+            raise UserError(f"stage {s.name} could not be submitted: {e}\n{there or 'Nothing was submitted'}. The same command goes on from there.") from None
         told = [f"job{'s' * (len(jobs[s.name]) > 1)} {', '.join(jobs[s.name])} already in the queue"] if jobs[s.name] else []
         n = len(made[s.name])
         tasks = f", {n} task{'s' * (n > 1)}" if s.each is not None else ""

@@ -17,13 +17,14 @@ from . import slurm
 from .accelerate import progress_line
 from ..run import all_runs, edit_record, final_checkpoint, find_run, generation_folder, hold_run, is_live, list_checkpoints, read_record, release_run, run_status
 
-# %% ../../nbs/77_launch.runs.ipynb #03273090
+# %% ../../nbs/77_launch.runs.ipynb #ad769c3e
 REASONS = { # the scheduler's word, or its beginning -> what it means
     "Resources": "waits for nodes to become free", "Priority": "jobs with a higher priority come first", "Dependency": "waits for another job to end well",
     "DependencyNeverSatisfied": "the job it waits for did not end well: it will never start", "JobHeldUser": "held by you: scontrol release JOB",
     "BeginTime": "starts again in about two minutes (put back into the queue), or at the time it was given", "JobHeldAdmin": "held by an administrator: ask the site",
     "JobArrayTaskLimit": "as many tasks of the array run as may at once", "PartitionTimeLimit": "cluster.time is more than the partition allows: it will never start",
     "PartitionNodeLimit": "more nodes than the partition has or allows: it will never start", "PartitionDown": "the partition is down",
+    "PartitionConfig": "more nodes or time than the partition allows, or an account it does not: it will never start as it is",
     "ReqNodeNotAvail": "nodes that it needs are down or reserved (maintenance?)", "Reservation": "waits for its reservation to begin",
     "InvalidAccount": "the account is not valid: cluster.account", "InvalidQOS": "the QOS is not valid: cluster.qos", "QOSMaxJobs": "as many jobs as the QOS lets you run at once",
     "QOSMaxWall": "cluster.time is more than the QOS allows: it will never start", "QOSMax": "over a limit of the QOS for one job or user",
@@ -280,7 +281,7 @@ def pieces_of(
             out.append(Piece(run_dir, page.get("generation", 1), p, size_of(p), "unfinished" if p.name[0] == "." else "checkpoint", keep))
     return out, notices
 
-# %% ../../nbs/77_launch.runs.ipynb #cdac3b6a
+# %% ../../nbs/77_launch.runs.ipynb #64026139
 def gc_pieces(
     names=(), # runs
     failed:bool=False, # all runs that failed or were killed, too
@@ -289,13 +290,13 @@ def gc_pieces(
     "What could be freed"
     if not names and not failed: raise UserError("Name the runs, or give --failed for those that failed or were killed. `post-training runs` lists them.")
     everything = [(p, read_record(p)) for p in all_runs()]
-    chosen, out, notices = [find_run(n) for n in names], [], []
-    if failed: chosen += [p for p, r in everything if run_status(p, r) in ("failed", "killed")]
+    named, out, notices = [find_run(n) for n in names], [], []
+    chosen = named + [p for p, r in everything if failed and run_status(p, r) in ("failed", "killed")]
     needed = claims(everything)
     for p in dict.fromkeys(chosen):
         try: pieces, told = pieces_of(p, needed, all_checkpoints)
         except UserError as e:
-            if names: raise
+            if p in named: raise
             pieces, told = [], [f"passed over: {e}"]
         out += pieces; notices += told
     return out, notices
