@@ -233,18 +233,18 @@ def claims(
             if whole: claim((other["id"], whole.name), folder.name)
     return out
 
-# %% ../../nbs/77_launch.runs.ipynb #a09f5a8a
+# %% ../../nbs/77_launch.runs.ipynb #3694554f
 def state_for_gc(
     run_dir, # a run folder
     record:dict, # its record
-)->str: # finished, failed, killed, or queued (but no job is there any more)
+)->str: # finished, failed, killed, ready, or queued (but no job is there any more)
     "The state of a run that may lose checkpoints, or an error that says why it may not"
     status = run_status(run_dir, record)
     if is_live(run_dir) or status == "running": raise UserError(f"{Path(run_dir).name} is at work now. Wait for it or stop it.")
     if record.get("status") == "finished" and status in ("failed", "killed"): status = "finished" # what came after training failed: its checkpoints are what it made
     if status != "finished" and not record.get("stopped") and (job := slurm.active_job(record)):
         raise UserError(f"Job {job} of {Path(run_dir).name} is in the queue. scancel {job} ends it.")
-    if status not in ("finished", "failed", "killed", "queued"): raise UserError(f"The state of {Path(run_dir).name} is {status}: its checkpoints are left alone.")
+    if status not in ("finished", "failed", "killed", "queued", "ready"): raise UserError(f"The state of {Path(run_dir).name} is {status}: its checkpoints are left alone.")
     return status
 
 # %% ../../nbs/77_launch.runs.ipynb #0b03706d
