@@ -265,7 +265,7 @@ def dispatch(
         raise UserError(f"There is no stage or command {argv[0]!r}.{nearest(argv[0].replace('-', '_'), [*stages(), *COMMANDS])} `post-training --help` lists them.")
     return stage_command(argv[0].replace("-", "_"), argv[1:])
 
-# %% ../nbs/81_cli.ipynb #c2ddb8cb
+# %% ../nbs/81_cli.ipynb #a91b29ff
 def main(
     argv:list[str]=None, # None: this process' arguments
 )->int: # exit code
@@ -277,7 +277,8 @@ def main(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as e:
-        if type(e).__name__ != "JobFailed": raise
-        code, text = 1, str(e)
-    print(f"error: {text}", file=sys.stderr)
+        kinds = dict(JobFailed=1, HandedOver=75) # by name: they live in a module that need not be loaded
+        if type(e).__name__ not in kinds: raise
+        code, text = kinds[type(e).__name__], str(e)
+    print(f"{'error: ' * (code != 75)}{text}", file=sys.stderr)
     return code

@@ -596,7 +596,7 @@ def open_run(
     else: atexit.register(_close_at_exit, opened, os.getpid())
     return opened
 
-# %% ../nbs/01_run.ipynb #61323db7
+# %% ../nbs/01_run.ipynb #52f8feb1
 def _settle(
     cfg:dict, # with run_dir filled
     plan:RunPlan, # of this config, which is not done
@@ -606,8 +606,6 @@ def _settle(
     "The generation that the next attempt works on, once the lock is held"
     run_dir, record = plan.run_dir, read_record(plan.run_dir)
     existing = bool(record) and not not_begun(record)
-    if existing and not force and not (cfg.get("resuming") or {}).get("resume", True):
-        raise UserError(f"{run_dir} exists and resuming.resume is false. Set resuming.resume=true, force a new attempt, or choose another job_subdir.")
     if record: _mark_killed(run_dir)
     if force or not record: return _begin_generation(run_dir, {**cfg, "resuming_dir": str(plan.checkpoints_dir)}, plan.hash, facts), {}, "new"
     changed, best = check_frozen(run_dir, cfg), newest_verified(plan.checkpoints_dir)[0]
@@ -616,17 +614,25 @@ def _settle(
         raise UserError(f"The checkpoints of {run_dir.name} were freed ({record['freed'][-1]['when']}): there is nothing to continue from. Add --force to begin anew from step 0.")
     return plan.checkpoints_dir, changed, "resume" if existing else "new"
 
+# %% ../nbs/01_run.ipynb #b5f9cb37
+def _refuse_existing(cfg:dict, run_dir:Path):
+    "With `resuming.resume` false a run that was begun is left alone"
+    record = read_record(run_dir)
+    if record and not not_begun(record) and not (cfg.get("resuming") or {}).get("resume", True):
+        raise UserError(f"{run_dir} exists and resuming.resume is false. Set resuming.resume=true, force a new attempt, or choose another job_subdir.")
+
 # %% ../nbs/01_run.ipynb #50f9eaa8
 def _refuse_changed(run_dir:Path):
     "A finished run stands for the inputs that it had"
     if changed := changed_inputs(read_record(run_dir)):
         raise UserError(f"{', '.join(changed)} changed since the finished run in {run_dir}. Add --force (force=True) to make it anew, or choose another job_subdir.")
 
-# %% ../nbs/01_run.ipynb #d21a0f49
+# %% ../nbs/01_run.ipynb #965a2dd4
 def _open_held(cfg:dict, plan:RunPlan, origins:dict, overrides:list, force:bool, command:list)->Attempt:
     "`open_run` once the lock is held"
     run_dir = plan.run_dir
     attempts = read_record(run_dir).get("attempts") or []
+    if not force: _refuse_existing(cfg, run_dir)
     if plan.status == "done" and not force:
         _refuse_changed(run_dir)
         last = run_dir/f"attempts/{len(attempts)}"
@@ -648,7 +654,7 @@ def this_job(
     return dict(id=int(number), task=int(task) if task else None, restart=int(env.get("SLURM_RESTART_COUNT", 0)), nodes=env.get("SLURM_JOB_NODELIST"),
                 num_nodes=int(env.get("SLURM_JOB_NUM_NODES", 1)))
 
-# %% ../nbs/01_run.ipynb #3f22e6b4
+# %% ../nbs/01_run.ipynb #9ecb5656
 def queue_run(
     cfg:dict, # a composed, resolved config
     origins:dict=None, # dotted key -> default, preset or override
@@ -661,6 +667,7 @@ def queue_run(
     hold_run(run_dir)
     try:
         plan = locate(cfg)
+        if not force: _refuse_existing(cfg, run_dir)
         if plan.status == "done" and not force: _refuse_changed(run_dir); return plan
         folder, _, status = _settle({**cfg, "run_dir": str(run_dir), "resuming_hash": plan.hash}, plan, dict(origins=origins or {}, overrides=list(overrides)), force)
         return RunPlan(plan.hash, run_dir, folder, status, plan.why)
@@ -773,7 +780,7 @@ def _close_at_exit(attempt:Attempt, pid:int):
     if record and "exit" not in record["attempts"][attempt.number - 1]:
         close_attempt(attempt.run_dir, attempt.number, 0 if record["status"] == "finished" else 130)
 
-# %% ../nbs/01_run.ipynb #567afb5f
+# %% ../nbs/01_run.ipynb #98ba7f80
 def run_status(
     run_dir, # a run folder
     record:dict=None, # its record, where it was read already
@@ -781,7 +788,7 @@ def run_status(
     "The state of a run now: a record that says running while nobody holds the run means killed"
     record = record or read_record(run_dir)
     last = (record.get("attempts") or [{}])[-1]
-    if record.get("status") == "queued": return "queued" if record.get("jobs") or last else "ready"
+    if record.get("status") == "queued": return "ready" if not_begun(record) and not record.get("jobs") else "queued"
     if last and "exit" not in last: return "running" if is_live(run_dir) else "killed"
     if last.get("exit", 0) != 0: return "killed" if last["exit"] == "killed" else "failed"
     return record.get("status", "unknown")

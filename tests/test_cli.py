@@ -78,7 +78,7 @@ def test_known_command_line_composes(tmp_root):
     (["train_sft", "global_batch_size=33"], "does not divide"),
     (["train_sft", "accelerate_config=ds-zero4"], "ds-zero3"),
     (["train_sft", "job_subdir=../up"], "job_subdir"),
-    (["train_sft", "cluster=slurm", "accelerate_config=ddp"], "cluster=local"),
+    (["train_sft", "cluster=slurm", "accelerate_config=ddp", "training_args.per_device_train_batch_size=1", "cluster.time=soon"], "HH:MM:SS"),
     (["train_sft", "--forse"], "--force"),
     (["train_stf"], "train_sft"),
     (["runs", "show", "nothing-like-it"], "no run"),

@@ -87,7 +87,7 @@ def arithmetic(
 OPTIONS = {"partition": "partition", "account": "account", "qos": "qos", "reservation": "reservation", "constraint": "constraint", "exclude": "exclude",
            "nodelist": "nodelist", "time": "time", "cpus_per_task": "cpus-per-task", "memory": "mem"} # key of cluster -> option of sbatch
 
-# %% ../../nbs/71_launch.slurm.ipynb #5d4bbad4
+# %% ../../nbs/71_launch.slurm.ipynb #c6148e05
 def directives(
     cfg:dict, # a composed, resolved config
     name:str, # of the job
@@ -95,6 +95,7 @@ def directives(
     tasks:int=1, # more than one: an array
 )->dict[str, object]: # long option -> value; True for a flag
     "The options of sbatch"
+    hours_of(cfg["cluster"]["time"])
     c, out = cfg["cluster"], {"job-name": name, "output": log, "nodes": nodes_of(cfg), "ntasks-per-node": 1}
     if tasks > 1: out["array"] = f"0-{tasks - 1}"
     if gpus_of(cfg): out["gpus-per-node"] = gpus_of(cfg)
@@ -168,7 +169,7 @@ def clean_env(
     "The environment for the scheduler's commands: without what a surrounding job has set"
     return {k: v for k, v in env.items() if k in ("SLURM_CONF", "SLURM_CLUSTERS") or not k.startswith(("SLURM_", "SBATCH_", "SRUN_", "SQUEUE_", "POST_TRAINING_JOB"))}
 
-# %% ../../nbs/71_launch.slurm.ipynb #e72850e7
+# %% ../../nbs/71_launch.slurm.ipynb #64fef383
 def slurm(
     *argv:str, # program and arguments
     timeout:float=60., # seconds
@@ -177,7 +178,7 @@ def slurm(
     if not shutil.which(argv[0]): raise UserError(f"{argv[0]} is not on this machine: log in where Slurm is, or set cluster=local.")
     try: done = subprocess.run(list(map(str, argv)), env=clean_env(), capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired: raise UserError(f"{argv[0]} gave no answer within {timeout:g} s: the scheduler may be down or overloaded. Try again.") from None
-    if done.returncode: raise UserError(f"{argv[0]} refused: {redact((done.stderr or done.stdout).strip()) or f'exit code {done.returncode}'}")
+    if done.returncode: raise UserError(f"{argv[0]} refused: {redact((done.stderr or done.stdout).strip().rstrip('.')) or f'exit code {done.returncode}'}.")
     return done.stdout
 
 # %% ../../nbs/71_launch.slurm.ipynb #fe8c2bd1
@@ -190,10 +191,10 @@ def sbatch(
     try: return int(answer[-1].split(";")[0])
     except (IndexError, ValueError): raise UserError(f"sbatch did not name a job: {answer}") from None
 
-# %% ../../nbs/71_launch.slurm.ipynb #aa689168
+# %% ../../nbs/71_launch.slurm.ipynb #9870838b
 def queue(
     ids=(), # jobs; none: all of this user
-)->dict[str, dict]: # "123", or "123_4" of an array -> state, reason, nodes, elapsed, restarts
+)->dict[str, dict]: # "123", or "123_4" of an array -> state, reason, nodes, elapsed
     "What the scheduler knows of jobs; what it has forgotten is absent"
     fields = "%i|%T|%r|%N|%M|%F|%K"
     only = ["--jobs=" + ",".join(str(i).split("_")[0] for i in ids)] if ids else ["--me"]
@@ -243,21 +244,22 @@ class Emitted:
     status:str # new, resume, done
     plan:RunPlan
 
-# %% ../../nbs/71_launch.slurm.ipynb #c180f2af
+# %% ../../nbs/71_launch.slurm.ipynb #e5bb5cd3
 def emit(
     composed:Composed,
     force:bool=False, # begin a finished run anew
 )->Emitted:
     "Make the run's folder and its script; of a finished run nothing is written"
     cfg = composed.cfg
-    refuse_second(run_folder(cfg)) # a job that waits reads what would be written here
+    run_dir = run_folder(cfg)
+    script, name = run_dir/"submit.sbatch", f"{cfg['stage']}-{run_dir.name}"
+    text = job_script(cfg, [run_dir/"submit.yaml"], run_dir, name, script) # what is wrong with it is told before anything is made
+    refuse_second(run_dir) # a job that waits reads what would be written here
     plan = queue_run(cfg, composed.origins, composed.overrides, force)
-    script = plan.run_dir/"submit.sbatch"
     if plan.status != "done":
-        name = f"{cfg['stage']}-{plan.run_dir.name}"
-        freeze(cfg, plan.run_dir/"submit.yaml", composed.overrides)
-        write_atomic(script, job_script(cfg, [plan.run_dir/"submit.yaml"], plan.run_dir, name, script)).chmod(0o755)
-    return Emitted(composed, plan.run_dir, script, plan.status, plan)
+        freeze(cfg, run_dir/"submit.yaml", composed.overrides)
+        write_atomic(script, text).chmod(0o755)
+    return Emitted(composed, run_dir, script, plan.status, plan)
 
 # %% ../../nbs/71_launch.slurm.ipynb #5d5e39b2
 def _record_job(run_dir:Path, job:int, task, script, after):
