@@ -349,9 +349,9 @@ def finish(
     kept = {p.name: dict(step=s, metrics=m["metrics"], bytes=sum(f["size"] for f in m["files"].values())) for s, p, m in saved}
     run.update_record(w.run_dir, status="finished", final=facts, checkpoints=kept, peak_memory_gib=peak_memory(w.cpu))
 
-# %% ../nbs/54_train_sft.ipynb #c186b8ae
-LOST = ("nccl", "gloo", "connection closed", "connection reset", "connection refused", "broken pipe", "timed out", "timeout", "watchdog", "store", "rendezvous", # another rank is gone, or
-        "ecc error", "unspecified launch failure", "device unavailable", "driver shutting down", "stale file handle", "input/output error", "transport endpoint", "remote i/o") # a machine fails
+# %% ../nbs/54_train_sft.ipynb #0e92f99d
+LOST = ("nccl", "gloo", "connection closed", "connection reset", "connection refused", "broken pipe", "timed out", "timeout", "watchdog", "tcpstore", "rendezvous",
+        "ecc error", "unspecified launch failure", "device unavailable", "stale file handle", "input/output error", "transport endpoint", "remote i/o") # in lower case
 
 # %% ../nbs/54_train_sft.ipynb #8355824c
 def error_kind(

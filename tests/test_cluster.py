@@ -41,7 +41,7 @@ def test_without_a_scheduler(tmp_root):
     [script] = (tmp_root / "runs").rglob("submit.sbatch")
     assert subprocess.run(["bash", "-n", script]).returncode == 0 and str(script) in said.stdout
     assert "ready" in command("runs").stdout
-    wrong = command("train_sft", *ON_SLURM, "cluster.partion=a")
+    wrong = command("train_sft", *ON_SLURM, "cluster.partitio=a")
     assert wrong.returncode == 2 and "Did you mean 'cluster.partition'" in wrong.stderr
 
 

@@ -239,9 +239,10 @@ def dropped_text(
     told = sorted(counts["dropped"].items(), key=lambda kv: -kv[1])[:most]
     return "; ".join(f"{n} {reason}" + (f", first row {first[reason]}" if reason in first else "") for reason, n in told)
 
-# %% ../../nbs/11_data.messages.ipynb #03ae2c82
-HELP = {"overlength": "training_args.max_length is too short for them", "no completion after": "training_args.max_length is too short for them",
-        "tools": "message_format=structured (blocks=True) carries tools", "thoughts": "message_format=structured (blocks=True) carries thoughts"} # words of a reason -> what to know
+# %% ../../nbs/11_data.messages.ipynb #d2f6b1ae
+HELP = { # words of a reason -> what to know
+        "overlength": "training_args.max_length is too short for them", "no completion after": "training_args.max_length is too short for them",
+        "tools": "message_format=structured (blocks=True) carries tools", "thoughts": "message_format=structured (blocks=True) carries thoughts"}
 
 # %% ../../nbs/11_data.messages.ipynb #0448ca97
 def check_dropped(

@@ -68,7 +68,7 @@ def tokens_at_most(
     if cfg["stage"] not in TRAINING_STAGES: return 0
     return steps_of(cfg, rows)*batch_arithmetic(cfg)["global_batch"]*(cfg["training_args"].get("max_length") or 0)
 
-# %% ../../nbs/71_launch.slurm.ipynb #8804728e
+# %% ../../nbs/71_launch.slurm.ipynb #02432de4
 def arithmetic(
     cfg:dict, # a composed, resolved config
     rows:int=0, # training rows, or packs; 0: not known
@@ -80,14 +80,15 @@ def arithmetic(
         b = batch_arithmetic(cfg)
         facts |= {"processes": b["world_size"], "rows per process and micro-batch": b["per_device"], "accumulation": b["accumulation"], "global batch": b["global_batch"],
                   "steps": steps_of(cfg, rows) or "known once the rows are counted"}
-    facts |= {"time limit of a job": f"{hours:.3g} h" if hours else "the partition's", "node-hours at most, per job": round(nodes*hours, 1) if hours else "not known without cluster.time"}
+    facts |= {"time limit of a job": f"{hours:.3g} h" if hours else "the partition's",
+              "node-hours at most, per job": round(nodes*hours, 1) if hours else "not known without cluster.time"}
     return [dict(what=k, value=f"{v:,}" if isinstance(v, int) else v) for k, v in facts.items()]
 
 # %% ../../nbs/71_launch.slurm.ipynb #7444798b
 OPTIONS = {"partition": "partition", "account": "account", "qos": "qos", "reservation": "reservation", "constraint": "constraint", "exclude": "exclude",
            "nodelist": "nodelist", "time": "time", "cpus_per_task": "cpus-per-task", "memory": "mem"} # key of cluster -> option of sbatch
 
-# %% ../../nbs/71_launch.slurm.ipynb #c6148e05
+# %% ../../nbs/71_launch.slurm.ipynb #df74d300
 def directives(
     cfg:dict, # a composed, resolved config
     name:str, # of the job
@@ -106,7 +107,7 @@ def directives(
     for key, value in c["directives"].items():
         option = key.lstrip("-").replace("_", "-")
         if not re.fullmatch(r"[a-z][a-z0-9-]*", option): raise UserError(f"cluster.directives.{key} is no long option of sbatch, such as mail-type.")
-        if option in ("wrap", "parsable", "wait"): raise UserError(f"cluster.directives.{key}: the script is submitted by post-training, which needs --{option} itself or cannot use it.")
+        if option in ("wrap", "parsable", "wait"): raise UserError(f"cluster.directives.{key}: post-training submits the script, and needs --{option} itself or cannot use it.")
         out.pop(option, None)
         if value is not None and value is not False: out[option] = value
     if bad := [k for k, v in out.items() if any(ch in str(v) for ch in "\n\r\0")]: raise UserError(f"--{bad[0]} of sbatch holds a line break. A directive is one line.")
