@@ -724,10 +724,11 @@ def _trust(cfg:dict, origin, typed)->list[str]: # notices; `cfg` is changed in p
         notices.append(f"{key} is true{origin(key)}, but model_args.model_revision names no commit: taken as false.")
     return notices
 
-# %% ../nbs/00_config.ipynb #3b08ee2c
+# %% ../nbs/00_config.ipynb #e271b271
 RANGES = {"plw_args.prompt_loss_weight": (0, 1), "irl_args.lambda_td": (0, math.inf), "irl_args.gamma": (0, 1), "max_drop_fraction": (0, 1),
     "dataset_args.debug_subsample.train": (0, math.inf), "dataset_args.debug_subsample.eval": (0, math.inf), "num_nodes": (1, math.inf),
-    "cluster.max_retries": (0, 1000), "cluster.signal_seconds": (1, 65535), "cluster.preflight_seconds": (1, 3600), "trim": (0, 0.49), "near_duplicates.threshold": (0, 1), "near_duplicates.num_perm": (16, 1024), "near_duplicates.ngram": (1, 50),
+    "cluster.max_retries": (0, 1000), "cluster.signal_seconds": (1, 65535), "cluster.preflight_seconds": (1, 3600),
+    "trim": (0, 0.49), "near_duplicates.threshold": (0, 1), "near_duplicates.num_perm": (16, 1024), "near_duplicates.ngram": (1, 50),
     "evaluation.num_prompts": (0, math.inf), "evaluation.max_new_tokens": (1, math.inf), "evaluation.batch_size": (1, math.inf)}
 
 # %% ../nbs/00_config.ipynb #82639b9b
@@ -823,7 +824,7 @@ def load_frozen(
     _check_values(cfg, keys, f" ({path})")
     return cfg
 
-# %% ../nbs/00_config.ipynb #5187d332
+# %% ../nbs/00_config.ipynb #86b0a674
 def compose_frozen(
     path, # a file that `freeze` wrote
 )->Composed: # with the values of the file
@@ -831,7 +832,9 @@ def compose_frozen(
     cfg, first = load_frozen(path), Path(path).read_text().split("\n", 1)[0]
     typed = json.loads(first.removeprefix("# typed: ")) if first.startswith("# typed: ") else []
     try: now = compose(cfg["stage"], typed)
-    except UserError: return Composed(cfg["stage"], typed, cfg, dict.fromkeys(flatten(cfg), "frozen"), cfg, [f"Presets no longer compose; the values are those of {Path(path).name}."])
+    except UserError:
+        told = [f"The presets no longer compose; the values are those of {Path(path).name}."]
+        return Composed(cfg["stage"], typed, cfg, dict.fromkeys(flatten(cfg), "frozen"), cfg, told)
     a, b = flatten(cfg), flatten(now.cfg)
     later = [k for k in {**a, **b} if a.get(k) != b.get(k) and k not in ("run_dir", "resuming_dir", "resuming_hash", "runs_dir", "artifacts_dir")]
     told = [f"Frozen before the presets changed: {', '.join(f'{k}={a.get(k)} (now {b.get(k)})' for k in later[:8])}."] if later else []
