@@ -65,7 +65,7 @@ def runs_table(
         rows.append(row)
     return sorted(rows, key=lambda r: r["started"], reverse=True)
 
-# %% ../nbs/80_report.ipynb #156a77fd
+# %% ../nbs/80_report.ipynb #cfd1312e
 def show_run(
     run_dir, # a run folder
 )->str:
@@ -77,8 +77,8 @@ def show_run(
     for a in r.get("attempts") or []:
         changed = f", changed {', '.join(a['changed'])}" if a.get("changed") else ""
         lines.append(f"attempt {a['number']}   {a.get('began_as')} {a['started']}, exit {a.get('exit', 'none yet')}{changed}")
-        said = (a.get("error") or "").split("\n")[0]
-        lines += [f"            {text}" for text in (said, f"then {a['then']}" if a.get("then") else "") if text and text not in (r.get("stopped") or "")]
+        said = f"then {a['then']}" if a.get("then") else (a.get("error") or "").split("\n")[0]
+        if said: lines.append(f"            {said}")
     for kind in ("final", "counts", "evaluation"):
         flat = flatten(r.get(kind) or {}) # per source and the details of an evaluation are in the notebook
         lines += [f"{kind}.{k}: {short(v)}" for k, v in flat.items() if not isinstance(v, (list, dict)) and "/" not in k and (kind != "evaluation" or k.endswith("accuracy"))]

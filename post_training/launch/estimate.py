@@ -335,7 +335,7 @@ def estimate(
     out |= dict(limit_gib=limit, fits=m["total"] <= limit, utilization=utilization, tokens_per_second=rate, step_seconds=world*per_device_batch*accumulation*length/rate)
     return out | (dict(tokens=tokens, hours=hours(tokens, rate), node_hours=node_hours(tokens, rate, nodes)) if tokens else {})
 
-# %% ../../nbs/73_launch.estimate.ipynb #ad7e0fa7
+# %% ../../nbs/73_launch.estimate.ipynb #6f4b652e
 def estimate_rows(
     e:dict, # of `estimate` or `estimate_of`
 )->list[dict]: # what, value, unit; a single row where there is no estimate
@@ -347,7 +347,7 @@ def estimate_rows(
     n, million = (e["parameters"]/1e9, "billion") if e["parameters"] >= 1e8 else (e["parameters"]/1e6, "million")
     parts = [row(f"memory: {'at work' if k == 'work' else k}", f"{m[k]*scale:.1f}", gib) for k in PARTS if m[k]*scale >= 0.05]
     total = row(f"memory at its peak, in {m['moment']}", f"{m['total']*scale:.1f}", f"of {e['limit_gib']:g} GiB: {told}" if "limit_gib" in e else gib)
-    rest = [row("arithmetic", f"{1000*e['gflop_per_token']:.0f}" if scale > 1 else f"{e['gflop_per_token']:.1f}", f"{'M' if scale > 1 else 'G'}FLOP per token")]
+    rest = [row("arithmetic", f"{1000*e['gflop_per_token']:.0f}" if scale > 1 else f"{e['gflop_per_token']:.4g}", f"{'M' if scale > 1 else 'G'}FLOP per token")]
     if "tokens_per_second" in e:
         rest += [row(f"speed at {e['utilization']:.0%} of the peak", f"{e['tokens_per_second']:,.0f}", "tokens per second"),
                  row("speed per GPU", f"{e['tokens_per_second']/e['gpus']:,.0f}", "tokens per second"), row("one step", f"{e['step_seconds']:.2g}", "seconds")]

@@ -17,16 +17,16 @@ from ..run import HANDED_OVER, close_attempt, edit_record, is_done, is_trained, 
 # %% ../../nbs/74_launch.job.ipynb #a6d37361
 FAULTS = (1, 139, 134, 137) # exits of an attempt whose program or machine failed
 
-# %% ../../nbs/74_launch.job.ipynb #d5c0e791
+# %% ../../nbs/74_launch.job.ipynb #f6ec9f6c
 def wasted(
     record:dict, # of a run
     newest:str|None, # name of the newest verified checkpoint
 )->int: # attempts since somebody submitted it
     "Attempts that failed, or were cut and brought no new checkpoint"
     mine = [a for a in record.get("attempts") or [] if a.get("generation") == record.get("generation") and a["number"] > record.get("chain", 0)]
-    began = [] # the checkpoint that each began from; one that did not come so far would have begun where the one before it did
-    for a in mine: began.append((record.get("resumed_from") or {}).get(str(a["number"]), began[-1] if began else None))
-    stuck = [a == b for a, b in zip(began, [*began[1:], newest])]
+    began = [newest] # the checkpoint that each began from; one that did not come so far would have begun where the one after it did
+    for a in reversed(mine): began.insert(0, (record.get("resumed_from") or {}).get(str(a["number"]), began[0]))
+    stuck = [a == b for a, b in zip(began, began[1:])]
     return sum("exit" in a and a["exit"] != 0 and (a["exit"] in FAULTS or still) for a, still in zip(mine, stuck))
 
 # %% ../../nbs/74_launch.job.ipynb #198f391e
