@@ -764,15 +764,15 @@ def _finish(raw:dict, keys:dict, origin, typed=(), holes_ok:bool=False)->tuple: 
     if path.parent == CONFIGS/"accelerate": cfg["accelerate_config"] = path.stem
     return cfg, derived, notices
 
-# %% ../nbs/00_config.ipynb #c22b1a86
+# %% ../nbs/00_config.ipynb #e860c582
 def compose(
     stage:str, # a stage; hyphens are taken for underscores
     overrides=(), # texts in Hydra's grammar: "model=tiny", "training_args.max_steps=8"; or a frozen file alone
     config_dir=None, # a further folder of presets, laid out like `configs`
 )->Composed:
     "Compose a stage with presets and overrides into one checked configuration"
-    stage, overrides, typed = stage_name(stage), overrides if isinstance(overrides, str) else list(map(str, overrides)), {}
-    if len(overrides) == 1 and overrides[0].endswith((".yaml", ".yml")) and "=" not in overrides[0]:
+    stage, overrides, typed = stage_name(stage), overrides if isinstance(overrides, str) else [str(o) if isinstance(o, Path) else o for o in overrides], {}
+    if len(overrides) == 1 and isinstance(overrides[0], str) and overrides[0].endswith((".yaml", ".yml")) and "=" not in overrides[0]:
         if (frozen := compose_frozen(overrides[0])).stage == stage: return frozen
         raise UserError(f"{overrides[0]} is a config of stage {frozen.stage}, not {stage}.")
     keys = known_keys(stage)

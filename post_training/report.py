@@ -65,7 +65,7 @@ def runs_table(
         rows.append(row)
     return sorted(rows, key=lambda r: r["started"], reverse=True)
 
-# %% ../nbs/80_report.ipynb #cfd1312e
+# %% ../nbs/80_report.ipynb #a69cbf0e
 def show_run(
     run_dir, # a run folder
 )->str:
@@ -76,7 +76,7 @@ def show_run(
     if r.get("stopped"): lines.append(f"stopped     {r['stopped']}")
     for a in r.get("attempts") or []:
         changed = f", changed {', '.join(a['changed'])}" if a.get("changed") else ""
-        lines.append(f"attempt {a['number']}   {a.get('began_as')} {a['started']}, exit {a.get('exit', 'none yet')}{changed}")
+        lines.append(f"attempt {a['number']}   {a.get('began_as')} {a['started']}, exit {a.get('exit', 'none yet' if run_status(run_dir, r) == 'running' else 'killed')}{changed}")
         said = f"then {a['then']}" if a.get("then") else (a.get("error") or "").split("\n")[0]
         if said: lines.append(f"            {said}")
     for kind in ("final", "counts", "evaluation"):

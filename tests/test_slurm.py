@@ -1,4 +1,4 @@
-"Runs on a real Slurm of two nodes: what is cut goes on and ends with the same weights, what cannot work is not tried again, what is cancelled stays so."
+"Runs on two nodes of a real Slurm: what is cut goes on and ends with the same weights, what cannot work is not tried again, what is cancelled stays so."
 import json
 import os
 import shutil
@@ -47,7 +47,7 @@ def copy_demo(demo, root):
 def slurm(tmp_path_factory, demo):
     if reason := slurm_cluster.missing():
         pytest.skip(reason)
-    with slurm_cluster.slurm_cluster(tmp_path_factory.mktemp("slurm"), nodes=2, cpus=2) as cluster:
+    with slurm_cluster.slurm_cluster(tmp_path_factory.mktemp("slurm"), nodes=4, cpus=2) as cluster:
         yield cluster
 
 
@@ -104,10 +104,10 @@ def uncut(tmp_path_factory, demo):
     env = os.environ | dict(POST_TRAINING_RUNS_DIR=str(root / "runs"), POST_TRAINING_ARTIFACTS_DIR=str(root / "artifacts"))
 
     def made(*overrides):
-        name = "-".join(overrides) or "plain"
-        done = subprocess.run(["post-training", "train_sft", *SHARED, "num_processes=2", f"job_subdir={abs(hash(name))}", *overrides], env=env, capture_output=True, text=True, timeout=600)
+        name = f"uncut-{len(cache)}"
+        done = subprocess.run(["post-training", "train_sft", *SHARED, "num_processes=2", f"job_subdir={name}", *overrides], env=env, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
-        [record] = (root / f"runs/train_sft/{abs(hash(name))}").rglob("record.json")
+        [record] = (root / f"runs/train_sft/{name}").rglob("record.json")
         return record.parent, newest_verified(read_record(record.parent)["checkpoints_dir"])[0]
 
     cache = {}
@@ -127,8 +127,8 @@ def same(job, reference):
 
 def test_two_nodes(job, slurm, uncut, tmp_path):
     "Emit, submit, finish; the record, its attempt and its notebook; the metrics and weights of a local run; nothing that was typed is run"
-    job.submit(f"wandb.run_name={quote(NASTY)}", "job_subdir='a b/c'", f"cluster.env.SAID={quote(NASTY)}", f"cluster.directives.comment={quote(NASTY)}")
-    twice = job.command("train_sft", *SHARED, *ON_SLURM, "job_subdir='a b/c'", check=False)
+    job.submit(f"wandb.run_name={quote(NASTY)}", "job_subdir='a %j b/c'", f"cluster.env.SAID={quote(NASTY)}", f"cluster.directives.comment={quote(NASTY)}")
+    twice = job.command("train_sft", *SHARED, *ON_SLURM, "job_subdir='a %j b/c'", check=False)
     assert twice.returncode == 2 and f"Job {job.id} is already at" in twice.stderr
     record = job.end("COMPLETED")
     assert record["status"] == "finished" and record["config"]["wandb"]["run_name"] == NASTY and record["config"]["cluster"]["env"]["SAID"] == NASTY
@@ -142,7 +142,7 @@ def test_two_nodes(job, slurm, uncut, tmp_path):
     notebook = json.loads((job.run_dir / "train_sft.ipynb").read_text())
     assert not [c for c in notebook["cells"] if any(o.get("ename") for o in c.get("outputs", []))]
     assert {"stdout.log", "stderr.log", "preflight.log", "train_sft.ipynb"} <= {p.name for p in (job.run_dir / "attempts/1").iterdir()}
-    assert job.command("train_sft", *SHARED, *ON_SLURM, "job_subdir='a b/c'", f"wandb.run_name={quote(NASTY)}").stdout.startswith("done already")
+    assert job.command("train_sft", *SHARED, *ON_SLURM, "job_subdir='a %j b/c'", f"wandb.run_name={quote(NASTY)}").stdout.startswith("done already")
     same(job, uncut())
 
 
@@ -163,6 +163,8 @@ def test_asked_to_leave(job, slurm, uncut):
     "The same by hand, without requeueing: a successor that waited behind the job goes on"
     job.submit("cluster.requeue=false", "cluster.directives.comment='kept by the successor'")
     job.at_step(6)
+    first, waiting = job.record["jobs"]  # whoever looks knows of the successor
+    assert slurm.state(waiting["id"]) == "PENDING" and waiting["after"] == [first["id"]]
     slurm.run("scancel", "--batch", "--signal=USR1", job.id)
     record = job.end("FAILED")  # 75: not finished, and nobody shall take it for that
     assert slurm.job(job.id)["ExitCode"] == "75:0" and record["attempts"][0]["exit"] == 75
@@ -173,8 +175,30 @@ def test_asked_to_leave(job, slurm, uncut):
     same(job, uncut())
 
 
-def test_node_failure(job, slurm, uncut):
+def test_second_job(job, slurm, uncut):
+    "A script submitted by hand while its run is at work ends by itself and leaves the other's attempt alone"
     job.submit()
+    job.at_step(3)
+    second = slurm.submit(job.run_dir / "submit.sbatch", env=job.env)
+    assert slurm.wait(second, 60) == "FAILED"
+    assert "left alone" in (job.run_dir / f"slurm-{second}.out").read_text()
+    assert "exit" not in job.record["attempts"][0] and job.record["status"] == "running" and "stopped" not in job.record
+    assert job.end("COMPLETED")["status"] == "finished"
+    same(job, uncut())
+
+
+def test_cancelled_while_waiting(job, slurm):
+    "What never began is told by whoever asks for jobs"
+    job.submit("cluster.directives.hold=true")
+    assert slurm.state(job.id) == "PENDING" and "JobHeldUser" in job.command("jobs").stdout
+    slurm.run("scancel", job.id)
+    job.end("CANCELLED")
+    job.command("jobs")
+    assert job.record["status"] == "failed" and f"job {job.id} ended as CANCELLED" in job.record["stopped"]
+
+
+def test_node_failure(job, slurm, uncut):
+    job.submit("cluster.nodelist='n[0-1]'")
     job.at_step(9)
     slurm.kill_node(1)
     wait_for(lambda: slurm.state(job.id) == "PENDING", 90, "the requeue")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'Stage', 'plan_path', 'parse_stage', 'in_order', 'read_plan', 'Run', 'Plan', 'fill', 'compose_plan',
-           'check_plan', 'look_up', 'plan_rows', 'node_hours', 'plan_total', 'array_folder', 'emit_plan', 'submit_plan',
-           'run_local', 'load_plan', 'carry_out']
+           'check_plan', 'outdated', 'look_up', 'plan_rows', 'node_hours', 'plan_total', 'array_folder', 'emit_plan',
+           'submit_plan', 'run_local', 'load_plan', 'carry_out']
 
 # %% ../../nbs/75_launch.plan.ipynb #605aeaa4
 import json, re
@@ -223,7 +223,17 @@ def _size(cfg:dict)->str:
     world = batch_arithmetic(cfg)["world_size"] if cfg["stage"] in TRAINING_STAGES else 1
     return json.dumps([slurm.nodes_of(cfg), world, cfg["cluster"]], sort_keys=True, default=str)
 
-# %% ../../nbs/75_launch.plan.ipynb #1459259b
+# %% ../../nbs/75_launch.plan.ipynb #ada7556c
+def outdated(
+    plan:Plan,
+)->list[str]: # sentences
+    "Stages that are done though one that they follow is not: what they read may change"
+    done = {name: all(r.state == "done" for r in runs) for name, runs in plan.runs.items()}
+    late = {s.name: [n for n in s.after if not done[n]] for s in plan.stages if done[s.name]}
+    return [f"{name} is done and follows {', '.join(before)}, which is not: if that changes what {name} read, {name} will be refused. Give it another job_subdir then."
+            for name, before in late.items() if before]
+
+# %% ../../nbs/75_launch.plan.ipynb #35cf31e2
 def look_up(
     plan:Plan,
     strict:bool=True, # False: where the scheduler cannot be asked, say so and go on
@@ -238,7 +248,7 @@ def look_up(
         except UserError as e:
             if strict: raise
             told = [f"what waits or runs is not known: {e}"]
-    return told
+    return told + outdated(plan)
 
 # %% ../../nbs/75_launch.plan.ipynb #640f591f
 def plan_rows(

@@ -6,8 +6,8 @@
 __all__ = ['recipe_parameters', 'check_parameters', 'recipe_path', 'own_kernel', 'execute_notebook', 'closing_line', 'shown_path',
            'print_done', 'followed', 'keep_final', 'hand_to_cluster', 'open_task', 'run_recipe', 'execute_run']
 
-# %% ../../nbs/72_launch.recipe.ipynb #2b6c2083
-import ast, contextlib, json, logging, os, sys, tempfile, threading
+# %% ../../nbs/72_launch.recipe.ipynb #1c956387
+import ast, contextlib, json, logging, os, shlex, sys, tempfile, threading
 from pathlib import Path
 from ..base import UserError, nearest, write_atomic, write_json
 from ..config import Composed, compose, project_root
@@ -156,7 +156,7 @@ def keep_final(
     write_atomic(final, notebook.read_bytes())
     for p in (final, notebook): p.chmod(0o444)
 
-# %% ../../nbs/72_launch.recipe.ipynb #d9575f68
+# %% ../../nbs/72_launch.recipe.ipynb #e3caac31
 def hand_to_cluster(
     composed:Composed, # with cluster.launcher=slurm
     force:bool=False, # begin a finished run anew, from step 0
@@ -166,9 +166,10 @@ def hand_to_cluster(
     made = slurm.emit(composed, force)
     if made.status == "done": print_done(made.run_dir, made.plan.checkpoints_dir); return made
     for fact in slurm.arithmetic(composed.cfg): print(f"{fact['what']}: {fact['value']}")
+    for doubt in slurm.doubts(composed.cfg): print(f"look again: {doubt}")
     print(f"run {shown_path(made.run_dir)} ({made.status})")
     if composed.cfg["submit"]: print(f"submitted as job {slurm.submit(made)}: post-training jobs shows it")
-    else: print(f"not submitted. Look at the script, then: sbatch {shown_path(made.script)}   (or add submit=true)")
+    else: print(f"not submitted. Look at the script, then: sbatch {shlex.quote(shown_path(made.script))}   (or add submit=true)")
     return made
 
 # %% ../../nbs/72_launch.recipe.ipynb #cf2445b3

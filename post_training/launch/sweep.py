@@ -7,7 +7,7 @@ __all__ = ['COLUMNS', 'grid', 'override', 'fill', 'Job', 'check_name', 'job_name
            'sweep_folder', 'sbatch_line', 'submit_script', 'write_sweep', 'show_submit', 'read_sweep', 'submit_sweep',
            'run_sweep', 'node_hours', 'sweep_rows', 'sweep_figure', 'answer', 'own_name', 'run_experiment', 'main']
 
-# %% ../../nbs/76_launch.sweep.ipynb #8297ee3f
+# %% ../../nbs/76_launch.sweep.ipynb #a8a13111
 import contextlib, datetime, io, itertools, json, os, re, shlex, shutil, statistics, subprocess, sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..config import Composed, compose, compose_frozen, freeze, load_frozen, par
 from ..run import _refuse_secrets, config_hash, is_live, queue_run, read_metrics, read_record, run_folder, run_status, runs_root
 from .accelerate import JobFailed
 from .recipe import closing_line, execute_notebook, recipe_parameters, run_recipe, shown_path
-from .slurm import _record_job, active_job, clean_env, directives, job_script
+from .slurm import active_job, clean_env, directives, job_script, record_job, sbatch_path
 
 # %% ../../nbs/76_launch.sweep.ipynb #735e6730
 def grid(
@@ -163,13 +163,14 @@ wanted() {{ [ "$chosen" = "  " ] || [[ "$chosen" == *" $1 "* ]]; }}
 {lines}
 '''
 
-# %% ../../nbs/76_launch.sweep.ipynb #03b3aa3e
+# %% ../../nbs/76_launch.sweep.ipynb #3a2dded6
 def sbatch_line(
     cfg:dict, # a composed, resolved config
     script, # path
+    logs:dict, # output and error, in sbatch's notation
 )->list[str]: # arguments
     "The command that submits one job: what is worth seeing at a glance, then the script, which says the rest"
-    d = directives(cfg, "", "")
+    d = directives(cfg, "", logs)
     shown = [word for flag, key in (("-N", "nodes"), ("-p", "partition"), ("-t", "time"), ("-o", "output"), ("-e", "error")) if d.get(key) for word in (flag, str(d[key]))]
     return ["sbatch", *shown, str(script)]
 
@@ -182,13 +183,7 @@ def submit_script(
     told = "".join(f"# {line}\n" for line in (question or "").splitlines())
     return _SUBMIT.format(question=told, names="|".join(lines), lines="\n".join(f"wanted {name} && {shlex.join(words)}" for name, words in lines.items()) + "\ntrue")
 
-# %% ../../nbs/76_launch.sweep.ipynb #1ba6129c
-def _logging_to(cfg:dict, log:Path)->dict:
-    "The config with the job's output in two files of the sweep's folder, also for a successor that the script submits"
-    names = {kind: f"{log}.{end}".replace("%", "%%") for kind, end in (("output", "out"), ("error", "err"))}
-    return {**cfg, "cluster": {**cfg["cluster"], "directives": {**cfg["cluster"]["directives"], **names}}}
-
-# %% ../../nbs/76_launch.sweep.ipynb #c2eb0846
+# %% ../../nbs/76_launch.sweep.ipynb #86517ed2
 def write_sweep(
     experiment:str, # name, that of its notebook
     sub_experiment:str, # what this grid is about
@@ -204,10 +199,10 @@ def write_sweep(
     lines, told = {}, []
     for job, c in zip(jobs, composed):
         config, script = folder/f"configs/{job.name}.yaml", folder/f"scripts/{job.name}.sbatch"
-        cfg = _logging_to(c.cfg, folder/f"out/{job.name}")
+        logs = {kind: sbatch_path(folder/f"out/{job.name}.{end}") for kind, end in (("output", "out"), ("error", "err"))}
         freeze(c.cfg, config, c.overrides)
-        write_atomic(script, job_script(cfg, [config], folder/"out", job.name, script)).chmod(0o755)
-        lines[job.name] = sbatch_line(cfg, script)
+        write_atomic(script, job_script(c.cfg, [config], folder/"out", job.name, script, logs)).chmod(0o755)
+        lines[job.name] = sbatch_line(c.cfg, script, logs)
         told.append(dict(name=job.name, stage=c.stage, settings=job.settings, overrides=c.overrides, hash=config_hash(c.cfg), run=shown_path(run_folder(c.cfg)), jobs=[]))
     (folder/"out").mkdir()
     write_atomic(folder/"submit.sh", submit_script(lines, question)).chmod(0o755)
@@ -234,7 +229,7 @@ def read_sweep(
     if lost := [n for n in names if n not in known]: raise UserError(f"There is no job {lost[0]}.{nearest(lost[0], known)} Jobs: {', '.join(known)}.")
     return [j for j in jobs if not names or j["name"] in names]
 
-# %% ../../nbs/76_launch.sweep.ipynb #08de2026
+# %% ../../nbs/76_launch.sweep.ipynb #a32d0ab5
 def submit_sweep(
     folder, # of a sweep
     names=(), # of jobs; none: all
@@ -249,7 +244,7 @@ def submit_sweep(
     if not plans: return {}
     done = subprocess.run([str(folder/"submit.sh"), *plans], env=clean_env(), stdin=subprocess.DEVNULL, capture_output=True, text=True)
     ids = {name: int(n) for name, n in zip(plans, re.findall(r"^Submitted batch job (\d+)", done.stdout, re.M))}
-    for name, n in ids.items(): _record_job(plans[name].run_dir, n, None, folder/f"scripts/{name}.sbatch", ())
+    for name, n in ids.items(): record_job(plans[name].run_dir, n, folder/f"scripts/{name}.sbatch", folder/f"out/{name}.out")
     sweep = json.loads((folder/"jobs.json").read_text())
     for j in sweep["jobs"]: j["jobs"] += [ids[j["name"]]] if j["name"] in ids else []
     write_json(folder/"jobs.json", sweep)
