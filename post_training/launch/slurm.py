@@ -104,12 +104,12 @@ def signal_seconds(
                         "nothing would be trained. Give more time, or fewer seconds (at least a step and a save).")
     return ahead
 
-# %% ../../nbs/71_launch.slurm.ipynb #ccb7bead
+# %% ../../nbs/71_launch.slurm.ipynb #ba06a262
 def sbatch_path(
     path, # of a log
 )->str: # with % doubled
     "A path in sbatch's notation for logs, where % begins a number of the job"
-    if "\\" in str(path) or "\n" in str(path): raise UserError(f"{path} holds a backslash or a line break, which Slurm takes in no log's name. Choose another job_subdir or folder.")
+    if "\\" in str(path) or "\n" in str(path): raise UserError(f"{path} holds a backslash or a line break, which Slurm takes in no log's name. Choose another folder.")
     return str(path).replace("%", "%%")
 
 # %% ../../nbs/71_launch.slurm.ipynb #a58fc1db
