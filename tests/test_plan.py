@@ -240,7 +240,7 @@ def test_a_run_that_was_freed_begins_anew_only_when_told(tmp_root):
     cfg = config.compose("train_sft", ["job_subdir=a"]).cfg
     with pytest.raises(UserError, match="were freed.*--force"): run.open_run(cfg)
     run.queue_run(cfg, force=True)  # made for a scheduler, with nothing to free
-    assert run.run_status(run_dir) == "queued" and cli.main(["runs", "gc", str(run_dir), "--yes"]) == 0
+    assert run.run_status(run_dir) == "ready" and cli.main(["runs", "gc", str(run_dir), "--yes"]) == 0
     task = run.open_run(cfg, force=True)
     assert task.status == "new" and task.checkpoints_dir != folder
     run.close_attempt(task.run_dir, task.number, 1)
