@@ -55,10 +55,10 @@ class Node:
 
     def left(self, share:float=1.)->float: return self.start + share*self.seconds - time.monotonic() # seconds until a share of the time is over
 
-# %% ../nbs/58_preflight.ipynb #c0592b58
-def node_name(env=os.environ)->str:
+# %% ../nbs/58_preflight.ipynb #52f4eeb2
+def node_name(env:dict=None)->str:
     "What Slurm calls this node, else the machine's own name"
-    return env.get("SLURMD_NODENAME") or socket.gethostname()
+    return (os.environ if env is None else env).get("SLURMD_NODENAME") or socket.gethostname()
 
 # %% ../nbs/58_preflight.ipynb #112d750c
 def hostnames(
@@ -261,14 +261,14 @@ def check_dataset(n:Node)->str:
     "The dataset can be read"
     return check_source(n, "dataset_args.dataset_name", "dataset") if (n.cfg.get("dataset_args") or {}).get("dataset_name") else ""
 
-# %% ../nbs/58_preflight.ipynb #3b79519f
-def gpus_here(env=os.environ)->int:
+# %% ../nbs/58_preflight.ipynb #7517fdce
+def gpus_here(env:dict=None)->int:
     "GPUs that a process started here would see and the driver answers for"
     there = len([p for p in Path("/dev").glob("nvidia*") if p.name[6:].isdigit()])
     if there and shutil.which("nvidia-smi"):
         try: there = min(there, subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout.count("GPU "))
         except subprocess.TimeoutExpired: raise Lost("nvidia-smi does not answer there within 60 s: the driver or a GPU hangs.") from None
-    listed = env.get("CUDA_VISIBLE_DEVICES")
+    listed = (os.environ if env is None else env).get("CUDA_VISIBLE_DEVICES")
     return there if listed is None else min(there, len([g for g in listed.split(",") if g.strip() not in ("", "-1")]))
 
 # %% ../nbs/58_preflight.ipynb #7a7eeb1a
@@ -372,14 +372,15 @@ def part(
         if n.rank == 0: [read_key(store, f"bye/{r}", end - time.monotonic()) for r in range(1, n.nodes)]
     except Exception: pass # what was to be said has been said
 
-# %% ../nbs/58_preflight.ipynb #4ae5cf29
+# %% ../nbs/58_preflight.ipynb #e8ae0544
 def missing(
     n:Node,
     reports:list, # of `exchange`
     what:str="roll call", # which round it was
-    env=os.environ, # where Slurm lists the job's nodes
+    env:dict=None, # where Slurm lists the job's nodes; None: this process'
 )->list[dict]: # reports with a problem each
     "Reports for the nodes that never came, by name where Slurm says it"
+    env = os.environ if env is None else env
     names, told = hostnames(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")), f"went away before the {what} was over."
     if what == "roll call":
         told = (f"never came to the roll call at {n.address}, port {n.port}, in the {n.seconds:.0f} s that there are (cluster.preflight_seconds): "

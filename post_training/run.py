@@ -643,11 +643,12 @@ def _open_held(cfg:dict, plan:RunPlan, origins:dict, overrides:list, force:bool,
     facts = dict(changed=changed, command=command, overrides=overrides, began_as=status, topology=topology(cfg)) | (dict(job=job) if (job := this_job()) else {})
     return _start_attempt(made, {**cfg, "resuming_dir": str(folder)}, facts)
 
-# %% ../nbs/01_run.ipynb #5ff9d3de
+# %% ../nbs/01_run.ipynb #868e2232
 def this_job(
-    env=os.environ, # environment to look into
+    env:dict=None, # environment to look into; None: this process'
 )->dict: # id, task of an array, restart, nodes; empty outside a job
     "The scheduler's job that this process was started in by a script of ours"
+    env = os.environ if env is None else env
     if "POST_TRAINING_JOB" not in env or "SLURM_JOB_ID" not in env: return {}
     task = env.get("SLURM_ARRAY_TASK_ID")
     number = env.get("SLURM_ARRAY_JOB_ID", env["SLURM_JOB_ID"]) if task else env["SLURM_JOB_ID"]

@@ -402,14 +402,14 @@ def array_size(
     "Tasks of an array that works on all shards"
     return -(-plan.shards//per_task)
 
-# %% ../nbs/03_shards.ipynb #a3a31cb4
+# %% ../nbs/03_shards.ipynb #26f6eaf7
 def array_shards(
     plan:Plan,
     per_task:int=1, # shards of a task
-    env=os.environ, # environment to look into
+    env:dict=None, # environment to look into; None: this process'
 )->list[int]:
     "The shards of this task of an array"
-    task = env.get("SLURM_ARRAY_TASK_ID", "")
+    task = (os.environ if env is None else env).get("SLURM_ARRAY_TASK_ID", "")
     if not task.isdigit(): raise UserError("This is no task of an array: SLURM_ARRAY_TASK_ID is not set. Name a shard.")
     mine = list(range(plan.shards))[int(task)*per_task:(int(task) + 1)*per_task]
     if not mine: raise UserError(f"Task {task} has no shard: the plan has {plan.shards}. Submit with --array=0-{array_size(plan, per_task) - 1}.")

@@ -164,7 +164,7 @@ def test_asked_to_leave(job, slurm, uncut):
     job.submit("cluster.requeue=false", "cluster.directives.comment='kept by the successor'")
     job.at_step(6)
     first, waiting = job.record["jobs"]  # whoever looks knows of the successor
-    assert slurm.state(waiting["id"]) == "PENDING" and waiting["after"] == [first["id"]]
+    assert slurm.state(waiting["id"]) == "PENDING" and waiting["after"] == [str(first["id"])]
     slurm.run("scancel", "--batch", "--signal=USR1", job.id)
     record = job.end("FAILED")  # 75: not finished, and nobody shall take it for that
     assert slurm.job(job.id)["ExitCode"] == "75:0" and record["attempts"][0]["exit"] == 75

@@ -17,13 +17,13 @@ from ..config import TRAINING_STAGES, accelerate_file, batch_arithmetic, project
 from ..run import HANDED_OVER, Attempt, close_attempt, is_trained, read_metrics, read_record, this_job, update_record
 from .estimate import estimate_of
 
-# %% ../../nbs/70_launch.accelerate.ipynb #abc67a79
+# %% ../../nbs/70_launch.accelerate.ipynb #7b21c265
 def visible_gpus(
-    env=os.environ, # environment to look into
+    env:dict=None, # environment to look into; None: this process'
 )->int: # how many
     "GPUs that a process started here would see"
     there = len([p for p in Path("/dev").glob("nvidia*") if p.name[6:].isdigit()])
-    listed = env.get("CUDA_VISIBLE_DEVICES")
+    listed = (os.environ if env is None else env).get("CUDA_VISIBLE_DEVICES")
     return there if listed is None else min(there, len([g for g in listed.split(",") if g.strip() not in ("", "-1")]))
 
 # %% ../../nbs/70_launch.accelerate.ipynb #5a15d5e4

@@ -190,11 +190,12 @@ def job_script(
                            requeue=c["requeue"], script=script, nodes=nodes, processes=processes, per_node=processes//nodes, preflight_seconds=c["preflight_seconds"],
                            module=f"post_training.{cfg['stage']}")
 
-# %% ../../nbs/71_launch.slurm.ipynb #ce105571
+# %% ../../nbs/71_launch.slurm.ipynb #0c5d3350
 def clean_env(
-    env=os.environ, # environment to clean
+    env:dict=None, # environment to clean; None: this process'
 )->dict[str, str]:
     "The environment for the scheduler's commands: without what a surrounding job has set"
+    env = os.environ if env is None else env
     return {k: v for k, v in env.items() if k in ("SLURM_CONF", "SLURM_CLUSTERS") or not k.startswith(("SLURM_", "SBATCH_", "SRUN_", "SQUEUE_", "POST_TRAINING_JOB"))}
 
 # %% ../../nbs/71_launch.slurm.ipynb #64fef383

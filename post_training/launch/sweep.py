@@ -341,13 +341,13 @@ def answer(
     if best[column] == worst[column]: return text + ", and no other differs from it."
     return f"{text}; the other end is {worst[column]:.4g}, at {by} {worst[by]}."
 
-# %% ../../nbs/76_launch.sweep.ipynb #ff809906
+# %% ../../nbs/76_launch.sweep.ipynb #f7802a76
 def own_name(
     experiment:str, # as the notebook's parameter says
-    env=os.environ, # where a notebook server tells the file
+    env:dict=None, # where a notebook server tells the file; None: this process'
 )->str:
     "The experiment's name, compared with the name of the open notebook where that is known"
-    file = Path(env.get("JPY_SESSION_NAME") or "")
+    file = Path((os.environ if env is None else env).get("JPY_SESSION_NAME") or "")
     if file.suffix == ".ipynb" and file.parent.name == "experiments" and file.stem != experiment:
         raise UserError(f"This notebook is {file.name} and its experiment is called {experiment}. Set experiment to {file.stem} in the parameters' cell.")
     return check_name(experiment, "The experiment")
