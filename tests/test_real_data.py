@@ -4,11 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from post_training import run
 
 STEPS = 200
 
 
+@pytest.mark.slow
 def test_gsm8k_is_learned(data_dir, demo, tmp_root):
     "Two hundred steps on question and answer rows at prompt weight 0"
     args = ["dataset=gsm8k", "model=tiny", f"model_args.model_name_or_path={demo}/models/tiny", "cluster.device=cpu", "trainer=plw", "plw_args.prompt_loss_weight=0.0",

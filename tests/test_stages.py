@@ -55,6 +55,7 @@ def test_another_mixture_does_not_replace_it(small):
     assert command("dataset_mixture", small, "job_subdir=elsewhere").returncode == 0  # the same rows, asked for under another name
 
 
+@pytest.mark.slow
 def test_real_mixture_then_tokenize_and_train(data_dir, small, tmp_root, demo):
     "Three sources of three formats, one drawn from, one repeated; then training reads the tokenized rows"
     out = command("dataset_mixture", "mixture=real-small", small, f"tokenizer_args.tokenizer_name_or_path={demo}/models/tiny", "tokenizer_args.chat_template_name=tulu",
