@@ -23,6 +23,7 @@ SHARED = [
     "dataset_args.debug_subsample.train=64", "dataset_args.debug_subsample.eval=12", "training_args.max_steps=24", "training_args.save_steps=4",
     "training_args.eval_strategy=no", "evaluation.num_prompts=0",
 ]
+SAVED = [f"checkpoint-{n}" for n in (4, 8, 12, 16, 20)]  # what a run that is cut may go on from, depending on how far it came
 ON_SLURM = ["cluster=slurm", "cluster.gpus_per_node=1", "num_nodes=2", "cluster.time=20", "cluster.preflight_seconds=100", "submit=true"]
 
 
@@ -47,7 +48,9 @@ def copy_demo(demo, root):
 def slurm(tmp_path_factory, demo):
     if reason := slurm_cluster.missing():
         pytest.skip(reason)
-    with slurm_cluster.slurm_cluster(tmp_path_factory.mktemp("slurm"), nodes=4, cpus=2) as cluster:
+    partitions = [f"PartitionName={name} Nodes=n[0-3] Default={default} PriorityTier={tier} MaxTime=60 DefaultTime=10 State=UP" for name, default, tier in (("test", "YES", 1), ("urgent", "NO", 10))]
+    preempt = dict(PreemptType="preempt/partition_prio", PreemptMode="REQUEUE")
+    with slurm_cluster.slurm_cluster(tmp_path_factory.mktemp("slurm"), nodes=4, cpus=2, partitions=partitions, settings=preempt) as cluster:
         yield cluster
 
 
@@ -204,7 +207,18 @@ def test_node_failure(job, slurm, uncut):
     slurm.restart_node(1)
     record = job.end("COMPLETED")
     assert [a["exit"] for a in record["attempts"]] in (["killed", 0], [143, 0], [1, 0]), job.log()
-    assert record["resumed_from"]["2"] == "checkpoint-8"
+    assert record["resumed_from"]["2"] in SAVED
+    same(job, uncut())
+
+
+def test_preemption(job, slurm, uncut):
+    "A more urgent job takes the nodes; the run goes on behind it"
+    job.submit()
+    job.at_step(5)
+    slurm.submit("#!/bin/bash\nsleep 3\n", "--partition=urgent", "--nodes=4", "--exclusive", "--time=1", "--output=/dev/null")
+    record = job.end("COMPLETED")
+    assert len(record["attempts"]) == 2 and record["attempts"][0]["exit"] != 0 and int(slurm.job(job.id)["Restarts"]) == 1
+    assert record["resumed_from"]["2"] in SAVED
     same(job, uncut())
 
 
@@ -260,5 +274,5 @@ def test_cancelled(job, slurm, uncut):
     assert slurm.state(job.id) == "CANCELLED" and len(job.record["attempts"]) == 1
     job.submit()
     record = job.end("COMPLETED")
-    assert [a["exit"] for a in record["attempts"]][-1] == 0 and record["resumed_from"]["2"] == "checkpoint-4"
+    assert [a["exit"] for a in record["attempts"]][-1] == 0 and record["resumed_from"]["2"] in SAVED
     same(job, uncut())
