@@ -150,9 +150,9 @@ def test_two_nodes(job, slurm, uncut, tmp_path):
 
 
 def test_time_limit(job, slurm, uncut):
-    "A job of two minutes for a training of more: the signal comes, the ranks save and leave, the next lives finish it; wandb keeps its id"
-    long = ("training_args.max_steps=600", "training_args.save_steps=1000", "dataset_args.debug_subsample.train=0", "training_args.num_train_epochs=10")
-    job.submit(*long, "cluster.time=2", "cluster.signal_seconds=30", "wandb.mode=offline")
+    "A job that is asked to leave after its first 30 to 60 s, for a training of more: the ranks save and leave, the next lives finish it; wandb keeps its id"
+    long = ("training_args.max_steps=800", "training_args.save_steps=1000", "dataset_args.debug_subsample.train=0", "training_args.num_train_epochs=10")
+    job.submit(*long, "cluster.time=2", "cluster.signal_seconds=60", "wandb.mode=offline")
     record = job.end("COMPLETED", seconds=1200)
     exits = [a["exit"] for a in record["attempts"]]
     assert len(exits) > 1 and set(exits[:-1]) == {75} and exits[-1] == 0, job.log()
