@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['CONFIGS', 'SHARED_KEYS', 'TEMPLATES', 'TOKENIZER_KEYS', 'SFT_KEYS', 'DATA_KEYS', 'MIXTURE_KEYS', 'SPLIT_KEYS',
-           'LINEARISE_KEYS', 'TRAINING_STAGES', 'STAGE_KEYS', 'AMENDED_KEYS', 'OLD_NAMES', 'OLD_SECTIONS', 'RANGES',
-           'flatten', 'get', 'put', 'pop', 'calculate', 'known_keys', 'trl_keys', 'write_keys', 'conform',
-           'check_config', 'quote', 'typed_form', 'Typed', 'parse_override', 'old_names', 'new_name',
-           'translate_presets', 'project_root', 'site_path', 'groups', 'preset_names', 'preset_file', 'compose_presets',
-           'resolve', 'accelerate_file', 'accelerate_preset', 'world_size', 'batch_arithmetic', 'Composed', 'stages',
-           'stage_name', 'compose', 'diff_from_presets', 'freeze', 'load_frozen', 'compose_frozen']
+           'LINEARISE_KEYS', 'MODEL_KEYS', 'SHARD_KEYS', 'REWARD_KEYS', 'ANNOTATION_KEYS', 'SHARD_STAGES',
+           'PREFERENCE_KEYS', 'DPO_LOSSES', 'PREFERENCE_ARGS', 'TRAINING_STAGES', 'STAGE_KEYS', 'AMENDED_KEYS',
+           'OLD_NAMES', 'OLD_SECTIONS', 'RANGES', 'flatten', 'get', 'put', 'pop', 'calculate', 'known_keys', 'trl_keys',
+           'write_keys', 'conform', 'check_config', 'quote', 'typed_form', 'Typed', 'parse_override', 'old_names',
+           'new_name', 'translate_presets', 'project_root', 'site_path', 'groups', 'preset_names', 'preset_file',
+           'compose_presets', 'resolve', 'accelerate_file', 'accelerate_preset', 'world_size', 'batch_arithmetic',
+           'Composed', 'stages', 'stage_name', 'history_name', 'compose', 'diff_from_presets', 'freeze', 'load_frozen',
+           'compose_frozen']
 
 # %% ../nbs/00_config.ipynb #582507f9
 import ast, contextlib, functools, importlib.util, json, math, operator, os, re, shlex, tempfile, threading
@@ -162,20 +164,63 @@ SPLIT_KEYS = {k: v for k,v in DATA_KEYS.items() if k not in ("on_malformed", "ro
 LINEARISE_KEYS = {k: v for k,v in DATA_KEYS.items() if k not in ("seed", "role_checks")} | {"dataset_args.dataset_name": "str", "splits": "list|null",
     "branches": "=first|=all", "num_proc": "int|null"}
 
-# %% ../nbs/00_config.ipynb #3e7a0fdd
-TRAINING_STAGES = ("train_sft",) # stages with optimizer steps: a batch, a world, a topology
+# %% ../nbs/00_config.ipynb #2989e1fa
+MODEL_KEYS = {"model_args.model_name_or_path": "str", "model_args.model_revision": "str", "model_args.dtype": "=auto|=float32|=bfloat16|=float16",
+    "model_args.attn_implementation": "str|null", "model_args.trust_remote_code": "bool", "model_name": "str|null"}
 
-# %% ../nbs/00_config.ipynb #44623f6b
+# %% ../nbs/00_config.ipynb #3ad152ec
+SHARD_KEYS = DATA_KEYS | {"dataset_name": "str|null", "save_data_dir": "str|null", "dataset_args.dataset_name": "str", "dataset_args.split": "str|null",
+    "dataset_args.debug_subsample": "int", "shards.number": "int", "shards.save_seconds": "float"} # of every stage that annotates rows
+SHARD_KEYS = {k: v for k,v in SHARD_KEYS.items() if k != "role_checks"}
+
+# %% ../nbs/00_config.ipynb #637560be
+REWARD_KEYS = {"reward_args.kind": "=model|=verifier", "reward_args.name": "str", "reward_args.verifier": "str|null", "reward_args.chat_template_name": TOKENIZER_KEYS["tokenizer_args.chat_template_name"],
+    **{f"reward_args.{k}": "str|null" for k in ("model_name_or_path", "attn_implementation")}, "reward_args.model_revision": "str", "reward_args.dtype": "=auto|=float32|=bfloat16|=float16",
+    "reward_args.max_length": "int|null", "reward_args.batch_tokens": "int", "reward_args.score_index": "int|null", "reward_args.trust_remote_code": "bool"}
+
+# %% ../nbs/00_config.ipynb #2af856a0
+ANNOTATION_KEYS = { # stage -> its own keys
+    "filter": MODEL_KEYS | TOKENIZER_KEYS | {"max_seq_len": "int", "min_completions": "int", "structure": "=auto|=plain|=structured"},
+    "ref_completions": MODEL_KEYS | TOKENIZER_KEYS | {"max_seq_len": "int", "backend": "=transformers|=server", "tensor_parallel_size": "int", "keep_existing": "bool",
+        "generation.n": "int", "generation.temperature": "float", "generation.top_p": "float", "generation.max_new_tokens": "int", "generation.batch_tokens": "int",
+        "server.url": "str|null", "server.command": "list|null", "server.model": "str|null", "server.start_seconds": "int", "server.concurrency": "int"},
+    "ref_logprobs": MODEL_KEYS | TOKENIZER_KEYS | {"batch_tokens": "int", "share_prompts": "=auto|bool", "allow_other_reference": "bool"},
+    "ref_rewards": REWARD_KEYS,
+    "pairs": {"mode": "=heuristic|=best-worst|=random|=k-random|=offline", "num_pairs": "int", "min_num_ref_rewards": "int", "num_ref_rewards": "int|null",
+        "candidates": "=all|=reference|=data"}}
+
+# %% ../nbs/00_config.ipynb #f0b692fd
+SHARD_STAGES = tuple(ANNOTATION_KEYS) # stages that are maps over rows, shared by many workers
+
+# %% ../nbs/00_config.ipynb #7c92c250
+PREFERENCE_KEYS = {k: v for k,v in SFT_KEYS.items() if not k.startswith(("trainer", "plw_args.", "irl_args."))} | {
+    "ref_model_args.model_name_or_path": "str|null", "tokenization.max_length": "int|null"}
+
+# %% ../nbs/00_config.ipynb #ec2d6c5d
+DPO_LOSSES = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft",
+    "sigmoid_norm") # the names that TRL's DPOTrainer knows
+
+# %% ../nbs/00_config.ipynb #5af936da
+PREFERENCE_ARGS = {"training_args.loss_type": "|".join(f"={t}" for t in ("qrpo", *DPO_LOSSES)) + "|list", "training_args.num_ref_rewards": "int|null", "training_args.ref_logprobs_from_dataset": "bool",
+    "training_args.normalize_beta_by_length": "bool", "training_args.normalize_loss_by_length": "bool", "training_args.max_effective_beta": "float|null",
+    "training_args.transform": "=identity|=log|=square|=sqrt|=normal", "training_args.partition": "=continuous|=finite"} # beyond DPOConfig's
+
+# %% ../nbs/00_config.ipynb #88106115
+TRAINING_STAGES = ("train_sft", "train_preference") # stages with optimizer steps: a batch, a world, a topology
+
+# %% ../nbs/00_config.ipynb #a3d3704e
 STAGE_KEYS = { # stage -> its own keys, the dataclass behind training_args (None: the stage has none)
     "train_sft": (SHARED_KEYS | SFT_KEYS, "SFTConfig"), "tokenize": (SHARED_KEYS | SFT_KEYS, "SFTConfig"),
     "generation_ratio": (SHARED_KEYS | SFT_KEYS | {"trim": "float"}, "SFTConfig"), "dataset_mixture": (SHARED_KEYS | MIXTURE_KEYS, None),
-    "dataset_split": (SHARED_KEYS | SPLIT_KEYS, None), "linearise": (SHARED_KEYS | LINEARISE_KEYS, None)}
+    "dataset_split": (SHARED_KEYS | SPLIT_KEYS, None), "linearise": (SHARED_KEYS | LINEARISE_KEYS, None),
+    **{stage: (SHARED_KEYS | SHARD_KEYS | keys, None) for stage, keys in ANNOTATION_KEYS.items()},
+    "train_preference": (SHARED_KEYS | PREFERENCE_KEYS | PREFERENCE_ARGS, "DPOConfig")}
 
 # %% ../nbs/00_config.ipynb #94a8e2c7
 AMENDED_KEYS = {"model_args.model_name_or_path": "str", "model_args.trust_remote_code": "bool", # TRL lets it be null; has none
     "training_args.gradient_accumulation_steps": "int|null"} # null until it is derived
 
-# %% ../nbs/00_config.ipynb #be38dce2
+# %% ../nbs/00_config.ipynb #ce990381
 @functools.cache
 def known_keys(
     stage:str, # a name of `STAGE_KEYS`
@@ -184,7 +229,8 @@ def known_keys(
     own, args = STAGE_KEYS[stage]
     if args is None: return own | {"stage": f"={stage}"}
     table = json.loads((CONFIGS/"keys.json").read_text())
-    return own | {"stage": f"={stage}"} | {f"training_args.{k}": v for k,v in table[args].items()} | {f"model_args.{k}": v for k,v in table["ModelConfig"].items()} | AMENDED_KEYS
+    theirs = {f"training_args.{k}": v for k,v in table[args].items()} | {f"model_args.{k}": v for k,v in table["ModelConfig"].items()}
+    return theirs | AMENDED_KEYS | own | {"stage": f"={stage}"}
 
 # %% ../nbs/00_config.ipynb #e07e9f2b
 def _type_of(f)->str: # a `dataclasses.Field`
@@ -724,25 +770,52 @@ def _trust(cfg:dict, origin, typed)->list[str]: # notices; `cfg` is changed in p
         notices.append(f"{key} is true{origin(key)}, but model_args.model_revision names no commit: taken as false.")
     return notices
 
-# %% ../nbs/00_config.ipynb #e271b271
+# %% ../nbs/00_config.ipynb #155e5d3b
 RANGES = {"plw_args.prompt_loss_weight": (0, 1), "irl_args.lambda_td": (0, math.inf), "irl_args.gamma": (0, 1), "max_drop_fraction": (0, 1),
     "dataset_args.debug_subsample.train": (0, math.inf), "dataset_args.debug_subsample.eval": (0, math.inf), "num_nodes": (1, math.inf),
     "cluster.max_retries": (0, 1000), "cluster.signal_seconds": (1, 65535), "cluster.preflight_seconds": (1, 3600),
     "trim": (0, 0.49), "near_duplicates.threshold": (0, 1), "near_duplicates.num_perm": (16, 1024), "near_duplicates.ngram": (1, 50),
-    "evaluation.num_prompts": (0, math.inf), "evaluation.max_new_tokens": (1, math.inf), "evaluation.batch_size": (1, math.inf)}
+    "shards.number": (1, 9999), "shards.save_seconds": (0, math.inf), "max_seq_len": (1, math.inf), "min_completions": (0, math.inf), "tensor_parallel_size": (1, 1024),
+    "generation.n": (0, math.inf), "generation.temperature": (0, math.inf), "generation.top_p": (0, 1), "generation.max_new_tokens": (1, math.inf),
+    "generation.batch_tokens": (1, math.inf), "batch_tokens": (1, math.inf), "reward_args.batch_tokens": (1, math.inf), "num_pairs": (1, math.inf),
+    "min_num_ref_rewards": (1, math.inf), "server.start_seconds": (1, math.inf), "server.concurrency": (1, math.inf), "dataset_args.debug_subsample": (0, math.inf),
+    "training_args.beta": (1e-300, math.inf), "evaluation.num_prompts": (0, math.inf), "evaluation.max_new_tokens": (1, math.inf), "evaluation.batch_size": (1, math.inf)}
 
-# %% ../nbs/00_config.ipynb #82639b9b
+# %% ../nbs/00_config.ipynb #5cf2103b
 def _check_values(cfg:dict, keys:dict, where:str=""):
     "What types do not say: own keys are all there, numbers are in range, folders stay below the folder they belong to"
     lost = [k for k in keys if not k.startswith(("training_args.", "model_args.")) and get(cfg, k, _NOTHING) is _NOTHING]
     if lost: raise UserError(f"{lost[0]} is missing{where}: it may have another value but not be removed.")
     for key,(low,high) in RANGES.items():
-        if not low <= get(cfg, key, low) <= high: raise UserError(f"{key}={get(cfg, key)}{where}: it lies between {low} and {high}.")
+        if key in keys and not low <= get(cfg, key, low) <= high: raise UserError(f"{key}={get(cfg, key)}{where}: it lies between {low} and {high}.")
     for key in ("job_subdir", "artifacts_subdir"):
         path = Path(cfg[key])
         if not path.parts or path.is_absolute() or ".." in path.parts: raise UserError(f"{key}={cfg[key]}{where}: give a folder name below the outputs, like A/B.")
 
-# %% ../nbs/00_config.ipynb #391b2a08
+# %% ../nbs/00_config.ipynb #1587fec0
+def history_name(
+    cfg:dict, # of an annotation stage
+)->str: # name of the rows that it writes
+    "The name of the rows that a stage reads, and what the stage adds to it"
+    tail = lambda path: re.sub(r"\.(jsonl?|parquet)$", "", str(path).rstrip("/").split("/")[-1])
+    model = cfg.get("model_name") or tail(get(cfg, "model_args.model_name_or_path", "")).removeprefix("run:")
+    added = {"filter": lambda: f"{model}-maxlen{cfg['max_seq_len']}", "ref_completions": lambda: f"Nref{cfg['generation']['n']}", "ref_logprobs": lambda: "logprobs",
+             "ref_rewards": lambda: cfg["reward_args"]["name"], "pairs": lambda: cfg["mode"] + (f"-x{cfg['num_pairs']}" if cfg["num_pairs"] > 1 else "")}
+    return re.sub(r"[^\w.-]+", "-", f"{tail(cfg['dataset_args']['dataset_name'])}-{added[cfg['stage']]()}")
+
+# %% ../nbs/00_config.ipynb #4ced52c7
+def _named(cfg:dict)->dict: # dotted key -> value
+    "Where an annotation stage writes, if nothing was said about it"
+    name = cfg["dataset_name"] or history_name(cfg)
+    return {"dataset_name": name, "save_data_dir": cfg["save_data_dir"] or f"{cfg['artifacts_dir']}/{cfg['artifacts_subdir']}/datasets/{name}"}
+
+# %% ../nbs/00_config.ipynb #5809cf6e
+def _without_training(raw:dict, origins:dict, keys:dict):
+    "Leave out, in place, what a model preset says that a stage has no use for"
+    for key in [k for k, where in origins.items() if where.startswith("preset model=") and k not in keys]: pop(raw, key); origins.pop(key)
+    for key in [k for k, v in raw.items() if v == {}]: raw.pop(key)
+
+# %% ../nbs/00_config.ipynb #7c41a931
 def _finish(raw:dict, keys:dict, origin, typed=(), holes_ok:bool=False)->tuple: # (checked config, derived keys, notices)
     "Resolve, check and complete a raw configuration"
     cfg = resolve(raw)
@@ -753,7 +826,10 @@ def _finish(raw:dict, keys:dict, origin, typed=(), holes_ok:bool=False)->tuple: 
         raise UserError(f"{' and '.join(left)} must be given: {' '.join(f'{k}=VALUE' for k in left)}{origin(left[0])}")
     _check_values(cfg, keys)
     notices = _trust(cfg, origin, typed)
-    if cfg["stage"] not in TRAINING_STAGES: return cfg, {}, notices
+    derived = _named(cfg) if cfg["stage"] in SHARD_STAGES and not holes else {}
+    derived = {k: v for k,v in derived.items() if get(cfg, k) != v}
+    for k,v in derived.items(): put(cfg, k, v)
+    if cfg["stage"] not in TRAINING_STAGES: return cfg, derived, notices
     batch = batch_arithmetic(cfg, typed)
     derived = {"global_batch_size": batch["global_batch"], "training_args.gradient_accumulation_steps": batch["accumulation"]}
     derived = {k: v for k,v in derived.items() if get(cfg, k) != v}
@@ -764,7 +840,7 @@ def _finish(raw:dict, keys:dict, origin, typed=(), holes_ok:bool=False)->tuple: 
     if path.parent == CONFIGS/"accelerate": cfg["accelerate_config"] = path.stem
     return cfg, derived, notices
 
-# %% ../nbs/00_config.ipynb #e860c582
+# %% ../nbs/00_config.ipynb #d9542152
 def compose(
     stage:str, # a stage; hyphens are taken for underscores
     overrides=(), # texts in Hydra's grammar: "model=tiny", "training_args.max_steps=8"; or a frozen file alone
@@ -779,6 +855,7 @@ def compose(
     choices, values = _sort_overrides(stage, overrides, keys, config_dir)
     raw, origins = compose_presets(stage, choices, config_dir)
     notices = translate_presets(raw, origins, old_names(keys))
+    if stage in SHARD_STAGES: _without_training(raw, origins, keys)
     def origin(key):
         "Where a key comes from, as the end of a message"
         if text := typed.get(key): return "" if text.lstrip("+").startswith(f"{key}=") else f" (typed: {text})"
