@@ -287,7 +287,7 @@ def tokenize_key(
                  template=template_fingerprint(tokenizer), parameters=dict(sorted(parameters.items())))
     return dict(facts, key=hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest())
 
-# %% ../../nbs/25_tokens.dataset.ipynb #f2c3714f
+# %% ../../nbs/25_tokens.dataset.ipynb #5c13aed8
 def cached_tokenize(
     folder, # where tokenized datasets are kept
     dataset, # raw rows
@@ -295,18 +295,19 @@ def cached_tokenize(
     *,
     max_drop_fraction:float|None=None, # share of rows that may be dropped
     num_proc:int|None=None, # processes; None chooses
+    make=tokenize_dataset, # what tokenizes it: that for conversations, or one for rows of another kind
     **parameters, # max_length, policies and the rest of `tokenize_dataset`'s
 )->tuple: # (`datasets.Dataset`, counts with the key and whether it was found)
     "Tokenize a dataset once: the result is kept under a hash of all that decides it; one process works, the others wait and read"
     from datasets import load_from_disk
     if not len(dataset): raise UserError("The dataset has no rows.")
-    facts = tokenize_key(dataset, tokenizer, **parameters)
+    facts = tokenize_key(dataset, tokenizer, **parameters, **({} if make is tokenize_dataset else dict(make=make.__name__)))
     out = Path(folder)/facts["key"][:16]
     with locked(out.with_name(f".{out.name}.lock")):
         found = out.exists() and not verify_manifest(out, hashes=False)
         if not found:
             with tempfile.TemporaryDirectory(dir=folder, prefix=".work-") as work, atomic_dir(out, replace=True) as tmp:
-                data, counts = tokenize_dataset(dataset, tokenizer, max_drop_fraction=max_drop_fraction, num_proc=num_proc, work=work, **parameters)
+                data, counts = make(dataset, tokenizer, max_drop_fraction=max_drop_fraction, num_proc=num_proc, work=work, **parameters)
                 data.save_to_disk(str(tmp))
                 write_json(tmp/"counts.json", counts)
                 write_manifest(tmp, **facts)
