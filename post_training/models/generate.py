@@ -32,7 +32,7 @@ def length_batches(
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
 
-# %% ../../nbs/37_models.generate.ipynb #bebffb22
+# %% ../../nbs/37_models.generate.ipynb #af6cba8c
 def pick_token(
     logits_BV:torch.Tensor, # of the next position
     u_B:torch.Tensor, # a uniform number for each row
@@ -41,12 +41,14 @@ def pick_token(
 )->torch.Tensor: # ids_B
     "The next token of each row"
     if temperature == 0: return logits_BV.argmax(-1)
-    probs_BV, ids_BV = torch.softmax(logits_BV.float()/temperature, -1).sort(dim=-1, descending=True, stable=True)
-    before_BV = probs_BV.cumsum(-1) - probs_BV
-    probs_BV = probs_BV.masked_fill((before_BV >= top_p) & (before_BV > 0), 0.)
-    cum_BV = probs_BV.double().cumsum(-1)
-    at_B1 = torch.searchsorted(cum_BV, u_B[:, None].double()*cum_BV[:, -1:], right=True)
-    return ids_BV.gather(-1, at_B1.clamp(max=int(logits_BV.shape[-1]) - 1)).squeeze(-1)
+    probs_BV, ids_BV = torch.softmax(logits_BV.float()/temperature, -1), None
+    if top_p < 1: # otherwise the order of the vocabulary does as well, and needs no sorting
+        probs_BV, ids_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
+        before_BV = probs_BV.cumsum(-1) - probs_BV
+        probs_BV = probs_BV.masked_fill((before_BV >= top_p) & (before_BV > 0), 0.)
+    cum_BV = probs_BV.cumsum(-1, dtype=torch.float64)
+    at_B1 = torch.searchsorted(cum_BV, u_B[:, None].double()*cum_BV[:, -1:], right=True).clamp(max=int(logits_BV.shape[-1]) - 1)
+    return (at_B1 if ids_BV is None else ids_BV.gather(-1, at_B1)).squeeze(-1)
 
 # %% ../../nbs/37_models.generate.ipynb #675857af
 def row_noise(
@@ -67,25 +69,29 @@ def stop_ids(
     if not ids: raise UserError("The model's generation_config names no eos_token_id: set tokenizer_args.model_eos_token_id.")
     return sorted(ids)
 
-# %% ../../nbs/37_models.generate.ipynb #b793d280
+# %% ../../nbs/37_models.generate.ipynb #2fd638ad
 @torch.no_grad()
 def complete_batch(
     model, # a causal language model
     prompts:Sequence[Sequence[int]], # token ids
-    u_BN:torch.Tensor, # a uniform number for each row and new token
+    u_BN:torch.Tensor, # a uniform number for each row and new token; rows are the samples of the first prompt, then those of the second, ...
     stop:Sequence[int], # ids that end a row
     pad_id:int, # for the empty places on the left
     temperature:float=0., # 0: greedy
     top_p:float=1., # see `pick_token`
+    samples:int=1, # of each prompt
 )->list[list[int]]: # new ids of each row, the stop token included
     "Complete one batch of prompts; N = `u_BN.shape[1]` new tokens at most"
     from transformers import DynamicCache
-    device, out, live = model.device, [[] for _ in prompts], torch.arange(len(prompts))
+    device, out, live = model.device, [[] for _ in range(len(prompts)*samples)], torch.arange(len(prompts)*samples)
     ids_BT, mask_BT = (x.to(device) for x in left_pad(prompts, pad_id))
     pos_BT, cache = (mask_BT.cumsum(1) - 1).clamp(min=0), DynamicCache(config=model.config)
     for n in range(u_BN.shape[1]):
         logits_BV = model(input_ids=ids_BT, attention_mask=mask_BT, position_ids=pos_BT, past_key_values=cache, use_cache=True,
                           logits_to_keep=1).logits[:, -1]
+        if n == 0 and samples > 1: # the prompts have been read: from here on each sample goes its own way
+            cache.batch_repeat_interleave(samples)
+            logits_BV, mask_BT, pos_BT = (x.repeat_interleave(samples, 0) for x in (logits_BV, mask_BT, pos_BT))
         new_B = pick_token(logits_BV, u_BN[live, n].to(device), temperature, top_p)
         going = []
         for k, (row, token) in enumerate(zip(live.tolist(), new_B.tolist())):
