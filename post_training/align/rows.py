@@ -215,7 +215,7 @@ def make_row(
     source, verifier = (None if row.get(k) is None else str(row[k]) for k in ("source", "verifier"))
     return dict(id=row_id(row, index), source=source, prompt=common_prompt(prompts), answer=answer_text(answer), verifier=verifier, completions=completions), lost
 
-# %% ../../nbs/40_align.rows.ipynb #ac60784c
+# %% ../../nbs/40_align.rows.ipynb #0aa3e690
 def rows_batch(
     batch:dict, # columns
     indices:list[int], # of the rows
@@ -231,6 +231,7 @@ def rows_batch(
     out = {k: [] for k in (*row_features(False), "_fault", "_row", "_lost")}
     for i, values in zip(indices, zip(*batch.values())):
         row, fault, lost = dict(zip(batch, values)), "", []
+        if form == "solutions" and not row.get("verifier"): row["verifier"] = "final_number"
         try: made, lost = make_row(row, i, read(row), blocks)
         except (MalformedRow, UnsupportedContent, KeyError, TypeError, AttributeError) as e:
             fault = str(e) if isinstance(e, UserError) else "a field is missing or has another type"
