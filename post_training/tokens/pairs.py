@@ -7,12 +7,12 @@ __all__ = ['REFERENCE', 'REWARDS', 'QUANTILES', 'NUMBERS', 'LISTS', 'FLAGS', 'si
            'finite', 'reference_fault', 'reward_fault', 'tokenize_pair', 'tokenize_batch', 'pair_features',
            'tokenize_pairs', 'pair_counts', 'cached_pairs']
 
-# %% ../../nbs/27_tokens.pairs.ipynb #d0256d95
+# %% ../../nbs/27_tokens.pairs.ipynb #0182ad40
 import math, os
 from collections import Counter
 from pathlib import Path
 from ..base import UserError, nearest
-from ..data.messages import MalformedRow, check_dropped, content_text, row_id
+from ..data.messages import MalformedRow, check_dropped, row_id
 from .completions import encode_completions
 from .dataset import cached_tokenize, processes
 from .masks import Refused, encoder_for
@@ -46,7 +46,7 @@ REFERENCE = ("ref_chosen_logprob", "ref_rejected_logprob")
 REWARDS = ("chosen_reward", "rejected_reward", "ref_rewards")
 QUANTILES = ("chosen_quantile_reward", "rejected_quantile_reward")
 
-# %% ../../nbs/27_tokens.pairs.ipynb #34e7c955
+# %% ../../nbs/27_tokens.pairs.ipynb #dba7dab2
 def check_columns(
     names, # columns of the data
     reference:bool=False, # log-probabilities of the reference are read from the data
@@ -56,11 +56,11 @@ def check_columns(
     sides = [k for k in ("chosen", "rejected") if k not in names]
     if sides: raise UserError(f"The data has no column {' and no column '.join(sides)}. It has {', '.join(sorted(names))}. Pairs are made by the stage pairs.")
     lost = [k for k in REFERENCE if k not in names] if reference else []
-    if lost: raise UserError(f"The data has no column {' and no column '.join(lost)}.{nearest(lost[0], names)} The reference's log-probabilities are written by the stage ref_logprobs; "
-                             "with training_args.ref_logprobs_from_dataset=false the reference model computes them before training.")
+    if lost: raise UserError(f"The data has no column {' and no column '.join(lost)}.{nearest(lost[0], names)} The reference's log-probabilities are written by the stage "
+                             "ref_logprobs; with training_args.ref_logprobs_from_dataset=false the reference model computes them before training.")
     lost = [k for k in REWARDS if k not in names] if rewards and not set(QUANTILES) <= set(names) else []
-    if lost: raise UserError(f"The data has no column {' and no column '.join(lost)}.{nearest(lost[0], names)} loss_type=qrpo needs rewards and reference rewards (stage ref_rewards), "
-                             f"or {' and '.join(QUANTILES)}.")
+    if lost: raise UserError(f"The data has no column {' and no column '.join(lost)}.{nearest(lost[0], names)} loss_type=qrpo needs rewards and reference rewards "
+                             f"(stage ref_rewards), or {' and '.join(QUANTILES)}.")
 
 # %% ../../nbs/27_tokens.pairs.ipynb #8ed4bc58
 def finite(x)->bool: # of a number, or of a list of numbers that is not empty
