@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMPLETION', 'COMPLETION_KEYS', 'SIDES', 'FORMS', 'completion', 'text_content', 'row_features', 'branch_talks',
            'pair_talks', 'solution_columns', 'solution_talks', 'row_talks', 'row_form', 'used_columns', 'needs_blocks',
-           'common_prompt', 'split_talk', 'answer_text', 'make_row', 'rows_batch', 'unique_ids', 'to_rows',
+           'common_prompt', 'split_talk', 'answer_text', 'make_row', 'rows_batch', 'unique_ids', 'has_form', 'to_rows',
            'block_parts', 'swissai_row', 'to_swissai', 'pair_of', 'to_preference', 'references_of', 'mix_pairs']
 
 # %% ../../nbs/40_align.rows.ipynb #09459bba
@@ -255,7 +255,16 @@ def unique_ids(
         seen.add(new); out.append(new)
     return out
 
-# %% ../../nbs/40_align.rows.ipynb #283e7d17
+# %% ../../nbs/40_align.rows.ipynb #cc013da6
+def has_form(
+    dataset, # `datasets.Dataset`
+    blocks:bool, # structured contents
+)->bool:
+    "Whether a dataset has the columns of rows with their very types, and ids of their own"
+    wanted = row_features(blocks)
+    return all(dataset.features.get(k) == f for k, f in wanted.items()) and len(set(ids := dataset["id"][:])) == len(ids) and None not in ids
+
+# %% ../../nbs/40_align.rows.ipynb #29d9122e
 def to_rows(
     dataset, # `datasets.Dataset` in any known form
     structure:str="auto", # plain, structured, or auto: structured where the rows are, come from Swiss-AI rows or use tools
@@ -266,6 +275,8 @@ def to_rows(
     from datasets.fingerprint import get_temporary_cache_files_directory
     if on_malformed not in ("drop", "error"): raise UserError(f"on_malformed={on_malformed!r}: drop or error.")
     form, blocks = row_form(dataset), needs_blocks(dataset, structure)
+    if form == "rows" and has_form(dataset, blocks):
+        return dataset, {"in": len(dataset), "out": len(dataset), "dropped": {}, "examples": {}, "completions": sum(map(len, dataset["completions"][:])), "lost": {}}
     features = Features({**row_features(blocks), "_fault": Value("string"), "_row": Value("string"), "_lost": List(Value("string"))})
     if not len(dataset): raise UserError("The dataset has no rows.")
     kept = dataset.remove_columns(used_columns(dataset, form, blocks))
