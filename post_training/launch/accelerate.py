@@ -8,12 +8,12 @@ __all__ = ['BOUND', 'visible_gpus', 'device_of', 'preflight', 'launch_settings',
            'last_lines', 'raise_for_exit', 'run_module', 'raise_if_handed_over', 'launch_worker', 'follow_job',
            'launch_evaluation']
 
-# %% ../../nbs/70_launch.accelerate.ipynb #f1452fd1
+# %% ../../nbs/70_launch.accelerate.ipynb #3ee476e0
 import contextlib, json, os, signal, subprocess, sys, threading, time
 from pathlib import Path
 import yaml
 from ..base import UserError, redact, write_atomic
-from ..config import TRAINING_STAGES, accelerate_file, batch_arithmetic, project_root
+from ..config import SHARD_STAGES, TRAINING_STAGES, accelerate_file, batch_arithmetic, project_root
 from ..run import HANDED_OVER, Attempt, close_attempt, is_trained, read_metrics, read_record, this_job, update_record
 from .estimate import estimate_of
 
@@ -58,13 +58,14 @@ def launch_settings(
     if preset["distributed_type"] != "DEEPSPEED": preset |= dict(distributed_type="MULTI_GPU" if n > 1 else "NO", use_cpu=cpu)
     return preset
 
-# %% ../../nbs/70_launch.accelerate.ipynb #833824f2
+# %% ../../nbs/70_launch.accelerate.ipynb #20223b67
 def worker_env(
     cfg:dict, # a composed, resolved config
 )->dict[str, str]:
     "What a worker has to be told about its device; nothing on GPUs"
-    if device_of(cfg) == "cuda" or cfg["stage"] not in TRAINING_STAGES: return {}
+    if device_of(cfg) == "cuda" or cfg["stage"] not in (*TRAINING_STAGES, *SHARD_STAGES): return {}
     env = dict(CUDA_VISIBLE_DEVICES="", OMP_WAIT_POLICY=os.environ.get("OMP_WAIT_POLICY", "PASSIVE")) # idle threads must not spin on shared cores
+    if cfg["stage"] in SHARD_STAGES: return env
     return env | (dict(DS_ACCELERATOR="cpu") if launch_settings(cfg)["distributed_type"] == "DEEPSPEED" else dict(ACCELERATE_USE_CPU="true"))
 
 # %% ../../nbs/70_launch.accelerate.ipynb #bc34da28

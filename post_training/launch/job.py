@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['FAULTS', 'wasted', 'last_error', 'decide', 'note_job', 'is_mine', 'wait_for_last_life', 'run_beside', 'write_verdict',
-           'settle', 'main']
+           'note_tasks', 'settle', 'main']
 
-# %% ../../nbs/74_launch.job.ipynb #18c9a614
+# %% ../../nbs/74_launch.job.ipynb #244c2f88
 import json, sys, time
 from pathlib import Path
 from ..base import UserError, write_atomic
-from ..config import compose, load_frozen
-from .accelerate import HandedOver, JobFailed
+from ..config import SHARD_STAGES, compose, load_frozen
+from .accelerate import HandedOver, JobFailed, last_lines
 from .recipe import execute_run
-from .slurm import record_job
-from ..run import HANDED_OVER, close_attempt, edit_record, is_done, is_live, is_trained, newest_verified, read_record, run_folder, this_job
+from .slurm import array_of, record_job, task_ends
+from ..run import HANDED_OVER, base_model, close_attempt, edit_record, is_done, is_live, is_trained, newest_verified, read_record, run_folder, this_job
 
 # %% ../../nbs/74_launch.job.ipynb #a6d37361
 FAULTS = (1, 139, 134, 137) # exits of an attempt whose program or machine failed
@@ -132,7 +132,23 @@ def write_verdict(
     edit_record(run_dir, change)
     return verdict
 
-# %% ../../nbs/74_launch.job.ipynb #6429caae
+# %% ../../nbs/74_launch.job.ipynb #ba8403fb
+def note_tasks(
+    run_dir, # a run folder
+    most:int=20, # tasks whose logs are kept
+)->str: # one sentence; empty where all ended well, or there is no array
+    "Write into the record how the tasks of the newest array ended"
+    array = array_of(read_record(run_dir))
+    if not array: return ""
+    failed = task_ends(run_dir, array)
+    for e in failed[:most]: e["tail"] = last_lines(Path(run_dir)/e["log"], 20)
+    edit_record(run_dir, lambda r: r.update(array=dict(id=array["id"], tasks=array["tasks"], failed=failed)))
+    if not failed: return ""
+    first = next((e for e in failed if e["exit"] is not None), failed[0])
+    said = next((line for line in reversed(first.get("tail", "").split("\n")) if line.startswith("error: ")), first["why"]).removeprefix("error: ")
+    return f"{len(failed)} of {array['tasks']} tasks of array {array['id']} did not end well; task {first['task']}: {said} ({first['log']})"
+
+# %% ../../nbs/74_launch.job.ipynb #4d40e177
 def settle(
     config, # frozen
     trained:int, # exit code of training
@@ -143,24 +159,28 @@ def settle(
     run_dir = run_folder(cfg)
     if not (record := read_record(run_dir)): return "stop", recipe or 1, "no run was made"
     last = (record.get("attempts") or [{}])[-1]
-    if is_done(run_dir, record["checkpoints_dir"]): return "done", 0, "finished"
+    if is_done(run_dir, record["checkpoints_dir"]):
+        if cfg["stage"] in SHARD_STAGES: note_tasks(run_dir)
+        return "done", 0, "finished"
     if not is_mine(last):
         why = "this job could not open an attempt; its log tells why"
         if is_live(run_dir): return "stop", recipe or 1, f"{why} (another attempt is at work: it is left alone)"
         return write_verdict(run_dir, ("stop", recipe or 1, why))
     if "exit" not in last: close_attempt(run_dir, last["number"], trained or recipe or 1)
-    return write_verdict(run_dir, decide(run_dir, record["checkpoints_dir"], cfg["cluster"]["max_retries"], trained, recipe))
+    verdict = decide(run_dir, record["checkpoints_dir"], cfg["cluster"]["max_retries"], trained, recipe)
+    if cfg["stage"] in SHARD_STAGES and (failed := note_tasks(run_dir)) and verdict[0] == "stop": verdict = "stop", verdict[1], failed
+    return write_verdict(run_dir, verdict)
 
-# %% ../../nbs/74_launch.job.ipynb #9e7ba739
+# %% ../../nbs/74_launch.job.ipynb #ee290afe
 def main(
     argv:list[str]=None, # None: this process' arguments
 )->int: # exit code
-    "`run CONFIG --told FILE`, `settle CONFIG --trained CODE --recipe CODE` or `stop CONFIG --why TEXT`"
+    "`run CONFIG --told FILE`, `settle CONFIG --trained CODE --recipe CODE`, `stop CONFIG --why TEXT`, or `model CONFIG`: where the model of a server is"
     import argparse
     parser = argparse.ArgumentParser(prog="python -m post_training.launch.job")
     commands = parser.add_subparsers(dest="command", required=True)
-    run, end, stop = (commands.add_parser(name) for name in ("run", "settle", "stop"))
-    for p in (run, end, stop): p.add_argument("config")
+    run, end, stop, model = (commands.add_parser(name) for name in ("run", "settle", "stop", "model"))
+    for p in (run, end, stop, model): p.add_argument("config")
     run.add_argument("--told", required=True)
     run.add_argument("--successor", default="")
     stop.add_argument("--why", required=True)
@@ -168,6 +188,7 @@ def main(
     o = parser.parse_args(argv)
     try:
         if o.command == "run": return run_beside(o.config, o.told, o.successor)
+        if o.command == "model": cfg = load_frozen(o.config); print(base_model(cfg["model_args"]["model_name_or_path"], cfg["runs_dir"])[0]); return 0
         if o.command == "stop": write_verdict(run_folder(load_frozen(o.config)), ("stop", 1, o.why)); return 0
         word, code, why = settle(o.config, o.trained, o.recipe)
         print(f"{word} {code} {why}")

@@ -7,14 +7,14 @@ __all__ = ['KEYS', 'Stage', 'plan_path', 'parse_stage', 'in_order', 'read_plan',
            'check_plan', 'outdated', 'look_up', 'plan_rows', 'node_hours', 'plan_total', 'array_folder', 'emit_plan',
            'submit_plan', 'run_local', 'load_plan', 'carry_out']
 
-# %% ../../nbs/75_launch.plan.ipynb #605aeaa4
+# %% ../../nbs/75_launch.plan.ipynb #cca0ace0
 import json, re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 import yaml
 from ..base import UserError, nearest
-from ..config import CONFIGS, TRAINING_STAGES, Composed, batch_arithmetic, compose, quote, site_path, stage_name
+from ..config import CONFIGS, SHARD_STAGES, TRAINING_STAGES, Composed, batch_arithmetic, compose, quote, site_path, stage_name
 from . import slurm
 from .accelerate import JobFailed
 from .recipe import run_recipe, shown_path
@@ -190,7 +190,7 @@ def compose_plan(
     check_plan(made, where)
     return made
 
-# %% ../../nbs/75_launch.plan.ipynb #bedee210
+# %% ../../nbs/75_launch.plan.ipynb #35561e31
 def check_plan(
     plan:Plan, # its launcher is set here
     where:str, # the file, for messages
@@ -205,7 +205,7 @@ def check_plan(
             launchers.setdefault(r.composed.cfg["cluster"]["launcher"], s.name)
             if r.composed.origins.get("submit") == "override" and not r.composed.cfg["submit"]:
                 raise UserError(f"{where}: a plan is submitted: submit=false has no place in it. Add --dry-run to only look.")
-        if len({_size(r.composed.cfg) for r in plan.runs[s.name]}) > 1:
+        if s.stage not in SHARD_STAGES and len({_size(r.composed.cfg) for r in plan.runs[s.name]}) > 1:
             raise UserError(f"{where}: stage {s.name}: the runs of an array ask for the same nodes, processes and cluster keys; these differ. Make stages of their own of them.")
     if len(launchers) > 1:
         mixed = " and ".join(f"{n} is {kind}" for kind, n in launchers.items())
@@ -215,7 +215,7 @@ def check_plan(
         followers = [o.name for o in plan.stages if s.name in o.after]
         if followers and not plan.runs[s.name][0].composed.cfg["cluster"]["requeue"]:
             raise UserError(f"{where}: {', '.join(followers)} would wait for {s.name}, which has cluster.requeue=false: cut by its time limit it goes on as another job, "
-                            "under an id that nobody waits for. Set cluster.requeue=true in that stage.")
+                            "under an id that nobody waits for, or not at all. Set cluster.requeue=true in that stage.")
 
 # %% ../../nbs/75_launch.plan.ipynb #0a9517f9
 def _size(cfg:dict)->str:
@@ -233,7 +233,7 @@ def outdated(
     return [f"{name} is done and follows {', '.join(before)}, which is not: if that changes what {name} read, {name} will be refused. Give it another job_subdir then."
             for name, before in late.items() if before]
 
-# %% ../../nbs/75_launch.plan.ipynb #35cf31e2
+# %% ../../nbs/75_launch.plan.ipynb #eb77727e
 def look_up(
     plan:Plan,
     strict:bool=True, # False: where the scheduler cannot be asked, say so and go on
@@ -243,14 +243,20 @@ def look_up(
     for r in (r for runs in plan.runs.values() for r in runs):
         if r.state == "done" or plan.launcher == "local": continue
         try:
-            r.job = slurm.active_job(read_record(r.plan.run_dir))
-            if r.job: r.state = "running" if slurm.queue([r.job]).get(r.job, {}).get("state") == "RUNNING" else "queued"
+            record = read_record(r.plan.run_dir)
+            busy = slurm.active_jobs(record)
+            if not busy: continue
+            known, jobs = slurm.queue(busy), [j for j in record.get("jobs") or [] if slurm.job_key(j) in busy]
+            r.job, r.state = busy[0], "running" if any("RUNNING" in slurm.task_states(j, known).values() for j in jobs) else "queued"
+            if jobs and jobs[-1].get("kind") == "shards":
+                raise UserError(f"Array {r.job} is at work on {r.plan.run_dir.name}, and the job behind it, which merges and which others wait for, is gone. "
+                                f"Wait for its end, or scancel {r.job}; then give the command again.")
         except UserError as e:
             if strict: raise
             told = [f"what waits or runs is not known: {e}"]
     return told + outdated(plan)
 
-# %% ../../nbs/75_launch.plan.ipynb #640f591f
+# %% ../../nbs/75_launch.plan.ipynb #0b3822d3
 def plan_rows(
     plan:Plan,
 )->list[dict]: # name, stage, after, runs, status; on a cluster nodes, time limit, node-hours, jobs
@@ -264,19 +270,19 @@ def plan_rows(
         if plan.launcher != "local":
             hours, cost = slurm.hours_of(cfg["cluster"]["time"]), node_hours(runs)
             limit = "the partition's" if hours is None else f"{hours:g} h" if hours >= 1 else f"{60*hours:.3g} min"
-            row |= {"nodes": slurm.nodes_of(cfg), "time limit": limit, "node-hours": "?" if cost is None else f"{cost:,.4g}",
+            row |= {"nodes": slurm.tasks_of(cfg) or slurm.nodes_of(cfg), "time limit": limit, "node-hours": "?" if cost is None else f"{cost:,.4g}",
                     "jobs": ", ".join(dict.fromkeys(r.job for r in runs if r.job))}
         rows.append(row)
     return rows
 
-# %% ../../nbs/75_launch.plan.ipynb #722f327d
+# %% ../../nbs/75_launch.plan.ipynb #d8031e23
 def node_hours(
     runs:list[Run], # of one stage
 )->float|None: # None where there is no time limit
-    "Nodes times the time limit times the runs that are not done"
+    "Nodes times the time limit times the runs that are not done; of a stage with shards all tasks, and the job behind them"
     cfg = runs[0].composed.cfg
     hours, left = slurm.hours_of(cfg["cluster"]["time"]), sum(r.state != "done" for r in runs)
-    return 0. if not left else None if hours is None else left*hours*slurm.nodes_of(cfg)
+    return 0. if not left else None if hours is None else left*hours*slurm.job_nodes(cfg)
 
 # %% ../../nbs/75_launch.plan.ipynb #665e2b65
 def plan_total(
@@ -318,7 +324,7 @@ def emit_plan(
             else: out[s.name].append(made)
     return out
 
-# %% ../../nbs/75_launch.plan.ipynb #757b55b7
+# %% ../../nbs/75_launch.plan.ipynb #bf64c8a7
 def submit_plan(
     plan:Plan, # looked up
     say=print, # told of each stage
@@ -327,21 +333,26 @@ def submit_plan(
     made, jobs = emit_plan(plan), {}
     for s in plan.stages:
         jobs[s.name] = [r.job for r in plan.runs[s.name] if r.job]
-        after = [j for a in s.after for j in jobs[a]]
+        after, new, there = [j for a in s.after for j in jobs[a]], [], len(jobs[s.name])
         try:
-            if made[s.name] and s.each is None: new = slurm.submit(made[s.name][0], after)
-            elif made[s.name]: new = slurm.submit_array(made[s.name], *array_folder(plan, s.name), after)
-            else: new = None
+            if made[s.name] and s.each is not None and s.stage not in SHARD_STAGES: new.append(slurm.submit_array(made[s.name], *array_folder(plan, s.name), after))
+            else: # an array of shards for each run, where there are several
+                for m in made[s.name]: new.append(slurm.submit(m, after)); jobs[s.name].append(str(new[-1]))
         except UserError as e:
             there = ", ".join(f"{n} is job {'+'.join(j)}" for n, j in jobs.items() if j)
             raise UserError(f"stage {s.name} could not be submitted: {e}\n{there or 'Nothing was submitted'}. The same command goes on from there.") from None
-        told = [f"job{'s' * (len(jobs[s.name]) > 1)} {', '.join(jobs[s.name])} already in the queue"] if jobs[s.name] else []
-        n = len(made[s.name])
-        tasks = f", {n} task{'s' * (n > 1)}" if s.each is not None else ""
-        if new: told.append(f"submitted as job {new}{tasks}" + (f", after {', '.join(after)}" if after else ""))
+        told = [f"job{'s' * (there > 1)} {', '.join(jobs[s.name][:there])} already in the queue"] if there else []
+        jobs[s.name] = list(dict.fromkeys([*jobs[s.name], *map(str, new)]))
+        if new: told.append(_submitted(s, made[s.name], new) + (f", after {', '.join(after)}" if after else ""))
         say(f"{s.name}: {'; '.join(told) or 'done'}")
-        if new: jobs[s.name].append(str(new))
     return jobs
+
+# %% ../../nbs/75_launch.plan.ipynb #105e28b0
+def _submitted(stage:Stage, made:list, new:list)->str:
+    "What was submitted, in words"
+    n, jobs = len(made), f"job{'s' * (len(new) > 1)} {', '.join(map(str, new))}"
+    if stage.stage in SHARD_STAGES: return f"submitted as {jobs}, behind {'arrays' if n > 1 else 'an array'} of shards"
+    return f"submitted as {jobs}" + (f", {n} task{'s' * (n > 1)}" if stage.each is not None else "")
 
 # %% ../../nbs/75_launch.plan.ipynb #bfe98140
 def run_local(

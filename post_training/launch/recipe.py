@@ -156,7 +156,7 @@ def keep_final(
     write_atomic(final, notebook.read_bytes())
     for p in (final, notebook): p.chmod(0o444)
 
-# %% ../../nbs/72_launch.recipe.ipynb #e3caac31
+# %% ../../nbs/72_launch.recipe.ipynb #ab95514b
 def hand_to_cluster(
     composed:Composed, # with cluster.launcher=slurm
     force:bool=False, # begin a finished run anew, from step 0
@@ -168,8 +168,14 @@ def hand_to_cluster(
     for fact in slurm.arithmetic(composed.cfg): print(f"{fact['what']}: {fact['value']}")
     for doubt in slurm.doubts(composed.cfg): print(f"look again: {doubt}")
     print(f"run {shown_path(made.run_dir)} ({made.status})")
-    if composed.cfg["submit"]: print(f"submitted as job {slurm.submit(made)}: post-training jobs shows it")
-    else: print(f"not submitted. Look at the script, then: sbatch {shlex.quote(shown_path(made.script))}   (or add submit=true)")
+    if composed.cfg["submit"]:
+        job, array = slurm.submit(made), slurm.array_of(read_record(made.run_dir))
+        behind = f", behind array {array['id']} of its shards" if made.array else ""
+        print(f"submitted as job {job}{behind}: post-training jobs shows it")
+        return made
+    script, array = (shlex.quote(shown_path(p)) for p in (made.script, made.array or ""))
+    how = f"sbatch --dependency=afterany:$(sbatch --parsable {array}) {script}" if made.array else f"sbatch {script}"
+    print(f"not submitted. Look at the script{'s' if made.array else ''}, then: {how}   (or add submit=true)")
     return made
 
 # %% ../../nbs/72_launch.recipe.ipynb #cf2445b3
