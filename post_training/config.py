@@ -173,12 +173,12 @@ SHARD_KEYS = DATA_KEYS | {"dataset_name": "str|null", "save_data_dir": "str|null
     "dataset_args.debug_subsample": "int", "shards.number": "int", "shards.save_seconds": "float"} # of every stage that annotates rows
 SHARD_KEYS = {k: v for k,v in SHARD_KEYS.items() if k != "role_checks"}
 
-# %% ../nbs/00_config.ipynb #637560be
+# %% ../nbs/00_config.ipynb #f14dbbd7
 REWARD_KEYS = {"reward_args.kind": "=model|=verifier", "reward_args.name": "str", "reward_args.verifier": "str|null", "reward_args.chat_template_name": TOKENIZER_KEYS["tokenizer_args.chat_template_name"],
     **{f"reward_args.{k}": "str|null" for k in ("model_name_or_path", "attn_implementation")}, "reward_args.model_revision": "str", "reward_args.dtype": "=auto|=float32|=bfloat16|=float16",
-    "reward_args.max_length": "int|null", "reward_args.batch_tokens": "int", "reward_args.score_index": "int|null", "reward_args.trust_remote_code": "bool"}
+    "reward_args.max_length": "int|null", "reward_args.batch_tokens": "int", "reward_args.score_index": "int|null", "reward_args.system_prompt": "=keep|=drop", "reward_args.trust_remote_code": "bool"}
 
-# %% ../nbs/00_config.ipynb #2af856a0
+# %% ../nbs/00_config.ipynb #3eb37215
 ANNOTATION_KEYS = { # stage -> its own keys
     "filter": MODEL_KEYS | TOKENIZER_KEYS | {"max_seq_len": "int", "min_completions": "int", "structure": "=auto|=plain|=structured"},
     "ref_completions": MODEL_KEYS | TOKENIZER_KEYS | {"max_seq_len": "int", "backend": "=transformers|=server", "tensor_parallel_size": "int", "keep_existing": "bool",
@@ -187,7 +187,7 @@ ANNOTATION_KEYS = { # stage -> its own keys
     "ref_logprobs": MODEL_KEYS | TOKENIZER_KEYS | {"batch_tokens": "int", "share_prompts": "=auto|bool", "allow_other_reference": "bool"},
     "ref_rewards": REWARD_KEYS,
     "pairs": {"mode": "=heuristic|=best-worst|=random|=k-random|=offline", "num_pairs": "int", "min_num_ref_rewards": "int", "num_ref_rewards": "int|null",
-        "candidates": "=all|=reference|=data"}}
+        "candidates": "=all|=reference|=data", "references": "=sampled|=all"}}
 
 # %% ../nbs/00_config.ipynb #f0b692fd
 SHARD_STAGES = tuple(ANNOTATION_KEYS) # stages that are maps over rows, shared by many workers
@@ -758,16 +758,16 @@ def _apply(raw:dict, values:list, keys:dict)->tuple: # (dotted key -> the overri
             typed[k] = (t.text, old); put(raw, k, v)
     return {k: text for k,(text,_) in typed.items()}, notices
 
-# %% ../nbs/00_config.ipynb #96f65970
+# %% ../nbs/00_config.ipynb #a5cf0d6b
 def _trust(cfg:dict, origin, typed)->list[str]: # notices; `cfg` is changed in place
     "Code that comes with a model runs only from a named commit"
-    if re.fullmatch(r"[0-9a-f]{40}", str(get(cfg, "model_args.model_revision"))): return []
     notices = []
-    for key in ("model_args.trust_remote_code", "tokenizer_args.trust_remote_code", "training_args.trust_remote_code"):
-        if not get(cfg, key): continue
-        if key in typed: raise UserError(f"{key}=true needs a commit: set model_args.model_revision to its 40 hexadecimal digits.")
+    for section in ("model_args", "tokenizer_args", "training_args", "reward_args"):
+        key, revision = f"{section}.trust_remote_code", "reward_args.model_revision" if section == "reward_args" else "model_args.model_revision"
+        if not get(cfg, key, None) or re.fullmatch(r"[0-9a-f]{40}", str(get(cfg, revision, None))): continue
+        if key in typed: raise UserError(f"{key}=true needs a commit: set {revision} to its 40 hexadecimal digits.")
         put(cfg, key, False)
-        notices.append(f"{key} is true{origin(key)}, but model_args.model_revision names no commit: taken as false.")
+        notices.append(f"{key} is true{origin(key)}, but {revision} names no commit: taken as false.")
     return notices
 
 # %% ../nbs/00_config.ipynb #155e5d3b
