@@ -51,10 +51,13 @@ def to_number(
 MARKS = (re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}"), re.compile(r"####\s*([^\n]+)"),
          re.compile(r"(?im)^\s*(?:final\s+)?(?:A|Answer)\s*:\s*([^\n]+)"), re.compile(r"(?i)\banswer\s+is:?\s*([^\n]+)")) # the strongest first
 
-# %% ../../nbs/38_models.verifiers.ipynb #25779bd1
+# %% ../../nbs/38_models.verifiers.ipynb #e6ad6ad1
 def clean(text:str)->str:
-    "Text with LaTeX fractions written a/b and without calculator markup, thin spaces and dollar delimiters"
+    "Text with LaTeX fractions and single characters like ½ written a/b, and without calculator markup, thin spaces and dollar delimiters"
     text = re.sub(r"<<[^<>]*>>", "", text)
+    text = re.sub(r"(?<=\d)\s*(?=\\[dt]?frac|[¼-¾⅐-⅞])", " ", text) # 2 and a half, not 21/2
+    text = re.sub(r"[¼-¾⅐-⅞]", lambda m: unicodedata.normalize("NFKC", m[0]).replace("⁄", "/"), text)
+    text = re.sub(r"\\[dt]?frac\s*(\d)\s*(\d)", r"\1/\2", text)
     text = re.sub(r"\\[dt]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}", r"\1/\2", text)
     text = re.sub(r"\\[dt]frac|\\frac", "", text)
     text = re.sub(r"\\text\s*\{([^{}]*)\}|\\(?:mathrm|mathbf)\s*\{([^{}]*)\}", lambda m: m[1] or m[2] or "", text)
