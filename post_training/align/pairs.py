@@ -249,19 +249,24 @@ def pairs_maker(
         return [row_pairs(r, mode, num_pairs, min_num_ref_rewards, num_ref_rewards, candidates, references, seed, reference) for r in each]
     return make
 
-# %% ../../nbs/45_align.pairs.ipynb #576cccc7
+# %% ../../nbs/45_align.pairs.ipynb #97a7c41a
 def pool_columns(
     rows, # `datasets.Dataset` of prompts and completions
 )->dict: # arrays with an entry for each completion: row, policy, reward, length, finish_reason, is_reference
-    "What is known of all completions, read column by column"
+    "What is known of all completions, read column by column and some rows at a time"
     import pyarrow.compute as pc
-    found = rows.select_columns(["completions"]).with_format("arrow")[:]["completions"].combine_chunks()
-    flat = found.flatten()
-    field = lambda name: flat.field(name)
-    number = lambda name: pc.fill_null(pc.cast(field(name), "float64"), math.nan).to_numpy(zero_copy_only=False)
-    names = lambda name: np.array(pc.fill_null(field(name), "unknown").to_pylist(), dtype=object)
-    return dict(row=pc.list_parent_indices(found).to_numpy(), policy=names("policy"), reward=number("reward"), length=number("num_tokens"), finish_reason=names("finish_reason"),
-                is_reference=pc.fill_null(field("is_reference_completion"), False).to_numpy(zero_copy_only=False))
+    fields = dict(policy="policy", reward="reward", length="num_tokens", finish_reason="finish_reason", is_reference="is_reference_completion")
+    lacking = dict(policy="unknown", reward=math.nan, length=math.nan, finish_reason="unknown", is_reference=False)
+    kinds, parts = dict(policy=object, finish_reason=object, is_reference=bool), {k: [] for k in ("row", *fields)}
+    arrow = rows.select_columns(["completions"]).with_format("arrow")
+    for start in range(0, len(rows), 5000):
+        found = arrow[start:start + 5000]["completions"].combine_chunks()
+        parts["row"].append(start + pc.list_parent_indices(found).to_numpy())
+        for k, name in fields.items():
+            column = pc.struct_field(found.flatten(), [name])
+            column = pc.cast(column, "float64") if k in ("reward", "length") else column
+            parts[k].append(np.array(pc.fill_null(column, lacking[k]).to_numpy(zero_copy_only=False), kinds.get(k, float)))
+    return {k: np.concatenate(v) if v else np.zeros(0) for k, v in parts.items()}
 
 # %% ../../nbs/45_align.pairs.ipynb #76298afe
 def win_rates(

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['COMPLETION', 'COMPLETION_KEYS', 'SIDES', 'FORMS', 'completion', 'text_content', 'row_features', 'branch_talks',
            'pair_talks', 'solution_columns', 'solution_talks', 'row_talks', 'row_form', 'used_columns', 'needs_blocks',
-           'common_prompt', 'split_talk', 'answer_text', 'make_row', 'rows_batch', 'unique_ids', 'has_form', 'to_rows',
-           'block_parts', 'swissai_row', 'to_swissai', 'pair_of', 'to_preference', 'references_of', 'mix_pairs']
+           'common_prompt', 'split_talk', 'answer_text', 'make_row', 'rows_batch', 'unique_ids', 'has_form',
+           'count_completions', 'to_rows', 'block_parts', 'swissai_row', 'to_swissai', 'pair_of', 'to_preference',
+           'references_of', 'mix_pairs']
 
 # %% ../../nbs/40_align.rows.ipynb #09459bba
 import json, os
@@ -264,7 +265,16 @@ def has_form(
     wanted = row_features(blocks)
     return all(dataset.features.get(k) == f for k, f in wanted.items()) and len(set(ids := dataset["id"][:])) == len(ids) and None not in ids
 
-# %% ../../nbs/40_align.rows.ipynb #29d9122e
+# %% ../../nbs/40_align.rows.ipynb #fc9c86dd
+def count_completions(
+    dataset, # `datasets.Dataset` of rows
+)->int:
+    "How many completions there are, without reading them into Python"
+    import pyarrow.compute as pc
+    arrow = dataset.select_columns(["completions"]).with_format("arrow")
+    return sum(pc.sum(pc.list_value_length(arrow[i:i + 5000]["completions"])).as_py() or 0 for i in range(0, len(dataset), 5000))
+
+# %% ../../nbs/40_align.rows.ipynb #8c06049f
 def to_rows(
     dataset, # `datasets.Dataset` in any known form
     structure:str="auto", # plain, structured, or auto: structured where the rows are, come from Swiss-AI rows or use tools
@@ -276,7 +286,7 @@ def to_rows(
     if on_malformed not in ("drop", "error"): raise UserError(f"on_malformed={on_malformed!r}: drop or error.")
     form, blocks = row_form(dataset), needs_blocks(dataset, structure)
     if form == "rows" and has_form(dataset, blocks):
-        return dataset, {"in": len(dataset), "out": len(dataset), "dropped": {}, "examples": {}, "completions": sum(map(len, dataset["completions"][:])), "lost": {}}
+        return dataset, {"in": len(dataset), "out": len(dataset), "dropped": {}, "examples": {}, "completions": count_completions(dataset), "lost": {}}
     features = Features({**row_features(blocks), "_fault": Value("string"), "_row": Value("string"), "_lost": List(Value("string"))})
     if not len(dataset): raise UserError("The dataset has no rows.")
     kept = dataset.remove_columns(used_columns(dataset, form, blocks))
@@ -289,7 +299,7 @@ def to_rows(
     ids = data["id"][:]
     if len(set(ids)) < len(ids):
         data = data.remove_columns("id").add_column("id", unique_ids(ids), feature=Value("string")).select_columns(["id", *(c for c in data.column_names if c != "id")])
-    return data, dict(counts, completions=sum(map(len, data["completions"][:])), lost=dict(lost.most_common()))
+    return data, dict(counts, completions=count_completions(data), lost=dict(lost.most_common()))
 
 # %% ../../nbs/40_align.rows.ipynb #faca1404
 def block_parts(
