@@ -16,7 +16,7 @@ from post_training.data.io import load_rows, save_rows
 from post_training.models.verifiers import row_verifier, verify
 
 disable_progress_bars()
-few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+few = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12).filter(str.strip)
 messages = lambda *turns: [dict(role=r, content=c) for r, c in turns]
 
