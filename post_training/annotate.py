@@ -6,8 +6,9 @@
 __all__ = ['SPLIT', 'BATCHES', 'WORKERS', 'model_facts', 'read_rows', 'keys_of', 'in_order', 'completion_batches',
            'logprob_batches', 'reward_batches', 'worker_model', 'filter_worker', 'completions_worker',
            'logprobs_worker', 'rewards_worker', 'pairs_worker', 'work_folder', 'history_of', 'stage_facts',
-           'device_kind', 'prepare', 'maker', 'slots', 'work_on', 'results', 'unpacked', 'joined', 'written_to',
-           'count_lost', 'merged', 'settings', 'carry_out', 'work_as_task', 'main']
+           'device_kind', 'prepare', 'maker', 'slots', 'work_on', 'progress_line', 'in_place', 'results', 'unpacked',
+           'joined', 'written_to', 'count_completions', 'merged', 'settings', 'carry_out', 'told_history', 'said',
+           'work_as_task', 'main']
 
 # %% ../nbs/59_annotate.ipynb #a2bf4778
 import json, os, shutil, signal, sys
@@ -266,6 +267,24 @@ def work_on(
     command = [sys.executable, "-m", "post_training.annotate", str(config_path)]
     return shards.run(work_folder(cfg), command, n, only, env, tick, save_seconds=cfg["shards"]["save_seconds"])
 
+# %% ../nbs/59_annotate.ipynb #0765f7b2
+def progress_line(
+    done:dict, # of `shards.progress`
+)->str:
+    "How far the work is"
+    speed = f", {done['per_second']:,.1f} rows a second" if done["per_second"] else ""
+    return f"{done['rows']:,} of {done['of']:,} rows, {done['shards']} of {done['of_shards']} shards, {100*done['share']:.0f} % of the work{speed}"
+
+# %% ../nbs/59_annotate.ipynb #373f5019
+def in_place():
+    "A tick for a notebook: one line that is written over; on a terminal as well"
+    from IPython.display import display
+    from IPython.display import Pretty
+    handle = display(Pretty("planned"), display_id=True)
+    def tick(done):
+        if handle: handle.update(Pretty(progress_line(done)))
+    return tick
+
 # %% ../nbs/59_annotate.ipynb #c20cf4ce
 def results(
     path, # merged JSON lines
@@ -283,7 +302,7 @@ def unpacked(
     "Completions with their log-probabilities as numbers"
     return [c | dict(ref_logprobs=shards.unpack_floats(c["ref_logprobs"])) if isinstance(c.get("ref_logprobs"), str) else c for c in completions]
 
-# %% ../nbs/59_annotate.ipynb #71907522
+# %% ../nbs/59_annotate.ipynb #f8d82fa1
 def joined(
     rows, # `datasets.Dataset` that the stage read
     found, # yields (index, result)
@@ -291,7 +310,7 @@ def joined(
     "Yield the rows of the result: what a stage changed of a row, or the rows that it made of it"
     for i, r in found:
         if "rows" in r: yield from ({SPLIT: rows[i][SPLIT], **new} for new in r["rows"])
-        else: yield {**rows[i], **{k: unpacked(v) if k == "completions" else v for k, v in r.items() if k != "lost"}}
+        else: yield {**rows[i], "completions": unpacked(r["completions"])}
 
 # %% ../nbs/59_annotate.ipynb #e1a28248
 def written_to(
@@ -310,17 +329,21 @@ def written_to(
     for w in writers.values(): w.finalize(); w.close()
     return {split: Dataset.from_file(str(Path(folder)/f"{split}.arrow")) for split in writers}
 
-# %% ../nbs/59_annotate.ipynb #d0be3429
-def count_lost(
+# %% ../nbs/59_annotate.ipynb #0d414bc4
+def count_completions(
     found, # yields (index, result)
-)->dict: # completions, and lost by reason
+)->dict: # kept (completions, or pairs), lost by reason, and what reading them again as text changed
     "What became of completions"
     from collections import Counter
-    n, lost = 0, Counter()
-    for _, r in found: n += len(r.get("completions") or r.get("rows") or []); lost.update(r.get("lost") or {})
-    return dict(made=n, lost=dict(lost.most_common()))
+    from post_training.align.logprobs import reencoding_report
+    n, lost, again = 0, Counter(), []
+    for _, r in found:
+        n += len(r.get("completions") or r.get("rows") or [])
+        lost.update(r.get("lost") or {})
+        if r.get("reencoded"): again.append(r["reencoded"])
+    return dict(kept=n, lost=dict(lost.most_common())) | (dict(reencoded=reencoding_report(again)) if again else {})
 
-# %% ../nbs/59_annotate.ipynb #c81cd1d3
+# %% ../nbs/59_annotate.ipynb #b006b578
 def merged(
     cfg:dict, # composed
 )->tuple: # (split -> `datasets.Dataset`, counts for the record)
@@ -333,7 +356,7 @@ def merged(
     done, read = shards.merge(folder, out), told["counts"].values()
     dropped = {k: sum(c["dropped"].get(k, 0) for c in read) for k in dict.fromkeys(k for c in read for k in c["dropped"])} | done["dropped"]
     counts = {"in": sum(c["in"] for c in read), "out": done["rows"], "dropped": dropped, "examples": {k: v for c in read for k, v in c["examples"].items()} | done["examples"],
-              "completions": count_lost(results(out)), "lost before": {k: v for c in read for k, v in c["lost"].items()}}
+              "completions": count_completions(results(out)), "lost before": {k: v for c in read for k, v in c["lost"].items()}}
     check_dropped(counts, cfg["max_drop_fraction"])
     blocks = needs_blocks(rows)
     extra = {k: f for k, f in rows.features.items() if k not in (*row_features(blocks), SPLIT)}
@@ -375,7 +398,25 @@ def carry_out(
     shutil.rmtree(work_folder(cfg), ignore_errors=True)
     return splits, counts
 
-# %% ../nbs/59_annotate.ipynb #53f1b1fe
+# %% ../nbs/59_annotate.ipynb #2656dbe7
+def told_history(
+    cfg:dict, # composed
+)->list[dict]: # stage, what was asked, who did it
+    "What was done to the rows of a stage before, in a table"
+    rows = history_of(cfg)
+    who = lambda h: ", ".join(f"{k} {str(h[k])[:24]}" for k in ("model_name", "reference", "reward") if h.get(k))
+    asked = lambda h: ", ".join(f"{k}={json.dumps(v)}" for k, v in h.items() if k in ("max_seq_len", "generation", "mode", "num_pairs", "backend"))
+    return [dict(stage=h["stage"], asked=asked(h), by=who(h)) for h in rows] or [dict(stage="none", asked="rows as their source gives them", by="")]
+
+# %% ../nbs/59_annotate.ipynb #e5b1d470
+def said(
+    messages:list[dict], # with contents of either form
+)->str:
+    "What messages say, for the eye"
+    from post_training.data.messages import content_text
+    return "\n".join(content_text(m["content"]) for m in messages)
+
+# %% ../nbs/59_annotate.ipynb #2cb1a2f4
 def work_as_task(
     config_path:str, # frozen
 )->int: # exit code
@@ -383,7 +424,7 @@ def work_as_task(
     cfg = config.load_frozen(config_path)
     plan = prepare(cfg)
     mine = shards.array_shards(plan, slots(cfg)[0])
-    work_on(cfg, config_path, mine, lambda d: print(f"{d['rows']:,} of {d['of']:,} rows" + (f", {d['per_second']:,.1f} a second" if d["per_second"] else ""), flush=True))
+    work_on(cfg, config_path, mine, lambda done: print(progress_line(done), flush=True))
     return 0
 
 # %% ../nbs/59_annotate.ipynb #26fe84b7

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['QUESTIONS', 'FACTS', 'THINGS', 'SYSTEM', 'SQUARE', 'SKILLS', 'SYSTEM_SHARE', 'DEMO_VERSION', 'GREETINGS', 'draw',
            'identity', 'part', 'worked', 'turns', 'make_row', 'problems', 'demo_rows', 'operands_of', 'overlap',
-           'write_demo', 'is_current', 'write_greetings', 'texts_of', 'ensure_demo', 'build_model']
+           'write_demo', 'is_current', 'write_greetings', 'slip', 'answered', 'write_answers', 'texts_of',
+           'ensure_demo', 'build_model']
 
 # %% ../nbs/05_demo.ipynb #3e478a86
 import json, random, re
@@ -225,6 +226,52 @@ def write_greetings(
         write_manifest(tmp, demo_version=DEMO_VERSION, rows=dict(train=len(talks)))
     return Path(folder)
 
+# %% ../nbs/05_demo.ipynb #a601f146
+def slip(
+    answer:str, # right
+    rng:random.Random,
+)->str: # wrong
+    "An answer that misses: a number a little off, letters of which two have changed places"
+    if answer.isdigit(): return str(abs(int(answer) + rng.choice([-10, -2, -1, 1, 2, 10])))
+    letters = answer.split(" ")
+    pairs = [i for i in range(len(letters) - 1) if letters[i] != letters[i + 1]]
+    if not pairs: return answer + " " + answer
+    i = rng.choice(pairs)
+    letters[i], letters[i + 1] = letters[i + 1], letters[i]
+    return " ".join(letters)
+
+# %% ../nbs/05_demo.ipynb #68e7b619
+def answered(
+    row:dict, # a demo row
+    n:int, # answers of the student
+    share:float, # of them that are right
+    rng:random.Random,
+)->dict: # the row with a branch for each answer
+    "A row with answers of a student beside the right one"
+    def branch(answer, reward, **fields):
+        *before, last = row["conversation_branches"][0]["messages"]
+        said = [dict(p, content=answer) if p["type"] == "response" else p for p in last["parts"]]
+        return dict(messages=[*before, dict(last, parts=said)], reward=reward, finish_reason="stop", **fields)
+    right = [rng.random() < share for _ in range(n)]
+    student = [branch(row["answer"] if r else slip(row["answer"], rng), float(r), policy="student", is_reference_completion=True) for r in right]
+    return dict(row, conversation_branches=[branch(row["answer"], 1., policy="teacher", is_reference_completion=False), *student])
+
+# %% ../nbs/05_demo.ipynb #a2423e35
+def write_answers(
+    folder, # where the files are to be
+    n:int=6, # answers of the student to each prompt
+    share:float=.6, # of them that are right
+    seed:int=0, # of rows and answers
+    **sizes:int, # n_train and n_eval
+)->Path: # the folder
+    "Write demo rows with several answers as `train.jsonl` and `eval.jsonl`, with a manifest"
+    rng = random.Random(f"{seed}/answers")
+    rows = {split: [answered(r, n, share, rng) for r in part if r["skill"] != "tool"] for split, part in demo_rows(seed, **(dict(n_train=400, n_eval=80) | sizes)).items()}
+    with atomic_dir(folder, replace=True) as tmp:
+        for split, part in rows.items(): (tmp/f"{split}.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False, separators=(",", ":")) + "\n" for r in part))
+        write_manifest(tmp, demo_version=DEMO_VERSION, seed=seed, rows={split: len(part) for split, part in rows.items()})
+    return Path(folder)
+
 # %% ../nbs/05_demo.ipynb #d10d1f5e
 def texts_of(value)->set[str]:
     "Every text in a nested configuration"
@@ -232,14 +279,15 @@ def texts_of(value)->set[str]:
     if isinstance(value, list): return {t for v in value for t in texts_of(v)}
     return {value} if isinstance(value, str) else set()
 
-# %% ../nbs/05_demo.ipynb #81afeb3e
+# %% ../nbs/05_demo.ipynb #3d938821
 def ensure_demo(
     cfg:dict, # a composed configuration: artifacts_dir, and paths of data, model and tokenizer anywhere in it
 )->list[Path]: # what was built now
     "Build the demo data and the tiny model where the configuration names them and they are missing"
     home, named, built = site_path(cfg["artifacts_dir"]), texts_of(cfg), []
     makers = {"datasets/demo": ("demo conversations", lambda folder: write_demo(folder, replace=True)),
-              "datasets/demo-greetings": ("demo greetings", write_greetings), "models/tiny": ("tiny model and its tokenizer", build_model)}
+              "datasets/demo-greetings": ("demo greetings", write_greetings), "datasets/demo-answers": ("answers to demo prompts", write_answers),
+              "models/tiny": ("tiny model and its tokenizer", build_model)}
     for name, (what, make) in makers.items():
         folder = home/name
         if not {str(folder), f"{cfg['artifacts_dir']}/{name}"} & named: continue
