@@ -80,6 +80,18 @@ def test_pairs_become_rows_and_come_back(asked, chosen, rejected, whole):
     assert to_preference(to_rows(to_swissai(rows))[0])[:] == plain[:]
 
 
+@few
+@given(branching())
+def test_structured_pairs_are_rows_again(row):
+    for i, b in enumerate(row["conversation_branches"]): b["reward"] = float(i)
+    rows, _ = to_rows(swissai(row))
+    made = pairs_maker(rows, "best-worst", references="all", min_num_ref_rewards=1)([0])[0].get("rows", [])
+    for pair in Dataset.from_list(made, features=pair_features(True)) if made else []:
+        again, _ = to_rows(Dataset.from_list([pair], features=pair_features(True)))
+        found = {c["reward"]: c["content"] for c in rows[0]["completions"]}
+        assert again[0]["prompt"] == rows[0]["prompt"] and {c["reward"]: c["content"] for c in again[0]["completions"]}.items() <= found.items()
+
+
 def test_pairs_of_the_pipeline_are_rows_again():
     known = lambda n: dict(reward=float(n), num_tokens=n, prompt_tokens=5, ref_logprob=-n, ref_logprobs=[-1.]*n, is_reference_completion=True)
     found = [completion("a", policy="x", **known(1)), completion("b", policy="y", **known(2))]

@@ -366,7 +366,7 @@ def pair_of(
     out = dict(chosen=side("chosen"), rejected=side("rejected"))
     return out if all(out.values()) else None
 
-# %% ../../nbs/40_align.rows.ipynb #d4025bae
+# %% ../../nbs/40_align.rows.ipynb #a1643dba
 def to_preference(
     dataset, # pairs, or rows whose completions are called chosen and rejected
     texts:bool=False, # one text each for prompt, chosen and rejected instead of messages; for prompts of a single turn
@@ -378,7 +378,8 @@ def to_preference(
         pair = row if "chosen" in row else pair_of(row)
         if not pair: continue
         found = {c["policy"]: c["reward"] for c in row.get("completions") or []}
-        talk = plain_messages([*row["prompt"], *pair["chosen"], *pair["rejected"]])
+        try: talk = plain_messages([*row["prompt"], *pair["chosen"], *pair["rejected"]])
+        except UnsupportedContent as e: raise UserError(f"Row {row['id']}: {e}, for which plain rows have no place. Leave such rows out, or use `to_swissai`.") from e
         one = dict(id=row["id"], source=row["source"], prompt=talk[:-2], chosen=talk[-2:-1], rejected=talk[-1:])
         if texts and len(talk) > 3: raise UserError(f"Row {row['id']}: its prompt has {len(talk) - 2} messages, which are no single text. Leave texts off.")
         out.append({k: v[0]["content"] if texts and isinstance(v, list) else v for k, v in one.items()}
