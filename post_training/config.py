@@ -200,8 +200,8 @@ PREFERENCE_KEYS = {k: v for k,v in SFT_KEYS.items() if not k.startswith(("traine
 DPO_LOSSES = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft",
     "sigmoid_norm") # the names that TRL's DPOTrainer knows
 
-# %% ../nbs/00_config.ipynb #5af936da
-PREFERENCE_ARGS = {"training_args.loss_type": "|".join(f"={t}" for t in ("qrpo", *DPO_LOSSES)) + "|list", "training_args.num_ref_rewards": "int|null", "training_args.ref_logprobs_from_dataset": "bool",
+# %% ../nbs/00_config.ipynb #4a4e32fd
+PREFERENCE_ARGS = {"training_args.loss_type": "|".join(f"={t}" for t in ("qrpo", *DPO_LOSSES)) + "|list", "training_args.num_ref_rewards": "int|null", "training_args.ref_logprobs_from_dataset": "bool", "training_args.packing": "bool",
     "training_args.normalize_beta_by_length": "bool", "training_args.normalize_loss_by_length": "bool", "training_args.max_effective_beta": "float|null",
     "training_args.transform": "=identity|=log|=square|=sqrt|=normal", "training_args.partition": "=continuous|=finite"} # beyond DPOConfig's
 
@@ -809,10 +809,11 @@ def _named(cfg:dict)->dict: # dotted key -> value
     name = cfg["dataset_name"] or history_name(cfg)
     return {"dataset_name": name, "save_data_dir": cfg["save_data_dir"] or f"{cfg['artifacts_dir']}/{cfg['artifacts_subdir']}/datasets/{name}"}
 
-# %% ../nbs/00_config.ipynb #5809cf6e
-def _without_training(raw:dict, origins:dict, keys:dict):
-    "Leave out, in place, what a model preset says that a stage has no use for"
-    for key in [k for k, where in origins.items() if where.startswith("preset model=") and k not in keys]: pop(raw, key); origins.pop(key)
+# %% ../nbs/00_config.ipynb #e2c8dcd1
+def _without_others(raw:dict, origins:dict, keys:dict):
+    "Leave out, in place, what the preset of a model or a data set says to other stages only"
+    foreign = [k for k, where in origins.items() if where.startswith(("preset model=", "preset dataset=")) and k not in keys]
+    for key in [k for k in foreign if any(k in known_keys(s) for s in STAGE_KEYS)]: pop(raw, key); origins.pop(key)
     for key in [k for k, v in raw.items() if v == {}]: raw.pop(key)
 
 # %% ../nbs/00_config.ipynb #7c41a931
@@ -840,7 +841,7 @@ def _finish(raw:dict, keys:dict, origin, typed=(), holes_ok:bool=False)->tuple: 
     if path.parent == CONFIGS/"accelerate": cfg["accelerate_config"] = path.stem
     return cfg, derived, notices
 
-# %% ../nbs/00_config.ipynb #d9542152
+# %% ../nbs/00_config.ipynb #df97730f
 def compose(
     stage:str, # a stage; hyphens are taken for underscores
     overrides=(), # texts in Hydra's grammar: "model=tiny", "training_args.max_steps=8"; or a frozen file alone
@@ -855,7 +856,7 @@ def compose(
     choices, values = _sort_overrides(stage, overrides, keys, config_dir)
     raw, origins = compose_presets(stage, choices, config_dir)
     notices = translate_presets(raw, origins, old_names(keys))
-    if stage in SHARD_STAGES: _without_training(raw, origins, keys)
+    _without_others(raw, origins, keys)
     def origin(key):
         "Where a key comes from, as the end of a message"
         if text := typed.get(key): return "" if text.lstrip("+").startswith(f"{key}=") else f" (typed: {text})"

@@ -89,17 +89,19 @@ class Data:
 # %% ../nbs/48_prepare.ipynb #34397d58
 COUNTS = ("in", "out", "dropped", "left_out", "truncated", "tokens", "completion_tokens") # what the record keeps of a split
 
-# %% ../nbs/48_prepare.ipynb #47349b0b
+# %% ../nbs/48_prepare.ipynb #af4b6077
 def splits_of(
     cfg:dict, # composed
 )->tuple: # train, and eval where it is needed
     "The splits that a stage tokenizes: the tokenize stage also those that only a later evaluation needs"
-    named = (cfg["dataset_args"].get("eval_split") or {}).get("name") and cfg["stage"] != "train_sft"
+    named = (cfg["dataset_args"].get("eval_split") or {}).get("name") and cfg["stage"] not in config.TRAINING_STAGES
     return ("train", "eval") if wants_eval(cfg) or named else ("train",)
 
-# %% ../nbs/48_prepare.ipynb #14d2c4ac
+# %% ../nbs/48_prepare.ipynb #a0b6666f
 def prepare_data(
     cfg:dict, # composed
+    tokenize=None, # what tokenizes a split and keeps it; None: `cached_tokenize`, for conversations
+    conversations=lambda raw: raw, # some raw rows as conversations, for the gates
 )->Data:
     "Tokenizer and tokenized rows of a config, made where they are not there yet"
     from post_training.demo import ensure_demo
@@ -112,8 +114,8 @@ def prepare_data(
     out = Data(tokenizer, None, fingerprints=dict(tokenizer=tokenizer_fingerprint(tokenizer), template=template_fingerprint(tokenizer)))
     for split in splits_of(cfg):
         raw = load_split(cfg, split)
-        if split == "train": out.notices = check_gates(cfg, raw, tokenizer)
-        rows, counts = cached_tokenize(folder, raw, tokenizer, max_drop_fraction=cfg["max_drop_fraction"], **parameters)
+        if split == "train": out.notices = check_gates(cfg, conversations(raw), tokenizer)
+        rows, counts = (tokenize or cached_tokenize)(folder, raw, tokenizer, max_drop_fraction=cfg["max_drop_fraction"], **parameters)
         out.counts[split] = {k: counts[k] for k in COUNTS if counts.get(k)}
         out.fingerprints[f"{split}_rows"] = counts["rows_fingerprint"]
         out.paths[split] = str(folder/counts["key"][:16])
