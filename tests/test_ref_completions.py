@@ -212,7 +212,7 @@ def test_the_key_is_sent_and_never_shown(monkeypatch):
     "Not even where the server repeats it, in a refusal or a fault"
     monkeypatch.setenv(ac.KEY_VARIABLE, "a-key-of-no-known-form")
     with Endpoint(key="a-key-of-no-known-form", faults=[(400, "bad a-key-of-no-known-form"), (500, "a-key-of-no-known-form again")]) as e:
-        assert ac.served_model(e.url, key=os.environ[ac.KEY_VARIABLE]) == "tiny"
+        assert ac.served_model(e.url) == "tiny"
         for kind in (UserError, ac.ServerFailed):
             with pytest.raises(kind) as said: server(e, 8, retries=0)(PROMPTS[:1], 1, SEEDS[:1])
             assert "[redacted]" in str(said.value) and "no-known-form" not in str(said.value)

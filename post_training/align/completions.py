@@ -250,16 +250,15 @@ def ask(
     problem = redact(problem.replace(key, "[redacted]") if key else problem)
     raise ServerFailed(f"The server at {url} did not answer {path} in {retries + 1} tries: {problem}. Look at its log. What is saved is kept.")
 
-# %% ../../nbs/42_align.completions.ipynb #57b20ce9
+# %% ../../nbs/42_align.completions.ipynb #70ec4877
 def served_model(
     url:str, # base address
     model:str|None=None, # its name; None: the only one that the server lists
     max_seq_len:int|None=None, # tokens of prompt and completion that it has to take
-    key:str|None=None,
     **tries, # timeout, retries and pause of `ask`
 )->str: # the name to ask for
     "The name of the model that a server has, checked"
-    try: found = ask(url, "/v1/models", key=key, **{"timeout": 60., "retries": 3, **tries})
+    try: found = ask(url, "/v1/models", key=os.environ.get(KEY_VARIABLE), **{"timeout": 60., "retries": 3, **tries})
     except ServerFailed as e: raise UserError(f"No server answers at {url}: start it, or set server.url. {e}") from e
     except UserError as e: raise UserError(str(e).replace("/v1/completions", "/v1/models")) from e
     cards = {c["id"]: c for c in found.get("data") or [] if isinstance(c, dict) and isinstance(c.get("id"), str)}
