@@ -150,9 +150,9 @@ SFT_KEYS = TOKENIZER_KEYS | {"trainer": "=sft|=plw|=ln-plw|=irl", "plw_args.prom
 # %% ../nbs/00_config.ipynb #44e57bf1
 DATA_KEYS = {"dataset_name": "str", "save_data_dir": "str", "seed": "int", "on_malformed": "=drop|=error", "role_checks": "list"} # of every stage that writes rows
 
-# %% ../nbs/00_config.ipynb #c20c9091
+# %% ../nbs/00_config.ipynb #5b3b6d04
 MIXTURE_KEYS = DATA_KEYS | TOKENIZER_KEYS | {"tokenizer_args.tokenizer_name_or_path": "str|null", "sources": "list", "columns_to_keep": "list",
-    "need_columns": "list|null", "keep_ids": "bool", "shuffle": "bool", "message_format": "=auto|=plain|=structured", "overlap_with": "list",
+    "need_columns": "list|null", "keep_ids": "bool", "shuffle": "bool", "message_format": "=auto|=plain|=structured|=pairs", "allow_other_references": "bool", "overlap_with": "list",
     "near_duplicates.threshold": "float", "near_duplicates.num_perm": "int", "near_duplicates.ngram": "int"}
 
 # %% ../nbs/00_config.ipynb #388173e5
@@ -770,7 +770,7 @@ def _trust(cfg:dict, origin, typed)->list[str]: # notices; `cfg` is changed in p
         notices.append(f"{key} is true{origin(key)}, but {revision} names no commit: taken as false.")
     return notices
 
-# %% ../nbs/00_config.ipynb #155e5d3b
+# %% ../nbs/00_config.ipynb #47a1234a
 RANGES = {"plw_args.prompt_loss_weight": (0, 1), "irl_args.lambda_td": (0, math.inf), "irl_args.gamma": (0, 1), "max_drop_fraction": (0, 1),
     "dataset_args.debug_subsample.train": (0, math.inf), "dataset_args.debug_subsample.eval": (0, math.inf), "num_nodes": (1, math.inf),
     "cluster.max_retries": (0, 1000), "cluster.signal_seconds": (1, 65535), "cluster.preflight_seconds": (1, 3600),
@@ -778,7 +778,7 @@ RANGES = {"plw_args.prompt_loss_weight": (0, 1), "irl_args.lambda_td": (0, math.
     "shards.number": (1, 9999), "shards.save_seconds": (0, math.inf), "max_seq_len": (1, math.inf), "min_completions": (0, math.inf), "tensor_parallel_size": (1, 1024),
     "generation.n": (0, math.inf), "generation.temperature": (0, math.inf), "generation.top_p": (0, 1), "generation.max_new_tokens": (1, math.inf),
     "generation.batch_tokens": (1, math.inf), "batch_tokens": (1, math.inf), "reward_args.batch_tokens": (1, math.inf), "num_pairs": (1, math.inf),
-    "min_num_ref_rewards": (1, math.inf), "server.start_seconds": (1, math.inf), "server.concurrency": (1, math.inf), "dataset_args.debug_subsample": (0, math.inf),
+    "min_num_ref_rewards": (0, math.inf), "server.start_seconds": (1, math.inf), "server.concurrency": (1, math.inf), "dataset_args.debug_subsample": (0, math.inf),
     "training_args.beta": (1e-300, math.inf), "evaluation.num_prompts": (0, math.inf), "evaluation.max_new_tokens": (1, math.inf), "evaluation.batch_size": (1, math.inf)}
 
 # %% ../nbs/00_config.ipynb #5cf2103b

@@ -28,7 +28,7 @@ def wants_structure(
     wanted = [(s, [*(s.train_splits if s.subsample_factor else []), *s.eval_splits]) for s in sources]
     return any(has_blocks(rows) or uses_tools(rows) for s, names in wanted if names for rows in [read_splits(s, names)])
 
-# %% ../nbs/56_data_stages.ipynb #a773f265
+# %% ../nbs/56_data_stages.ipynb #a3c3fc29
 def dataset_mixture(
     cfg:dict, # composed for this stage
 ): # `data.mixture.Mixture`: rows, and a table of what each source gives
@@ -38,6 +38,9 @@ def dataset_mixture(
     from post_training.tokens.dataset import count_tokens
     sources = [replace(s, dataset_path=run.place(s.dataset_path)) for s in sources_of(cfg["sources"])]
     ensure_demo(cfg)
+    if cfg["message_format"] == "pairs":
+        from post_training.align.rows import mix_pairs
+        return mix_pairs(sources, cfg["seed"], cfg["shuffle"], cfg["allow_other_references"])
     tokenizer = tokenizer_of(cfg)
     return mix(sources, columns_to_keep=cfg["columns_to_keep"], need_columns=cfg["need_columns"], keep_ids=cfg["keep_ids"], shuffle=cfg["shuffle"], seed=cfg["seed"],
                blocks=wants_structure(cfg["message_format"], sources), checks=cfg["role_checks"], on_malformed=cfg["on_malformed"], max_drop_fraction=cfg["max_drop_fraction"],
@@ -74,7 +77,7 @@ def dataset_split(
     return split_dataset(load_splits(run.place(a["dataset_name"])), a["train_split"]["name"], a["eval_split"]["name"], a["eval_split"]["ratio"], a["stratify_by_column"],
                          cfg["seed"], cfg["rare_classes"])
 
-# %% ../nbs/56_data_stages.ipynb #14faa93d
+# %% ../nbs/56_data_stages.ipynb #87da23a5
 def linearise(
     cfg:dict, # composed for this stage
 )->tuple: # (splits by name, counts by split)
@@ -93,7 +96,7 @@ def linearise(
     counts = {name: dict(c, conversations=len(found[name])) for name, (_, c) in done.items()} # in and out are branches where all of them are taken
     return {name: rows for name, (rows, _) in done.items()}, counts
 
-# %% ../nbs/56_data_stages.ipynb #edcd396d
+# %% ../nbs/56_data_stages.ipynb #4026be93
 def generation_ratio(
     cfg:dict, # composed for this stage
 )->tuple: # (DataFrame with a row for each conversation, counts)
