@@ -6,7 +6,7 @@
 __all__ = ['PAIR_INSTEAD', 'PAIR_ARGS', 'PairObjective', 'check_objective', 'answer_lengths', 'reference_table', 'with_quantiles',
            'quantile_facts', 'pair_objective', 'pair_config', 'reference_logps', 'with_reference', 'canary']
 
-# %% ../../nbs/53_trainers.preference.ipynb #3f2e1083
+# %% ../../nbs/53_trainers.preference.ipynb #ff3bac09
 import dataclasses
 from dataclasses import dataclass, field
 import numpy as np
@@ -16,7 +16,6 @@ from ..base import UserError, nearest
 from ..losses.dpo import LOSS_TYPES, check_dpo, pair_count, pair_losses
 from ..losses.logps import masked_labels, sequence_sums
 from ..losses.qrpo import TRANSFORMS, effective_beta, partition_of, qrpo_loss, quantile, tied_atoms
-from ..models.score import add_score_head
 from .order import Rows, StepSampler, make_loader
 from .sft import sft_config
 
@@ -296,18 +295,16 @@ def pair_config(
                         "or are computed, not both.")
     return sft_config({k: v for k, v in training_args.items() if k not in PAIR_ARGS}, output_dir, **kwargs)
 
-# %% ../../nbs/53_trainers.preference.ipynb #dfafc01e
+# %% ../../nbs/53_trainers.preference.ipynb #8b0babdd
 def reference_logps(
-    trainer, # of the policy: its collator, batch size, precision and ranks are used
-    model, # the reference, whole or sharded; never the policy that is trained
+    trainer, # made around the reference, never to train: its model, collator, batch size, precision and ranks are used
     data, # tokenized pairs
 )->np.ndarray: # [N, 2] fp64: log-probability of the chosen and the rejected answer
     "What a reference model says of all answers, by the forward of training"
     a, acc, sharded = trainer.args, trainer.accelerator, trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
-    if model is trainer.model: raise ValueError("the policy would be its own reference: load the reference as a model of its own.")
-    add_score_head(model)
+    if trainer.optimizer is not None: raise ValueError("the policy would be its own reference: this trainer trains. Load the reference as a model of its own.")
     if sharded: from trl.models import prepare_deepspeed
-    model = (prepare_deepspeed(model, acc) if sharded else model.to(a.device)).eval()
+    model = (prepare_deepspeed(trainer.model, acc) if sharded else trainer.model.to(a.device)).eval()
     lengths = data["length"][:]
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     sampler = StepSampler(len(lengths), a.per_device_eval_batch_size, world_size=acc.num_processes, rank=acc.process_index, order=order, lengths=lengths)
