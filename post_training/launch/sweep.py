@@ -7,12 +7,12 @@ __all__ = ['COLUMNS', 'grid', 'override', 'fill', 'Job', 'check_name', 'job_name
            'sweep_folder', 'sbatch_line', 'submit_script', 'write_sweep', 'show_submit', 'read_sweep', 'submit_sweep',
            'run_sweep', 'node_hours', 'sweep_rows', 'sweep_figure', 'answer', 'own_name', 'run_experiment', 'main']
 
-# %% ../../nbs/76_launch.sweep.ipynb #a8a13111
+# %% ../../nbs/76_launch.sweep.ipynb #4f3a816d
 import contextlib, datetime, io, itertools, json, os, re, shlex, shutil, statistics, subprocess, sys
 from dataclasses import dataclass
 from pathlib import Path
 from ..base import UserError, nearest, redact, write_atomic, write_json
-from ..config import Composed, compose, compose_frozen, freeze, load_frozen, parse_override, project_root, quote, resolve
+from ..config import SHARD_STAGES, Composed, compose, compose_frozen, freeze, load_frozen, parse_override, project_root, quote, resolve
 from ..run import _refuse_secrets, config_hash, is_live, queue_run, read_metrics, read_record, run_folder, run_status, runs_root
 from .accelerate import JobFailed
 from .recipe import closing_line, execute_notebook, recipe_parameters, run_recipe, shown_path
@@ -115,7 +115,7 @@ def job_overrides(
     tags = [] if "wandb.tags" in typed else [override("wandb.tags", [experiment])]
     return [*job.overrides, override("job_subdir", where), override("wandb.run_name", where), *tags]
 
-# %% ../../nbs/76_launch.sweep.ipynb #c8dc0d06
+# %% ../../nbs/76_launch.sweep.ipynb #a9d692b9
 def compose_jobs(
     experiment:str, # name
     jobs:list[Job],
@@ -133,6 +133,8 @@ def compose_jobs(
         except UserError as e: raise UserError(f"job {job.name}: {e}") from None
         if c.cfg["cluster"]["launcher"] != "slurm":
             raise UserError(f"job {job.name} is for cluster={c.cfg['cluster']['name']}, which has no scheduler. Add cluster=slurm; `run_sweep` runs it here all the same.")
+        if c.stage in SHARD_STAGES:
+            raise UserError(f"job {job.name}: {c.stage} is an array of shards and a job behind it, which a sweep does not submit. Give it to a plan, with `each`.")
         other = same.setdefault(config_hash({**c.cfg, "job_subdir": "any"}), job.name)
         if other != job.name: raise UserError(f"{other} and {job.name} are the same run: no key that matters differs. Leave one out.")
         out.append(c)
