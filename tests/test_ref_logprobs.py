@@ -67,14 +67,13 @@ def test_both_ways_are_exact(name, attention):
     assert decide_sharing(model, PIECES, 60, True)
 
 
-@pytest.mark.slow
 def test_flex_attention_is_exact():
-    model = build(MODELS["llama"](), "flex_attention")
-    try: want = [alone(model, p) for p in PIECES[:2]]
-    except Exception as e: pytest.skip(f"flex attention does not run here: {type(e).__name__}")
-    assert apart(score_plain(model, PIECES[:2], 100), want) < 1e-5
-    gap, why = probe_sharing(model, PIECES[:2], want, 100)
-    assert gap < 1e-4 or why, "what cannot be shared is found by the probe"
+    "Not compiled, which takes minutes on a CPU"
+    with torch.compiler.set_stance("force_eager"):
+        model = build(MODELS["window"](), "flex_attention")
+        want = [alone(model, p) for p in PIECES]
+        assert apart(score_plain(model, PIECES, 60), want) < 1e-5
+        assert apart(score_shared(model, PIECES, 60), want) < 1e-5
 
 
 def test_left_padding_is_exact():
