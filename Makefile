@@ -27,7 +27,7 @@ WORKERS ?= 2
 PYTEST ?=
 say = printf '\n== %s\n' "$(1)"
 
-.PHONY: help env demo test test-slow hooks notebooks slow-notebooks lab bench readme clean
+.PHONY: help env demo annotate test test-slow hooks notebooks slow-notebooks lab bench readme clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ $(PACKAGE): $(LOCKED)
 demo: env ## fine-tune the tiny model on the demo data and evaluate it before and after (FORCE=1: once more)
 	@# one thread: a model this small gains nothing from a second one, and loses tenfold where the machine is busy
 	@$(RUN) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} post-training train_sft job_subdir=demo $(if $(FORCE),--force)
+
+annotate: demo ## preference data with the demo's model: filter, sample, score, reward, pair
+	@$(RUN) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} post-training plan annotate
 
 test: env ## import contracts, hooks, notebooks, pytest
 	@$(call say,import contracts); $(RUN) lint-imports --no-logo
