@@ -77,68 +77,70 @@ def shared(root, rows, *more):
             f"artifacts_dir={quote(str(root / 'artifacts'))}", f"runs_dir={quote(str(root / 'runs'))}", *more]
 
 
+class Job:
+    "Submits a stage with the command line, in folders of its own"
+    on = [f"shards.number={TASKS}", "cluster=slurm", "cluster.exclusive=false", "cluster.memory=null", "cluster.cpus_per_task=1", "cluster.time=20", "submit=true"]
+
+    def __init__(self, slurm, root, rows):
+        self.slurm, self.root, self.rows, self.told = slurm, root, rows, root / "hook"
+        self.told.mkdir()
+        (self.told / "sitecustomize.py").write_text(HOOK)
+        path = os.pathsep.join(filter(None, [str(self.told), os.environ.get("PYTHONPATH")]))
+        self.env = slurm.env | dict(POST_TRAINING_RUNS_DIR=str(root / "runs"), POST_TRAINING_ARTIFACTS_DIR=str(root / "artifacts"), PYTHONPATH=path, POST_TRAINING_TEST=str(self.told))
+
+    def command(self, *words, check=True):
+        done = subprocess.run(["post-training", *words], env=self.env, capture_output=True, text=True, timeout=120)
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    def words(self, *more):
+        return [*shared(self.root, self.rows, *self.on), *more]
+
+    def submit(self, *more):
+        said = self.command(*self.words(*more)).stdout
+        [record] = (self.root / "runs").rglob("record.json")
+        self.run_dir = record.parent
+        *_, array, last = self.record["jobs"]
+        self.array, self.id = array["id"], last["id"]
+        assert (array["kind"], array["tasks"], last["after"]) == ("shards", TASKS, [str(self.array)]) and f"behind array {self.array}" in said
+        return self
+
+    @property
+    def record(self):
+        return read_record(self.run_dir)
+
+    def batches(self):
+        return (self.told / "batches").read_text().split() if (self.told / "batches").exists() else []
+
+    def hold(self):
+        (self.told / "wait").touch()
+
+    def let_go(self):
+        (self.told / "wait").unlink()
+
+    def at_second(self, seconds=90):
+        held = lambda: all(self.batches().count(str(k)) == 2 for k in range(TASKS))
+        wait_for(lambda: held() or self.slurm.state(self.id) in slurm_cluster.FINISHED, seconds, "the second batch of each shard")
+        assert held(), self.log()
+
+    def end(self, state, seconds=120):
+        assert self.slurm.wait(self.id, seconds) == state, self.log()
+        return self.record
+
+    def left(self, task, what):
+        path = self.run_dir / f"array/{self.array}/{task}.{what}"
+        return path.read_text().strip() if path.exists() else None
+
+    def log(self):
+        parts = [*self.run_dir.glob("slurm-*.out"), *self.run_dir.glob("attempts/*/*.log"), *self.run_dir.glob("array/*/*")]
+        return "\n".join(f"--- {p}\n{p.read_text()[-3000:]}" for p in parts)
+
+
 @pytest.fixture
 def job(slurm, rows, tmp_path, demo):
-    "Submits a stage with the command line; cancels what a failed test leaves"
+    "A job of this test's own; what a failed test leaves is cancelled"
     shutil.copytree(demo / "models/tiny", tmp_path / "artifacts/models/tiny")
-    hook = tmp_path / "hook"
-    hook.mkdir()
-    (hook / "sitecustomize.py").write_text(HOOK)
-    path = os.pathsep.join(filter(None, [str(hook), os.environ.get("PYTHONPATH")]))
-
-    class Job:
-        env = slurm.env | dict(POST_TRAINING_RUNS_DIR=str(tmp_path / "runs"), POST_TRAINING_ARTIFACTS_DIR=str(tmp_path / "artifacts"), PYTHONPATH=path, POST_TRAINING_TEST=str(hook))
-        on = [f"shards.number={TASKS}", "cluster=slurm", "cluster.exclusive=false", "cluster.memory=null", "cluster.cpus_per_task=1", "cluster.time=20", "submit=true"]
-        told = hook
-
-        def command(self, *words, check=True):
-            done = subprocess.run(["post-training", *words], env=self.env, capture_output=True, text=True, timeout=120)
-            assert not check or done.returncode == 0, done.stdout + done.stderr
-            return done
-
-        def words(self, *more):
-            return [*shared(tmp_path, rows, *self.on), *more]
-
-        def submit(self, *more):
-            said = self.command(*self.words(*more)).stdout
-            [record] = (tmp_path / "runs").rglob("record.json")
-            self.run_dir = record.parent
-            *_, array, last = self.record["jobs"]
-            self.array, self.id = array["id"], last["id"]
-            assert (array["kind"], array["tasks"], last["after"]) == ("shards", TASKS, [str(self.array)]) and f"behind array {self.array}" in said
-            return self
-
-        @property
-        def record(self):
-            return read_record(self.run_dir)
-
-        def batches(self):
-            return (self.told / "batches").read_text().split() if (self.told / "batches").exists() else []
-
-        def hold(self):
-            (self.told / "wait").touch()
-
-        def let_go(self):
-            (self.told / "wait").unlink()
-
-        def at_second(self, seconds=90):
-            held = lambda: all(self.batches().count(str(k)) == 2 for k in range(TASKS))
-            wait_for(lambda: held() or slurm.state(self.id) in slurm_cluster.FINISHED, seconds, "the second batch of each shard")
-            assert held(), self.log()
-
-        def end(self, state, seconds=120):
-            assert slurm.wait(self.id, seconds) == state, self.log()
-            return self.record
-
-        def left(self, task, what):
-            path = self.run_dir / f"array/{self.array}/{task}.{what}"
-            return path.read_text().strip() if path.exists() else None
-
-        def log(self):
-            parts = [*self.run_dir.glob("slurm-*.out"), *self.run_dir.glob("attempts/*/*.log"), *self.run_dir.glob("array/*/*")]
-            return "\n".join(f"--- {p}\n{p.read_text()[-3000:]}" for p in parts)
-
-    made = Job()
+    made = Job(slurm, tmp_path, rows)
     yield made
     for known in (made.record.get("jobs") or []) if hasattr(made, "run_dir") else []:
         slurm.run("scancel", known["id"], check=False)
