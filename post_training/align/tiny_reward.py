@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEMPLATE', 'SIZE', 'near_number', 'near_letters', 'near_answer', 'demo_pairs', 'tiny_reward_tokenizer',
-           'tiny_classifier', 'length_steps', 'learn_answers', 'learn_pairs', 'pair_accuracy', 'train_tiny_reward',
-           'build_tiny_reward']
+           'tiny_classifier', 'learn_answers', 'learn_pairs', 'pair_accuracy', 'train_tiny_reward', 'build_tiny_reward']
 
 # %% ../../nbs/46_align.tiny_reward.ipynb #d88fd4f4
 import random, re, tempfile
@@ -94,18 +93,7 @@ def tiny_classifier(
         torch.manual_seed(seed)
         return LlamaForSequenceClassification(LlamaConfig(vocab_size=len(tokenizer), num_labels=1, **ids, **{**SIZE, **changes})).float()
 
-# %% ../../nbs/46_align.tiny_reward.ipynb #776f97ef
-def length_steps(
-    lengths:list[int], # of the conversations
-    batch_size:int, # conversations in a step
-    rng:random.Random, # of the order
-)->list[list[int]]: # indices of each step
-    "One pass in random order, conversations of about one length together: the few with tools are long"
-    order = sorted(rng.sample(range(len(lengths)), len(lengths)), key=lambda i: lengths[i])
-    steps = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-    return rng.sample(steps, len(steps))
-
-# %% ../../nbs/46_align.tiny_reward.ipynb #13fa3d91
+# %% ../../nbs/46_align.tiny_reward.ipynb #cbb307f6
 def learn_answers(
     model, # a classifier, whose body is trained in place
     tokenizer, # of the model
@@ -121,7 +109,8 @@ def learn_answers(
     chats = tokenize_chats(tokenizer, [as_chat(tokenizer, [*p["prompt"], dict(role="assistant", content=p["chosen"])]) for p in pairs])
     with torch.random.fork_rng(): torch.manual_seed(seed); lm = LlamaForCausalLM(model.config)
     lm.model, rng, losses = model.model, random.Random(seed), []
-    steps = [step for _ in range(epochs) for step in length_steps([len(c) for c in chats], batch_size, rng)]
+    order = [i for _ in range(epochs) for i in rng.sample(range(len(chats)), len(chats))] # not by length: steps would hold one kind of question each
+    steps = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     optimizer = torch.optim.AdamW(lm.parameters(), betas=(.9, .98))
     for n, step in enumerate(steps):
         width = max(len(chats[i]) for i in step)
@@ -136,7 +125,7 @@ def learn_answers(
         losses.append(loss.item())
     return losses
 
-# %% ../../nbs/46_align.tiny_reward.ipynb #caafe4d8
+# %% ../../nbs/46_align.tiny_reward.ipynb #a82fdd20
 def learn_pairs(
     model, # a classifier, trained in place
     tokenizer, # of the model
@@ -152,9 +141,8 @@ def learn_pairs(
     sides = {f"{s}_ids": conversation_ids(tokenizer, [[*p["prompt"], dict(role="assistant", content=p[s])] for p in pairs]) for s in ("chosen", "rejected")}
     with tempfile.TemporaryDirectory() as folder:
         args = RewardConfig(output_dir=folder, per_device_train_batch_size=batch_size, learning_rate=learning_rate, num_train_epochs=1, lr_scheduler_type="cosine", warmup_steps=20,
-                            adam_beta2=.98, max_grad_norm=1., center_rewards_coefficient=.01, max_length=None, gradient_checkpointing=False, bf16=False, use_cpu=True, seed=seed,
-                            save_strategy="no", logging_steps=10, report_to=[], disable_tqdm=True, train_sampling_strategy="group_by_length", remove_unused_columns=False)
-        sides["length"] = [len(x) for x in sides["chosen_ids"]]
+                            adam_beta2=.98, max_grad_norm=1., center_rewards_coefficient=.01, max_length=None, activation_checkpointing=False, bf16=False, use_cpu=True, seed=seed,
+                            save_strategy="no", logging_steps=10, report_to=[], disable_tqdm=True)
         trainer = RewardTrainer(model=model, args=args, train_dataset=Dataset.from_dict(sides), processing_class=tokenizer)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
