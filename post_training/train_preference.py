@@ -7,12 +7,12 @@ __all__ = ['STAGE', 'demo_pair', 'ensure_pairs', 'objective_of', 'chosen_chats',
            'reference_key', 'reference_name', 'compute_reference', 'save_reference', 'ready', 'watched', 'make_trainer',
            'arguments', 'main']
 
-# %% ../nbs/55_train_preference.ipynb #3461845b
+# %% ../nbs/55_train_preference.ipynb #ffc234ab
 import hashlib, json, sys
 from functools import partial
 from pathlib import Path
 from . import config, run
-from .base import UserError, atomic_dir, locked, verify_manifest, write_json, write_manifest
+from .base import UserError, atomic_dir, locked, write_manifest
 from .prepare import Data, prepare_data
 from .worker import Stage, Worker, collator_of, load_base, share, trainer_options, trl_args
 from .worker import main as work
