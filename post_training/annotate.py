@@ -10,8 +10,8 @@ __all__ = ['SPLIT', 'BATCHES', 'WORKERS', 'model_facts', 'ensure_reward', 'read_
            'unpacked', 'joined', 'written_to', 'count_completions', 'merged', 'settings', 'carry_out', 'told_history',
            'said', 'work_as_task', 'main']
 
-# %% ../nbs/59_annotate.ipynb #a2bf4778
-import json, os, shutil, signal, sys
+# %% ../nbs/59_annotate.ipynb #736d44f7
+import json, os, shutil, sys
 from functools import partial
 from pathlib import Path
 from . import config, run, shards
@@ -112,11 +112,11 @@ def logprob_batches(cfg:dict, rows, tokenizer)->dict: # lengths and budget for `
     from post_training.align.logprobs import plan_tokens, scoring_lengths
     return dict(lengths=scoring_lengths(rows, tokenizer), budget=plan_tokens(cfg["batch_tokens"]))
 
-# %% ../nbs/59_annotate.ipynb #bb87eb6f
+# %% ../nbs/59_annotate.ipynb #52968016
 def reward_batches(cfg:dict, rows, tokenizer)->dict: # lengths and budget for `shards.make_plan`
-    "Conversations of similar length, estimated: the reward model has a tokenizer of its own; verifiers take them as they come"
+    "Prompts of similar length, estimated: the reward model has a tokenizer of its own, and sorts the conversations of a batch; verifiers take them as they come"
     from post_training.align.filter import row_lengths
-    return in_order(len(rows)) if cfg["reward_args"]["kind"] == "verifier" else dict(lengths=row_lengths(rows), budget=cfg["reward_args"]["batch_tokens"])
+    return in_order(len(rows)) if cfg["reward_args"]["kind"] == "verifier" else dict(lengths=row_lengths(rows), budget=16*cfg["reward_args"]["batch_tokens"])
 
 # %% ../nbs/59_annotate.ipynb #7076d617
 BATCHES = { # stage -> how its rows are batched
@@ -215,16 +215,18 @@ def stage_facts(
     if cfg["stage"] == "pairs": facts = dict(reference=before.get("ref_logprobs", {}).get("reference"), reward=before.get("ref_rewards", {}).get("reward"))
     return facts
 
-# %% ../nbs/59_annotate.ipynb #6530f4e0
+# %% ../nbs/59_annotate.ipynb #785f6ef9
 def device_kind(
     cfg:dict, # composed
-)->str: # cpu, or the name of a GPU
-    "What the results were computed on: they are promised to be the same on one kind"
-    if cfg["stage"] not in ("ref_completions", "ref_logprobs", "ref_rewards") or cfg["cluster"]["device"] == "cpu": return "cpu"
+)->str: # cpu, the name of a GPU, or server
+    "What the results are computed on: they are promised to be the same on one kind, and nothing is promised of a server"
+    if cfg.get("backend") == "server": return "server"
+    asks = cfg["stage"] in ("ref_completions", "ref_logprobs") or cfg.get("reward_args", {}).get("kind") == "model"
+    if not asks or cfg["cluster"]["device"] == "cpu": return "cpu"
     import torch
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
-# %% ../nbs/59_annotate.ipynb #bd9ba65d
+# %% ../nbs/59_annotate.ipynb #bbe8ab86
 def prepare(
     cfg:dict, # composed
 )->shards.Plan:
@@ -237,7 +239,10 @@ def prepare(
     tokenizer = tokenizer_of(cfg) if "tokenizer_args" in cfg else None
     now = stage_facts(cfg, tokenizer)
     if other := [k for k in now if now[k] != told["facts"].get(k)]: raise UserError(f"Another {', '.join(other)} than when this work began. Remove {folder} to begin anew.")
-    return plan
+    number = max(1, min(cfg["shards"]["number"], len(plan.batches)))
+    if number == plan.shards: return plan
+    costs = shards.balance(plan.costs, number)
+    return shards.save_plan(folder, shards.Plan(plan.keys, plan.batches, plan.costs, plan.params, number, costs, plan.fingerprint)) # refused where shards are begun
 
 # %% ../nbs/59_annotate.ipynb #20c0e131
 def _plan(cfg:dict, folder:Path)->shards.Plan:
@@ -255,7 +260,7 @@ def _plan(cfg:dict, folder:Path)->shards.Plan:
     write_json(folder/"facts.json", dict(facts=facts, counts=counts, history=history_of(cfg), inputs=run.inputs_of([p for p in paths if p and not p.startswith("run:")])))
     return shards.save_plan(folder, plan)
 
-# %% ../nbs/59_annotate.ipynb #ded5d9f6
+# %% ../nbs/59_annotate.ipynb #2a2a3c10
 def maker(
     cfg:dict, # composed
     folder, # of the work
@@ -267,17 +272,23 @@ def maker(
     rows = load_from_disk(str(Path(folder)/"rows"))
     tokenizer = tokenizer_of(cfg) if "tokenizer_args" in cfg else None
     make = WORKERS[cfg["stage"]](cfg, rows, tokenizer, json.loads((Path(folder)/"facts.json").read_text())["facts"])
-    return lambda batch: [r if "dropped" in r else {"_i": i, **r} for i, r in zip(batch, make(batch), strict=True)]
+    def told(i, r):
+        if "dropped" not in r: return {"_i": i, **r}
+        lost = r.get("lost") or {}
+        return dict(dropped=r["dropped"] + (f" ({max(lost, key=lost.get)})" if lost else ""))
+    return lambda batch: [told(i, r) for i, r in zip(batch, make(batch), strict=True)]
 
-# %% ../nbs/59_annotate.ipynb #061941cd
+# %% ../nbs/59_annotate.ipynb #ae6a7ea5
 def slots(
     cfg:dict, # composed
 )->tuple[int, object]: # processes at a time; function from a slot to its variables
-    "The workers of this machine: one for each GPU or group of GPUs, or as many processes as were asked for"
-    import torch
-    gpus = 0 if cfg["cluster"]["device"] == "cpu" or device_kind(cfg) == "cpu" else cfg["cluster"]["gpus_per_node"] or torch.cuda.device_count()
-    if gpus and cfg.get("backend") != "server": return gpus, lambda slot: dict(CUDA_VISIBLE_DEVICES=str(slot))
-    n = cfg["num_processes"] or 1
+    "The workers of this machine or of this task of an array: one for each GPU, or as many processes as were asked for"
+    task, gpus = "SLURM_ARRAY_TASK_ID" in os.environ, 0
+    if device_kind(cfg) not in ("cpu", "server"):
+        import torch
+        gpus = torch.cuda.device_count()
+    n = shards.array_workers() if task else gpus or cfg["num_processes"] or 1
+    if gpus: return n, shards.slot_gpus
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0))//n))
     return n, lambda slot: dict(OMP_NUM_THREADS=threads, TOKENIZERS_PARALLELISM="false")
 
@@ -442,18 +453,18 @@ def said(
     from post_training.data.messages import content_text
     return "\n".join(content_text(m["content"]) for m in messages)
 
-# %% ../nbs/59_annotate.ipynb #2cb1a2f4
+# %% ../nbs/59_annotate.ipynb #45d72ac6
 def work_as_task(
     config_path:str, # frozen
 )->int: # exit code
     "What a task of an array does: its share of the shards, in processes of its machine"
     cfg = config.load_frozen(config_path)
     plan = prepare(cfg)
-    mine = shards.array_shards(plan, slots(cfg)[0])
+    mine = shards.array_shards(plan) # none where the plan has fewer shards than the array has room for
     work_on(cfg, config_path, mine, lambda done: print(progress_line(done), flush=True))
     return 0
 
-# %% ../nbs/59_annotate.ipynb #26fe84b7
+# %% ../nbs/59_annotate.ipynb #6444c029
 def main(
     argv:list[str]=None, # None: this process' arguments
 )->int: # exit code: 2 for a mistake of the user's, 143 where it was asked to leave
@@ -462,9 +473,7 @@ def main(
     if not argv or {"-h", "--help"} & {*argv}: print("python -m post_training.annotate CONFIG.yaml --array | CONFIG.yaml FOLDER --shard N"); return 0
     try:
         if "--array" in argv:
-            def leave(*_): raise SystemExit(143)
-            signal.signal(signal.SIGTERM, leave) # the workers are asked to leave, and save
-            return work_as_task(argv[0])
+            with shards.leave_on_sigterm(): return work_as_task(argv[0]) # the workers are asked to leave, and save
         return shards.main({argv[0]: partial(maker, config.load_frozen(argv[0]))}, argv)
     except UserError as e: print(f"error: {e}", file=sys.stderr); return 2
 
