@@ -295,7 +295,7 @@ def pair_config(
                         "or are computed, not both.")
     return sft_config({k: v for k, v in training_args.items() if k not in PAIR_ARGS}, output_dir, **kwargs)
 
-# %% ../../nbs/53_trainers.preference.ipynb #757158e2
+# %% ../../nbs/53_trainers.preference.ipynb #a4fed074
 def reference_logps(
     trainer, # made around the reference, never to train: its model, collator, batch size, precision and ranks are used
     data, # tokenized pairs
@@ -304,7 +304,8 @@ def reference_logps(
     a, acc, sharded = trainer.args, trainer.accelerator, trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
     if trainer.optimizer is not None: raise ValueError("the policy would be its own reference: this trainer trains. Load the reference as a model of its own.")
     if sharded: from trl.models import prepare_deepspeed
-    model = prepare_deepspeed(trainer.model, acc) if sharded else trainer.model.to(a.device)
+    if sharded and not hasattr(trainer, "reference_engine"): trainer.reference_engine = prepare_deepspeed(trainer.model, acc) # one for all data sets
+    model = trainer.reference_engine if sharded else trainer.model.to(a.device)
     model.eval()
     lengths = data["length"][:]
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
