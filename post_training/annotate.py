@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['SPLIT', 'BATCHES', 'WORKERS', 'model_facts', 'ensure_reward', 'read_rows', 'keys_of', 'in_order', 'most_tokens',
-           'completion_batches', 'logprob_batches', 'reward_batches', 'worker_model', 'filter_worker',
-           'completions_worker', 'logprobs_worker', 'rewards_worker', 'pairs_worker', 'work_folder', 'history_of',
-           'stage_facts', 'device_kind', 'prepare', 'maker', 'slots', 'work_on', 'progress_line', 'in_place', 'results',
-           'unpacked', 'joined', 'written_to', 'count_completions', 'merged', 'settings', 'carry_out', 'told_history',
-           'said', 'work_as_task', 'main']
+           'completion_batches', 'logprob_batches', 'reward_batches', 'worker_model', 'filter', 'ref_completions',
+           'ref_logprobs', 'ref_rewards', 'pairs', 'work_folder', 'history_of', 'stage_facts', 'device_kind', 'prepare',
+           'maker', 'slots', 'work_on', 'progress_line', 'in_place', 'results', 'unpacked', 'joined', 'written_to',
+           'count_completions', 'merged', 'settings', 'carry_out', 'told_history', 'said', 'work_as_task', 'main']
 
 # %% ../nbs/59_annotate.ipynb #736d44f7
 import json, os, shutil, sys
@@ -99,21 +98,33 @@ def most_tokens(
     found = AutoConfig.from_pretrained(run.base_model(m["model_name_or_path"], cfg["runs_dir"])[0], revision=m["model_revision"], trust_remote_code=m["trust_remote_code"])
     return min(cfg["max_seq_len"], getattr(found.get_text_config(), "max_position_embeddings", None) or cfg["max_seq_len"])
 
-# %% ../nbs/59_annotate.ipynb #7ebac580
-def completion_batches(cfg:dict, rows, tokenizer)->dict: # lengths and budget for `shards.make_plan`
+# %% ../nbs/59_annotate.ipynb #c0d04947
+def completion_batches(
+    cfg:dict, # composed for this stage
+    rows, # from `read_rows`
+    tokenizer, # None for a stage without one
+)->dict: # lengths and budget, or batches, for `shards.make_plan`
     "Prompts of similar length; a batch counts n completions of max_new_tokens for each"
     from post_training.align.completions import plan_lengths, prompt_lengths
     g = cfg["generation"]
     return dict(lengths=plan_lengths(prompt_lengths(rows, tokenizer), g["n"], g["max_new_tokens"], most_tokens(cfg)), budget=g["batch_tokens"])
 
-# %% ../nbs/59_annotate.ipynb #a6577d11
-def logprob_batches(cfg:dict, rows, tokenizer)->dict: # lengths and budget for `shards.make_plan`
+# %% ../nbs/59_annotate.ipynb #d67bc41e
+def logprob_batches(
+    cfg:dict, # composed for this stage
+    rows, # from `read_rows`
+    tokenizer, # None for a stage without one
+)->dict: # lengths and budget, or batches, for `shards.make_plan`
     "Prompts with completions of similar length in all"
     from post_training.align.logprobs import plan_tokens, scoring_lengths
     return dict(lengths=scoring_lengths(rows, tokenizer), budget=plan_tokens(cfg["batch_tokens"]))
 
-# %% ../nbs/59_annotate.ipynb #52968016
-def reward_batches(cfg:dict, rows, tokenizer)->dict: # lengths and budget for `shards.make_plan`
+# %% ../nbs/59_annotate.ipynb #b1845043
+def reward_batches(
+    cfg:dict, # composed for this stage
+    rows, # from `read_rows`
+    tokenizer, # None for a stage without one
+)->dict: # lengths and budget, or batches, for `shards.make_plan`
     "Prompts of similar length, estimated: the reward model has a tokenizer of its own, and sorts the conversations of a batch; verifiers take them as they come"
     from post_training.align.filter import row_lengths
     return in_order(len(rows)) if cfg["reward_args"]["kind"] == "verifier" else dict(lengths=row_lengths(rows), budget=16*cfg["reward_args"]["batch_tokens"])
@@ -137,14 +148,24 @@ def worker_model(
     if eos is not None: model.generation_config.eos_token_id = eos
     return model.eval()
 
-# %% ../nbs/59_annotate.ipynb #39c1c55a
-def filter_worker(cfg:dict, rows, tokenizer, facts:dict):
+# %% ../nbs/59_annotate.ipynb #5722cef7
+def filter(
+    cfg:dict, # composed for this stage
+    rows, # from `read_rows`
+    tokenizer, # None for a stage without one
+    facts:dict, # from `stage_facts`
+): # function: indices of rows -> a result for each
     "Drop what is too long for the model"
     from post_training.align.filter import filter_maker
     return filter_maker(rows, tokenizer, cfg["max_seq_len"], cfg["min_completions"])
 
-# %% ../nbs/59_annotate.ipynb #2f25a484
-def completions_worker(cfg:dict, rows, tokenizer, facts:dict):
+# %% ../nbs/59_annotate.ipynb #bfaa14ce
+def ref_completions(
+    cfg:dict, # composed for this stage
+    rows, # from `read_rows`
+    tokenizer, # None for a stage without one
+    facts:dict, # from `stage_facts`
+): # function: indices of rows -> a result for each
     "Sample completions, with the model in this process or from a server"
     from post_training.align.completions import base_url, call_stops, completions_maker, server_backend, served_model, token_rate, transformers_backend
     g, s = cfg["generation"], cfg["server"]
@@ -157,14 +178,24 @@ def completions_worker(cfg:dict, rows, tokenizer, facts:dict):
         complete = server_backend(url, served_model(base_url(url), s["model"], cfg["max_seq_len"]), stop=stop, concurrency=s["concurrency"], **how)
     return completions_maker(rows, tokenizer, complete, facts["model_name"], g["n"], cfg["seed"], most_tokens(cfg), g["max_new_tokens"], cfg["keep_existing"], token_rate())
 
-# %% ../nbs/59_annotate.ipynb #1168da93
-def logprobs_worker(cfg:dict, rows, tokenizer, facts:dict):
+# %% ../nbs/59_annotate.ipynb #05196419
+def ref_logprobs(
+    cfg:dict, # composed for this stage
+    rows, # from `read_rows`
+    tokenizer, # None for a stage without one
+    facts:dict, # from `stage_facts`
+): # function: indices of rows -> a result for each
     "Score completions under the reference model"
     from post_training.align.logprobs import logprobs_maker
     return logprobs_maker(rows, tokenizer, worker_model(cfg), cfg["batch_tokens"], cfg["share_prompts"], facts["probe_rows"])
 
-# %% ../nbs/59_annotate.ipynb #8e78c5fb
-def rewards_worker(cfg:dict, rows, tokenizer, facts:dict):
+# %% ../nbs/59_annotate.ipynb #556c234e
+def ref_rewards(
+    cfg:dict, # composed for this stage
+    rows, # from `read_rows`
+    tokenizer, # None for a stage without one
+    facts:dict, # from `stage_facts`
+): # function: indices of rows -> a result for each
     "Reward completions, by a model or a verifier"
     from post_training.align.rewards import model_scorer, rewards_maker, verifier_scorer
     r = cfg["reward_args"]
@@ -173,14 +204,19 @@ def rewards_worker(cfg:dict, rows, tokenizer, facts:dict):
     given = {k: r[k] for k in ("model_revision", "dtype", "attn_implementation", "chat_template_name", "max_length", "batch_tokens", "score_index", "system_prompt", "trust_remote_code")}
     return rewards_maker(rows, model_scorer(run.base_model(r["model_name_or_path"], cfg["runs_dir"])[0], device=device, **given))
 
-# %% ../nbs/59_annotate.ipynb #830cdc16
-def pairs_worker(cfg:dict, rows, tokenizer, facts:dict):
+# %% ../nbs/59_annotate.ipynb #ef15448b
+def pairs(
+    cfg:dict, # composed for this stage
+    rows, # from `read_rows`
+    tokenizer, # None for a stage without one
+    facts:dict, # from `stage_facts`
+): # function: indices of rows -> a result for each
     "Choose pairs"
     from post_training.align.pairs import pairs_maker
     return pairs_maker(rows, cfg["mode"], cfg["num_pairs"], cfg["min_num_ref_rewards"], cfg["num_ref_rewards"], cfg["candidates"], cfg["seed"], cfg["references"], facts["reference"])
 
-# %% ../nbs/59_annotate.ipynb #a009b66e
-WORKERS = {"filter": filter_worker, "ref_completions": completions_worker, "ref_logprobs": logprobs_worker, "ref_rewards": rewards_worker, "pairs": pairs_worker} # stage -> its map
+# %% ../nbs/59_annotate.ipynb #d79064fa
+WORKERS = {"filter": filter, "ref_completions": ref_completions, "ref_logprobs": ref_logprobs, "ref_rewards": ref_rewards, "pairs": pairs} # stage -> its map
 
 # %% ../nbs/59_annotate.ipynb #a00c9499
 def work_folder(

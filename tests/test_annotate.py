@@ -14,7 +14,7 @@ from post_training.base import UserError
 
 ANSWERS = ["dataset_args.dataset_name=${artifacts_dir}/datasets/demo-answers", "dataset_args.split=train", "max_drop_fraction=1"]
 STAGES = {
-    "filter": ["dataset_args.split=train", "max_seq_len=60", "max_drop_fraction=1"],
+    "filter": ["dataset_args.split=train", "dataset_args.debug_subsample=1500", "max_seq_len=60", "max_drop_fraction=1"],
     "ref_completions": [*ANSWERS, "dataset_args.debug_subsample=40", "generation.n=2", "generation.max_new_tokens=8", "generation.batch_tokens=800"],
     "ref_logprobs": [*ANSWERS, "dataset_args.debug_subsample=120", "batch_tokens=64"],
     "ref_rewards": [*ANSWERS, "reward_model=verifier"],

@@ -24,7 +24,7 @@ def readme_commands():
 
 
 # Commands that a test of their own runs (make test is what runs this file: .ci/run calls both)
-ELSEWHERE = {"make demo": "test_make_demo", "make test": ".ci/run", "make test-slow": ".ci/run"}
+ELSEWHERE = {"make demo": "test_make_demo", "make annotate": "test_make_demo", "make test": ".ci/run", "make test-slow": ".ci/run"}
 COMMANDS = readme_commands()
 
 
@@ -125,7 +125,7 @@ def test_notebooks_are_valid():
 
 @pytest.mark.slow
 def test_make_demo(tmp_path):
-    "The first command a newcomer types: it learns, and a second time it says in seconds that it is done"
+    "The first command a newcomer types: it learns, and a second time it says in seconds that it is done; then preference data with its model"
     env = dict(POST_TRAINING_RUNS_DIR=str(tmp_path / "runs"), POST_TRAINING_ARTIFACTS_DIR=str(tmp_path / "artifacts"))
     first = run(["make", "demo"], timeout=900, **env)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
@@ -142,6 +142,16 @@ def test_make_demo(tmp_path):
     again = run(["make", "demo"], timeout=120, **env)
     assert again.returncode == 0 and time.time() - start < 60, again.stdout + again.stderr
     assert len(list((records[0].parent / "attempts").iterdir())) == 1
+    made = run(["make", "annotate"], timeout=900, **env)
+    assert made.returncode == 0, made.stdout[-3000:] + made.stderr[-3000:]
+    stages = ("filter", "ref_completions", "ref_logprobs", "ref_rewards", "pairs")
+    left = {stage: json.loads(next((tmp_path / "runs" / stage / "demo").glob("*/record.json")).read_text()) for stage in stages}
+    assert {r["status"] for r in left.values()} == {"finished"} and [h["stage"] for h in left["pairs"]["history"]] == list(stages)
+    counts = left["ref_completions"]["counts"]["completions"]
+    assert counts["kept"] > 0.8 * 6000 and counts["kept"] + sum(counts["lost"].values()) <= 6000 and left["pairs"]["counts"]["completions"]["kept"] > 50, counts
+    assert left["ref_logprobs"]["counts"]["completions"]["reencoded"]["compared"] == counts["kept"]
+    again = run(["make", "annotate"], timeout=120, **env)
+    assert again.returncode == 0 and again.stdout.count("done already") == 6, again.stdout
 
 
 @pytest.mark.slow
