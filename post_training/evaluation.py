@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CALL', 'CALL_END', 'THOUGHT_END', 'spread', 'prompt_of', 'render_prompts', 'stops_at_calls', 'answer_text',
-           'bootstrap', 'by_skill', 'result_of', 'evaluate_checkpoint', 'eval_rows', 'evaluate_config', 'show_samples',
-           'parse_args', 'main']
+           'bootstrap', 'paired_bootstrap', 'by_skill', 'result_of', 'evaluate_checkpoint', 'sample_scores',
+           'eval_rows', 'evaluate_config', 'show_samples', 'parse_args', 'main']
 
 # %% ../nbs/61_evaluation.ipynb #97c46de0
 import argparse, sys, time, traceback
@@ -88,6 +88,22 @@ def bootstrap(
     means = values[np.random.default_rng(seed).integers(len(values), size=(n, len(values)))].mean(1)
     return [round(float(q), 4) for q in np.quantile(means, [(1 - level)/2, (1 + level)/2])]
 
+# %% ../nbs/61_evaluation.ipynb #fdcd4883
+def paired_bootstrap(
+    before, # [n] or [n, samples] scores of each prompt
+    after, # the same prompts, another model
+    n:int=10000, # resamples of the prompts
+    level:float=.95, # share of the resampled differences inside
+    seed:int=0, # of the resampling
+)->dict: # before, after, difference: means; interval of the difference; n: prompts
+    "Bootstrap interval of the difference of two means over the same prompts"
+    a, b = (np.asarray(v, float).reshape(len(v), -1).mean(1) for v in (before, after))
+    if len(a) != len(b): raise UserError(f"{len(a)} prompts against {len(b)}: both models have to answer the same.")
+    d, rng = b - a, np.random.default_rng(seed)
+    means = np.concatenate([d[rng.integers(len(d), size=(min(500, n - i), len(d)))].mean(1) for i in range(0, n, 500)])
+    low, high = np.quantile(means, [(1 - level)/2, (1 + level)/2])
+    return dict(before=round(float(a.mean()), 4), after=round(float(b.mean()), 4), difference=round(float(d.mean()), 4), interval=[round(float(low), 4), round(float(high), 4)], n=len(d))
+
 # %% ../nbs/61_evaluation.ipynb #0baae56e
 def by_skill(
     rows:list[dict], # with skill or source, if they have one
@@ -143,6 +159,36 @@ def evaluate_checkpoint(
     made = dict(zip(asked, generate(model, tokenizer, [prompts[i] for i in asked], max_new_tokens, extra_stop=stops_at_calls(tokenizer), batch_size=batch_size)))
     out = result_of(tokenizer, rows, prompts, [made.get(i) for i in range(len(rows))], num_samples)
     return out | dict(new_tokens=sum(len(w["ids"]) for w in made.values()), seconds=round(time.perf_counter() - began, 2))
+
+# %% ../nbs/61_evaluation.ipynb #8a386fa1
+def sample_scores(
+    checkpoint, # folder or hub name
+    rows:list[dict], # prompts with answers
+    tokenizer, # with the template the checkpoint was trained with
+    samples:int=4, # of each prompt
+    temperature:float=1., # 0: greedy, one sample is enough
+    max_new_tokens:int=64, # a sample that is not finished by then is judged as it is
+    batch_size:int=64, # prompts in a batch
+    seed:int=0, # of the sampling
+    device:str|None=None, # cpu or cuda; None takes a GPU where there is one
+    eos_token_id:int|None=None, # stop here instead of where the checkpoint's generation config says
+): # scores [n, samples] as a numpy array
+    "Verified rewards of samples"
+    from post_training.models.generate import check_prompts, complete_batch, length_batches, row_noise, stop_ids
+    from post_training.models.load import default_device, load_model, resolve_auto
+    from post_training.shards import seed_of
+    device = device or default_device()
+    model = load_model(str(checkpoint), device=device, dtype=resolve_auto(device, "inference")["dtype"]).eval()
+    if eos_token_id is not None: model.generation_config.eos_token_id = eos_token_id
+    prompts, names = render_prompts(tokenizer, rows), [row_verifier(r) for r in rows]
+    if bad := [i for i, (p, n) in enumerate(zip(prompts, names)) if p is None or n is None]: raise UserError(f"Row {bad[0]} has no prompt for this template, or no answer to check.")
+    check_prompts(model, prompts, max_new_tokens)
+    stop, scores = stop_ids(model, stops_at_calls(tokenizer)), np.zeros((len(rows), samples))
+    for batch in length_batches([len(p) for p in prompts], batch_size):
+        u_BN = row_noise([seed_of(seed, str(prompts[i]), j) for i in batch for j in range(samples)], max_new_tokens)
+        ids = complete_batch(model, [prompts[i] for i in batch], u_BN, stop, tokenizer.pad_token_id, temperature, samples=samples)
+        for k, written in enumerate(ids): scores[batch[k//samples], k%samples] = verify(names[batch[k//samples]], answer_text(tokenizer, written), rows[batch[k//samples]]["answer"])
+    return scores
 
 # %% ../nbs/61_evaluation.ipynb #f6667227
 def eval_rows(
