@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUESTIONS', 'FACTS', 'THINGS', 'SYSTEM', 'SQUARE', 'SKILLS', 'SYSTEM_SHARE', 'DEMO_VERSION', 'GREETINGS', 'draw',
            'identity', 'part', 'worked', 'turns', 'make_row', 'problems', 'demo_rows', 'operands_of', 'overlap',
-           'write_demo', 'is_current', 'write_greetings', 'slip', 'answered', 'write_answers', 'texts_of',
+           'write_demo', 'is_current', 'write_greetings', 'slip', 'answered', 'write_answers', 'write_road', 'texts_of',
            'ensure_demo', 'build_model']
 
 # %% ../nbs/05_demo.ipynb #3e478a86
@@ -272,6 +272,25 @@ def write_answers(
         write_manifest(tmp, demo_version=DEMO_VERSION, seed=seed, rows={split: len(part) for split, part in rows.items()})
     return Path(folder)
 
+# %% ../nbs/05_demo.ipynb #9567878f
+def write_road(
+    folder, # where the files are to be
+    n_train:int=5700, # about how many training rows
+    n_dev:int=500, # about how many rows to choose on
+    n_test:int=1000, # about how many rows to report on
+    seed:int=0, # of the rows
+)->Path: # the folder
+    "Write demo rows as `train.jsonl`, `dev.jsonl` and `test.jsonl` with a manifest"
+    rows = demo_rows(seed, n_train, n_dev + n_test)
+    held, cut = rows.pop("eval"), {}
+    for r in held: cut.setdefault(r["skill"], []).append(r)
+    share = n_dev/(n_dev + n_test)
+    rows |= dict(dev=[r for of in cut.values() for r in of[:round(share*len(of))]], test=[r for of in cut.values() for r in of[round(share*len(of)):]])
+    with atomic_dir(folder, replace=True) as tmp:
+        for split, part in rows.items(): (tmp/f"{split}.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False, separators=(",", ":")) + "\n" for r in part))
+        write_manifest(tmp, demo_version=DEMO_VERSION, seed=seed, rows={split: len(part) for split, part in rows.items()})
+    return Path(folder)
+
 # %% ../nbs/05_demo.ipynb #d10d1f5e
 def texts_of(value)->set[str]:
     "Every text in a nested configuration"
@@ -279,7 +298,7 @@ def texts_of(value)->set[str]:
     if isinstance(value, list): return {t for v in value for t in texts_of(v)}
     return {value} if isinstance(value, str) else set()
 
-# %% ../nbs/05_demo.ipynb #3d938821
+# %% ../nbs/05_demo.ipynb #7e63e439
 def ensure_demo(
     cfg:dict, # a composed configuration: artifacts_dir, and paths of data, model and tokenizer anywhere in it
 )->list[Path]: # what was built now
@@ -287,6 +306,7 @@ def ensure_demo(
     home, named, built = site_path(cfg["artifacts_dir"]), texts_of(cfg), []
     makers = {"datasets/demo": ("demo conversations", lambda folder: write_demo(folder, replace=True)),
               "datasets/demo-greetings": ("demo greetings", write_greetings), "datasets/demo-answers": ("answers to demo prompts", write_answers),
+              "datasets/demo-road": ("demo conversations in three splits", write_road),
               "models/tiny": ("tiny model and its tokenizer", build_model)}
     for name, (what, make) in makers.items():
         folder = home/name
