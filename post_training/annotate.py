@@ -189,7 +189,7 @@ def ref_logprobs(
     from post_training.align.logprobs import logprobs_maker
     return logprobs_maker(rows, tokenizer, worker_model(cfg), cfg["batch_tokens"], cfg["share_prompts"], facts["probe_rows"])
 
-# %% ../nbs/59_annotate.ipynb #556c234e
+# %% ../nbs/59_annotate.ipynb #3a4075dd
 def ref_rewards(
     cfg:dict, # composed for this stage
     rows, # from `read_rows`
@@ -201,10 +201,10 @@ def ref_rewards(
     r = cfg["reward_args"]
     if r["kind"] == "verifier": return rewards_maker(rows, verifier_scorer(r["verifier"], cfg["on_malformed"]))
     device = None if cfg["cluster"]["device"] == "auto" else cfg["cluster"]["device"]
-    given = {k: r[k] for k in ("model_revision", "dtype", "attn_implementation", "chat_template_name", "max_length", "batch_tokens", "score_index", "system_prompt", "trust_remote_code")}
+    given = {k: v for k, v in r.items() if k not in ("kind", "name", "verifier", "model_name_or_path")}
     return rewards_maker(rows, model_scorer(run.base_model(r["model_name_or_path"], cfg["runs_dir"])[0], device=device, **given))
 
-# %% ../nbs/59_annotate.ipynb #ef15448b
+# %% ../nbs/59_annotate.ipynb #b4123012
 def pairs(
     cfg:dict, # composed for this stage
     rows, # from `read_rows`
@@ -213,7 +213,8 @@ def pairs(
 ): # function: indices of rows -> a result for each
     "Choose pairs"
     from post_training.align.pairs import pairs_maker
-    return pairs_maker(rows, cfg["mode"], cfg["num_pairs"], cfg["min_num_ref_rewards"], cfg["num_ref_rewards"], cfg["candidates"], cfg["seed"], cfg["references"], facts["reference"])
+    asked = {k: cfg[k] for k in ("mode", "num_pairs", "min_num_ref_rewards", "num_ref_rewards", "candidates", "references", "seed")}
+    return pairs_maker(rows, reference=facts["reference"], **asked)
 
 # %% ../nbs/59_annotate.ipynb #d79064fa
 WORKERS = {"filter": filter, "ref_completions": ref_completions, "ref_logprobs": ref_logprobs, "ref_rewards": ref_rewards, "pairs": pairs} # stage -> its map

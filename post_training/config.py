@@ -150,9 +150,10 @@ SFT_KEYS = TOKENIZER_KEYS | {"trainer": "=sft|=plw|=ln-plw|=irl", "plw_args.prom
 # %% ../nbs/00_config.ipynb #44e57bf1
 DATA_KEYS = {"dataset_name": "str", "save_data_dir": "str", "seed": "int", "on_malformed": "=drop|=error", "role_checks": "list"} # of every stage that writes rows
 
-# %% ../nbs/00_config.ipynb #5b3b6d04
+# %% ../nbs/00_config.ipynb #5b121d00
 MIXTURE_KEYS = DATA_KEYS | TOKENIZER_KEYS | {"tokenizer_args.tokenizer_name_or_path": "str|null", "sources": "list", "columns_to_keep": "list",
-    "need_columns": "list|null", "keep_ids": "bool", "shuffle": "bool", "message_format": "=auto|=plain|=structured|=pairs", "allow_other_references": "bool", "overlap_with": "list",
+    "need_columns": "list|null", "keep_ids": "bool", "shuffle": "bool", "message_format": "=auto|=plain|=structured|=pairs", "overlap_with": "list",
+    "allow_other_references": "bool",
     "near_duplicates.threshold": "float", "near_duplicates.num_perm": "int", "near_duplicates.ngram": "int"}
 
 # %% ../nbs/00_config.ipynb #388173e5
@@ -173,10 +174,11 @@ SHARD_KEYS = DATA_KEYS | {"dataset_name": "str|null", "save_data_dir": "str|null
     "dataset_args.debug_subsample": "int", "shards.number": "int", "shards.save_seconds": "float"} # of every stage that annotates rows
 SHARD_KEYS = {k: v for k,v in SHARD_KEYS.items() if k != "role_checks"}
 
-# %% ../nbs/00_config.ipynb #f14dbbd7
-REWARD_KEYS = {"reward_args.kind": "=model|=verifier", "reward_args.name": "str", "reward_args.verifier": "str|null", "reward_args.chat_template_name": TOKENIZER_KEYS["tokenizer_args.chat_template_name"],
-    **{f"reward_args.{k}": "str|null" for k in ("model_name_or_path", "attn_implementation")}, "reward_args.model_revision": "str", "reward_args.dtype": "=auto|=float32|=bfloat16|=float16",
-    "reward_args.max_length": "int|null", "reward_args.batch_tokens": "int", "reward_args.score_index": "int|null", "reward_args.system_prompt": "=keep|=drop", "reward_args.trust_remote_code": "bool"}
+# %% ../nbs/00_config.ipynb #4419da74
+REWARD_KEYS = {"reward_args.kind": "=model|=verifier", "reward_args.name": "str", "reward_args.verifier": "str|null", "reward_args.model_revision": "str",
+    "reward_args.chat_template_name": TOKENIZER_KEYS["tokenizer_args.chat_template_name"], "reward_args.dtype": MODEL_KEYS["model_args.dtype"],
+    **{f"reward_args.{k}": "str|null" for k in ("model_name_or_path", "attn_implementation")}, "reward_args.max_length": "int|null", "reward_args.batch_tokens": "int",
+    "reward_args.score_index": "int|null", "reward_args.system_prompt": "=keep|=drop", "reward_args.trust_remote_code": "bool"}
 
 # %% ../nbs/00_config.ipynb #3eb37215
 ANNOTATION_KEYS = { # stage -> its own keys
@@ -200,8 +202,9 @@ PREFERENCE_KEYS = {k: v for k,v in SFT_KEYS.items() if not k.startswith(("traine
 DPO_LOSSES = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft",
     "sigmoid_norm") # the names that TRL's DPOTrainer knows
 
-# %% ../nbs/00_config.ipynb #4a4e32fd
-PREFERENCE_ARGS = {"training_args.loss_type": "|".join(f"={t}" for t in ("qrpo", *DPO_LOSSES)) + "|list", "training_args.num_ref_rewards": "int|null", "training_args.ref_logprobs_from_dataset": "bool", "training_args.packing": "bool",
+# %% ../nbs/00_config.ipynb #83b88c5f
+PREFERENCE_ARGS = {"training_args.loss_type": "|".join(f"={t}" for t in ("qrpo", *DPO_LOSSES)) + "|list", "training_args.num_ref_rewards": "int|null",
+    "training_args.ref_logprobs_from_dataset": "bool", "training_args.packing": "bool",
     "training_args.normalize_beta_by_length": "bool", "training_args.normalize_loss_by_length": "bool", "training_args.max_effective_beta": "float|null",
     "training_args.transform": "=identity|=log|=square|=sqrt|=normal", "training_args.partition": "=continuous|=finite"} # beyond DPOConfig's
 

@@ -88,7 +88,7 @@ def bootstrap(
     means = values[np.random.default_rng(seed).integers(len(values), size=(n, len(values)))].mean(1)
     return [round(float(q), 4) for q in np.quantile(means, [(1 - level)/2, (1 + level)/2])]
 
-# %% ../nbs/61_evaluation.ipynb #fdcd4883
+# %% ../nbs/61_evaluation.ipynb #864a0671
 def paired_bootstrap(
     before, # [n] or [n, samples] scores of each prompt
     after, # the same prompts, another model
@@ -102,7 +102,8 @@ def paired_bootstrap(
     d, rng = b - a, np.random.default_rng(seed)
     means = np.concatenate([d[rng.integers(len(d), size=(min(500, n - i), len(d)))].mean(1) for i in range(0, n, 500)])
     low, high = np.quantile(means, [(1 - level)/2, (1 + level)/2])
-    return dict(before=round(float(a.mean()), 4), after=round(float(b.mean()), 4), difference=round(float(d.mean()), 4), interval=[round(float(low), 4), round(float(high), 4)], n=len(d))
+    told = {k: round(float(v.mean()), 4) for k, v in dict(before=a, after=b, difference=d).items()}
+    return told | dict(interval=[round(float(low), 4), round(float(high), 4)], n=len(d))
 
 # %% ../nbs/61_evaluation.ipynb #0baae56e
 def by_skill(
@@ -160,7 +161,7 @@ def evaluate_checkpoint(
     out = result_of(tokenizer, rows, prompts, [made.get(i) for i in range(len(rows))], num_samples)
     return out | dict(new_tokens=sum(len(w["ids"]) for w in made.values()), seconds=round(time.perf_counter() - began, 2))
 
-# %% ../nbs/61_evaluation.ipynb #8a386fa1
+# %% ../nbs/61_evaluation.ipynb #211e82c8
 def sample_scores(
     checkpoint, # folder or hub name
     rows:list[dict], # prompts with answers
@@ -187,7 +188,9 @@ def sample_scores(
     for batch in length_batches([len(p) for p in prompts], batch_size):
         u_BN = row_noise([seed_of(seed, str(prompts[i]), j) for i in batch for j in range(samples)], max_new_tokens)
         ids = complete_batch(model, [prompts[i] for i in batch], u_BN, stop, tokenizer.pad_token_id, temperature, samples=samples)
-        for k, written in enumerate(ids): scores[batch[k//samples], k%samples] = verify(names[batch[k//samples]], answer_text(tokenizer, written), rows[batch[k//samples]]["answer"])
+        for k, written in enumerate(ids):
+            i = batch[k//samples]
+            scores[i, k%samples] = verify(names[i], answer_text(tokenizer, written), rows[i]["answer"])
     return scores
 
 # %% ../nbs/61_evaluation.ipynb #f6667227
