@@ -161,7 +161,7 @@ def evaluate_checkpoint(
     out = result_of(tokenizer, rows, prompts, [made.get(i) for i in range(len(rows))], num_samples)
     return out | dict(new_tokens=sum(len(w["ids"]) for w in made.values()), seconds=round(time.perf_counter() - began, 2))
 
-# %% ../nbs/61_evaluation.ipynb #211e82c8
+# %% ../nbs/61_evaluation.ipynb #edf6bdf5
 def sample_scores(
     checkpoint, # folder or hub name
     rows:list[dict], # prompts with answers
@@ -182,7 +182,7 @@ def sample_scores(
     model = load_model(str(checkpoint), device=device, dtype=resolve_auto(device, "inference")["dtype"]).eval()
     if eos_token_id is not None: model.generation_config.eos_token_id = eos_token_id
     prompts, names = render_prompts(tokenizer, rows), [row_verifier(r) for r in rows]
-    if bad := [i for i, (p, n) in enumerate(zip(prompts, names)) if p is None or n is None]: raise UserError(f"Row {bad[0]} has no prompt for this template, or no answer to check.")
+    if bad := [i for i, (p, n) in enumerate(zip(prompts, names)) if p is None or n is None]: raise UserError(f"Row {bad[0]} has no prompt for this template, or no answer.")
     check_prompts(model, prompts, max_new_tokens)
     stop, scores = stop_ids(model, stops_at_calls(tokenizer)), np.zeros((len(rows), samples))
     for batch in length_batches([len(p) for p in prompts], batch_size):
