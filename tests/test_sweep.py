@@ -150,7 +150,7 @@ def test_values_arrive_and_run_nothing(tmp_path, monkeypatch, scheduler):
     elsewhere.mkdir()
     for script in (folder / "submit.sh", folder / "scripts/one.sbatch"): assert subprocess.run(["bash", "-n", script], capture_output=True).stderr == b""
     done = subprocess.run([folder / "submit.sh"], cwd=elsewhere, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "Submitted batch job 1000\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "Submitted batch job 1000: one\n", "")
     (argv, inherited), = calls(scheduler)
     out = str(folder / "out/one").replace("%", "%%")
     assert argv == ["-N", "1", "-p", NASTY, "-o", f"{out}.out", "-e", f"{out}.err", str(folder / "scripts/one.sbatch")] and not inherited
@@ -167,8 +167,14 @@ def test_submit_script_chooses_and_stops(tmp_root, scheduler):
     assert [argv[-1].split("/")[-1] for argv, _ in calls(scheduler)] == ["lr0.1.sbatch", "lr0.3.sbatch"]
     typo = subprocess.run([*submit, "lr0.1", "lr0.4"], capture_output=True, text=True)
     assert typo.returncode == 2 and "there is no job lr0.4" in typo.stderr and len(calls(scheduler)) == 2
-    (scheduler / "FAILS").write_text("3")
-    assert subprocess.run(submit, capture_output=True).returncode == 1 and len(calls(scheduler)) == 3
+    (scheduler / "FAILS").write_text("2")
+    refused = subprocess.run(submit, capture_output=True, text=True)
+    assert refused.returncode == 1 and "invalid account" in refused.stderr and len(calls(scheduler)) == 2
+    (scheduler / "FAILS").unlink()
+    for _ in range(2): assert subprocess.run(submit, capture_output=True).returncode == 0 and len(calls(scheduler)) == 3  # the one that is left, and then none
+    assert [r["status"] for r in sweep.sweep_rows(folder)] == ["queued"] * 3 and [j["jobs"] for j in sweep.read_sweep(folder)] == [[1000], [1002], [1001]]
+    (folder / "submitted/lr0.2").unlink()  # it failed
+    assert subprocess.run(submit, capture_output=True).returncode == 0 and calls(scheduler)[-1][0][-1].endswith("lr0.2.sbatch") and len(calls(scheduler)) == 4
 
 
 # -- submitting
@@ -203,7 +209,7 @@ def test_on_a_real_scheduler(demo, tmp_path, monkeypatch):
         keys = {"training_args.learning_rate": "{lr}", "training_args.eval_steps": 4, "evaluation.num_prompts": 0, "cluster.time": 10, "wandb.group": "it's $(touch x)"}
         folder = sweep.write_sweep("real", "rates", jobs_of(sweep.grid(lr=[0.003, 0.001]), "lr{lr}", **keys))
         assert list(sweep.submit_sweep(folder)) == ["lr0.003", "lr0.001"]
-        with pytest.raises(UserError, match="is already at lr0.003"): sweep.submit_sweep(folder)
+        assert sweep.submit_sweep(folder) == {}
         end = time.monotonic() + 300
         while any(cluster.state(n) not in slurm_cluster.FINISHED for j in sweep.read_sweep(folder) for n in j["jobs"]):
             assert time.monotonic() < end, sweep.sweep_rows(folder)
