@@ -27,7 +27,7 @@ WORKERS ?= 2
 PYTEST ?=
 say = printf '\n== %s\n' "$(1)"
 
-.PHONY: help env demo annotate test test-slow hooks notebooks slow-notebooks lab bench readme clean
+.PHONY: help env demo annotate pipeline test test-slow hooks notebooks slow-notebooks lab bench readme clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,10 @@ demo: env ## fine-tune the tiny model on the demo data and evaluate it before an
 
 annotate: demo ## preference data with the demo's model: filter, sample, score, reward, pair
 	@$(RUN) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} post-training plan annotate
+
+pipeline: env ## the whole road on the tiny model: fine-tuning, annotation, QRPO and DPO, a report on unseen prompts
+	@$(RUN) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} post-training plan pipeline
+	@out=$${POST_TRAINING_RUNS_DIR:-runs}/reports; mkdir -p "$$out"; $(RUN) papermill --no-progress-bar --cwd nbs/explore nbs/explore/pipeline.ipynb "$$out/pipeline.ipynb"; echo "report $$out/pipeline.ipynb"
 
 test: env ## import contracts, hooks, notebooks, pytest
 	@$(call say,import contracts); $(RUN) lint-imports --no-logo
