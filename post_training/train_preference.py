@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['STAGE', 'demo_pair', 'ensure_pairs', 'objective_of', 'chosen_chats', 'prepare_pairs', 'pair_examples',
-           'reference_key', 'reference_name', 'compute_reference', 'save_reference', 'ready', 'watched', 'make_trainer',
-           'arguments', 'main']
+           'reference_key', 'reference_name', 'adapters_off', 'compute_reference', 'save_reference', 'ready', 'watched',
+           'make_trainer', 'arguments', 'main']
 
-# %% ../nbs/55_train_preference.ipynb #ffc234ab
+# %% ../nbs/55_train_preference.ipynb #a8eaed8d
 import hashlib, json, sys
 from functools import partial
 from pathlib import Path
 from . import config, run
 from .base import UserError, atomic_dir, locked, write_manifest
 from .prepare import Data, prepare_data
-from .worker import Stage, Worker, collator_of, load_base, share, trainer_options, trl_args
+from .worker import Stage, Worker, collator_of, load_base, load_policy, share, trainer_options, trl_args
 from .worker import main as work
 
 # %% ../nbs/55_train_preference.ipynb #7e7349bc
@@ -122,14 +122,21 @@ def reference_name(
     "The reference model: the one that is named, else the one that training begins with"
     return run.base_model(cfg["ref_model_args"]["model_name_or_path"] or cfg["model_args"]["model_name_or_path"], cfg["runs_dir"])[0]
 
-# %% ../nbs/55_train_preference.ipynb #80fe6ced
+# %% ../nbs/55_train_preference.ipynb #ab8a536a
+def adapters_off(
+    cfg:dict, # composed
+)->bool:
+    "Whether the reference is the model that is trained, without its adapters"
+    return bool(cfg["model_args"].get("use_peft")) and not cfg["ref_model_args"]["model_name_or_path"]
+
+# %% ../nbs/55_train_preference.ipynb #30e4f76e
 def compute_reference(
     w:Worker,
     data:Data,
     auto:dict, # what `auto` means for this worker
 )->dict: # split -> [N, 2] log-probabilities of the chosen and the rejected answers
-    "Load the reference, which is never the policy, and let it score all answers, each rank its share"
-    import gc, tempfile, numpy as np
+    "Let the reference score all answers, each rank its share: a model that is loaded for it, or with adapters the one that is trained, with them off"
+    import contextlib, gc, tempfile, numpy as np
     from post_training.tokens.collate import PairCollator, empty_pair
     from post_training.trainers.preference import reference_logps
     from post_training.trainers.sft import SFTTrainer
@@ -143,12 +150,13 @@ def compute_reference(
     with tempfile.TemporaryDirectory() as d:
         args = trl_args(STAGE, w, auto)
         args.output_dir, args.eval_strategy, args.eval_on_start = d, "no", False
-        trainer = SFTTrainer(load_base(w, auto, data.tokenizer, w.cfg["ref_model_args"]["model_name_or_path"]), args, data.train, data.tokenizer,
-                             PairCollator(collator_of(w.cfg, data.tokenizer)), empty_pair, objective_of(w.cfg))
-        found = {s: reference_logps(trainer, getattr(data, s)) for s in splits}
+        model = load_policy(w, auto, data.tokenizer) if adapters_off(w.cfg) else load_base(w, auto, data.tokenizer, w.cfg["ref_model_args"]["model_name_or_path"])
+        trainer = SFTTrainer(model, args, data.train, data.tokenizer, PairCollator(collator_of(w.cfg, data.tokenizer)), empty_pair, objective_of(w.cfg))
+        with model.disable_adapter() if adapters_off(w.cfg) else contextlib.nullcontext(): found = {s: reference_logps(trainer, getattr(data, s)) for s in splits}
         trainer.accelerator.free_memory()
     if w.main: save_reference(files, keys, found)
-    del trainer
+    if adapters_off(w.cfg) and w.zero_stage != 3: w.model = model # to be trained; ZeRO-3 has cut it into parts for another engine
+    del trainer, model
     gc.collect()
     return found
 
@@ -166,7 +174,7 @@ def save_reference(
         np.savez(whole, logps=found[s], key=np.array(keys[s]))
         write_atomic(path, whole.getvalue())
 
-# %% ../nbs/55_train_preference.ipynb #bb9ede0f
+# %% ../nbs/55_train_preference.ipynb #4854c191
 def ready(
     w:Worker,
     data:Data,
@@ -179,7 +187,7 @@ def ready(
     if not o.needs_reference: facts["reference"] = "none: the loss asks for none"
     elif not t["ref_logprobs_from_dataset"]:
         for s, logps in compute_reference(w, data, auto).items(): setattr(data, s, with_reference(getattr(data, s), logps))
-        facts["reference"] = f"computed by {Path(reference_name(w.cfg)).name}"
+        facts["reference"] = f"computed by {Path(reference_name(w.cfg)).name}" + ", its adapters off"*adapters_off(w.cfg)
     else:
         facts["reference"] = "log-probabilities of the data"
         if o.ld_alpha is not None and not all(data.train["ref_chosen_logprobs"][:]):
@@ -200,7 +208,7 @@ def watched(
         if w.main: run.update_record(w.run_dir, canary=off)
     return [] if other or not objective_of(w.cfg).needs_reference else [check]
 
-# %% ../nbs/55_train_preference.ipynb #ecabe4b4
+# %% ../nbs/55_train_preference.ipynb #1c098193
 def make_trainer(
     w:Worker,
     data:Data, # made `ready`
@@ -213,7 +221,8 @@ def make_trainer(
     from trl.trainer.utils import disable_dropout_in_model
     from post_training.tokens.collate import PairCollator, empty_pair
     from post_training.trainers.sft import SFTTrainer
-    t, model, o = w.cfg["training_args"], load_base(w, auto, data.tokenizer), objective_of(w.cfg)
+    t, model, o = w.cfg["training_args"], w.model or load_policy(w, auto, data.tokenizer), objective_of(w.cfg)
+    w.model = None
     if t.get("disable_dropout", True): disable_dropout_in_model(model)
     collator = PairCollator(collator_of(w.cfg, data.tokenizer), o.ld_alpha if t["ref_logprobs_from_dataset"] else None) # computed ones are weighed already
     return SFTTrainer(model, args, data.train, data.tokenizer, collator, empty_pair, o, order=order, write_line=write_line, before=watched(w),

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['STAGE', 'objective_of', 'make_trainer', 'arguments', 'main']
 
-# %% ../nbs/54_train_sft.ipynb #82879ea3
+# %% ../nbs/54_train_sft.ipynb #5fc14843
 import sys
 from .prepare import Data, prepare_data
-from .worker import Stage, Worker, collator_of, load_base, trainer_options
+from .worker import Stage, Worker, collator_of, load_policy, trainer_options
 from .worker import main as work
 
 # %% ../nbs/54_train_sft.ipynb #2b8d0f27
@@ -20,7 +20,7 @@ def objective_of(
     p, i = cfg["plw_args"], cfg["irl_args"]
     return Objective(cfg["trainer"], p["prompt_loss_weight"], p["sequence_level_loss"], i["lambda_td"], i["gamma"])
 
-# %% ../nbs/54_train_sft.ipynb #7af54191
+# %% ../nbs/54_train_sft.ipynb #ad60f079
 def make_trainer(
     w:Worker,
     data:Data,
@@ -32,7 +32,7 @@ def make_trainer(
     "A trainer for this worker"
     from post_training.tokens.collate import empty_row
     from post_training.trainers.sft import SFTTrainer
-    return SFTTrainer(load_base(w, auto, data.tokenizer), args, data.train, data.tokenizer, collator_of(w.cfg, data.tokenizer), empty_row, objective_of(w.cfg), order=order,
+    return SFTTrainer(load_policy(w, auto, data.tokenizer), args, data.train, data.tokenizer, collator_of(w.cfg, data.tokenizer), empty_row, objective_of(w.cfg), order=order,
                       write_line=write_line, **trainer_options(w, data))
 
 # %% ../nbs/54_train_sft.ipynb #bd6cbe13

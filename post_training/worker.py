@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LOST', 'wants_cpu', 'join_world', 'zero_stage', 'check_world', 'Stage', 'Worker', 'read_args', 'begin', 'open_here',
-           'share', 'first_rank_alone', 'shared_data', 'resolved', 'trl_args', 'load_base', 'bins_of', 'collator_of',
-           'trainer_options', 'resume_point', 'probe_memory', 'peak_memory', 'record_inputs', 'train', 'hand_over',
-           'finish', 'error_kind', 'report_error', 'main']
+           'share', 'first_rank_alone', 'shared_data', 'resolved', 'trl_args', 'load_base', 'load_policy', 'bins_of',
+           'collator_of', 'trainer_options', 'resume_point', 'probe_memory', 'peak_memory', 'record_inputs', 'train',
+           'hand_over', 'finish', 'error_kind', 'report_error', 'main']
 
 # %% ../nbs/53_worker.ipynb #8a36d673
 import datetime, json, os, sys, traceback
@@ -73,7 +73,7 @@ class Stage:
     @property
     def module(self): return f"post_training.{self.name}"
 
-# %% ../nbs/53_worker.ipynb #dac2bba6
+# %% ../nbs/53_worker.ipynb #a74e8647
 @dataclass
 class Worker:
     "One rank of one attempt"
@@ -89,6 +89,7 @@ class Worker:
     owned: bool = False # opened by this process, which has to close it
     done: bool = False # a finished run was found: nothing to do
     data: object = None # what rank 0 prepared before it met the others
+    model: object = None # loaded already, to be trained
     cut: bool = False # asked to stop before the end: saved, and to be continued by another attempt
     @property
     def main(self): return self.rank == 0
@@ -183,7 +184,7 @@ def trl_args(
     args = dict(w.cfg["training_args"], bf16=auto["bf16"], gradient_accumulation_steps=config.batch_arithmetic(w.cfg)["accumulation"], packing=False)
     return stage.arguments(args, w.checkpoints_dir, cpu=w.cpu, deepspeed=w.zero_stage is not None)
 
-# %% ../nbs/53_worker.ipynb #1831bea8
+# %% ../nbs/53_worker.ipynb #fc9fc9df
 def load_base(
     w:Worker,
     auto:dict, # from `resolved`
@@ -194,7 +195,6 @@ def load_base(
     from post_training.models.load import load_model
     from post_training.tokens.tokenizer import config_ids
     m = w.cfg["model_args"]
-    if m.get("use_peft"): raise UserError("model_args.use_peft=true is not supported yet: full fine-tuning only.")
     own = name in (None, m["model_name_or_path"])
     model = load_model(run.base_model(name or m["model_name_or_path"], w.cfg["runs_dir"])[0], dtype=auto["dtype"], attn_implementation=auto["attn_implementation"],
                        revision=own and m.get("model_revision") or "main", trust_remote_code=m.get("trust_remote_code", False))
@@ -207,6 +207,18 @@ def load_base(
     others = [others] if isinstance(others, int) else list(others or [])
     model.generation_config.eos_token_id = [ids["eos_token_id"], *(i for i in others if i != ids["eos_token_id"])] # any of them stops
     return model
+
+# %% ../nbs/53_worker.ipynb #73bbfc95
+def load_policy(
+    w:Worker,
+    auto:dict, # from `resolved`
+    tokenizer, # decides the special ids
+):
+    "The model that is trained, with adapters where the config asks for them"
+    from post_training.trainers.lora import add_adapters, lora_config
+    m, lora = w.cfg["model_args"], lora_config(w.cfg["model_args"])
+    model = load_base(w, auto, tokenizer)
+    return add_adapters(model, lora, w.cfg["training_args"]["seed"], m["model_name_or_path"], upcast=w.zero_stage is None) if lora else model
 
 # %% ../nbs/53_worker.ipynb #6a6a6a67
 def bins_of(
@@ -311,7 +323,7 @@ def record_inputs(
     run.update_record(w.run_dir, counts=data.counts, notices=data.notices, resolved=auto, seeds=seeds, **(dict(parents=parents) if parents else {}),
                       inputs=run.inputs_of({run.place(w.cfg["dataset_args"]["dataset_name"]), name, tokenizer_from}))
 
-# %% ../nbs/53_worker.ipynb #7f60f3ca
+# %% ../nbs/53_worker.ipynb #75e9f54e
 def train(
     stage:Stage, # what this worker trains
     w:Worker,
@@ -320,6 +332,7 @@ def train(
     from accelerate import PartialState
     from post_training.tracking import Tracker
     from post_training.trainers.checkpoint import clean
+    from post_training.trainers.lora import adapter_facts
     import transformers
     data = shared_data(stage, w)
     point, skipped = share(dict(world_size=w.world_size, rank=w.rank), lambda: resume_point(w)) # one rank reads and hashes the files
@@ -338,8 +351,9 @@ def train(
     def write_line(line): run.append_metrics(w.run_dir, line); tracker.sync()
     transformers.set_seed(w.cfg["training_args"]["seed"])
     trainer = stage.trainer(w, data, auto, trl_args(stage, w, auto), write_line=write_line)
+    facts = adapter_facts(trainer.model)
     if w.main:
-        run.update_record(w.run_dir, total_steps=trainer.total_steps(), resumed_from={str(w.number): point and point.name})
+        run.update_record(w.run_dir, total_steps=trainer.total_steps(), resumed_from={str(w.number): point and point.name}, **(dict(adapters=facts) if facts else {}))
         tracker.start()
     code = 1
     try: trainer.train(point); code = 0

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-from trainer_worker import make_model, make_tokenizer
+from trainer_worker import adapted, make_model, make_tokenizer
 
 ROWS, GLOBAL_BATCH, RATE = 11, 4, 0.02
 
@@ -49,7 +49,7 @@ def make_trainer(case, folder, data, lines, model=None):
                 activation_checkpointing=False, eval_strategy="epoch", per_device_eval_batch_size=case["per_device"], save_strategy="no")
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     objective = pair_objective(case["args"])
-    return Watched(model or make_model(), pair_config(args | case["args"], folder, cpu=True, deepspeed=deepspeed), data, make_tokenizer(), collator, empty_pair, objective,
+    return Watched(model or adapted(make_model(), case), pair_config(args | case["args"], folder, cpu=True, deepspeed=deepspeed), data, make_tokenizer(), collator, empty_pair, objective,
                    eval_dataset=data, bins=bins, eval_bins=bins, write_line=lines.append)
 
 

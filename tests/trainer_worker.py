@@ -42,6 +42,14 @@ def make_model():
     return model
 
 
+def adapted(model, case):
+    "With adapters where the case asks for them"
+    if not case.get("lora"): return model
+    from post_training.trainers.lora import add_adapters, lora_config
+
+    return add_adapters(model, lora_config(dict(use_peft=True, **case["lora"])), seed=4, base="toy", upcast=False)
+
+
 def make_tokenizer():
     "A tokenizer that only has to be saved"
     from tokenizers import Tokenizer, models
@@ -73,10 +81,10 @@ def run_case(case, folder):
                 lr_scheduler_type="constant", warmup_steps=0, max_grad_norm=1e9, num_train_epochs=2, logging_steps=1, seed=9, weight_decay=0.0,
                 activation_checkpointing=False, eval_strategy="epoch", per_device_eval_batch_size=case["per_device"], save_strategy="no")
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    trainer = Watched(make_model(), sft_config(args | case.get("args", {}), folder, cpu=True, deepspeed=deepspeed), data, make_tokenizer(), collator, empty_row,
+    trainer = Watched(adapted(make_model(), case), sft_config(args | case.get("args", {}), folder, cpu=True, deepspeed=deepspeed), data, make_tokenizer(), collator, empty_row,
                       Objective(**case["objective"]), eval_dataset=data, bins=bins, eval_bins=bins, write_line=lines.append,
                       drop_last=case.get("drop_last", False))
-    trainer.train()
+    trainer.train(case.get("resume"))
     rank = trainer.accelerator.process_index
     (folder / f"seen-{rank}.json").write_text(json.dumps(trainer.seen))
     if rank == 0: (folder / "lines.json").write_text(json.dumps(lines))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INSTEAD', 'OURS', 'Objective', 'shifted_masks', 'SFTTrainer', 'StepEnds', 'sft_config']
 
-# %% ../../nbs/52_trainers.sft.ipynb #683b9451
+# %% ../../nbs/52_trainers.sft.ipynb #fc83a954
 import json, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,8 @@ from ..losses.irl import SFT_LOSSES, scored_tokens, td_terms
 from ..losses.logps import masked_labels
 from ..losses.sft import Part, denominators, reduce_parts
 from ..models.score import add_score_head
-from .checkpoint import best_checkpoint, check_weights, checkpoint_folder, expected_weights, rotate
+from .checkpoint import best_checkpoint, check_weights, checkpoint_folder, rotate
+from .lora import check_resume, expected_files, has_adapters, load_adapters, save_adapters
 from .optim import optimizer_for
 from .order import Rows, StepSampler, make_loader, step_count
 
@@ -333,14 +334,17 @@ def evaluation_loop(self:SFTTrainer, dataloader, description, prediction_loss_on
     metrics = {k: v for k, v in self.last_eval.items() if k != "step"} | {"perf/eval_seconds": time.perf_counter() - start}
     return out._replace(metrics=metrics)
 
-# %% ../../nbs/52_trainers.sft.ipynb #070e6720
+# %% ../../nbs/52_trainers.sft.ipynb #32f01f54
 @patch
 def write_state(self:SFTTrainer,
     folder:Path, # a temporary folder that all ranks write to
 ):
     "Everything a resume needs, and a model that stands by itself"
     self.store_flos() # counted since the last log line, by all ranks
-    self.save_model(str(folder), _internal_call=True)
+    if has_adapters(self.model):
+        save_adapters(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), folder, self.args.should_save)
+        if self.args.should_save: self.processing_class.save_pretrained(folder)
+    else: self.save_model(str(folder), _internal_call=True)
     if self.args.should_save: (folder/"training_args.bin").unlink(missing_ok=True) # a pickle that nobody reads
     self._save_optimizer_and_scheduler(str(folder))
     self._save_scaler(str(folder))
@@ -351,16 +355,17 @@ def write_state(self:SFTTrainer,
         self.state.log_history = [] # metrics.jsonl has them
         self.state.save_to_json(str(folder/"trainer_state.json"))
 
-# %% ../../nbs/52_trainers.sft.ipynb #dc00c31a
+# %% ../../nbs/52_trainers.sft.ipynb #9ad71eb2
 @patch
 def _save_checkpoint(self:SFTTrainer, model=None, trial=None):
     "Write, check and rename a checkpoint; then delete the oldest"
     if self.save_nothing: return
     step, metrics = self.state.global_step, {}
     if self.last_eval.get("step") == step: metrics = {k: v for k, v in self.last_eval.items() if k != "step"}
-    expected = expected_weights(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
+    expected = expected_files(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
+    def check(folder): return [w for sub, want in expected.items() for w in check_weights(folder/sub, want)]
     main, facts = self.is_world_process_zero(), dict(self.facts, world_size=self.accelerator.num_processes, metrics=metrics)
-    with checkpoint_folder(self.args.output_dir, step, lambda folder: check_weights(folder, expected), facts, main, self.accelerator.wait_for_everyone) as folder:
+    with checkpoint_folder(self.args.output_dir, step, check, facts, main, self.accelerator.wait_for_everyone) as folder:
         self.write_state(folder)
     if main:
         best = best_checkpoint(self.args.output_dir, self.best_metric, self.greater_is_better)
@@ -380,6 +385,13 @@ def load_log_state(self:SFTTrainer,
         self.sums = torch.tensor(json.loads((Path(folder)/f"log_state_{rank}.json").read_text())["sums"], dtype=torch.float64, device=self.args.device)
     elif rank == 0: self.sums = torch.tensor([s["sums"] for s in states], dtype=torch.float64, device=self.args.device).sum(0)
 
+# %% ../../nbs/52_trainers.sft.ipynb #c784c518
+@patch
+def _load_from_checkpoint(self:SFTTrainer, resume_from_checkpoint, model=None):
+    "The weights, where DeepSpeed does not load them: of a model with adapters the adapters alone"
+    if has_adapters(self.model): return load_adapters(self.model, resume_from_checkpoint)
+    return super(SFTTrainer, self)._load_from_checkpoint(resume_from_checkpoint, model)
+
 # %% ../../nbs/52_trainers.sft.ipynb #3ae08f7f
 @patch
 def total_steps(self:SFTTrainer)->int:
@@ -387,13 +399,14 @@ def total_steps(self:SFTTrainer)->int:
     s, a = self.sampler(), self.args
     return a.max_steps if a.max_steps > 0 else -int(-a.num_train_epochs*step_count(s.n, s.global_batch, s.drop_last)//1)
 
-# %% ../../nbs/52_trainers.sft.ipynb #6080d31b
+# %% ../../nbs/52_trainers.sft.ipynb #6fd57d2b
 @patch
 def train(self:SFTTrainer, resume_from_checkpoint=None, **kwargs):
     "Train, from a verified checkpoint's path or from the start; None comes back where nothing was left to do"
     if resume_from_checkpoint is not None:
         done = json.loads((Path(resume_from_checkpoint)/"trainer_state.json").read_text())["global_step"]
         if done >= self.total_steps(): return None
+        check_resume(self.model, resume_from_checkpoint)
         self.load_log_state(resume_from_checkpoint)
         self.args.eval_on_start = False # it was done, and logged, before the first step
     self.stopping = False
