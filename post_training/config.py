@@ -180,14 +180,14 @@ REWARD_KEYS = {"reward_args.kind": "=model|=verifier", "reward_args.name": "str"
     **{f"reward_args.{k}": "str|null" for k in ("model_name_or_path", "attn_implementation")}, "reward_args.max_length": "int|null", "reward_args.batch_tokens": "int",
     "reward_args.score_index": "int|null", "reward_args.system_prompt": "=keep|=drop", "reward_args.trust_remote_code": "bool"}
 
-# %% ../nbs/00_config.ipynb #adffa982
+# %% ../nbs/00_config.ipynb #26fe99a9
 ANNOTATION_KEYS = { # stage -> its own keys
     "filter": MODEL_KEYS | TOKENIZER_KEYS | {"max_seq_len": "int", "min_completions": "int", "structure": "=auto|=plain|=structured"},
     "ref_completions": MODEL_KEYS | TOKENIZER_KEYS | {"max_seq_len": "int", "backend": "=transformers|=server", "tensor_parallel_size": "int", "keep_existing": "bool",
         "generation.n": "int", "generation.temperature": "float", "generation.top_p": "float", "generation.max_new_tokens": "int", "generation.batch_tokens": "int",
         "server.url": "str|null", "server.command": "list|null", "server.model": "str|null", "server.start_seconds": "int", "server.concurrency": "int"},
     "ref_logprobs": MODEL_KEYS | TOKENIZER_KEYS | {"batch_tokens": "int", "share_prompts": "=auto|bool", "allow_other_reference": "bool", "tensor_parallel_size": "int"},
-    "ref_rewards": REWARD_KEYS | {"tensor_parallel_size": "int"},
+    "ref_rewards": REWARD_KEYS,
     "pairs": {"mode": "=heuristic|=best-worst|=random|=k-random|=offline", "num_pairs": "int", "min_num_ref_rewards": "int", "num_ref_rewards": "int|null",
         "candidates": "=all|=reference|=data", "references": "=sampled|=all"}}
 
