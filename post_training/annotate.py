@@ -7,7 +7,8 @@ __all__ = ['SPLIT', 'BATCHES', 'WORKERS', 'model_facts', 'ensure_reward', 'read_
            'completion_batches', 'logprob_batches', 'reward_batches', 'worker_model', 'filter', 'ref_completions',
            'ref_logprobs', 'ref_rewards', 'pairs', 'work_folder', 'history_of', 'stage_facts', 'device_kind', 'prepare',
            'maker', 'slots', 'work_on', 'progress_line', 'in_place', 'results', 'unpacked', 'joined', 'written_to',
-           'count_completions', 'merged', 'settings', 'carry_out', 'told_history', 'said', 'work_as_task', 'main']
+           'count_completions', 'merged', 'settings', 'carry_out', 'told_history', 'said', 'work_as_task', 'has_work',
+           'main']
 
 # %% ../nbs/59_annotate.ipynb #736d44f7
 import json, os, shutil, sys
@@ -134,7 +135,7 @@ BATCHES = { # stage -> how its rows are batched
     "filter": lambda cfg, rows, tokenizer: in_order(len(rows)), "ref_completions": completion_batches, "ref_logprobs": logprob_batches,
     "ref_rewards": reward_batches, "pairs": lambda cfg, rows, tokenizer: in_order(len(rows))}
 
-# %% ../nbs/59_annotate.ipynb #ae445253
+# %% ../nbs/59_annotate.ipynb #980342ba
 def worker_model(
     cfg:dict, # composed
 ):# a model in evaluation mode, on this worker's device
@@ -143,7 +144,9 @@ def worker_model(
     m, device = cfg["model_args"], cfg["cluster"]["device"]
     device = default_device() if device == "auto" else device
     how = resolve_auto(device, "inference", m["dtype"], m["attn_implementation"], flash_available(device))
-    model = load_model(run.base_model(m["model_name_or_path"], cfg["runs_dir"])[0], how["dtype"], how["attn_implementation"], device, m["model_revision"], m["trust_remote_code"])
+    path, several = run.base_model(m["model_name_or_path"], cfg["runs_dir"])[0], device == "cuda" and cfg.get("tensor_parallel_size", 1) > 1
+    spread = dict(device_map="auto") if several else {} # layer after layer over the GPUs that this worker sees
+    model = load_model(path, how["dtype"], how["attn_implementation"], None if several else device, m["model_revision"], m["trust_remote_code"], **spread)
     eos = cfg["tokenizer_args"]["model_eos_token_id"]
     if eos is not None: model.generation_config.eos_token_id = eos
     return model.eval()
@@ -281,12 +284,15 @@ def prepare(
     costs = shards.balance(plan.costs, number)
     return shards.save_plan(folder, shards.Plan(plan.keys, plan.batches, plan.costs, plan.params, number, costs, plan.fingerprint)) # refused where shards are begun
 
-# %% ../nbs/59_annotate.ipynb #20c0e131
+# %% ../nbs/59_annotate.ipynb #f7525487
 def _plan(cfg:dict, folder:Path)->shards.Plan:
     "Read, batch and plan; the plan is written last"
     from post_training.base import atomic_dir
     from post_training.tokens.dataset import rows_fingerprint
     rows, counts = read_rows(cfg)
+    if not len(rows):
+        why = "; ".join(f"{reason}: {n}" for c in counts.values() for reason, n in c["dropped"].items())
+        raise UserError(f"No row of {cfg['dataset_args']['dataset_name']} can be used: {why or 'there are none'}.")
     tokenizer = tokenizer_of(cfg) if "tokenizer_args" in cfg else None
     facts = stage_facts(cfg, tokenizer)
     params = dict(stage=cfg["stage"], config=run.config_hash(cfg), rows=rows_fingerprint(rows), device=device_kind(cfg), **facts)
@@ -297,7 +303,7 @@ def _plan(cfg:dict, folder:Path)->shards.Plan:
     write_json(folder/"facts.json", dict(facts=facts, counts=counts, history=history_of(cfg), inputs=run.inputs_of([p for p in paths if p and not p.startswith("run:")])))
     return shards.save_plan(folder, plan)
 
-# %% ../nbs/59_annotate.ipynb #2a2a3c10
+# %% ../nbs/59_annotate.ipynb #647b704d
 def maker(
     cfg:dict, # composed
     folder, # of the work
@@ -312,10 +318,11 @@ def maker(
     def told(i, r):
         if "dropped" not in r: return {"_i": i, **r}
         lost = r.get("lost") or {}
-        return dict(dropped=r["dropped"] + (f" ({max(lost, key=lost.get)})" if lost else ""))
+        more = max(lost, key=lost.get) if lost else r["dropped"]
+        return dict(dropped=r["dropped"] + f" ({more})"*(more != r["dropped"]))
     return lambda batch: [told(i, r) for i, r in zip(batch, make(batch), strict=True)]
 
-# %% ../nbs/59_annotate.ipynb #ae6a7ea5
+# %% ../nbs/59_annotate.ipynb #2a060feb
 def slots(
     cfg:dict, # composed
 )->tuple[int, object]: # processes at a time; function from a slot to its variables
@@ -324,8 +331,10 @@ def slots(
     if device_kind(cfg) not in ("cpu", "server"):
         import torch
         gpus = torch.cuda.device_count()
-    n = shards.array_workers() if task else gpus or cfg["num_processes"] or 1
-    if gpus: return n, shards.slot_gpus
+    each = cfg.get("tensor_parallel_size") or 1
+    if gpus and gpus < each: raise UserError(f"tensor_parallel_size={each}, and this machine has {gpus} GPUs.")
+    n = shards.array_workers() if task else gpus//each or cfg["num_processes"] or 1
+    if gpus: return n, partial(shards.slot_gpus, each=each)
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0))//n))
     return n, lambda slot: dict(OMP_NUM_THREADS=threads, TOKENIZERS_PARALLELISM="false")
 
@@ -501,14 +510,24 @@ def work_as_task(
     work_on(cfg, config_path, mine, lambda done: print(progress_line(done), flush=True))
     return 0
 
-# %% ../nbs/59_annotate.ipynb #6444c029
+# %% ../nbs/59_annotate.ipynb #41bd58f6
+def has_work(
+    config_path:str, # frozen
+)->bool:
+    "Whether this task of an array has shards that are not finished: a server is started for nothing else"
+    cfg = config.load_frozen(config_path)
+    plan = prepare(cfg)
+    return any(shards.shard_faults(shards.shard_folder(work_folder(cfg), plan, k), plan) for k in shards.array_shards(plan))
+
+# %% ../nbs/59_annotate.ipynb #63f147bb
 def main(
     argv:list[str]=None, # None: this process' arguments
-)->int: # exit code: 2 for a mistake of the user's, 143 where it was asked to leave
-    "`CONFIG --array`, or `CONFIG FOLDER --shard N` of one worker"
+)->int: # exit code: 2 for a mistake of the user's, 3 for a task without work that asks, 143 where it was asked to leave
+    "`CONFIG --array`, `CONFIG --array --ask`, or `CONFIG FOLDER --shard N` of one worker"
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or {"-h", "--help"} & {*argv}: print("python -m post_training.annotate CONFIG.yaml --array | CONFIG.yaml FOLDER --shard N"); return 0
+    if not argv or {"-h", "--help"} & {*argv}: print("python -m post_training.annotate CONFIG.yaml --array [--ask] | CONFIG.yaml FOLDER --shard N"); return 0
     try:
+        if "--ask" in argv: return 0 if has_work(argv[0]) else 3
         if "--array" in argv:
             with shards.leave_on_sigterm(): return work_as_task(argv[0]) # the workers are asked to leave, and save
         return shards.main({argv[0]: partial(maker, config.load_frozen(argv[0]))}, argv)

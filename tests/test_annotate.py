@@ -152,6 +152,13 @@ def test_another_reference_than_the_one_that_sampled(planned, tmp_root, demo):
     planned("ref_logprobs", *asked, "tokenizer_args.chat_template_name=tulu", "tokenizer_args.model_eos_token_id=2", "allow_other_reference=true", name="meant")
 
 
+def test_nothing_that_can_be_used(planned, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(dict(id=f"r{i}", chosen="4", rejected="5")) + "\n" for i in range(3)))  # texts without a prompt
+    with pytest.raises(UserError, match="No row of .*rows.jsonl can be used: .*no prompt"):
+        planned("filter", f"dataset_args.dataset_name={rows}", "dataset_args.split=null")
+
+
 def test_too_many_rows_lost_stops_the_stage(planned):
     cfg, frozen = planned("filter", "max_drop_fraction=0.01", "min_completions=1", "max_seq_len=40", "dataset_args.debug_subsample=200")
     annotate.work_on(cfg, frozen)
