@@ -75,8 +75,9 @@ class Job:
     settings:dict # what the name, the table and the figure are made of
     after:tuple = () # names of the jobs that have to end well before
 
-# %% ../../nbs/76_launch.sweep.ipynb #7d0586aa
-COLUMNS = ("job", "status", "attempts", "steps", "train_loss", "eval_loss", "accuracy_before", "accuracy_after", "accuracy_gain", "tokens_per_second", "node_hours") # what a table says of a job
+# %% ../../nbs/76_launch.sweep.ipynb #5d248a83
+COLUMNS = ("job", "status", "attempts", "steps", "train_loss", "eval_loss", "accuracy_before", "accuracy_after", "accuracy_gain", "tokens_per_second",
+           "node_hours") # what a table says of a job
 
 # %% ../../nbs/76_launch.sweep.ipynb #541fc2ff
 def check_name(
@@ -458,7 +459,7 @@ def node_hours(
         total += max(end - began, 0)/3600*(a.get("job") or {}).get("num_nodes", 1)
     return total
 
-# %% ../../nbs/76_launch.sweep.ipynb #57d22b7d
+# %% ../../nbs/76_launch.sweep.ipynb #f5ae01b2
 def sweep_rows(
     folder, # of a sweep
     stage:str=None, # None: the jobs of all stages
@@ -475,7 +476,8 @@ def sweep_rows(
         speed = [m["perf/tokens_per_second"] for m in metrics if "perf/tokens_per_second" in m]
         accuracy = [(told.get(when) or {}).get("accuracy") for when in ("before", "after")]
         status, attempts = run_status(run_dir, record) if record else "not begun", len(record.get("attempts") or [])
-        values = (status, attempts, final.get("step", last.get("step")), last.get("loss"), last.get("eval_loss"), *accuracy, None if None in accuracy else accuracy[1] - accuracy[0],
+        gain = None if None in accuracy else accuracy[1] - accuracy[0]
+        values = (status, attempts, final.get("step", last.get("step")), last.get("loss"), last.get("eval_loss"), *accuracy, gain,
                   statistics.median(speed) if speed else None, node_hours(record, run_dir) if record else None)
         out.append(dict(job=j["name"]) | {m: last.get(m) for m in more} | j["settings"] | dict(zip(COLUMNS[1:], values)))
     return out
