@@ -208,7 +208,7 @@ def load_base(
     model.generation_config.eos_token_id = [ids["eos_token_id"], *(i for i in others if i != ids["eos_token_id"])] # any of them stops
     return model
 
-# %% ../nbs/53_worker.ipynb #73bbfc95
+# %% ../nbs/53_worker.ipynb #9926b207
 def load_policy(
     w:Worker,
     auto:dict, # from `resolved`
@@ -217,8 +217,9 @@ def load_policy(
     "The model that is trained, with adapters where the config asks for them"
     from post_training.trainers.lora import add_adapters, lora_config
     m, lora = w.cfg["model_args"], lora_config(w.cfg["model_args"])
-    model = load_base(w, auto, tokenizer)
-    return add_adapters(model, lora, w.cfg["training_args"]["seed"], m["model_name_or_path"], upcast=w.zero_stage is None) if lora else model
+    model, name = load_base(w, auto, tokenizer), m["model_name_or_path"]
+    if Path(name).is_absolute(): name = Path(name).name # nothing of this machine in a checkpoint
+    return add_adapters(model, lora, w.cfg["training_args"]["seed"], name, upcast=w.zero_stage is None) if lora else model
 
 # %% ../nbs/53_worker.ipynb #6a6a6a67
 def bins_of(

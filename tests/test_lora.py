@@ -164,7 +164,7 @@ def test_the_road(demo, tmp_path, monkeypatch, capfd):
     beside = score(PeftModel.from_pretrained(copy.deepcopy(base), str(path / "adapter")).eval())
     assert (score(merged) - beside).abs().max() < 1e-5 and (alone - beside).abs().max() > 0.01
     name = json.loads((path / "adapter/adapter_config.json").read_text())["base_model_name_or_path"]
-    assert name.endswith("models/tiny")
+    assert name == "tiny", "no folder of this machine"
     then, told, second = finished("train_preference", f"artifacts_subdir={tmp_path.name}", f"model_args.model_name_or_path=run:{folder.name}", "training_args.ref_logprobs_from_dataset=false",
                             "training_args.loss_type=sigmoid")
     assert told["reference"].endswith("its adapters off") and told["canary"] == 0

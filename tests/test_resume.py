@@ -29,7 +29,8 @@ run.close_attempt(task.run_dir, task.number, 0)
 """
 COMMANDS = {"single": [sys.executable, "-m", "post_training.train_sft", *CONFIG],
             "ddp": [sys.executable, "-c", LAUNCH, *CONFIG, "accelerate_config=ddp", "num_processes=2"],
-            "ds-zero2": [sys.executable, "-c", LAUNCH, *CONFIG, "accelerate_config=ds-zero2", "num_processes=2"]}
+            "ds-zero2": [sys.executable, "-c", LAUNCH, *CONFIG, "accelerate_config=ds-zero2", "num_processes=2"],
+            "pairs": [sys.executable, "-m", "post_training.train_preference", *CONFIG[:-2], "preference=tiny"]}
 
 
 class Place:
@@ -154,3 +155,17 @@ def test_two_processes_zero2_killed(tmp_path, demo):
     assert cut.kill_when("ds-zero2", after_lines(cut, 2))
     cut.finish("ds-zero2")
     assert_same(whole, cut)
+
+
+@pytest.mark.slow
+def test_preference_killed(tmp_path, demo):
+    "Killed between steps and in a save: the reference is not computed again, and the run ends as if it had never been cut"
+    whole, cut = Place(tmp_path / "whole", demo), Place(tmp_path / "cut", demo)
+    whole.finish("pairs")
+    assert cut.kill_when("pairs", after_lines(cut, 1))
+    reference = cut.checkpoints / "reference-train.npz"
+    written = reference.stat().st_mtime_ns
+    assert cut.kill_when("pairs", during_a_save(cut, 6))
+    cut.finish("pairs")
+    assert_same(whole, cut)
+    assert reference.stat().st_mtime_ns == written and reference.read_bytes() == (whole.checkpoints / "reference-train.npz").read_bytes()

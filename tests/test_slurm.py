@@ -67,9 +67,9 @@ def job(slurm, tmp_path, demo):
             assert not check or done.returncode == 0, done.stdout + done.stderr
             return done
 
-        def submit(self, *overrides):
-            self.command("train_sft", *SHARED, *ON_SLURM, *overrides)
-            [record] = (tmp_path / "runs/train_sft").rglob("record.json")
+        def submit(self, *overrides, stage="train_sft"):
+            self.command(stage, *SHARED, *ON_SLURM, *overrides)
+            [record] = (tmp_path / "runs" / stage).rglob("record.json")
             self.run_dir = record.parent
             self.id = self.record["jobs"][-1]["id"]
             return self
@@ -106,15 +106,19 @@ def uncut(tmp_path_factory, demo):
     copy_demo(demo, root)
     env = os.environ | dict(POST_TRAINING_RUNS_DIR=str(root / "runs"), POST_TRAINING_ARTIFACTS_DIR=str(root / "artifacts"))
 
-    def made(*overrides):
+    def made(*overrides, stage):
         name = f"uncut-{len(cache)}"
-        done = subprocess.run(["post-training", "train_sft", *SHARED, "num_processes=2", f"job_subdir={name}", *overrides], env=env, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(["post-training", stage, *SHARED, "num_processes=2", f"job_subdir={name}", *overrides], env=env, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
-        [record] = (root / f"runs/train_sft/{name}").rglob("record.json")
+        [record] = (root / f"runs/{stage}/{name}").rglob("record.json")
         return record.parent, newest_verified(read_record(record.parent)["checkpoints_dir"])[0]
 
     cache = {}
-    return lambda *overrides: cache.setdefault(overrides, None) or cache.update({overrides: made(*overrides)}) or cache[overrides]
+    def once(*overrides, stage="train_sft"):
+        key = stage, *overrides
+        if key not in cache: cache[key] = made(*overrides, stage=stage)
+        return cache[key]
+    return once
 
 
 def same(job, reference):
@@ -176,6 +180,18 @@ def test_asked_to_leave(job, slurm, uncut):
     record = job.end("COMPLETED")
     assert "kept by the successor" in slurm.job(job.id)["Comment"]
     same(job, uncut())
+
+
+def test_preference(job, slurm, uncut):
+    "Preference training, asked to leave once: the next life reads the reference it computed before, and ends with the numbers of two local processes"
+    job.submit(stage="train_preference")
+    job.at_step(6)
+    slurm.run("scancel", "--batch", "--signal=USR1", job.id)
+    record = job.end("COMPLETED")
+    assert [a["exit"] for a in record["attempts"]] == [75, 0] and slurm.job(job.id)["Restarts"] == "1", job.log()
+    assert record["attempts"][1]["job"]["num_nodes"] == 2 and record["resumed_from"]["2"] and record["canary"] < 1e-6
+    assert record["reference"].startswith("computed by")
+    same(job, uncut(stage="train_preference"))
 
 
 def test_second_job(job, slurm):
