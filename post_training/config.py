@@ -180,12 +180,13 @@ REWARD_KEYS = {"reward_args.kind": "=model|=verifier", "reward_args.name": "str"
     **{f"reward_args.{k}": "str|null" for k in ("model_name_or_path", "attn_implementation")}, "reward_args.max_length": "int|null", "reward_args.batch_tokens": "int",
     "reward_args.score_index": "int|null", "reward_args.system_prompt": "=keep|=drop", "reward_args.trust_remote_code": "bool"}
 
-# %% ../nbs/00_config.ipynb #26fe99a9
+# %% ../nbs/00_config.ipynb #3cd60342
 ANNOTATION_KEYS = { # stage -> its own keys
     "filter": MODEL_KEYS | TOKENIZER_KEYS | {"max_seq_len": "int", "min_completions": "int", "structure": "=auto|=plain|=structured"},
     "ref_completions": MODEL_KEYS | TOKENIZER_KEYS | {"max_seq_len": "int", "backend": "=transformers|=server", "tensor_parallel_size": "int", "keep_existing": "bool",
         "generation.n": "int", "generation.temperature": "float", "generation.top_p": "float", "generation.max_new_tokens": "int", "generation.batch_tokens": "int",
-        "server.url": "str|null", "server.command": "list|null", "server.model": "str|null", "server.start_seconds": "int", "server.concurrency": "int"},
+        "server.url": "str|null", "server.command": "list|null", "server.model": "str|null", "server.start_seconds": "int", "server.concurrency": "int",
+        "server.environment": "str|null", "server.container_image": "str|null", "server.container_mounts": "list"},
     "ref_logprobs": MODEL_KEYS | TOKENIZER_KEYS | {"batch_tokens": "int", "share_prompts": "=auto|bool", "allow_other_reference": "bool", "tensor_parallel_size": "int"},
     "ref_rewards": REWARD_KEYS,
     "pairs": {"mode": "=heuristic|=best-worst|=random|=k-random|=offline", "num_pairs": "int", "min_num_ref_rewards": "int", "num_ref_rewards": "int|null",
@@ -795,7 +796,7 @@ def _check_values(cfg:dict, keys:dict, where:str=""):
         path = Path(cfg[key])
         if not path.parts or path.is_absolute() or ".." in path.parts: raise UserError(f"{key}={cfg[key]}{where}: give a folder name below the outputs, like A/B.")
 
-# %% ../nbs/00_config.ipynb #24283232
+# %% ../nbs/00_config.ipynb #2414ac42
 def history_name(
     cfg:dict, # of an annotation stage
 )->str: # name of the rows that it writes
@@ -804,7 +805,8 @@ def history_name(
     model = cfg.get("model_name") or tail(get(cfg, "model_args.model_name_or_path", "")).removeprefix("run:")
     mine = "" if f"-{model}-" in f"-{tail(cfg['dataset_args']['dataset_name'])}-" else f"{model}-" # said already where the same model filtered
     added = {"filter": lambda: f"{model}-maxlen{cfg['max_seq_len']}", "ref_completions": lambda: f"{mine}Nref{cfg['generation']['n']}",
-             "ref_logprobs": lambda: f"{mine}logprobs", "ref_rewards": lambda: cfg["reward_args"]["name"], "pairs": lambda: cfg["mode"] + (f"-x{cfg['num_pairs']}" if cfg["num_pairs"] > 1 else "")}
+             "ref_logprobs": lambda: f"{mine}logprobs", "ref_rewards": lambda: cfg["reward_args"]["name"],
+             "pairs": lambda: cfg["mode"] + (f"-x{cfg['num_pairs']}" if cfg["num_pairs"] > 1 else "")}
     return re.sub(r"[^\w.-]+", "-", f"{tail(cfg['dataset_args']['dataset_name'])}-{added[cfg['stage']]()}")
 
 # %% ../nbs/00_config.ipynb #4ced52c7

@@ -190,7 +190,7 @@ def compose_plan(
     check_plan(made, where)
     return made
 
-# %% ../../nbs/75_launch.plan.ipynb #35561e31
+# %% ../../nbs/75_launch.plan.ipynb #b22f6474
 def check_plan(
     plan:Plan, # its launcher is set here
     where:str, # the file, for messages
@@ -212,6 +212,9 @@ def check_plan(
         raise UserError(f"{where}: {mixed}. All stages of a plan run on this machine, or all on the cluster: set cluster=... for the whole plan.")
     plan.launcher = next(iter(launchers))
     for s in plan.stages if plan.launcher != "local" else ():
+        for r in plan.runs[s.name]:
+            try: slurm.refuse_large(r.composed.cfg)
+            except UserError as e: raise UserError(f"{where}: stage {s.name}: {e}") from None
         followers = [o.name for o in plan.stages if s.name in o.after]
         if followers and not plan.runs[s.name][0].composed.cfg["cluster"]["requeue"]:
             raise UserError(f"{where}: {', '.join(followers)} would wait for {s.name}, which has cluster.requeue=false: cut by its time limit it goes on as another job, "
