@@ -106,7 +106,7 @@ def test_one_process(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes(tmp_path):
-    run_all(tmp_path, [sft("plw", "two", 1, 2), pref("qrpo", "two", 2, 1, packed=True)], world=2)
+    run_all(tmp_path, [sft("plw", "two", 1, 2), pref("qrpo", "two", 2, 1, packed=True, args=CHECKPOINTING)], world=2)
 
 
 @pytest.mark.slow

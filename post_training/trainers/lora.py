@@ -106,7 +106,7 @@ def has_adapters(model)->bool:
     "Whether a model was wrapped by peft"
     return hasattr(model, "get_base_model") and hasattr(model, "peft_config")
 
-# %% ../../nbs/51_trainers.lora.ipynb #3cc0dea1
+# %% ../../nbs/51_trainers.lora.ipynb #b6195714
 def adapter_facts(
     model, # any model
 )->dict|None: # trained and all parameters, the layers with adapters, rank and scale; None without adapters
@@ -116,7 +116,8 @@ def adapter_facts(
     c, layers = model.active_peft_config, {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
     dropout = max((d.p for m in layers.values() for d in m.lora_dropout.values() if hasattr(d, "p")), default=0.) # as it is, not as it was asked for
     return dict(trained_parameters=sum(size(p) for p in model.parameters() if p.requires_grad), parameters=sum(map(size, model.get_base_model().parameters())),
-                modules=sorted({n.rpartition(".")[2] for n in layers}), whole=sorted(c.modules_to_save or []), r=c.r, alpha=c.lora_alpha, dropout=dropout, rslora=c.use_rslora, dora=c.use_dora)
+                modules=sorted({n.rpartition(".")[2] for n in layers}), whole=sorted(c.modules_to_save or []), r=c.r, alpha=c.lora_alpha, dropout=dropout,
+                rslora=c.use_rslora, dora=c.use_dora)
 
 # %% ../../nbs/51_trainers.lora.ipynb #b8905fc9
 @contextlib.contextmanager
