@@ -183,3 +183,20 @@ def test_a_server_that_nobody_named(planned):
 def test_help_says_how_a_worker_is_called():
     out = subprocess.run([sys.executable, "-m", "post_training.annotate", "--help"], capture_output=True, text=True, env=os.environ)
     assert out.returncode == 0 and "--array" in out.stdout and "--shard" in out.stdout
+
+
+def test_what_a_model_may_write_or_a_source_may_hold(planned, tmp_path):
+    "Numbers that no exact value can be had of, rewards that are none, fields that are always null"
+    from post_training.models.verifiers import verify
+
+    assert verify("final_number", "The answer is 1e9999999", "5") == 0.0
+    talk = [dict(role="assistant", parts=[dict(type="response", content=x, name=None, args=None, answers=None, metadata=None)]) for x in "45"]
+    row = dict(system_prompt=None, available_functions=[], initial_prompt=dict(role="user", content="2 + 2 = ?", metadata=None))
+    branches = [dict(messages=[talk[0]], label="right", reward=1.0), dict(messages=[talk[1]], label=None, reward=float("nan"))]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(dict(conversation_id=f"c{i}", conversation_branches=branches, **row)) + "\n" for i in range(3)))
+    cfg, frozen = planned("filter", f"dataset_args.dataset_name={rows}", "dataset_args.split=null", "max_seq_len=128")
+    annotate.work_on(cfg, frozen)
+    splits, counts = annotate.merged(cfg)
+    [first] = {tuple(c["reward"] for c in found) for found in splits["train"]["completions"][:]}
+    assert first == (1.0, None) and counts["lost before"] == {"reward is not finite: left out": 3}

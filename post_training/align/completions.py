@@ -85,7 +85,7 @@ def written_blocks(
     if not any(k == "response" and text.strip() for k, text in out): return "no answer after the thoughts" if out and out[0][0] == "thoughts" else "empty"
     return out
 
-# %% ../../nbs/42_align.completions.ipynb #316c63b9
+# %% ../../nbs/42_align.completions.ipynb #c6e2c8af
 def answer_content(
     tokenizer, # with a chat template
     answer:dict, # ids (None where a server gives none), text, finish_reason; ids end with the token it stopped at
@@ -97,7 +97,9 @@ def answer_content(
     if ids is None:
         if wants_blocks(tokenizer.chat_template): raise UserError("The server returns no token ids, and under this template thoughts and calls show in them alone. Use vllm serve.")
         return (text_content(answer["text"], blocks), None) if answer["text"].strip() else (None, "empty")
-    found = written_blocks(tokenizer, ids[:-1])
+    marks = {tokenizer.eos_token_id, *call_stops(tokenizer), *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
+    ends = ids[-1] in marks or tokenizer.decode(ids[:-1], skip_special_tokens=True) == answer["text"] # a server may leave the stop token out
+    found = written_blocks(tokenizer, ids[:-1] if ends else ids)
     if isinstance(found, str): return None, found
     if blocks: return dict(blocks=[block(kind, text) for kind, text in found]), None
     if any(kind == "thoughts" for kind, _ in found): return None, "thoughts in a plain row"
@@ -126,7 +128,7 @@ def check_sampling(
     if not 0 < top_p <= 1: raise UserError(f"generation.top_p={top_p}: it is above 0 and at most 1.")
     if n > 1 and temperature == 0: raise UserError(f"At temperature 0 all {n} completions of a prompt would be the same. Set generation.n=1 or a higher generation.temperature.")
 
-# %% ../../nbs/42_align.completions.ipynb #59632061
+# %% ../../nbs/42_align.completions.ipynb #c9af7c40
 def transformers_backend(
     model, # a causal language model; it is put into evaluation mode
     tokenizer, # decodes, and knows the pad token
@@ -144,7 +146,8 @@ def transformers_backend(
         check_prompts(model, prompts, max_new_tokens)
         u_BN, again = row_noise([s for mine in seeds for s in mine], max_new_tokens), 1 if share_prompts else n
         ids = complete_batch(model, [p for p in prompts for _ in range(again)], u_BN, stop, pad, temperature, top_p, samples=n//again)
-        out = [dict(ids=i, text=tokenizer.decode(i, skip_special_tokens=True), finish_reason="stop" if i[-1] in stop else "length") for i in ids]
+        text = lambda i: tokenizer.decode(i[:-1] if i[-1] in stop else i, skip_special_tokens=True) # without what ended it, as servers give it
+        out = [dict(ids=i, text=text(i), finish_reason="stop" if i[-1] in stop else "length") for i in ids]
         return [out[k:k + n] for k in range(0, len(out), n)]
     return complete
 

@@ -183,7 +183,7 @@ def check_parity(
                         "it reads padding. Check pad_token_id in its config.json, and try reward_args.attn_implementation=eager or reward_args.dtype=float32.")
     return off
 
-# %% ../../nbs/44_align.rewards.ipynb #d1c4c504
+# %% ../../nbs/44_align.rewards.ipynb #f0205249
 @dataclass
 class ModelScorer:
     "A sequence classification model with its tokenizer and template"
@@ -203,6 +203,8 @@ class ModelScorer:
         self.model.config.use_cache = False
         self.pad_id, self.parity = pad_of(self.model, self.tokenizer), None
         self.dtype = str(self.model.dtype).removeprefix("torch.")
+        if len(self.tokenizer) > (ids := self.model.get_input_embeddings().num_embeddings):
+            raise UserError(f"The tokenizer of the reward model has {len(self.tokenizer)} ids and the model {ids}: they do not belong together.")
         widen_head(self.model)
         room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 10**9
         if self.max_length and self.max_length > room: raise UserError(f"reward_args.max_length={self.max_length}: the reward model has {room} positions.")

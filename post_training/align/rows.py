@@ -9,8 +9,8 @@ __all__ = ['COMPLETION', 'COMPLETION_KEYS', 'SIDES', 'FORMS', 'completion', 'tex
            'count_completions', 'to_rows', 'block_parts', 'swissai_row', 'to_swissai', 'pair_of', 'to_preference',
            'references_of', 'mix_pairs']
 
-# %% ../../nbs/40_align.rows.ipynb #09459bba
-import json, os
+# %% ../../nbs/40_align.rows.ipynb #438c3192
+import json, math, os
 from collections import Counter
 from ..base import UserError
 from ..data.messages import (ALSO_READ, MalformedRow, UnsupportedContent, as_written, check_messages, format_of, from_chosen, row_id, to_messages,
@@ -195,7 +195,7 @@ def answer_text(
     "A known answer as a verifier takes it: a text as it is, anything else as JSON"
     return value if value is None or isinstance(value, str) else json.dumps(unfilled(value), ensure_ascii=False)
 
-# %% ../../nbs/40_align.rows.ipynb #48fe9387
+# %% ../../nbs/40_align.rows.ipynb #d21106e4
 def make_row(
     row:dict, # a row of a dataset
     index:int, # its index
@@ -210,7 +210,9 @@ def make_row(
             prompt, content = split_talk(messages, blocks, row.get("tools"))
         except (MalformedRow, UnsupportedContent) as e: lost.append(str(e)); continue
         prompts.append(prompt)
-        if content is not None: completions.append(completion(content, **fields))
+        odd = [k for k, v in fields.items() if k in ("reward", "ref_logprob", "ref_logprobs") and v is not None and not all(map(math.isfinite, v if isinstance(v, list) else [v]))]
+        lost += [f"{k} is not finite: left out" for k in odd]
+        if content is not None: completions.append(completion(content, **{k: v for k, v in fields.items() if k not in odd}))
     if not prompts: raise MalformedRow(lost[0] if lost else "no completion and no prompt")
     answer = row["ground_truth"] if row.get("ground_truth") is not None else row.get("answer")
     source, verifier = (None if row.get(k) is None else str(row[k]) for k in ("source", "verifier"))

@@ -139,7 +139,7 @@ def storage_type(t):
     if pa.types.is_struct(t): return pa.struct([(f.name, storage_type(f.type)) for f in t])
     return pa.string() if isinstance(t, pa.BaseExtensionType) else t
 
-# %% ../../nbs/10_data.io.ipynb #e5cb7cba
+# %% ../../nbs/10_data.io.ipynb #fbf04c45
 def read_json(
     files:list[str], # paths of JSON files
     batch_size:int=1000, # rows put into Arrow at a time
@@ -157,7 +157,8 @@ def read_json(
     schema, tables = features.arrow_schema, []
     stored = pa.schema([(f.name, storage_type(f.type)) for f in schema])
     rows = (as_stored(row, dict(features)) for _, row in chain(*map(json_rows, files)))
-    while batch := list(islice(rows, batch_size)): tables.append(pa.Table.from_pylist(batch, schema=stored).cast(schema))
+    while batch := list(islice(rows, batch_size)): tables.append(pa.Table.from_pylist(batch, schema=stored))
+    if stored != schema: tables = [t.cast(schema) for t in tables] # pyarrow cannot cast nulls within lists of structs, and there is nothing to cast then
     return Dataset(pa.concat_tables(tables))
 
 # %% ../../nbs/10_data.io.ipynb #83f6c500

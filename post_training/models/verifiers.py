@@ -34,7 +34,7 @@ def plain_digits(
     if len(groups) > 2 or (thousands and seps[0] == ","): return "".join(groups) # a single point with three digits is a decimal point
     return text.replace(",", ".")
 
-# %% ../../nbs/38_models.verifiers.ipynb #7a143786
+# %% ../../nbs/38_models.verifiers.ipynb #13ebe2b1
 def to_number(
     text:str, # one number as `NUMBER` finds it
 )->Fraction|None: # its exact value; None where it is none (a division by zero)
@@ -44,6 +44,7 @@ def to_number(
     text = text.lstrip("-−–+ ")
     top, _, bottom = re.sub(r"\s*[/⁄]\s*", "/", text).partition("/")
     whole, _, top = top.rpartition(" ") if bottom and re.fullmatch(r"\d+ +\d+", top) else ("", "", top)
+    if (power := re.search(r"[eE][-+]?(\d+)$", top)) and int(power[1][:9]) > 400: return None # an exact value would fill the memory
     try: return sign*(Fraction(plain_digits(top))/Fraction(bottom or 1) + Fraction(whole or 0))
     except (ValueError, ZeroDivisionError): return None
 
@@ -95,14 +96,16 @@ def exact_match(
     norm = lambda t: " ".join(unicodedata.normalize("NFKC", str(t or "")).split())
     return float(norm(text) == norm(answer))
 
-# %% ../../nbs/38_models.verifiers.ipynb #9536c4fd
+# %% ../../nbs/38_models.verifiers.ipynb #ec813a3a
 def regex(
     text:str, # what the model wrote
     answer:str, # a regular expression
 )->float: # 1.0 or 0.0
     "Whether a regular expression is found in the text; anchor it with ^ and $ to ask for the whole"
-    try: return float(re.search(answer, text or "") is not None)
-    except re.error as e: raise UserError(f"The answer {answer[:60]!r} is no regular expression: {e}.") from e
+    import regex as engine # like re, with a limit of time
+    try: return float(engine.search(answer, text or "", timeout=5.) is not None)
+    except TimeoutError: raise UserError(f"The answer {answer[:60]!r} took more than five seconds on {str(text)[:40]!r}: write the expression without nested repetition.") from None
+    except engine.error as e: raise UserError(f"The answer {answer[:60]!r} is no regular expression: {e}.") from e
 
 # %% ../../nbs/38_models.verifiers.ipynb #82a9ef4f
 def length(
