@@ -100,14 +100,13 @@ class Handler(BaseHTTPRequestHandler):
                 s.asked.append(body)
                 s.at_once += 1
                 s.highest = max(s.highest, s.at_once)
-        try:
-            if body:
-                time.sleep(s.delay(number))
-            self.send(*self.reply(body, fault), cut=fault == "cut")
-        finally:
-            if body:
-                with s.lock:
-                    s.at_once -= 1
+        if body:
+            time.sleep(s.delay(number))
+        told = self.reply(body, fault)
+        if body:
+            with s.lock:
+                s.at_once -= 1  # before the answer goes out: whoever gets it may ask again at once
+        self.send(*told, cut=fault == "cut")
 
     def reply(self, body, fault):
         s = self.server

@@ -163,11 +163,10 @@ def test_presets_compose(name):
 
 @pytest.mark.slow
 def test_the_tiny_reward_model_is_trained(tmp_path):
-    from post_training.align.tiny_reward import pair_accuracy, demo_pairs, train_tiny_reward
-    from post_training.demo import build_model
+    from post_training.align.tiny_reward import build_tiny_reward, pair_accuracy, demo_pairs
 
-    build_model(tmp_path / "tiny")
-    folder = train_tiny_reward(tmp_path / "rm", tmp_path / "tiny", demo_rows()["train"])
+    build_tiny_reward(tmp_path / "rm")
+    folder = tmp_path / "rm"
     scorer = model_scorer(folder, device="cpu")
     table = pair_accuracy(scorer, demo_pairs(demo_rows()["eval"], per_row=2, seed=1))
     assert table["all"]["accuracy"] > .7, table
