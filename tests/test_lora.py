@@ -110,7 +110,7 @@ def test_two_processes(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [3])  # two is what the killed run below is under
 def test_deepspeed(tmp_path, stage):
     whole = LORA | dict(lora_modules_to_save=["lm_head"])
     run_all(tmp_path, [sft("irl", "two", 1, 2), sft("plw", "head", 1, 2) | dict(lora=whole), sft("plw", "checkpointing", 1, 2, args=CHECKPOINTING), pref("qrpo", "two", 1, 2)],
@@ -118,7 +118,7 @@ def test_deepspeed(tmp_path, stage):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [3])
 def test_resuming_under_deepspeed(tmp_path, stage):
     "From the checkpoint in the middle to the same numbers"
     env, case = DEEPSPEED | dict(ACCELERATE_DEEPSPEED_ZERO_STAGE=str(stage)), sft("plw", "whole", 1, 2, args=dict(save_strategy="steps", save_steps=4, optim="adamw_torch"))
@@ -196,7 +196,7 @@ def test_a_mistake_is_told(case, demo, tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["single", "ds-zero2"])
+@pytest.mark.parametrize("how", ["ds-zero2"])
 def test_killed_and_resumed(tmp_path, demo, monkeypatch, how):
     "kill -9 in a save and between steps: the same lines, and the same bytes of weights, adapter and optimizer"
     more = ["model_args.use_peft=true", "model_args.lora_r=4", "model_args.lora_dropout=0.1", "training_args.learning_rate=1e-3"]
