@@ -48,6 +48,17 @@ def test_linearised_rows_survive_saving(kind, tmp_path):
     assert [to_messages(r) for r in again] == list(GOOD.values()) and not counts["dropped"]
 
 
+@pytest.mark.parametrize("rows", [
+    [dict(id=1, b=[dict(t="x", m=None), dict(t="y", m=None)])],
+    [dict(b=[dict(t="x", m=None, l=[None], tools=i or "none"), dict(t="y", m=None, l=None, tools=None)], n=None) for i in range(3)],
+    [dict(tools=[dict(name="f", parameters=dict(a=1))], b=[dict(m=[dict(c=None)] * 2)], c=i) for i in range(1001)]], ids=["alone", "beside kinds", "beside tools"])
+def test_fields_that_are_always_null(rows, tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    data = load_rows(tmp_path / "rows.json")
+    assert data.to_list() == rows and saved(data, tmp_path, "folder").to_list() == rows
+    assert read_json([str(lines(tmp_path / "rows.jsonl", rows))]).to_list() == rows
+
+
 @pytest.mark.parametrize("kind", ["folder", "jsonl", "parquet"])
 def test_raw_rows_survive_saving(kind, tmp_path):
     "Golden rows as they come, read and saved, linearise to the golden messages; the order of a tool's properties stays"

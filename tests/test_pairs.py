@@ -119,6 +119,20 @@ def test_what_is_no_row_is_dropped_and_counted(prompt, chosen, rejected, why):
     with pytest.raises(UserError, match="Row bad: "): to_rows(Dataset.from_list([fine, row]), on_malformed="error")
 
 
+@pytest.mark.parametrize("field, bad", [("reward", math.nan), ("reward", -math.inf), ("ref_logprob", math.inf), ("ref_logprobs", [-1., math.nan])])
+def test_numbers_that_are_none_become_null_and_are_counted(field, bad, tmp_path):
+    "In rows that have the form already, and in branches; every stage can keep what comes out"
+    whole = dict(reward=1., ref_logprob=-2., ref_logprobs=[-1., -1.], num_tokens=2)
+    made = [dict(id=str(i), source=None, prompt=messages(("user", "q")), answer=None, verifier=None, completions=[completion("a", **whole), completion("b", **{**whole, field: bad})]) for i in range(3)]
+    rows = Dataset.from_list(made, features=row_features(False))
+    for source in (rows, to_swissai(rows)):
+        out, counts = to_rows(source, structure="plain")
+        assert [(a[field], b[field]) for a, b in out["completions"][:]] == [(whole[field], None)] * 3
+        assert counts["lost"] == {f"{field} is not finite: left out": 3} and (counts["completions"], counts["out"]) == (6, 3)
+        json.dumps(out.to_list(), allow_nan=False)
+        with pytest.raises(UserError, match=f"Row 0: {field} is not finite"): to_rows(source, structure="plain", on_malformed="error")
+
+
 # -- pairs
 
 reward = st.none() | st.sampled_from([0., 1., math.nan, math.inf]) | st.floats(-3, 3)
@@ -174,6 +188,21 @@ def test_any_number_of_shards_gives_the_same_pairs(mode, tmp_path):
     rows = rows_of([[(rng.choice([None, 0., 1., rng.random()]), True, "stop", rng.choice("abcdefgh")) for _ in range(8)] for _ in range(60)])
     (one, counts), (seven, _) = (merged(rows, tmp_path / str(n), n, mode) for n in (1, 7))
     assert one == seven and one and sum(counts["dropped"].values()) + counts["rows"] == 60
+
+
+@pytest.mark.parametrize("mode", [m for m in MODES if m != "heuristic"])
+def test_rows_without_references_say_which_key_keeps_them(mode, tmp_path):
+    from post_training.data.messages import check_dropped
+    rows = rows_of([[(1., False, "stop", "a"), (0., False, "stop", "b")]] * 4)
+    _, counts = merged(rows, tmp_path / "none", 1, mode)
+    with pytest.raises(UserError, match="All 4 rows were dropped .*first row p0; min_num_ref_rewards=0 keeps them"): check_dropped({"in": 4, "out": counts["rows"], **counts})
+    assert len(pairs_maker(rows, mode, min_num_ref_rewards=0)([0])[0]["rows"]) == 1
+
+
+def test_equal_texts_are_counted():
+    rows = rows_of([[(1., True, "stop", "a"), (0., True, "stop", "a"), (.5, True, "stop", "b")]])
+    pairs = Dataset.from_list(pairs_maker(rows)([0])[0]["rows"], features=pair_features(False))
+    assert diagnostics(pairs, rows)["ties"] == [dict(prompts=1, all_tied=0, equal_rewards=0., equal_texts=pytest.approx(1 / 3))]
 
 
 def test_mixed_sets_have_one_reference(tmp_path):

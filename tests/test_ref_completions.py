@@ -125,6 +125,20 @@ def test_a_trained_turn_comes_back_as_the_tokens_it_was(demo):
     assert same + calls == len(source) and same > 60 and calls
 
 
+@pytest.mark.parametrize("template", ["tulu", "apertus"])
+def test_a_server_may_leave_the_stop_token_out(template):
+    "No token of an answer is lost, whichever control token it stopped at"
+    from post_training.align.completions import answer_content, call_stops
+    from post_training.tokens.tokenizer import toy_tokenizer
+    tokenizer = toy_tokenizer("bpe", template)
+    ids = tokenizer.encode("The answer is 60", add_special_tokens=False)
+    ends = [[], [tokenizer.eos_token_id], *([i] for i in call_stops(tokenizer)), [tokenizer.convert_tokens_to_ids("<SPECIAL_68>")]] if template == "apertus" else [[], [tokenizer.eos_token_id]]
+    for end in ends:
+        for text in ("The answer is 60", ""): # some servers give the ids alone
+            assert answer_content(tokenizer, dict(ids=ids + end, text=text, finish_reason="stop"), False) == ("The answer is 60", None)
+        assert answer_content(tokenizer, dict(ids=end, text="", finish_reason="stop"), False) == (None, "empty")
+
+
 def test_a_prompt_that_leaves_no_room_costs_nothing(rows, tokenizer):
     asked = []
     def complete(prompts, n, seeds):

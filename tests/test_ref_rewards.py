@@ -59,6 +59,11 @@ def test_any_batch_gives_the_same_scores():
     assert {"empty completion", "too long"} <= {getattr(v, "reason", None) for v in found[0]}
 
 
+def test_a_tokenizer_of_another_model_is_refused():
+    tokenizer = toy_tokenizer("bpe", "tulu")
+    with pytest.raises(UserError, match=f"has {len(tokenizer)} ids and the model {len(tokenizer) - 1}"): ModelScorer(little(len(tokenizer) - 1), tokenizer)
+
+
 def shipped(name, *special):
     "A toy tokenizer with the chat template of a model family, as TRL ships it, and its control tokens; like the family's own it puts a BOS before a text where it has one"
     import trl

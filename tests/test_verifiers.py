@@ -27,6 +27,10 @@ NUMBERS = [
     ("**Answer:** 12", "12", 1), (r"\[ 42 \]", "42", 1), (r"\boxed{\$18}", "18", 1), (r"\boxed{18\%}", "18", 1), ("$$x = 42$$", "42", 1),
     (r"3 \times 10^4", "30000", 0), ("１２", "12", 1),
     ("N/A", "0", 0), ("   ", "0", 0), ("NaN", "0", 0), ("∞", "1", 0),
+    ("The answer is 6 * 7 = 42", "42", 1), ("The answer is 6 * 7 = 42", "6", 0), ("#### 6 * 7 = 42", "42", 1), ("A: 3 - 5 = -2", "-2", 1), ("Answer: 42 = 6 * 7", "42", 1),
+    ("The answer is 42. Check: 42 - 2 = 40", "42", 1), ("The answer is 7 (as 3 + 4 = 7)", "7", 1), (r"The answer is 6 \times 7 = 42 (100%)", "42", 1), ("The answer is 5, as x = 3", "5", 1),
+    ("The answer is 1e9999999", "5", 0), ("5, so the answer is 1e00000000099999999", "5", 0), ("the answer is 1e-9999999", "0", 0), ("9" * 5000, "9", 0), ("1/" + "9" * 5000, "0", 0),
+    ("5 or 1/0", "5", 0), ("1e003", "1000", 1),
     ("2e3", "2000", 1), (".5", "0.5", 1), ("12.", "12", 1), ("no number", "0", 0), ("", "0", 0), ("twelve", "12", 0), ("1,2,3", "3", 0),
 ]
 
@@ -62,3 +66,23 @@ def test_a_row_that_cannot_be_checked_is_an_error(name, answer, said):
 def test_texts_and_calls():
     assert exact_match("n  r e b ", "n r e b") and not exact_match("n r e", "n r e b")
     assert json_match('[{"square": {"n":12}}]', '[{"square": {"n": 12}}]') and not json_match('[{"square": {"n": "12"}}]', '[{"square": {"n": 12}}]')
+
+
+def test_a_pattern_that_takes_too_long_is_the_rows_fault(monkeypatch):
+    "It is neither right nor wrong; patterns that Python's own engine never ends with are quick"
+    from post_training.align.rewards import verifier_scorer
+    from post_training.models import verifiers
+    assert verify("regex", "a" * 40 + "b", "(a+)+$") == 0.0
+    with pytest.raises(UserError, match="without nested repetition"): verifiers.regex("a" * 60 + "b", "(a|aa)+$", seconds=.1)
+    monkeypatch.setitem(verifiers.VERIFIERS, "regex", lambda text, answer: verifiers.regex(text, answer, seconds=.1))
+    row = dict(id="slow", prompt=[], answer="(a|aa)+$", verifier="regex", completions=[dict(content="a" * 60 + "b")] * 50)
+    [found] = verifier_scorer().score([row])
+    assert found.reason == "regex cannot use the answer"
+
+
+@pytest.mark.parametrize("text", ["\n" * 40000, "1/" + "1" * 20000 + "/", "1 " * 20000, "1,1." * 10000, r"\boxed{" * 2000, "the answer is " + "1 + " * 8000, "111 " * 10000])
+def test_odd_long_texts_take_no_time(text):
+    import time
+    start = time.perf_counter()
+    verify("final_number", text, "5")
+    assert time.perf_counter() - start < 2

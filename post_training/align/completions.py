@@ -85,7 +85,7 @@ def written_blocks(
     if not any(k == "response" and text.strip() for k, text in out): return "no answer after the thoughts" if out and out[0][0] == "thoughts" else "empty"
     return out
 
-# %% ../../nbs/42_align.completions.ipynb #c6e2c8af
+# %% ../../nbs/42_align.completions.ipynb #47df565b
 def answer_content(
     tokenizer, # with a chat template
     answer:dict, # ids (None where a server gives none), text, finish_reason; ids end with the token it stopped at
@@ -97,8 +97,9 @@ def answer_content(
     if ids is None:
         if wants_blocks(tokenizer.chat_template): raise UserError("The server returns no token ids, and under this template thoughts and calls show in them alone. Use vllm serve.")
         return (text_content(answer["text"], blocks), None) if answer["text"].strip() else (None, "empty")
-    marks = {tokenizer.eos_token_id, *call_stops(tokenizer), *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
-    ends = ids[-1] in marks or tokenizer.decode(ids[:-1], skip_special_tokens=True) == answer["text"] # a server may leave the stop token out
+    special = encoder_for(tokenizer).is_special
+    marked = bool(ids) and (ids[-1] == tokenizer.eos_token_id or ids[-1] < len(special) and special[ids[-1]])
+    ends = marked or bool(ids) and tokenizer.decode(ids[:-1], skip_special_tokens=True) == answer["text"] # a server may leave the stop token out
     found = written_blocks(tokenizer, ids[:-1] if ends else ids)
     if isinstance(found, str): return None, found
     if blocks: return dict(blocks=[block(kind, text) for kind, text in found]), None
@@ -273,7 +274,7 @@ def served_model(
         raise UserError(f"The server at {url} takes {room} tokens at most, and max_seq_len is {max_seq_len}. Lower it, or start the server with a larger limit.")
     return model
 
-# %% ../../nbs/42_align.completions.ipynb #9a0e2e4c
+# %% ../../nbs/42_align.completions.ipynb #f7901e8c
 def checked_choices(
     answer:dict, # of /v1/completions
     n:int, # completions asked for
@@ -282,7 +283,7 @@ def checked_choices(
 )->list[dict]: # ids (None where the server gives none), text, finish_reason
     "The completions in an answer"
     choices, at = answer.get("choices") or [], f"The server at {url}"
-    if len(choices) != n: raise UserError(f"{at} gave {len(choices)} completions where {n} were asked for. Use one that takes n, or samples_per_request=1.")
+    if len(choices) != n: raise UserError(f"{at} gave {len(choices)} completions where {n} were asked for. Use one that takes n, such as vllm serve, or backend=transformers.")
     read = (answer.get("usage") or {}).get("prompt_tokens")
     if read is not None and read != tokens:
         raise UserError(f"{at} read {read} tokens where a prompt of {tokens} ids was given: it does not take ids as they are. Use vllm serve, or backend=transformers.")

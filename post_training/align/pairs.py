@@ -6,8 +6,8 @@
 __all__ = ['REFERENCES', 'CANDIDATES', 'MODES', 'fault_of', 'text_key', 'compared_with', 'quantile_of', 'Candidate', 'ordered',
            'first_pair', 'heuristic_pairs', 'best_worst_pairs', 'random_pairs', 'k_random_pairs', 'own_pair',
            'pair_features', 'pair_row', 'row_pairs', 'pairs_maker', 'pool_columns', 'win_rates', 'correlation',
-           'within_rows', 'pool_table', 'histogram', 'pair_numbers', 'tie_table', 'diagnostics', 'plot_pairs',
-           'plot_pool']
+           'within_rows', 'pool_table', 'histogram', 'pair_numbers', 'tie_table', 'pool_texts', 'diagnostics',
+           'plot_pairs', 'plot_pool']
 
 # %% ../../nbs/45_align.pairs.ipynb #d9f43b42
 import json, math, random
@@ -356,7 +356,19 @@ def tie_table(
     tied = sum(len(set(columns["reward"][g])) == 1 for g in groups)
     return dict(prompts=len(groups), all_tied=tied, equal_rewards=equal(columns["reward"]), equal_texts=None if texts is None else equal(texts))
 
-# %% ../../nbs/45_align.pairs.ipynb #4228755d
+# %% ../../nbs/45_align.pairs.ipynb #e1d28cb0
+def pool_texts(
+    rows, # `datasets.Dataset` of prompts and completions
+)->list[int]: # one for each completion
+    "A number for the text of each completion, equal for equal texts; read some rows at a time"
+    import pyarrow.compute as pc
+    arrow, out = rows.select_columns(["completions"]).with_format("arrow"), []
+    for start in range(0, len(rows), 1000):
+        contents = pc.struct_field(pc.list_flatten(arrow[start:start + 1000]["completions"]), ["content"])
+        out += [hash(text_key(c)) for c in contents.to_pylist()]
+    return out
+
+# %% ../../nbs/45_align.pairs.ipynb #76fb2aeb
 def diagnostics(
     pairs, # `datasets.Dataset` of pairs
     rows=None, # `datasets.Dataset` they were made from
@@ -379,7 +391,7 @@ def diagnostics(
     reward, length = (within_rows(columns[k], columns["row"]) for k in ("reward", "length"))
     out["policies"] = pool_table(columns)
     out["wins on the same prompt"] = [dict(policy=a, against=b, wins=w, prompts=n) for (a, b), (w, n) in win_rates(columns).items()]
-    out["ties"] = [tie_table(columns)]
+    out["ties"] = [tie_table(columns, pool_texts(rows))]
     out["length and reward"] = [dict(over="all completions", correlation=correlation(columns["length"], columns["reward"])),
                                 dict(over="within prompts", correlation=correlation(length, reward))]
     out["finish reasons"] = [dict(finish_reason=k, completions=n) for k, n in Counter(columns["finish_reason"]).most_common()]

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'NOT_ROWS', 'FREE', 'KINDS', 'split_files', 'needs_exact', 'parse_line', 'json_rows', 'add_shape',
-           'feature_of', 'check_columns', 'as_stored', 'storage_type', 'read_json', 'stamp', 'read_quick', 'read_files',
-           'unreadable', 'pick', 'read_saved', 'from_hub', 'local_splits', 'load_rows', 'load_splits', 'splits',
-           'save_folder', 'write_lines', 'save_file', 'save_hub', 'save_rows']
+           'feature_of', 'check_columns', 'as_stored', 'storage_type', 'as_json', 'read_json', 'stamp', 'read_quick',
+           'read_files', 'unreadable', 'pick', 'read_saved', 'from_hub', 'local_splits', 'load_rows', 'load_splits',
+           'splits', 'save_folder', 'write_lines', 'save_file', 'save_hub', 'save_rows']
 
 # %% ../../nbs/10_data.io.ipynb #a1989855
 import glob, hashlib, json, os, re, tempfile
@@ -139,7 +139,19 @@ def storage_type(t):
     if pa.types.is_struct(t): return pa.struct([(f.name, storage_type(f.type)) for f in t])
     return pa.string() if isinstance(t, pa.BaseExtensionType) else t
 
-# %% ../../nbs/10_data.io.ipynb #fbf04c45
+# %% ../../nbs/10_data.io.ipynb #f3daa42a
+def as_json(
+    values, # Arrow array of the type's `storage_type`
+    t, # Arrow type
+):         # Arrow array of that type
+    "An Arrow array with its text called JSON where the type says so; `cast` fails on nulls within lists of structs"
+    import pyarrow as pa
+    if isinstance(t, pa.BaseExtensionType): return pa.ExtensionArray.from_storage(t, values)
+    if pa.types.is_list(t): return pa.ListArray.from_arrays(values.offsets, as_json(values.values, t.value_type), type=t, mask=values.is_null())
+    if pa.types.is_struct(t): return pa.StructArray.from_arrays([as_json(values.field(i), f.type) for i, f in enumerate(t)], fields=list(t), mask=values.is_null())
+    return values
+
+# %% ../../nbs/10_data.io.ipynb #e924c63a
 def read_json(
     files:list[str], # paths of JSON files
     batch_size:int=1000, # rows put into Arrow at a time
@@ -157,8 +169,9 @@ def read_json(
     schema, tables = features.arrow_schema, []
     stored = pa.schema([(f.name, storage_type(f.type)) for f in schema])
     rows = (as_stored(row, dict(features)) for _, row in chain(*map(json_rows, files)))
-    while batch := list(islice(rows, batch_size)): tables.append(pa.Table.from_pylist(batch, schema=stored))
-    if stored != schema: tables = [t.cast(schema) for t in tables] # pyarrow cannot cast nulls within lists of structs, and there is nothing to cast then
+    while batch := list(islice(rows, batch_size)):
+        table = pa.Table.from_pylist(batch, schema=stored)
+        tables.append(pa.table([pa.chunked_array([as_json(c, f.type) for c in column.chunks], f.type) for column, f in zip(table.columns, schema)], schema=schema))
     return Dataset(pa.concat_tables(tables))
 
 # %% ../../nbs/10_data.io.ipynb #83f6c500

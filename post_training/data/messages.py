@@ -229,19 +229,21 @@ def role_fault(
         if name not in CHECKS: raise UserError(f"There is no check {name!r}: {', '.join(CHECKS)}.{nearest(name, CHECKS)}")
         if fault := CHECKS[name](messages): return fault
 
-# %% ../../nbs/11_data.messages.ipynb #b0daf2e3
+# %% ../../nbs/11_data.messages.ipynb #2fa765bf
 def dropped_text(
-    counts:dict, # dropped by reason; first or examples: the row id of the first of a reason
+    counts:dict, # dropped by reason; first or examples: the row id of the first of a reason, or a list of the first ones
     most:int=5, # reasons, the most frequent
 )->str:
     "What was dropped, in words"
     first = counts.get("first") or counts.get("examples") or {}
     told = sorted(counts["dropped"].items(), key=lambda kv: -kv[1])[:most]
-    return "; ".join(f"{n} {reason}" + (f", first row {first[reason]}" if reason in first else "") for reason, n in told)
+    row = lambda found: (found or [""])[0] if isinstance(found, (list, tuple)) else found
+    return "; ".join(f"{n} {reason}" + (f", first row {row(first[reason])}" if reason in first else "") for reason, n in told)
 
-# %% ../../nbs/11_data.messages.ipynb #d2f6b1ae
+# %% ../../nbs/11_data.messages.ipynb #4ffea9f7
 HELP = { # words of a reason -> what to know
         "overlength": "training_args.max_length is too short for them", "no completion after": "training_args.max_length is too short for them",
+        "reference rewards": "min_num_ref_rewards=0 keeps them where mode is offline, best-worst, random or k-random, which need none",
         "tools": "message_format=structured (blocks=True) carries tools", "thoughts": "message_format=structured (blocks=True) carries thoughts"}
 
 # %% ../../nbs/11_data.messages.ipynb #0448ca97
