@@ -58,7 +58,7 @@ test: env ## import contracts, hooks, notebooks, pytest
 	@$(MAKE) hooks
 	@$(ROOTED); \
 	$(MAKE) notebooks; \
-	$(call say,pytest); $(RUN) $(TESTING) pytest -m "not slow" -n $(WORKERS) --dist loadfile $(PYTEST)
+	$(call say,pytest); $(RUN) $(TESTING) pytest -m "not slow" -n $(WORKERS) --dist worksteal $(PYTEST)
 
 test-slow: env ## slow cells and slow tests: kills and resumes, two-process engines
 	@$(ROOTED); \

@@ -111,6 +111,7 @@ def test_generation_ratio(small):
     assert record["ratios"][-1]["source"] == "all" and record["ratios"][-1]["rows"] == 500
 
 
+@pytest.mark.slow
 def test_a_changed_source_is_noticed(small, tmp_path):
     rows = tmp_path / "rows.jsonl"
     talk = lambda i: json.dumps(dict(question=f"What is {i} + 1?", answer=str(i + 1))) + "\n"
@@ -138,6 +139,7 @@ def test_training_on_changed_rows_is_refused(small, tmp_path, demo):
     assert out.returncode == 2 and "rows.jsonl changed since the finished run" in out.stderr, out.stdout + out.stderr
 
 
+@pytest.mark.slow
 def test_mixture_keeps_tools(small, tmp_path):
     "Rows that offer or call tools make the mixture structured; asked for plain rows, they are dropped with the reason and what to do"
     offered = [dict(type="function", function=dict(name="add", description="Sum", parameters=dict(type="object", properties=dict(x=dict(type="number")))))]
@@ -156,6 +158,7 @@ def test_mixture_keeps_tools(small, tmp_path):
     assert blocks == [["tool_calls", "tool_outputs", "response"]] * 5 and len(rows) == 10
 
 
+@pytest.mark.slow
 def test_mixture_without_messages(small, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(dict(question=f"{i}?", answer=f"{i}", chosen="x")) + "\n" for i in range(5)))
     source = f"sources=[{{dataset_name: a, dataset_path: {tmp_path}/rows.jsonl}}]"
