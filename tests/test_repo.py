@@ -151,7 +151,7 @@ def test_make_demo(tmp_path):
     assert counts["kept"] > 0.8 * 6000 and counts["kept"] + sum(counts["lost"].values()) <= 6000 and left["pairs"]["counts"]["completions"]["kept"] > 50, counts
     assert left["ref_logprobs"]["counts"]["completions"]["reencoded"]["compared"] == counts["kept"]
     again = run(["make", "annotate"], timeout=120, **env)
-    assert again.returncode == 0 and again.stdout.count("done already") == 6, again.stdout
+    assert again.returncode == 0 and again.stdout.count("done already") >= 6, again.stdout
 
 
 @pytest.mark.slow
