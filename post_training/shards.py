@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PLAN', 'SHARDS', 'ROWS', 'PROGRESS', 'SAVED', 'WORKERS', 'token_batches', 'Plan', 'balance', 'make_plan', 'load_plan',
            'save_plan', 'encode_rows', 'pack_floats', 'unpack_floats', 'seed_of', 'read_progress', 'Part',
-           'shard_folder', 'shard_faults', 'hold_shard', 'work', 'merge', 'progress', 'array_workers', 'array_size',
-           'array_shards', 'slot_gpus', 'leave_on_sigterm', 'main', 'WorkerFailed', 'run']
+           'shard_folder', 'shard_faults', 'hold_shard', 'work', 'merge', 'progress', 'array_workers', 'array_shards',
+           'slot_gpus', 'leave_on_sigterm', 'main', 'WorkerFailed', 'run']
 
 # %% ../nbs/03_shards.ipynb #69d3e8c1
 import argparse, base64, contextlib, fcntl, hashlib, heapq, json, os, signal, socket, subprocess, sys, time
@@ -419,14 +419,6 @@ def array_workers(
 )->int: # 1 where nothing is said
     "Workers of this task of an array"
     return int((os.environ if env is None else env).get(WORKERS) or 1)
-
-# %% ../nbs/03_shards.ipynb #2ece52e8
-def array_size(
-    plan:Plan,
-    per_task:int=1, # shards of a task
-)->int:
-    "Tasks of an array that works on all shards"
-    return -(-plan.shards//per_task)
 
 # %% ../nbs/03_shards.ipynb #3d415b32
 def array_shards(

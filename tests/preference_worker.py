@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-from trainer_worker import adapted, make_model, make_tokenizer
+from trainer_worker import adapted, make_model, make_tokenizer, watched
 
 ROWS, GLOBAL_BATCH, RATE = 11, 4, 0.02
 
@@ -34,14 +34,7 @@ def make_trainer(case, folder, data, lines, model=None):
     from post_training.trainers.preference import pair_config, pair_objective
     from post_training.trainers.sft import SFTTrainer
 
-    class Watched(SFTTrainer):
-        "Remembers the rows of every optimizer step"
-
-        def get_batch_samples(self, *args):
-            batches, ds = super().get_batch_samples(*args)
-            self.seen = [*getattr(self, "seen", []), [i for b in batches for i in b["row_index"].tolist() if i >= 0]]
-            return batches, ds
-
+    Watched = watched(SFTTrainer)
     bins = [[int(i)] for i in range(ROWS)] if case.get("packed") else None
     collator = PairCollator(PackCollator() if bins else PadCollator(pad_token_id=0, padding_side=case.get("side", "right")))
     args = dict(per_device_train_batch_size=case["per_device"], gradient_accumulation_steps=case["accumulation"], optim="sgd", learning_rate=RATE, bf16=False,

@@ -59,14 +59,10 @@ def make_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="t0")), pad_token="t0", bos_token="t1", eos_token="t2")
 
 
-def run_case(case, folder):
-    "Train one case; losses, rows of every step, evaluation and the saved weights are left in `folder`"
-    from datasets import Dataset
+def watched(trainer):
+    "A trainer class that remembers the rows of every optimizer step"
 
-    from post_training.tokens.collate import PackCollator, PadCollator, empty_row
-    from post_training.trainers.sft import Objective, SFTTrainer, sft_config
-
-    class Watched(SFTTrainer):
+    class Watched(trainer):
         "Remembers the rows of every optimizer step"
 
         def get_batch_samples(self, *args):
@@ -74,6 +70,17 @@ def run_case(case, folder):
             self.seen = [*getattr(self, "seen", []), [i for b in batches for i in b["row_index"].tolist() if i >= 0]]
             return batches, ds
 
+    return Watched
+
+
+def run_case(case, folder):
+    "Train one case; losses, rows of every step, evaluation and the saved weights are left in `folder`"
+    from datasets import Dataset
+
+    from post_training.tokens.collate import PackCollator, PadCollator, empty_row
+    from post_training.trainers.sft import Objective, SFTTrainer, sft_config
+
+    Watched = watched(SFTTrainer)
     data, lines = Dataset.from_list(make_rows()), []
     bins = [[int(i)] for i in range(ROWS)] if case.get("packed") else None
     collator = PackCollator() if bins else PadCollator(pad_token_id=0, padding_side=case.get("side", "right"))
