@@ -63,7 +63,7 @@ test: env ## import contracts, hooks, notebooks, pytest
 test-slow: env ## slow cells and slow tests: kills and resumes, two-process engines
 	@$(ROOTED); \
 	$(MAKE) slow-notebooks; \
-	$(call say,pytest: slow tests); $(RUN) $(TESTING) pytest -m slow $(PYTEST)
+	$(call say,pytest: slow tests); $(RUN) $(TESTING) pytest -m slow -n $(WORKERS) --dist loadgroup $(PYTEST)
 
 hooks: env ## the pre-commit hooks over all files
 	@$(call say,hooks); $(RUN) pre-commit run --all-files

@@ -56,6 +56,14 @@ def data_dir():
     return folder
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    "Tests that start a Slurm run in one process, one after the other: two clusters would have the same ports"
+    for item in items:
+        if "slurm" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("slurm"))
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
     "A test that is skipped for want of the real rows although they are there has failed"

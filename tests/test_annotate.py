@@ -110,7 +110,7 @@ def test_whole_command_killed(planned, demo, tmp_root):
     from post_training.data.io import load_rows
     from post_training.tokens.dataset import rows_fingerprint
 
-    a, b = (load_rows(demo / f"{tmp_root.name}-{x}/datasets/demo-answers-logprobs") for x in "ab")
+    a, b = (load_rows(cfg["save_data_dir"].replace(f"{tmp_root.name}-b", f"{tmp_root.name}-{x}")) for x in "ab")
     assert len(a) == 120 and rows_fingerprint(a) == rows_fingerprint(b)
     third = subprocess.run([*words, f"artifacts_subdir={tmp_root.name}-b", "job_subdir=b"], capture_output=True, text=True, timeout=120)
     assert third.stdout.startswith("done already"), third.stdout
