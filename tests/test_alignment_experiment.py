@@ -53,34 +53,35 @@ def test_chains_for_apertus(apertus):
     big = [j for j in jobs if "70b" in j["name"]]
     count = {s: sum(j["stage"] == s for j in jobs if "apertus-8b" in j["name"]) for s in STAGES}
     assert count == dict(filter=1, ref_completions=1, ref_logprobs=1, ref_rewards=1, pairs=2, train_preference=2)
-    assert [sum(j["stage"] == s for j in big) for s in STAGES] == [1, 1, 0, 1, 2, 2]  # the trainer computes the reference
+    assert [sum(j["stage"] == s for j in big) for s in STAGES] == [1, 1, 1, 1, 2, 2]
     stage, seen = {j["name"]: j["stage"] for j in jobs}, []
     for j in jobs:
         assert all(a in seen for a in j["after"]) and len(j["after"]) == (j["stage"] != "filter")
         seen.append(j["name"])
-        if j["after"] and "apertus-8b" in j["name"]: assert STAGES.index(stage[j["after"][0]]) == STAGES.index(j["stage"]) - 1
+        if j["after"]: assert STAGES.index(stage[j["after"][0]]) == STAGES.index(j["stage"]) - 1
 
 
 def test_rows_are_named_by_their_history(apertus):
     named = "prompts-apertus-8b-sft-maxlen4096-Nref10-logprobs-skywork-v2-llama3-8b-heuristic"
     by = {j["name"]: j for j in sweep.read_sweep(apertus)}
-    assert {f"{named}{x}" for x in ("", "-x2")} < by.keys() and "prompts-apertus-70b-sft-maxlen4096-Nref10-skywork-v2-llama3-8b-heuristic" in by
+    assert {f"{named}{x}" for x in ("", "-x2")} < by.keys() and "prompts-apertus-70b-sft-maxlen4096-Nref10-logprobs-skywork-v2-llama3-8b-heuristic" in by
     cfg = frozen(apertus, "apertus-8b-sft-sigmoid-beta5.0-ademamix-pairs2")
     assert cfg["dataset_name"] == f"{named}-x2" and cfg["dataset_args"]["dataset_name"] == frozen(apertus, f"{named}-x2")["save_data_dir"]
     for name, job in by.items():
         if job["after"]: assert frozen(apertus, name)["dataset_args"]["dataset_name"] == frozen(apertus, job["after"][0])["save_data_dir"]
 
 
-@pytest.mark.parametrize("size, engine, rate, parallel, scored", [("8b", "ds-zero2", 5e-7, 1, True), ("70b", "ds-zero3", 1e-7, 4, False)])
-def test_each_model_has_its_own_settings(size, engine, rate, parallel, scored, apertus):
+@pytest.mark.parametrize("size, engine, rate, parallel", [("8b", "ds-zero2", 5e-7, 1), ("70b", "ds-zero3", 1e-7, 4)])
+def test_each_model_has_its_own_settings(size, engine, rate, parallel, apertus):
     cfg = frozen(apertus, f"apertus-{size}-sft-sigmoid-beta5.0-ademamix-pairs1")
     t = cfg["training_args"]
     assert (cfg["accelerate_config"], t["learning_rate"], cfg["num_nodes"], cfg["global_batch_size"]) == (engine, rate, 64, 512)
-    assert (t["loss_type"], t["beta"], t["optim"], t["ref_logprobs_from_dataset"], t["normalize_beta_by_length"]) == ("sigmoid", 5.0, "ademamix", scored, True)
+    assert (t["loss_type"], t["beta"], t["optim"], t["ref_logprobs_from_dataset"], t["normalize_beta_by_length"]) == ("sigmoid", 5.0, "ademamix", True, True)
     assert cfg["model_args"]["model_name_or_path"] == cfg["tokenizer_args"]["tokenizer_name_or_path"] == f"P/apertus-{size}-sft" and cfg["job_subdir"].startswith("1-mine/")
     sampled = f"prompts-apertus-{size}-sft-maxlen4096-Nref10"
     told = frozen(apertus, sampled)
     assert (told["tensor_parallel_size"], told["backend"], told["job_subdir"]) == (parallel, "server", "annotation")
+    assert frozen(apertus, f"{sampled}-logprobs")["tensor_parallel_size"] == parallel
     script = (apertus / f"scripts/{sampled}+shards.sbatch").read_text()
     assert f"--tensor-parallel-size={parallel}" in script and "--data-parallel-size=" + str(4 // parallel) in script and "#SBATCH --array=0-63" in script
 
@@ -92,7 +93,7 @@ def test_lines_and_dependencies(apertus):
     assert told[f"{name}+shards"][:2] == (["prompts-apertus-8b-sft-maxlen4096"], "") and told[name][:2] == (["prompts-apertus-8b-sft-maxlen4096"], f"{name}+shards")
     after, array, words = told["apertus-70b-sft-sigmoid-beta5.0-ademamix-pairs1"]
     assert words[:7] == ["sbatch", "-N", "64", "-p", "large512", "-t", "10:00:00"] and words[8] == str(apertus / "out/apertus-70b-sft-sigmoid-beta5.0-ademamix-pairs1.out")
-    assert after == ["prompts-apertus-70b-sft-maxlen4096-Nref10-skywork-v2-llama3-8b-heuristic"] and array == ""
+    assert after == ["prompts-apertus-70b-sft-maxlen4096-Nref10-logprobs-skywork-v2-llama3-8b-heuristic"] and array == ""
     for n, (_, _, w) in told.items(): assert subprocess.run(["bash", "-n", w[-1]]).returncode == 0, n
     rows = sweep.job_rows(apertus)
     assert {r["nodes"] for r in rows if r["stage"] == "train_preference"} == {64} and all(r["node-hours"] > 0 for r in rows)
