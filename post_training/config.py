@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['CONFIGS', 'SHARED_KEYS', 'TEMPLATES', 'TOKENIZER_KEYS', 'SFT_KEYS', 'DATA_KEYS', 'MIXTURE_KEYS', 'SPLIT_KEYS',
            'LINEARISE_KEYS', 'MODEL_KEYS', 'SHARD_KEYS', 'REWARD_KEYS', 'ANNOTATION_KEYS', 'SHARD_STAGES',
-           'PREFERENCE_KEYS', 'DPO_LOSSES', 'PREFERENCE_ARGS', 'TRAINING_STAGES', 'STAGE_KEYS', 'AMENDED_KEYS',
-           'OLD_NAMES', 'OLD_SECTIONS', 'RANGES', 'flatten', 'get', 'put', 'pop', 'calculate', 'known_keys', 'trl_keys',
-           'write_keys', 'conform', 'check_config', 'quote', 'typed_form', 'Typed', 'parse_override', 'old_names',
-           'new_name', 'translate_presets', 'project_root', 'site_path', 'groups', 'preset_names', 'preset_file',
-           'compose_presets', 'resolve', 'accelerate_file', 'accelerate_preset', 'world_size', 'batch_arithmetic',
-           'Composed', 'stages', 'stage_name', 'history_name', 'compose', 'diff_from_presets', 'freeze', 'load_frozen',
-           'compose_frozen']
+           'EVALUATION_KEYS', 'PREFERENCE_KEYS', 'DPO_LOSSES', 'PREFERENCE_ARGS', 'TRAINING_STAGES', 'STAGE_KEYS',
+           'AMENDED_KEYS', 'OLD_NAMES', 'OLD_SECTIONS', 'RANGES', 'flatten', 'get', 'put', 'pop', 'calculate',
+           'known_keys', 'trl_keys', 'write_keys', 'conform', 'check_config', 'quote', 'typed_form', 'Typed',
+           'parse_override', 'old_names', 'new_name', 'translate_presets', 'project_root', 'site_path', 'groups',
+           'preset_names', 'preset_file', 'compose_presets', 'resolve', 'accelerate_file', 'accelerate_preset',
+           'world_size', 'batch_arithmetic', 'Composed', 'stages', 'stage_name', 'history_name', 'compose',
+           'diff_from_presets', 'freeze', 'load_frozen', 'compose_frozen']
 
 # %% ../nbs/00_config.ipynb #582507f9
 import ast, contextlib, functools, importlib.util, json, math, operator, os, re, shlex, tempfile, threading
@@ -195,6 +195,15 @@ ANNOTATION_KEYS = { # stage -> its own keys
 # %% ../nbs/00_config.ipynb #f0b692fd
 SHARD_STAGES = tuple(ANNOTATION_KEYS) # stages that are maps over rows, shared by many workers
 
+# %% ../nbs/00_config.ipynb #80cc127e
+EVALUATION_KEYS = MODEL_KEYS | TOKENIZER_KEYS | {"checkpoints": "list", "dataset_name": "str|null", "dataset_args.dataset_name": "str", "dataset_args.split": "str|null",
+    "dataset_args.eval_split.name": "str|null", "measure": "list", "seed": "int", "tensor_parallel_size": "int",
+    **{f"evaluation.{k}": "int" for k in ("num_prompts", "num_samples_shown", "max_new_tokens", "batch_size", "samples", "batch_tokens")},
+    "evaluation.temperature": "float", "evaluation.top_p": "float",
+    "evaluation.verifier": "=final_number|=exact_match|=regex|=length|=json_match|=json_schema|null", "lm_eval.tasks": "list", "lm_eval.include_path": "str|null",
+    "lm_eval.limit": "int|null", "lm_eval.num_fewshot": "int|null", "lm_eval.apply_chat_template": "bool"}
+EVALUATION_KEYS = {k: v for k,v in EVALUATION_KEYS.items() if k != "model_name"}
+
 # %% ../nbs/00_config.ipynb #7c92c250
 PREFERENCE_KEYS = {k: v for k,v in SFT_KEYS.items() if not k.startswith(("trainer", "plw_args.", "irl_args."))} | {
     "ref_model_args.model_name_or_path": "str|null", "tokenization.max_length": "int|null"}
@@ -212,12 +221,12 @@ PREFERENCE_ARGS = {"training_args.loss_type": "|".join(f"={t}" for t in ("qrpo",
 # %% ../nbs/00_config.ipynb #88106115
 TRAINING_STAGES = ("train_sft", "train_preference") # stages with optimizer steps: a batch, a world, a topology
 
-# %% ../nbs/00_config.ipynb #a3d3704e
+# %% ../nbs/00_config.ipynb #98661f66
 STAGE_KEYS = { # stage -> its own keys, the dataclass behind training_args (None: the stage has none)
     "train_sft": (SHARED_KEYS | SFT_KEYS, "SFTConfig"), "tokenize": (SHARED_KEYS | SFT_KEYS, "SFTConfig"),
     "generation_ratio": (SHARED_KEYS | SFT_KEYS | {"trim": "float"}, "SFTConfig"), "dataset_mixture": (SHARED_KEYS | MIXTURE_KEYS, None),
     "dataset_split": (SHARED_KEYS | SPLIT_KEYS, None), "linearise": (SHARED_KEYS | LINEARISE_KEYS, None),
-    **{stage: (SHARED_KEYS | SHARD_KEYS | keys, None) for stage, keys in ANNOTATION_KEYS.items()},
+    **{stage: (SHARED_KEYS | SHARD_KEYS | keys, None) for stage, keys in ANNOTATION_KEYS.items()}, "evaluate": (SHARED_KEYS | EVALUATION_KEYS, None),
     "train_preference": (SHARED_KEYS | PREFERENCE_KEYS | PREFERENCE_ARGS, "DPOConfig")}
 
 # %% ../nbs/00_config.ipynb #94a8e2c7
@@ -774,7 +783,7 @@ def _trust(cfg:dict, origin, typed)->list[str]: # notices; `cfg` is changed in p
         notices.append(f"{key} is true{origin(key)}, but {revision} names no commit: taken as false.")
     return notices
 
-# %% ../nbs/00_config.ipynb #47a1234a
+# %% ../nbs/00_config.ipynb #00f1dba9
 RANGES = {"plw_args.prompt_loss_weight": (0, 1), "irl_args.lambda_td": (0, math.inf), "irl_args.gamma": (0, 1), "max_drop_fraction": (0, 1),
     "dataset_args.debug_subsample.train": (0, math.inf), "dataset_args.debug_subsample.eval": (0, math.inf), "num_nodes": (1, math.inf),
     "cluster.max_retries": (0, 1000), "cluster.signal_seconds": (1, 65535), "cluster.preflight_seconds": (1, 3600),
@@ -783,15 +792,17 @@ RANGES = {"plw_args.prompt_loss_weight": (0, 1), "irl_args.lambda_td": (0, math.
     "generation.n": (0, math.inf), "generation.temperature": (0, math.inf), "generation.top_p": (0, 1), "generation.max_new_tokens": (1, math.inf),
     "generation.batch_tokens": (1, math.inf), "batch_tokens": (1, math.inf), "reward_args.batch_tokens": (1, math.inf), "num_pairs": (1, math.inf),
     "min_num_ref_rewards": (0, math.inf), "server.start_seconds": (1, math.inf), "server.concurrency": (1, math.inf), "dataset_args.debug_subsample": (0, math.inf),
-    "training_args.beta": (1e-300, math.inf), "evaluation.num_prompts": (0, math.inf), "evaluation.max_new_tokens": (1, math.inf), "evaluation.batch_size": (1, math.inf)}
+    "training_args.beta": (1e-300, math.inf), "evaluation.num_prompts": (0, math.inf), "evaluation.max_new_tokens": (1, math.inf), "evaluation.batch_size": (1, math.inf),
+    "evaluation.temperature": (0, math.inf), "evaluation.top_p": (0, 1), "evaluation.samples": (1, 10000), "evaluation.num_samples_shown": (0, 10000),
+    "evaluation.batch_tokens": (1, math.inf), "lm_eval.limit": (1, math.inf), "lm_eval.num_fewshot": (0, 1000)}
 
-# %% ../nbs/00_config.ipynb #5cf2103b
+# %% ../nbs/00_config.ipynb #93350bc9
 def _check_values(cfg:dict, keys:dict, where:str=""):
     "What types do not say: own keys are all there, numbers are in range, folders stay below the folder they belong to"
     lost = [k for k in keys if not k.startswith(("training_args.", "model_args.")) and get(cfg, k, _NOTHING) is _NOTHING]
     if lost: raise UserError(f"{lost[0]} is missing{where}: it may have another value but not be removed.")
     for key,(low,high) in RANGES.items():
-        if key in keys and not low <= get(cfg, key, low) <= high: raise UserError(f"{key}={get(cfg, key)}{where}: it lies between {low} and {high}.")
+        if key in keys and get(cfg, key, None) is not None and not low <= get(cfg, key) <= high: raise UserError(f"{key}={get(cfg, key)}{where}: it lies between {low} and {high}.")
     for key in ("job_subdir", "artifacts_subdir"):
         path = Path(cfg[key])
         if not path.parts or path.is_absolute() or ".." in path.parts: raise UserError(f"{key}={cfg[key]}{where}: give a folder name below the outputs, like A/B.")
