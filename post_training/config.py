@@ -826,12 +826,13 @@ def _named(cfg:dict)->dict: # dotted key -> value
     name = cfg["dataset_name"] or history_name(cfg)
     return {"dataset_name": name, "save_data_dir": cfg["save_data_dir"] or f"{cfg['artifacts_dir']}/{cfg['artifacts_subdir']}/datasets/{name}"}
 
-# %% ../nbs/00_config.ipynb #e2c8dcd1
+# %% ../nbs/00_config.ipynb #a3c5713d
 def _without_others(raw:dict, origins:dict, keys:dict):
     "Leave out, in place, what the preset of a model or a data set says to other stages only"
     foreign = [k for k, where in origins.items() if where.startswith(("preset model=", "preset dataset=")) and k not in keys]
-    for key in [k for k in foreign if any(k in known_keys(s) for s in STAGE_KEYS)]: pop(raw, key); origins.pop(key)
-    for key in [k for k, v in raw.items() if v == {}]: raw.pop(key)
+    for key in [k for k in foreign if any(k in known_keys(s) for s in STAGE_KEYS)]:
+        pop(raw, key); origins.pop(key)
+        while (key := key.rpartition(".")[0]) and get(raw, key) == {}: pop(raw, key) # sections that held nothing else
 
 # %% ../nbs/00_config.ipynb #7c41a931
 def _finish(raw:dict, keys:dict, origin, typed=(), holes_ok:bool=False)->tuple: # (checked config, derived keys, notices)
