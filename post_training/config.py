@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['CONFIGS', 'SHARED_KEYS', 'TEMPLATES', 'TOKENIZER_KEYS', 'SFT_KEYS', 'DATA_KEYS', 'MIXTURE_KEYS', 'SPLIT_KEYS',
            'LINEARISE_KEYS', 'MODEL_KEYS', 'SHARD_KEYS', 'REWARD_KEYS', 'ANNOTATION_KEYS', 'SHARD_STAGES',
-           'EVALUATION_KEYS', 'PREFERENCE_KEYS', 'DPO_LOSSES', 'PREFERENCE_ARGS', 'TRAINING_STAGES', 'STAGE_KEYS',
-           'AMENDED_KEYS', 'OLD_NAMES', 'OLD_SECTIONS', 'RANGES', 'flatten', 'get', 'put', 'pop', 'calculate',
-           'known_keys', 'trl_keys', 'write_keys', 'conform', 'check_config', 'quote', 'typed_form', 'Typed',
-           'parse_override', 'old_names', 'new_name', 'translate_presets', 'project_root', 'site_path', 'groups',
-           'preset_names', 'preset_file', 'compose_presets', 'resolve', 'accelerate_file', 'accelerate_preset',
-           'world_size', 'batch_arithmetic', 'Composed', 'stages', 'stage_name', 'history_name', 'compose',
-           'diff_from_presets', 'freeze', 'load_frozen', 'compose_frozen']
+           'EVALUATION_KEYS', 'PREFERENCE_KEYS', 'DPO_LOSSES', 'PREFERENCE_ARGS', 'EXPORT_KEYS', 'TRAINING_STAGES',
+           'STAGE_KEYS', 'AMENDED_KEYS', 'OLD_NAMES', 'OLD_SECTIONS', 'RANGES', 'flatten', 'get', 'put', 'pop',
+           'calculate', 'known_keys', 'trl_keys', 'write_keys', 'conform', 'check_config', 'quote', 'typed_form',
+           'Typed', 'parse_override', 'old_names', 'new_name', 'translate_presets', 'project_root', 'site_path',
+           'groups', 'preset_names', 'preset_file', 'compose_presets', 'resolve', 'accelerate_file',
+           'accelerate_preset', 'world_size', 'batch_arithmetic', 'Composed', 'stages', 'stage_name', 'history_name',
+           'compose', 'diff_from_presets', 'freeze', 'load_frozen', 'compose_frozen']
 
 # %% ../nbs/00_config.ipynb #582507f9
 import ast, contextlib, functools, importlib.util, json, math, operator, os, re, shlex, tempfile, threading
@@ -218,15 +218,22 @@ PREFERENCE_ARGS = {"training_args.loss_type": "|".join(f"={t}" for t in ("qrpo",
     "training_args.normalize_beta_by_length": "bool", "training_args.normalize_loss_by_length": "bool", "training_args.max_effective_beta": "float|null",
     "training_args.transform": "=identity|=log|=square|=sqrt|=normal", "training_args.partition": "=continuous|=finite"} # beyond DPOConfig's
 
+# %% ../nbs/00_config.ipynb #a7fa0f1d
+EXPORT_KEYS = TOKENIZER_KEYS | {k: MODEL_KEYS[k] for k in ("model_args.model_name_or_path", "model_args.model_revision", "model_args.trust_remote_code", "model_name")} | {
+    "save_dir": "str|null", "base_model": "str|null", "consolidate": "=auto|=master", "dtype": MODEL_KEYS["model_args.dtype"], "max_shard_size": "str",
+    "plain_messages": "bool", "dataset_args.dataset_name": "str|null", "dataset_args.split": "str|null", "parity.dialogues": "int", "parity.max_difference": "float",
+    "parity.on_missing_stop": "=error|=warn", "push_to_hub": "str|null", "private": "bool"}
+
 # %% ../nbs/00_config.ipynb #88106115
 TRAINING_STAGES = ("train_sft", "train_preference") # stages with optimizer steps: a batch, a world, a topology
 
-# %% ../nbs/00_config.ipynb #98661f66
+# %% ../nbs/00_config.ipynb #e54f70de
 STAGE_KEYS = { # stage -> its own keys, the dataclass behind training_args (None: the stage has none)
     "train_sft": (SHARED_KEYS | SFT_KEYS, "SFTConfig"), "tokenize": (SHARED_KEYS | SFT_KEYS, "SFTConfig"),
     "generation_ratio": (SHARED_KEYS | SFT_KEYS | {"trim": "float"}, "SFTConfig"), "dataset_mixture": (SHARED_KEYS | MIXTURE_KEYS, None),
     "dataset_split": (SHARED_KEYS | SPLIT_KEYS, None), "linearise": (SHARED_KEYS | LINEARISE_KEYS, None),
     **{stage: (SHARED_KEYS | SHARD_KEYS | keys, None) for stage, keys in ANNOTATION_KEYS.items()}, "evaluate": (SHARED_KEYS | EVALUATION_KEYS, None),
+    "export": (SHARED_KEYS | EXPORT_KEYS, None),
     "train_preference": (SHARED_KEYS | PREFERENCE_KEYS | PREFERENCE_ARGS, "DPOConfig")}
 
 # %% ../nbs/00_config.ipynb #94a8e2c7
@@ -783,7 +790,7 @@ def _trust(cfg:dict, origin, typed)->list[str]: # notices; `cfg` is changed in p
         notices.append(f"{key} is true{origin(key)}, but {revision} names no commit: taken as false.")
     return notices
 
-# %% ../nbs/00_config.ipynb #00f1dba9
+# %% ../nbs/00_config.ipynb #f9fe9f56
 RANGES = {"plw_args.prompt_loss_weight": (0, 1), "irl_args.lambda_td": (0, math.inf), "irl_args.gamma": (0, 1), "max_drop_fraction": (0, 1),
     "dataset_args.debug_subsample.train": (0, math.inf), "dataset_args.debug_subsample.eval": (0, math.inf), "num_nodes": (1, math.inf),
     "cluster.max_retries": (0, 1000), "cluster.signal_seconds": (1, 65535), "cluster.preflight_seconds": (1, 3600),
@@ -791,7 +798,7 @@ RANGES = {"plw_args.prompt_loss_weight": (0, 1), "irl_args.lambda_td": (0, math.
     "shards.number": (1, 9999), "shards.save_seconds": (0, math.inf), "max_seq_len": (1, math.inf), "min_completions": (0, math.inf), "tensor_parallel_size": (1, 1024),
     "generation.n": (0, math.inf), "generation.temperature": (0, math.inf), "generation.top_p": (0, 1), "generation.max_new_tokens": (1, math.inf),
     "generation.batch_tokens": (1, math.inf), "batch_tokens": (1, math.inf), "reward_args.batch_tokens": (1, math.inf), "num_pairs": (1, math.inf),
-    "min_num_ref_rewards": (0, math.inf), "server.start_seconds": (1, math.inf), "server.concurrency": (1, math.inf), "dataset_args.debug_subsample": (0, math.inf),
+    "parity.dialogues": (0, 1000), "parity.max_difference": (0, 1), "min_num_ref_rewards": (0, math.inf), "server.start_seconds": (1, math.inf), "server.concurrency": (1, math.inf), "dataset_args.debug_subsample": (0, math.inf),
     "training_args.beta": (1e-300, math.inf), "evaluation.num_prompts": (0, math.inf), "evaluation.max_new_tokens": (1, math.inf), "evaluation.batch_size": (1, math.inf),
     "evaluation.temperature": (0, math.inf), "evaluation.top_p": (0, 1), "evaluation.samples": (1, 10000), "evaluation.num_samples_shown": (0, 10000),
     "evaluation.batch_tokens": (1, math.inf), "lm_eval.limit": (1, math.inf), "lm_eval.num_fewshot": (0, 1000)}
