@@ -6,12 +6,12 @@
 __all__ = ['CONFIGS', 'SHARED_KEYS', 'TEMPLATES', 'TOKENIZER_KEYS', 'SFT_KEYS', 'DATA_KEYS', 'MIXTURE_KEYS', 'SPLIT_KEYS',
            'LINEARISE_KEYS', 'MODEL_KEYS', 'SHARD_KEYS', 'REWARD_KEYS', 'ANNOTATION_KEYS', 'SHARD_STAGES',
            'EVALUATION_KEYS', 'PREFERENCE_KEYS', 'DPO_LOSSES', 'PREFERENCE_ARGS', 'EXPORT_KEYS', 'TRAINING_STAGES',
-           'STAGE_KEYS', 'AMENDED_KEYS', 'OLD_NAMES', 'OLD_SECTIONS', 'RANGES', 'flatten', 'get', 'put', 'pop',
-           'calculate', 'known_keys', 'trl_keys', 'write_keys', 'conform', 'check_config', 'quote', 'typed_form',
-           'Typed', 'parse_override', 'old_names', 'new_name', 'translate_presets', 'project_root', 'site_path',
-           'groups', 'preset_names', 'preset_file', 'compose_presets', 'resolve', 'accelerate_file',
-           'accelerate_preset', 'world_size', 'batch_arithmetic', 'Composed', 'stages', 'stage_name', 'history_name',
-           'compose', 'diff_from_presets', 'freeze', 'load_frozen', 'compose_frozen']
+           'MERGE_KEYS', 'SECTION_GROUPS', 'STAGE_KEYS', 'AMENDED_KEYS', 'OLD_NAMES', 'OLD_SECTIONS', 'RANGES',
+           'flatten', 'get', 'put', 'pop', 'calculate', 'known_keys', 'trl_keys', 'write_keys', 'conform',
+           'check_config', 'quote', 'typed_form', 'Typed', 'parse_override', 'old_names', 'new_name',
+           'translate_presets', 'project_root', 'site_path', 'groups', 'preset_names', 'preset_file', 'compose_presets',
+           'resolve', 'accelerate_file', 'accelerate_preset', 'world_size', 'batch_arithmetic', 'Composed', 'stages',
+           'stage_name', 'history_name', 'compose', 'diff_from_presets', 'freeze', 'load_frozen', 'compose_frozen']
 
 # %% ../nbs/00_config.ipynb #582507f9
 import ast, contextlib, functools, importlib.util, json, math, operator, os, re, shlex, tempfile, threading
@@ -227,13 +227,25 @@ EXPORT_KEYS = TOKENIZER_KEYS | {k: MODEL_KEYS[k] for k in ("model_args.model_nam
 # %% ../nbs/00_config.ipynb #88106115
 TRAINING_STAGES = ("train_sft", "train_preference") # stages with optimizer steps: a batch, a world, a topology
 
-# %% ../nbs/00_config.ipynb #e54f70de
+# %% ../nbs/00_config.ipynb #480aa96e
+MERGE_KEYS = {"sources": "list|null", "weights": "list|null", "base": "str|null", "donor": "str|null", "model_merging.merge_method": "str",
+    **{f"model_merging.{k}": "list|null" for k in ("models", "slices", "stages")}, **{f"model_merging.{k}": "dict|null" for k in ("modules", "tokenizer", "parameters")},
+    **{f"model_merging.{k}": "str|null" for k in ("dtype", "out_dtype", "chat_template", "name", "out_path")},
+    **{f"model_merging.{k}": "str|dict|null" for k in ("base_model", "tokenizer_source")},
+    **{f"options.{k}": "bool" for k in ("gpu", "low_cpu_memory", "lazy_unpickle", "trust_remote_code")}, "options.random_seed": "int", "options.out_shard_size": "str|int",
+    "checks.reload": "bool", "checks.max_elements": "int"}
+
+# %% ../nbs/00_config.ipynb #bd5999e2
+SECTION_GROUPS = ("model_merging",) # groups whose presets are files of another program, kept below the group's name as they are
+
+# %% ../nbs/00_config.ipynb #b64db155
 STAGE_KEYS = { # stage -> its own keys, the dataclass behind training_args (None: the stage has none)
     "train_sft": (SHARED_KEYS | SFT_KEYS, "SFTConfig"), "tokenize": (SHARED_KEYS | SFT_KEYS, "SFTConfig"),
     "generation_ratio": (SHARED_KEYS | SFT_KEYS | {"trim": "float"}, "SFTConfig"), "dataset_mixture": (SHARED_KEYS | MIXTURE_KEYS, None),
     "dataset_split": (SHARED_KEYS | SPLIT_KEYS, None), "linearise": (SHARED_KEYS | LINEARISE_KEYS, None),
     **{stage: (SHARED_KEYS | SHARD_KEYS | keys, None) for stage, keys in ANNOTATION_KEYS.items()}, "evaluate": (SHARED_KEYS | EVALUATION_KEYS, None),
     "export": (SHARED_KEYS | EXPORT_KEYS, None),
+    "model_merging": (SHARED_KEYS | MERGE_KEYS, None),
     "train_preference": (SHARED_KEYS | PREFERENCE_KEYS | PREFERENCE_ARGS, "DPOConfig")}
 
 # %% ../nbs/00_config.ipynb #94a8e2c7
@@ -539,7 +551,7 @@ def preset_file(
     if found is None: raise UserError(f"{group}={value}: there is no such file. Give a preset's name or the path of a YAML file.")
     return found
 
-# %% ../nbs/00_config.ipynb #e884ad01
+# %% ../nbs/00_config.ipynb #d6fa73c8
 def _origins(config, dirs:list, choices:dict)->dict: # dotted key -> "default" or "preset model=tiny"
     "Which file each key comes from: the files of the defaults list, read in Hydra's order"
     out = {}
@@ -548,8 +560,9 @@ def _origins(config, dirs:list, choices:dict)->dict: # dotted key -> "default" o
         group, _, name = d.config_path.partition("/")
         where = f"preset {group}={name}" if name else "default"
         path = next(p for base in dirs if (p := base/f"{d.config_path}.yaml").is_file())
-        if d.package: raise UserError(f"{path.name} has to begin with the line: # @package _global_")
+        if d.package and group not in SECTION_GROUPS: raise UserError(f"{path.name} has to begin with the line: # @package _global_")
         keys = {k: v for k,v in _raw_yaml(path).items() if k != "defaults"}
+        if d.package and name: keys = {group: keys}
         if "hydra" in keys: raise UserError(f"{path.name} sets keys of hydra itself, which nothing here reads: remove them.")
         out |= {k: where for k in flatten(keys)}
     return out
@@ -580,12 +593,19 @@ def compose_presets(
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as e:
         raise UserError(f"The presets do not compose ({shown}): {_first_line(e)}") from None
 
-# %% ../nbs/00_config.ipynb #4d3c3787
+# %% ../nbs/00_config.ipynb #4cc2296e
+def _one_document(text:str)->str:
+    "YAML of several documents as one, with the list of them under `stages`; a single one stays as it is"
+    docs = [d for d in yaml.safe_load_all(text) if d is not None]
+    return text if len(docs) == 1 else yaml.safe_dump({"stages": docs}, sort_keys=False)
+
+# %% ../nbs/00_config.ipynb #f45443f3
 def _as_preset(group:str, file:Path, folder:Path)->str: # the preset's name
     "Copy a user's file into a folder of presets, under a name that none of ours has"
     text, name = file.read_text(), file.stem
     while name in preset_names(group): name += "-file"
-    if "@package" not in text.split("\n", 1)[0]: text = "# @package _global_\n" + text
+    if group in SECTION_GROUPS: text = _one_document(text)
+    elif "@package" not in text.split("\n", 1)[0]: text = "# @package _global_\n" + text
     write_atomic(folder/group/f"{name}.yaml", text)
     return name
 
@@ -803,10 +823,10 @@ RANGES = {"plw_args.prompt_loss_weight": (0, 1), "irl_args.lambda_td": (0, math.
     "evaluation.temperature": (0, math.inf), "evaluation.top_p": (0, 1), "evaluation.samples": (1, 10000), "evaluation.num_samples_shown": (0, 10000),
     "evaluation.batch_tokens": (1, math.inf), "lm_eval.limit": (1, math.inf), "lm_eval.num_fewshot": (0, 1000)}
 
-# %% ../nbs/00_config.ipynb #93350bc9
+# %% ../nbs/00_config.ipynb #9d2f2a56
 def _check_values(cfg:dict, keys:dict, where:str=""):
     "What types do not say: own keys are all there, numbers are in range, folders stay below the folder they belong to"
-    lost = [k for k in keys if not k.startswith(("training_args.", "model_args.")) and get(cfg, k, _NOTHING) is _NOTHING]
+    lost = [k for k in keys if not k.startswith(("training_args.", "model_args.", "model_merging.")) and get(cfg, k, _NOTHING) is _NOTHING]
     if lost: raise UserError(f"{lost[0]} is missing{where}: it may have another value but not be removed.")
     for key,(low,high) in RANGES.items():
         if key in keys and get(cfg, key, None) is not None and not low <= get(cfg, key) <= high: raise UserError(f"{key}={get(cfg, key)}{where}: it lies between {low} and {high}.")
