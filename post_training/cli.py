@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'PREVIEWED', 'split_arguments', 'stage_line', 'print_help', 'print_stage_help', 'preview_of', 'dry_run',
            'runs_command', 'show_command', 'gc_command', 'jobs_command', 'plan_command', 'inspect_command',
-           'sync_command', 'stage_command', 'dispatch', 'main']
+           'chat_command', 'sync_command', 'stage_command', 'dispatch', 'main']
 
 # %% ../nbs/81_cli.ipynb #3dc7a4a7
 import os, sys
@@ -29,12 +29,13 @@ def split_arguments(
         else: raise UserError(f"There is no option {word}.{nearest(word, [f'--{o}' for o in (*flags, *values)])} Overrides have no dashes: key=value.")
     return words, options
 
-# %% ../nbs/81_cli.ipynb #0390b16b
+# %% ../nbs/81_cli.ipynb #5f206efa
 COMMANDS = {
     "plan": "several stages that wait for each other: plan PLAN.yaml [--dry-run] [key=value ... for all stages]",
     "jobs": "what waits and runs on the cluster, and why: jobs [RUN ...] [--all] [--lines N]",
     "runs": "list runs: --stage, --status, --text; show RUN, diff A B, verify [RUN ...], keep RUN [NAME], gc [RUN ...] [--failed] [--all-checkpoints] [--yes]",
     "inspect": "look at a dataset as the model will see it: inspect DATASET [--rows N] [--row ID] [--split S] [key=value ...]",
+    "chat": "talk to a checkpoint: chat CHECKPOINT [--system TEXT] [--temperature T] [--template NAME] ...",
     "wandb-sync": "send what was tracked offline: [RUN ...], all runs without a name",
 }
 
@@ -224,6 +225,14 @@ def inspect_command(
     import importlib
     return importlib.import_module("post_training.inspection").inspect_command(argv)
 
+# %% ../nbs/81_cli.ipynb #1a213341
+def chat_command(
+    argv:list[str], # after `chat`
+)->int: # exit code
+    "`post-training chat CHECKPOINT ...`; its module is loaded by name"
+    import importlib
+    return importlib.import_module("post_training.chat").chat_command(argv)
+
 # %% ../nbs/81_cli.ipynb #485cf356
 def sync_command(
     argv:list[str], # after `wandb-sync`
@@ -247,7 +256,7 @@ def stage_command(
     from post_training.launch.recipe import run_recipe
     return run_recipe(stage, words, force="force" in o, command=["post-training", stage, *argv])
 
-# %% ../nbs/81_cli.ipynb #2448b399
+# %% ../nbs/81_cli.ipynb #d6336432
 def dispatch(
     argv:list[str], # without the program's name
 )->int: # exit code
@@ -256,7 +265,8 @@ def dispatch(
     if argv[0] == "--version":
         from post_training import __version__
         print(__version__); return 0
-    if argv[0] == "inspect": return inspect_command(argv[1:]) # it has a help text of its own
+    own_help = dict(inspect=inspect_command, chat=chat_command)
+    if argv[0] in own_help: return own_help[argv[0]](argv[1:])
     if argv[0] in COMMANDS and {"-h", "--help"} & {*argv[1:]}: print(f"post-training {argv[0]}: {COMMANDS[argv[0]]}"); return 0
     called = {"plan": plan_command, "jobs": jobs_command, "runs": runs_command, "wandb-sync": sync_command}
     if argv[0] in called: return called[argv[0]](argv[1:])
