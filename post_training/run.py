@@ -830,7 +830,7 @@ def place(
     path = site_path(name)
     return str(path) if path.exists() or list(path.parent.glob(path.name)) else name
 
-# %% ../nbs/01_run.ipynb #8f8fd212
+# %% ../nbs/01_run.ipynb #77698975
 def base_model(
     name:str, # model_args.model_name_or_path
     runs_dir=None, # where records are kept; None: `runs_root`
@@ -839,5 +839,7 @@ def base_model(
     if not name.startswith("run:"): return place(name), {}
     record = read_record(find_run(name[4:], runs_dir, parts=False))
     path, skipped = newest_verified(record["checkpoints_dir"])
+    output = site_path((record.get("final") or {}).get("output") or "")
+    if path is None and (output/"config.json").is_file() and not verify_manifest(output): path = output # a model that was exported
     if path is None: raise UserError(f"{name} has no checkpoint that verifies" + (f" ({skipped[0][0].name}: {skipped[0][1]})" if skipped else "") + ".")
     return str(path), dict(parents=[dict(run=record.get("id"), hash=record.get("hash"), checkpoint=path.name)])
