@@ -162,23 +162,23 @@ def reasons_of(
     rest = sum(n for _, n in found[most:])
     return dict(found[:most]) | ({"other reasons": rest} if rest else {})
 
-# %% ../nbs/61_evaluation.ipynb #ca8459c6
+# %% ../nbs/61_evaluation.ipynb #c76596b9
 def read_answers(
     tokenizer, # that decodes
     rows:list[dict], # what was asked
     prompts:list, # token ids, or something else where a row had no prompt
     written:list, # of each row: what was generated, or a list of samples; None where there was no prompt
     verifier:str|None=None, # for rows that name none; None: final_number where the answer is a number
-)->list[dict]: # an answer each: row, sample, prompt, expected, got, right (a score, None where not checked), why, finish_reason, skill, source
+)->list[dict]: # an answer each: row, sample, prompt, asked (without control tokens), expected, got, right (a score, None where not checked), why, finish_reason, skill, source
     "Written answers with their scores"
     out = []
     for i, (row, ids, made) in enumerate(zip(rows, prompts, written)):
         if not made: continue
-        name, asked = row.get("verifier") or verifier or row_verifier(row), tokenizer.decode(ids)
+        name, asked = row.get("verifier") or verifier or row_verifier(row), dict(prompt=tokenizer.decode(ids), asked=tokenizer.decode(ids, skip_special_tokens=True))
         for j, w in enumerate([made] if isinstance(made, dict) else made):
             text = answer_text(tokenizer, w["ids"])
             score, why = check_answer(name, text, row.get("answer"))
-            out.append(dict(row=i, sample=j, prompt=asked, expected=row.get("answer"), got=text, right=score, why=why, finish_reason=w["finish_reason"],
+            out.append(dict(row=i, sample=j, **asked, expected=row.get("answer"), got=text, right=score, why=why, finish_reason=w["finish_reason"],
                             skill=row.get("skill"), source=row.get("source")))
     return out
 
@@ -193,7 +193,7 @@ def row_scores(
         if a["right"] is not None: found.setdefault(a["row"], []).append(a["right"])
     return [float(np.mean(found[i])) if i in found else None for i in range(n)]
 
-# %% ../nbs/61_evaluation.ipynb #1bb8c2d0
+# %% ../nbs/61_evaluation.ipynb #ab90c919
 def result_of(
     tokenizer, # that decodes
     rows:list[dict], # what was asked
@@ -206,7 +206,7 @@ def result_of(
     answers = read_answers(tokenizer, rows, prompts, written) if answers is None else answers
     scores, asked = row_scores(answers, len(rows)), {a["row"] for a in answers}
     checked, first = [s for s in scores if s is not None], [a for a in answers if not a["sample"]]
-    keep = ("prompt", "expected", "got", "right", "finish_reason", "skill")
+    keep = ("prompt", "asked", "expected", "got", "right", "finish_reason", "skill")
     samples = [{k: a[k] for k in keep} | dict(right=None if a["right"] is None else bool(a["right"])) for a in (first[i] for i in spread(len(first), num_samples))]
     return dict(accuracy=round(sum(checked)/len(checked), 4) if checked else None, interval=bootstrap(checked) if checked else None, n=len(checked),
                 skills=by_skill(rows, scores), not_checked=len(asked) - len(checked), not_checked_why=reasons_of(a["why"] for a in first),
