@@ -29,11 +29,11 @@ def split_arguments(
         else: raise UserError(f"There is no option {word}.{nearest(word, [f'--{o}' for o in (*flags, *values)])} Overrides have no dashes: key=value.")
     return words, options
 
-# %% ../nbs/81_cli.ipynb #5f206efa
+# %% ../nbs/81_cli.ipynb #069f728f
 COMMANDS = {
     "plan": "several stages that wait for each other: plan PLAN.yaml [--dry-run] [key=value ... for all stages]",
     "jobs": "what waits and runs on the cluster, and why: jobs [RUN ...] [--all] [--lines N]",
-    "runs": "list runs: --stage, --status, --text; show RUN, diff A B, verify [RUN ...], keep RUN [NAME], gc [RUN ...] [--failed] [--all-checkpoints] [--yes]",
+    "runs": "list runs: --stage, --status, --text, --sort NUMBER; show RUN, diff A B, verify [RUN ...], keep RUN [NAME], gc [RUN ...] [--failed] [--all-checkpoints] [--yes]",
     "inspect": "look at a dataset as the model will see it: inspect DATASET [--rows N] [--row ID] [--split S] [key=value ...]",
     "chat": "talk to a checkpoint: chat CHECKPOINT [--system TEXT] [--temperature T] [--template NAME] ...",
     "wandb-sync": "send what was tracked offline: [RUN ...], all runs without a name",
@@ -113,21 +113,22 @@ def dry_run(
         if text: print("\n".join([f"\n# {title}", *(f"#   {line}" for line in text.split("\n"))]))
     return 0
 
-# %% ../nbs/81_cli.ipynb #5d34737a
+# %% ../nbs/81_cli.ipynb #fc6d3077
 def runs_command(
     argv:list[str], # after `runs`
 )->int: # exit code
     "`post-training runs ...`"
     from post_training import report, run
     if argv[:1] == ["gc"]: return gc_command(argv[1:])
-    words, o = split_arguments(argv, (), ("stage", "status", "text"))
+    words, o = split_arguments(argv, (), ("stage", "status", "text", "sort"))
     actions = dict(list=None, show=1, diff=2, verify=None, keep=None, gc=None)
     action, names = (words[0], words[1:]) if words else ("list", [])
     if action not in actions: raise UserError(f"There is no `runs {action}`.{nearest(action, actions)} There are {', '.join(actions)}.")
     if actions[action] not in (None, len(names)): raise UserError(f"`runs {action}` takes {actions[action]} run{'s' * (actions[action] > 1)}; {len(names)} given.")
     if action == "keep" and len(names) not in (1, 2): raise UserError("`runs keep` takes a run, and a name for the copy.")
     found = [run.find_run(n) for n in names[:1 if action == "keep" else None]]
-    if action == "list": print(report.as_table(report.runs_table(**o), ["run", "stage", "job_subdir", "status", "attempts", "started", "loss", "accuracy"]))
+    shown = list(dict.fromkeys(["run", "stage", "job_subdir", "status", "attempts", "started", "loss", "accuracy", *([o["sort"].lstrip("-")] if "sort" in o else [])]))
+    if action == "list": print(report.as_table(report.runs_table(**o), shown))
     if action == "show": show_command(found[0])
     if action == "diff": print(report.as_table(report.diff_runs(*found)))
     if action == "keep": print(f"kept in {report.keep_run(found[0], *names[1:])}")
