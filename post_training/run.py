@@ -77,12 +77,12 @@ def config_hash(
     if (cfg.get("resuming") or {}).get("use_commit"): what["commit"] = commit or git_state()["commit"]
     return hashlib.sha256(json.dumps(what, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()
 
-# %% ../nbs/01_run.ipynb #8d0c95b0
+# %% ../nbs/01_run.ipynb #f3aa6f41
 def slug(
     cfg:dict, # a composed, resolved config
 )->str: # lower case, letters, digits, dots and dashes
-    "A readable name for a run: the last parts of the model's and the dataset's names"
-    names = [*((cfg.get("checkpoints") or [])[:3] or [(cfg.get("model_args") or {}).get("model_name_or_path")]), cfg.get("dataset_name")]
+    "A readable name for a run: the last parts of the model's and the dataset's names, or a merge's method"
+    names = [*((cfg.get("checkpoints") or [])[:3] or [(cfg.get("model_args") or {}).get("model_name_or_path")]), cfg.get("dataset_name"), (cfg.get("model_merging") or {}).get("merge_method")]
     text = "-".join(str(n).rstrip("/").split("/")[-1] for n in names if n) or cfg["stage"]
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")[:48]
 
@@ -521,10 +521,10 @@ def _claim_generation(
     write_atomic(root/f"g{n}/owner", run_id + "\n")
     return root/f"g{n}"
 
-# %% ../nbs/01_run.ipynb #141efef0
+# %% ../nbs/01_run.ipynb #86b8f226
 def _refuse_secrets(cfg:dict):
     "A config is kept and shown: a token in it would be too"
-    flat = {k: v for k, v in flatten(cfg).items() if isinstance(v, str)}
+    flat = {k: v for k, v in flatten(cfg).items() if isinstance(v, str) and not k.startswith("model_merging.tokenizer.")} # a token there is a piece of text
     hidden = [k for k, v in flat.items() if redact({k.split(".")[-1]: v})[k.split(".")[-1]] != v]
     if hidden: raise UserError(f"{', '.join(hidden)} looks like a secret, and a config is kept in the record. Set it in the environment (HF_TOKEN, WANDB_API_KEY).")
 
