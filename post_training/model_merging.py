@@ -209,12 +209,12 @@ def reference_maker(
         return dict(model=dict(path=folder), **({"lora": dict(path=adapter)} if adapter else {}), **more)
     return change, found, parents
 
-# %% ../nbs/60_model_merging.ipynb #096b2f54
+# %% ../nbs/60_model_merging.ipynb #d40e5e3f
 def write_variant(
     folder, # where it is to be
     base, # folder of a model with one file of weights
     seed:int, # of the direction
-    scale:float=0.01, # of the normal noise on each weight of a matrix
+    scale:float=0.01, # of the normal noise on each weight; constants that stand alone stay
     **facts, # for the manifest
 )->Path: # the folder
     "A model that lies a little beside another: a stand-in for a fine-tuning"
@@ -224,7 +224,7 @@ def write_variant(
     with atomic_dir(folder, replace=True) as tmp:
         for f in Path(base).iterdir():
             if f.is_file() and f.suffix in (".json", ".jinja") and f.name != "manifest.json": shutil.copy(f, tmp)
-        moved = {k: w + scale*torch.randn(w.shape, generator=g).to(w.dtype) if w.ndim > 1 else w for k, w in load_file(Path(base)/"model.safetensors").items()}
+        moved = {k: w + scale*torch.randn(w.shape, generator=g).to(w.dtype) if w.ndim else w for k, w in load_file(Path(base)/"model.safetensors").items()}
         save_file(moved, tmp/"model.safetensors", metadata=dict(format="pt"))
         write_manifest(tmp, seed=seed, scale=scale, **facts)
     return Path(folder)
@@ -596,7 +596,7 @@ def dress(
     write_json(folder/"config.json", settings)
     if generation: write_json(folder/"generation_config.json", generation)
 
-# %% ../nbs/60_model_merging.ipynb #e4abd44c
+# %% ../nbs/60_model_merging.ipynb #12e525c9
 def merge_weights(
     doc:dict, # with folders
     folder, # an empty one
@@ -605,7 +605,13 @@ def merge_weights(
     "Let mergekit write the merged weights"
     from mergekit.merge import run_merge
     try: run_merge(parse_document(doc), str(folder), options)
-    except (ValueError, RuntimeError, KeyError, TypeError) as e: raise UserError(f"mergekit stopped at this merge: {_first(e)}") from e
+    except (ValueError, RuntimeError, KeyError, TypeError) as e: raise UserError(f"mergekit stopped at this merge: {_first(e)}{_hint(doc['merge_method'], str(e))}") from e
+
+# %% ../nbs/60_model_merging.ipynb #8e32c837
+def _hint(method:str, said:str)->str:
+    "What helps where a method cannot take a tensor: Apertus' activation has two of one element and two constants in each layer"
+    if method.startswith("della") and "Expected p_in" in said: return " A tensor of one element has no ranks: density: [{filter: act_fn, value: 1}, {value: 0.5}] keeps Apertus' whole."
+    return " A tensor that no source changed has no direction: leave base_model out, or take another method." if method == "multislerp" and "sum" in said else ""
 
 # %% ../nbs/60_model_merging.ipynb #4cf7d30c
 def linear_mean(
@@ -938,7 +944,7 @@ def atomic_dir_for_steps(
     Path(parent).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent, prefix=".tmp-steps-") as d: yield Path(d)
 
-# %% ../nbs/60_model_merging.ipynb #ac52fa1e
+# %% ../nbs/60_model_merging.ipynb #ef9e7849
 def summary_of(
     told:dict, # name of a document -> its facts
 )->str: # one line
@@ -947,7 +953,7 @@ def summary_of(
     r, c, far = facts["result"], facts["compared"], facts["distances"]
     out = f"{r['tensors']} tensors, {r['parameters']:,} parameters in {r['dtype']}"
     if c: out += f"; {c['method']} in fp64 differs by at most {c['largest_difference']:.1e}" + (f" ({c['tensors']} of {c['of']} tensors compared)" if c["tensors"] < c["of"] else "")
-    if far: out += f"; {far['norm']['merged']:.4g} from {Path(far['reference']).name} (norm {far['reference_norm']:.4g})"
+    if far: out += f"; {far['apart'][0][-1]:.4g} from {Path(far['models'][0]).name}, {far['norm']['merged']:.4g} from {Path(far['reference']).name} (norm {far['reference_norm']:.4g})"
     return out
 
 # %% ../nbs/60_model_merging.ipynb #d7fa9c11
