@@ -90,7 +90,7 @@ def test_a_checkpoint_without_a_template_and_a_broken_one(place, tmp_root):
     assert results["differences"]["bare"]["bits_per_byte"]["difference"] == 0
     weights = bare / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(Exception): measured(*typed(place), both, "tokenizer_args.chat_template_name=apertus", "evaluation.num_prompts=7")  # noqa: B017
+    with pytest.raises(Exception): measured(*typed(place), both, "tokenizer_args.chat_template_name=apertus", "evaluation.num_prompts=7")
     assert len(list(tmp_root.rglob("results.json"))) == 1
 
 
@@ -136,4 +136,4 @@ def test_as_typed(place, tmp_root, capsys):
     told = record["evaluation"]["model-0"]
     assert told["lm_eval"]["sums"]["exact_match"] == told["accuracy"] and told["lm_eval"]["sums"]["n"] == len(rows)
     assert main(["runs", "--sort", "bits_per_byte"]) == 0 and "bits_per_byte" in capsys.readouterr().out
-    assert main([*words, "lm_eval.limt=3"]) == 2
+    assert main([*words, "lm_eval.task=3"]) == 2
