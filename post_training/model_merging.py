@@ -11,7 +11,7 @@ __all__ = ['LEVELS', 'COSMETIC', 'IDS', 'DEPTH', 'TOKENIZER_FILES', 'DEFINITIONS
            'check_numbers', 'moved_ids', 'result_config', 'dress', 'merge_weights', 'linear_mean', 'task_arithmetic',
            'trim', 'ties', 'expected', 'sampled', 'compare_with_definition', 'check_finite', 'check_result', 'products',
            'layer_of', 'distances', 'told_products', 'plot_distances', 'check_sources', 'merge_document',
-           'offline_when_asked', 'model_merging', 'atomic_dir_for_steps', 'summary_of', 'facts_rows']
+           'offline_when_asked', 'model_merging', 'atomic_dir_for_steps', 'summary_of', 'facts_rows', 'answer']
 
 # %% ../nbs/60_model_merging.ipynb #69ac5378
 import contextlib, json, logging, math, re, shutil, struct
@@ -158,7 +158,7 @@ def fetch_hub(
     try: return snapshot_download(name, revision=revision, allow_patterns=wanted)
     except Exception as e: raise UserError(f"{name} is no folder here, and the hub does not give it: {str(e).splitlines()[0]}") from None
 
-# %% ../nbs/60_model_merging.ipynb #9b8326ec
+# %% ../nbs/60_model_merging.ipynb #a59ed8cf
 def source_folder(
     name:str, # folder, hub name with or without @REVISION, or run:RUN
     runs_dir=None, # where records are kept
@@ -171,7 +171,8 @@ def source_folder(
             raise UserError(f"There is no model at {name}: a source is a folder, a hub name as organisation/model, or run:RUN.")
         path = fetch_hub(hub, revision or None)
     folder = Path(path).expanduser().resolve()
-    if (folder/"adapter_config.json").is_file() and not (folder/"config.json").is_file(): raise UserError(f"{name} is an adapter: write BASE+ADAPTER, with the model it belongs to.")
+    if (folder/"adapter_config.json").is_file() and not (folder/"config.json").is_file():
+        raise UserError(f"{name} is an adapter: write BASE+ADAPTER, with the model it belongs to.")
     if not (folder/"config.json").is_file(): raise UserError(f"{name} holds no model: it has no config.json.")
     return str(folder), lineage.get("parents") or []
 
@@ -280,7 +281,7 @@ def read_pickled(
         out |= {k: (short.get(t.dtype, str(t.dtype)), tuple(t.shape)) for k, t in shard.items()}
     return out
 
-# %% ../nbs/60_model_merging.ipynb #1806119e
+# %% ../nbs/60_model_merging.ipynb #19a07354
 def read_headers(
     folder, # of a model
     pickles:bool=False, # read pickled weights too
@@ -299,7 +300,8 @@ def read_headers(
     files = sorted(set(where.values()))
     if lost := [f for f in files if not (folder/f).is_file()]: raise UserError(f"{folder} lacks {', '.join(lost)}, which its index names. Copy the model again.")
     found = {f: read_header(folder/f) for f in files}
-    if lost := [t for t, f in where.items() if t not in found[f]]: raise UserError(f"{folder/where[lost[0]]} lacks {len(lost)} tensors that the index places there, such as {lost[0]}.")
+    if lost := [t for t, f in where.items() if t not in found[f]]:
+        raise UserError(f"{folder/where[lost[0]]} lacks {len(lost)} tensors that the index places there, such as {lost[0]}.")
     return {t: found[f][t] for t, f in where.items()}
 
 # %% ../nbs/60_model_merging.ipynb #7b902f77
@@ -336,8 +338,8 @@ def read_source(
     except UserError as e: raise UserError(f"{name}: {e}") from None
     return Source(name, str(folder), settings, tensors, generation, *marks, base)
 
-# %% ../nbs/60_model_merging.ipynb #dd000c8a
-COSMETIC = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache", "architectures", "_attn_implementation") # of config.json: no part of what a model computes
+# %% ../nbs/60_model_merging.ipynb #31d2aabc
+COSMETIC = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache", "architectures", "_attn_implementation") # of config.json: not computed with
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id") # of config.json: follow the tokenizer
 DEPTH = ("num_hidden_layers", "layer_types", "max_window_layers") # of config.json: may differ where layers are picked
 
@@ -378,7 +380,7 @@ def _some(sentences:list, n:int=3)->str:
     "The first of some sentences, and how many more there are"
     return "; ".join(sentences[:n]) + (f"; and {len(sentences) - n} more" if len(sentences) > n else "")
 
-# %% ../nbs/60_model_merging.ipynb #3f94087b
+# %% ../nbs/60_model_merging.ipynb #06aee1c2
 def check_weights_fit(
     sources:list[Source],
     doc:dict, # the mergekit document
@@ -396,9 +398,10 @@ def check_weights_fit(
         types = {n: (first.tensors[n][0], s.tensors[n][0]) for n in first.tensors if n in s.tensors and first.tensors[n][0] != s.tensors[n][0]}
         if types and not doc.get("dtype"):
             n, (x, y) = next(iter(types.items()))
-            raise UserError(f"{len(types)} tensors have another dtype in {s.name} than in {first.name} ({n}: {y} and {x}). Set model_merging.dtype=float32 (or bfloat16) to merge them in one.")
+            raise UserError(f"{len(types)} tensors have another dtype in {s.name} than in {first.name} ({n}: {y} and {x}). "
+                            "Set model_merging.dtype=float32 (or bfloat16) to merge them in one.")
 
-# %% ../nbs/60_model_merging.ipynb #8fd32fab
+# %% ../nbs/60_model_merging.ipynb #0b4cc0c1
 def check_use_fits(
     sources:list[Source],
     doc:dict, # the mergekit document
@@ -411,14 +414,16 @@ def check_use_fits(
         told += config_differences(first, s, (*(DEPTH if "slices" in doc or "modules" in doc else ()), *(("vocab_size",) if aligned else ())))
         if s.generation != first.generation: told.append(f"generation_config is {first.generation} in {first.name} and {s.generation} in {s.name}")
         if s.template != first.template and not doc.get("chat_template"): told.append(f"the chat templates of {first.name} and {s.name} differ")
-        if s.encodes != first.encodes and s.vocabulary == first.vocabulary: told.append(f"the tokenizers of {first.name} and {s.name} have one vocabulary and differ in how they encode")
-    if told and not donor: raise UserError(f"{_some(list(dict.fromkeys(told)))}. The weights fit: donor=SOURCE says whose config, tokenizer, template and generation config the result gets.")
+        if s.encodes != first.encodes and s.vocabulary == first.vocabulary:
+            told.append(f"the tokenizers of {first.name} and {s.name} have one vocabulary and differ in how they encode")
+    if told and not donor:
+        raise UserError(f"{_some(list(dict.fromkeys(told)))}. The weights fit: donor=SOURCE says whose config, tokenizer, template and generation config the result gets.")
     for s in sources[1:]:
         x, y = sources[0].vocabulary, s.vocabulary
         if aligned or donor or x is None or y is None or x == y: continue
         token = next(t for t in [*x, *y] if x.get(t) != y.get(t))
-        raise UserError(f"The vocabularies of {sources[0].name} and {s.name} differ: {token!r} is {x.get(token)} and {y.get(token)}. Set model_merging.tokenizer_source=union (or base), "
-                        "or donor=SOURCE where ids mean the same all the same.")
+        raise UserError(f"The vocabularies of {sources[0].name} and {s.name} differ: {token!r} is {x.get(token)} and {y.get(token)}. "
+                        "Set model_merging.tokenizer_source=union (or base), or donor=SOURCE where ids mean the same all the same.")
 
 # %% ../nbs/60_model_merging.ipynb #1629fcea
 def check_slices(
@@ -535,10 +540,11 @@ def check_numbers(
             raise UserError(f"The weights of {tensor} sum to 0 ({shown}) and {step.method} divides by their sum: change a weight, or set normalize=false in its parameters.")
         if step.method == "linear" and not any(weights.values()): raise UserError(f"All weights of {tensor} are 0 ({shown}): the result would be 0.")
 
-# %% ../nbs/60_model_merging.ipynb #df0570f3
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json")
+# %% ../nbs/60_model_merging.ipynb #e5522efa
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template.jinja", "chat_template.json")
 
-# %% ../nbs/60_model_merging.ipynb #21195eb0
+# %% ../nbs/60_model_merging.ipynb #f55c1207
 def moved_ids(
     settings:dict, # of config.json or generation_config.json
     old:dict, # token -> id, of the donor
@@ -547,7 +553,8 @@ def moved_ids(
     "Follow the ids of begin, end and padding into another vocabulary"
     token_of, out = {i: t for t, i in old.items()}, dict(settings)
     def move(key, i):
-        if token_of.get(i) not in new: raise UserError(f"{key}={i} of the donor is the token {token_of.get(i)!r}, which the result's vocabulary does not have: choose another donor or tokenizer source.")
+        if token_of.get(i) not in new:
+            raise UserError(f"{key}={i} of the donor is the token {token_of.get(i)!r}, which the result's vocabulary does not have: choose another donor or tokenizer source.")
         return new[token_of[i]]
     for key in [k for k in IDS if settings.get(k) is not None]:
         out[key] = [move(key, i) for i in settings[key]] if isinstance(settings[key], list) else move(key, settings[key])
@@ -567,7 +574,7 @@ def result_config(
         out["layer_types"] = [t for p in picked for t in kinds[p["model"]["model"]["path"]][slice(*p["layer_range"])]]
     return out
 
-# %% ../nbs/60_model_merging.ipynb #ff84796e
+# %% ../nbs/60_model_merging.ipynb #fbcba3b0
 def dress(
     folder, # where mergekit wrote
     donor:Source,
@@ -587,7 +594,8 @@ def dress(
     if tokenizer and not aligned and doc.get("chat_template"):
         from mergekit.merge import _set_chat_template
         try: _set_chat_template(tokenizer, parse_document(doc))
-        except RuntimeError: raise UserError(f"chat_template={doc['chat_template']}: auto, a name that mergekit knows (chatml, llama3, mistral, alpaca, exaone), or a Jinja template.") from None
+        except RuntimeError:
+            raise UserError(f"chat_template={doc['chat_template']}: auto, a name that mergekit knows (chatml, llama3, mistral, alpaca, exaone), or a Jinja template.") from None
         tokenizer.save_pretrained(folder)
     dtypes = {t for t, _ in read_headers(folder).values()}
     names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -607,10 +615,11 @@ def merge_weights(
     try: run_merge(parse_document(doc), str(folder), options)
     except (ValueError, RuntimeError, KeyError, TypeError) as e: raise UserError(f"mergekit stopped at this merge: {_first(e)}{_hint(doc['merge_method'], str(e))}") from e
 
-# %% ../nbs/60_model_merging.ipynb #8e32c837
+# %% ../nbs/60_model_merging.ipynb #0205714a
 def _hint(method:str, said:str)->str:
     "What helps where a method cannot take a tensor: Apertus' activation has two of one element and two constants in each layer"
-    if method.startswith("della") and "Expected p_in" in said: return " A tensor of one element has no ranks: density: [{filter: act_fn, value: 1}, {value: 0.5}] keeps Apertus' whole."
+    if method.startswith("della") and "Expected p_in" in said:
+        return " A tensor of one element has no ranks: density: [{filter: act_fn, value: 1}, {value: 0.5}] keeps Apertus' whole."
     return " A tensor that no source changed has no direction: leave base_model out, or take another method." if method == "multislerp" and "sum" in said else ""
 
 # %% ../nbs/60_model_merging.ipynb #4cf7d30c
@@ -786,14 +795,13 @@ def layer_of(
     if found := re.search(r"\.(\d+)\.", name): return f"layer {found[1]}"
     return name.split(".")[-2] if "." in name else name
 
-# %% ../nbs/60_model_merging.ipynb #6f782590
+# %% ../nbs/60_model_merging.ipynb #95c23d43
 def distances(
     folder, # of the result
     steps:dict[str, Step], # from `plan`
     names:dict[str, str], # folder of a source -> what it is called
 )->dict: # models, reference, norm, layers (rows), cosines, apart, left_out: tensors of other shapes
     "Distances between sources, base and result, one tensor at a time; empty where layers were picked"
-    import torch
     from mergekit.io.lazy_tensor_loader import LazyTensorLoader
     from mergekit.io.tasks import LoaderCache
     order = [(str(ref), base) for ref, _, _, base in next(iter(steps.values())).inputs]
@@ -944,7 +952,7 @@ def atomic_dir_for_steps(
     Path(parent).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent, prefix=".tmp-steps-") as d: yield Path(d)
 
-# %% ../nbs/60_model_merging.ipynb #ef9e7849
+# %% ../nbs/60_model_merging.ipynb #9588cd50
 def summary_of(
     told:dict, # name of a document -> its facts
 )->str: # one line
@@ -952,8 +960,10 @@ def summary_of(
     facts = list(told.values())[-1]
     r, c, far = facts["result"], facts["compared"], facts["distances"]
     out = f"{r['tensors']} tensors, {r['parameters']:,} parameters in {r['dtype']}"
-    if c: out += f"; {c['method']} in fp64 differs by at most {c['largest_difference']:.1e}" + (f" ({c['tensors']} of {c['of']} tensors compared)" if c["tensors"] < c["of"] else "")
-    if far: out += f"; {far['apart'][0][-1]:.4g} from {Path(far['models'][0]).name}, {far['norm']['merged']:.4g} from {Path(far['reference']).name} (norm {far['reference_norm']:.4g})"
+    if c: out += f"; {c['method']} in fp64 differs by at most {c['largest_difference']:.1e}"
+    if c: out += (f" ({c['tensors']} of {c['of']} tensors compared)" if c["tensors"] < c["of"] else "")
+    if far: out += f"; {far['apart'][0][-1]:.4g} from {Path(far['models'][0]).name}"
+    if far: out += f", {far['norm']['merged']:.4g} from {Path(far['reference']).name} (norm {far['reference_norm']:.4g})"
     return out
 
 # %% ../nbs/60_model_merging.ipynb #d7fa9c11
@@ -963,3 +973,19 @@ def facts_rows(
     "What was made and compared, a row for each document"
     return [dict(document=name, **{k: f["result"][k] for k in ("tensors", "parameters", "dtype", "loaded")}, donor=Path(f["donor"]).name,
                  compared=f["compared"].get("tensors"), largest_difference=f["compared"].get("largest_difference")) for name, f in merge.items()]
+
+# %% ../nbs/60_model_merging.ipynb #b7752603
+def answer(
+    table:list[dict], # a row for each model: model, kind (base, expert, merge), a share right for each skill, mean
+    skills:list[str], # columns; an expert of a skill is called by it
+)->str: # one sentence
+    "What merging experts did, in one sentence"
+    of = lambda kind: [t for t in table if t["kind"] == kind]
+    merge, expert, base = (max(of(kind), key=lambda t: t["mean"]) for kind in ("merge", "expert", "base"))
+    own = {t["model"]: t[t["model"]] for t in of("expert")}
+    word = lambda a, b: "better than" if a > b else "as good as" if a == b else "worse than"
+    kept = ", ".join(f"{s} {merge[s]:.0%} (its expert {own[s]:.0%})" for s in skills)
+    said = "Yes" if all(merge[s] >= own[s] - .05 for s in skills) else "No" if merge["mean"] <= expert["mean"] else "In part"
+    return (f"{said}: the best merge, {merge['model']}, has {merge['mean']:.0%} right "
+            f"over all skills, {word(merge['mean'], expert['mean'])} the best expert ({expert['model']}, {expert['mean']:.0%}) "
+            f"and {word(merge['mean'], base['mean'])} the base ({base['mean']:.0%}); by skill: {kept}.")

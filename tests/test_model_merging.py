@@ -229,7 +229,7 @@ def test_a_donor_decides(models, tmp_path, how):
 
 @pytest.mark.parametrize("document, said", [
     (dict(merge_method="linear", models=[dict(model="A", parameters=dict(weight=1)), dict(model="B", parameters=dict(weight=-1))]), "sum to 0"),
-    (dict(merge_method="linear", models=of(["A", "B"], wieght=1)), "wieght.*'weight'"), (dict(merge_method="linera", models=of(["A"], weight=1)), "'linear'"),
+    (dict(merge_method="linear", models=of(["A", "B"], weigt=1)), "weigt.*'weight'"), (dict(merge_method="linera", models=of(["A"], weight=1)), "'linear'"),
     (dict(merge_method="linear", model=of(["A"], weight=1)), "Unknown key model_merging.model.*'model_merging.models'"),
     (dict(merge_method="linear", models=of(["A", "L"], weight=1)), "ApertusForCausalLM and .* LlamaForCausalLM"),
     (dict(merge_method="linear", models=of(["A", "B"])), "Missing required parameter weight"),
