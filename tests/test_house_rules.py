@@ -181,7 +181,7 @@ def test_experiment_asks_and_answers(nb):
     told = recipe_parameters(nb)
     assert told["experiment"] == nb.stem and told["submit"] is False
     assert "?" in cells(nb, "markdown")[0][1], "the first cell asks the question"
-    answers = [text_of(o) for _, src, c in cells(nb) if re.search(r"\b(sweep|tabular)\.answer\(", src) for o in c["outputs"]]
+    answers = [text_of(o) for _, src, c in cells(nb) if re.search(r"\b(sweep|tabular|model_merging)\.answer\(", src) for o in c["outputs"]]
     assert answers and answers[-1].strip().endswith("."), "run it: the kept copy shows its answer"
 
 
