@@ -56,6 +56,7 @@ def test_terminal_and_ctrl_c(tiny):
     os.close(slave)
     try:
         read_until(master, "\n> ")
+        time.sleep(0.5)
         os.kill(p.pid, signal.SIGINT)
         read_until(master, "/quit ends")
         os.write(master, b"Hello\n")
@@ -64,7 +65,8 @@ def test_terminal_and_ctrl_c(tiny):
         os.kill(p.pid, signal.SIGINT)
         read_until(master, "(stopped)")
         os.write(master, b"/help\n")
-        read_until(master, "/reset")
+        read_until(master, "as Ctrl-D does\r\n> ")
+        time.sleep(0.5)
         os.write(master, b"\x04")
         assert p.wait(30) == 0
     finally:
