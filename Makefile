@@ -63,7 +63,8 @@ test: env ## import contracts, hooks, notebooks, pytest
 test-slow: env ## slow cells and slow tests: kills and resumes, two-process engines
 	@$(ROOTED); \
 	$(MAKE) slow-notebooks; \
-	$(call say,pytest: slow tests); $(RUN) $(TESTING) pytest -m slow -n $(WORKERS) --dist loadgroup $(PYTEST)
+	$(call say,pytest: slow tests on a Slurm); $(RUN) $(TESTING) pytest -m "slow and slurm" $(PYTEST) || [ $$? = 5 ]; \
+	$(call say,pytest: slow tests); $(RUN) $(TESTING) pytest -m "slow and not slurm" -n $(WORKERS) --dist worksteal $(PYTEST) || [ $$? = 5 ]
 
 hooks: env ## the pre-commit hooks over all files
 	@$(call say,hooks); $(RUN) pre-commit run --all-files

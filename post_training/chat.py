@@ -43,7 +43,7 @@ def turn_end(
     except UserError: return []
     return [i for i in last[:1] if encoder_for(tokenizer).is_special[i]]
 
-# %% ../nbs/63_chat.ipynb #7b65b81c
+# %% ../nbs/63_chat.ipynb #6012d4b2
 def open_checkpoint(
     name:str, # as typed, see `find_checkpoint`
     template:str|None=None, # name of a chat template; None: the checkpoint's own
@@ -52,7 +52,6 @@ def open_checkpoint(
     runs_dir=None, # where records are
 )->tuple: # model, tokenizer; the model's generation config stops where an answer ends
     "Load a checkpoint to talk to"
-    from safetensors import SafetensorError
     from post_training.models.load import default_device, flash_available, load_model, model_path, resolve_auto
     from post_training.tokens.templates import template_text
     from post_training.tokens.tokenizer import read_tokenizer
@@ -63,8 +62,7 @@ def open_checkpoint(
     if text: tokenizer.chat_template = text
     if not tokenizer.chat_template: raise UserError(f"{name} has no chat template, as a base model: name one with --template NAME, such as --template tulu.")
     auto = resolve_auto(device, "inference", dtype, "auto", flash_available(device))
-    try: model = load_model(path, auto["dtype"], auto["attn_implementation"], device).eval()
-    except (RuntimeError, SafetensorError) as e: raise UserError(f"Cannot load the model {name}: {str(e).strip().splitlines()[0]}") from e
+    model = load_model(path, auto["dtype"], auto["attn_implementation"], device).eval()
     given = model.generation_config.eos_token_id
     stops = {*([given] if isinstance(given, int) else given or []), *turn_end(tokenizer), *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])}
     if not stops: raise UserError(f"{name} names no token that ends an answer, and its template writes none: name another template with --template NAME.")

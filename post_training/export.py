@@ -110,7 +110,7 @@ def dtype_of(
     try: return str(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).dtype or "float32").removeprefix("torch.")
     except (OSError, ValueError) as e: raise UserError(f"Cannot read the configuration of {path}: {str(e).strip().splitlines()[0]}") from e
 
-# %% ../nbs/62_export.ipynb #d0b8a128
+# %% ../nbs/62_export.ipynb #93c64aeb
 def load_weights(
     path:str, # folder or hub name
     revision:str="main", # of a hub model
@@ -118,12 +118,10 @@ def load_weights(
 ): # the model
     "Load a checkpoint of safetensors whole, or raise"
     from post_training.models.load import load_model, model_path
-    from safetensors import SafetensorError
     model_path(path)
     if Path(path).is_dir() and (wrong := weight_faults(path)):
         raise UserError(f"{Path(path).name} is not whole: {'; '.join(wrong[:3])}. Copy it again, or name another checkpoint.")
-    try: model, info = load_model(path, dtype_of(path, trust_remote_code), revision=revision, trust_remote_code=trust_remote_code, output_loading_info=True)
-    except (RuntimeError, SafetensorError) as e: raise UserError(f"Cannot load the model {path}: {str(e).strip().splitlines()[0]}") from e
+    model, info = load_model(path, dtype_of(path, trust_remote_code), revision=revision, trust_remote_code=trust_remote_code, output_loading_info=True)
     lost = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
     if lost: raise UserError(f"{Path(path).name} lacks {len(lost)} tensors of its architecture, such as {lost[0]}: they would be random numbers. Name a whole checkpoint.")
     if more := sorted(info["unexpected_keys"]): raise UserError(f"{Path(path).name} has {len(more)} tensors that its architecture has no place for, such as {more[0]}.")

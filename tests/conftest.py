@@ -58,10 +58,10 @@ def data_dir():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    "Tests that start a Slurm run in one process, one after the other: two clusters would have the same ports"
+    "Tests that start a Slurm are marked: two clusters would have the same ports, and its jobs are watched by the clock"
     for item in items:
         if "slurm" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("slurm"))
+            item.add_marker(pytest.mark.slurm)
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -130,7 +130,7 @@ def test_refused_in_the_middle_and_called_again(apertus, scheduler, monkeypatch)
         assert [k["kind"] for k in record["jobs"] if "kind" in k] == ["shards"] * (j["stage"] in config.SHARD_STAGES)
 
 
-@pytest.mark.xdist_group("slurm")
+@pytest.mark.slurm
 @pytest.mark.slow
 def test_the_tiny_chain_on_a_real_slurm(demo, tmp_path, monkeypatch):
     "Submitted by the script in one go: from a model that answers to trained ones; then nothing is left to submit, and another experiment finds the rows"

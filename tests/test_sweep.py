@@ -199,6 +199,7 @@ def test_the_same_minute_and_the_same_runs(tmp_root):
     assert a != b and [j["hash"] for j in sweep.read_sweep(a)] == [j["hash"] for j in sweep.read_sweep(b)]
 
 
+@pytest.mark.slurm
 @pytest.mark.slow
 def test_on_a_real_scheduler(demo, tmp_path, monkeypatch):
     "Two jobs submitted by the script, from inside what looks like another job; while they are there nothing is submitted twice, afterwards nothing is left to submit"

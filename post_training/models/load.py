@@ -77,7 +77,7 @@ def quiet_activation():
     try: yield
     finally: log.setLevel(level)
 
-# %% ../../nbs/35_models.load.ipynb #9da254a2
+# %% ../../nbs/35_models.load.ipynb #545921d1
 def load_model(
     name:str, # folder or hub name
     dtype:str="float32", # of the parameters; `resolve_auto` says what auto is
@@ -89,6 +89,7 @@ def load_model(
 ):            # the model, for causal language modelling
     "Load a causal language model, with errors that say what to do"
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     path = model_path(name)
     if attn_implementation: kwargs["attn_implementation"] = attn_implementation
@@ -96,7 +97,7 @@ def load_model(
         with quiet_activation():
             model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), revision=revision,
                                                          trust_remote_code=trust_remote_code, **kwargs)
-    except (OSError, ValueError, ImportError) as e:
+    except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as e: # truncated weights, weights of other shapes
         raise UserError(f"Cannot load the model {name}: {str(e).strip().splitlines()[0]}") from e
     return model.to(device) if device else model
 
