@@ -255,6 +255,6 @@ def test_random_merges_are_the_same_in_every_process(models, tmp_path):
         root.mkdir()
         (root / "m.yaml").write_text(yaml.safe_dump(EXAMPLES["dare_ties"](models["apertus"])))
         env = dict(os.environ, PYTHONHASHSEED=seed, POST_TRAINING_RUNS_DIR=str(root / "runs"), POST_TRAINING_ARTIFACTS_DIR=str(root / "artifacts"))
-        subprocess.run([sys.executable, "-m", "post_training.cli", "model_merging", f"model_merging={root}/m.yaml"], check=True, env=env, capture_output=True)
+        subprocess.run([str(Path(sys.executable).parent / "post-training"), "model_merging", f"model_merging={root}/m.yaml"], check=True, env=env, capture_output=True)
         digests.add(hashlib.sha256(next(root.rglob("model.safetensors")).read_bytes()).hexdigest())
     assert len(digests) == 1
