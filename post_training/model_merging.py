@@ -264,7 +264,7 @@ def read_header(
     if end != size: raise UserError(f"{path} is truncated: its header speaks of {end:,} bytes and it has {size:,}. Copy it again.")
     return {name: (t["dtype"], tuple(t["shape"])) for name, t in header.items()}
 
-# %% ../nbs/60_model_merging.ipynb #a04e4931
+# %% ../nbs/60_model_merging.ipynb #d7183717
 def read_pickled(
     folder:Path, # of a model whose weights are pickles
 )->dict[str, tuple]: # tensor -> (dtype, shape)
@@ -279,6 +279,8 @@ def read_pickled(
         try: shard = torch.load(folder/name, map_location="meta", weights_only=True)
         except Exception as e: raise UserError(f"{folder/name} is no file of plain weights: {str(e).splitlines()[0]}") from None
         out |= {k: (short.get(t.dtype, str(t.dtype)), tuple(t.shape)) for k, t in shard.items()}
+    if alone := [k for k, (_, shape) in out.items() if not shape]:
+        raise UserError(f"{folder}: mergekit's unpickler cannot read single numbers such as {alone[0]}. Save the model as safetensors.")
     return out
 
 # %% ../nbs/60_model_merging.ipynb #19a07354

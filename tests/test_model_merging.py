@@ -174,6 +174,26 @@ def test_distances_are_those_of_flat_vectors(models, tmp_path):
     assert torch.allclose(torch.tensor(far["cosines"]).double(), torch.nn.functional.cosine_similarity(taken[:, None], taken[None], dim=-1), atol=1e-5)
 
 
+def test_pickled_weights_and_adapters_are_sources_too(models, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+    m = models["llama"]
+    pickled = Path(shutil.copytree(m["b"], tmp_path / "pickled"))
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    document = dict(merge_method="linear", models=of([m["a"], str(pickled)], weight=1))
+    with pytest.raises(UserError, match="options.lazy_unpickle=true"):
+        merge(tmp_path, document)
+    folder, _ = merge(tmp_path, document, "options.lazy_unpickle=true")
+    got, read = load_file(folder / "model.safetensors"), [load_file(f"{m[x]}/model.safetensors") for x in "ab"]
+    assert all(torch.equal(t, (read[0][k] + read[1][k]) / 2) for k, t in got.items())
+    lora = get_peft_model(AutoModelForCausalLM.from_pretrained(m["a"]), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    lora.save_pretrained(tmp_path / "adapter")
+    folder, _ = merge(tmp_path, dict(merge_method="linear", models=of([f"{m['a']}+{tmp_path}/adapter"], weight=1)))
+    want = lora.merge_and_unload().state_dict()
+    assert all(torch.allclose(t, want[k], atol=1e-6) for k, t in load_file(folder / "model.safetensors").items())
+
+
 # -- what is refused, and what is left of it
 
 def spoil(models, tmp_path, how):
