@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['CONFIGS', 'SHARED_KEYS', 'TEMPLATES', 'TOKENIZER_KEYS', 'SFT_KEYS', 'DATA_KEYS', 'MIXTURE_KEYS', 'SPLIT_KEYS',
            'LINEARISE_KEYS', 'MODEL_KEYS', 'SHARD_KEYS', 'REWARD_KEYS', 'ANNOTATION_KEYS', 'SHARD_STAGES',
-           'EVALUATION_KEYS', 'PREFERENCE_KEYS', 'DPO_LOSSES', 'PREFERENCE_ARGS', 'EXPORT_KEYS', 'TRAINING_STAGES',
-           'MERGE_KEYS', 'SECTION_GROUPS', 'STAGE_KEYS', 'AMENDED_KEYS', 'OLD_NAMES', 'OLD_SECTIONS', 'RANGES',
-           'flatten', 'get', 'put', 'pop', 'calculate', 'known_keys', 'trl_keys', 'write_keys', 'conform',
-           'check_config', 'quote', 'typed_form', 'Typed', 'parse_override', 'old_names', 'new_name',
-           'translate_presets', 'project_root', 'site_path', 'groups', 'preset_names', 'preset_file', 'compose_presets',
-           'resolve', 'accelerate_file', 'accelerate_preset', 'world_size', 'batch_arithmetic', 'Composed', 'stages',
-           'stage_name', 'history_name', 'compose', 'diff_from_presets', 'freeze', 'load_frozen', 'compose_frozen']
+           'EVALUATION_KEYS', 'PREFERENCE_KEYS', 'PREFERENCE_ARGS', 'EXPORT_KEYS', 'TRAINING_STAGES', 'MERGE_KEYS',
+           'SECTION_GROUPS', 'STAGE_KEYS', 'AMENDED_KEYS', 'OLD_NAMES', 'OLD_SECTIONS', 'RANGES', 'flatten', 'get',
+           'put', 'pop', 'calculate', 'known_keys', 'trl_keys', 'write_keys', 'conform', 'check_config', 'quote',
+           'typed_form', 'Typed', 'parse_override', 'old_names', 'new_name', 'translate_presets', 'project_root',
+           'site_path', 'groups', 'preset_names', 'preset_file', 'compose_presets', 'resolve', 'accelerate_file',
+           'accelerate_preset', 'world_size', 'batch_arithmetic', 'Composed', 'stages', 'stage_name', 'history_name',
+           'compose', 'diff_from_presets', 'freeze', 'load_frozen', 'compose_frozen']
 
-# %% ../nbs/00_config.ipynb #582507f9
+# %% ../nbs/00_config.ipynb #9de09f9d
 import ast, contextlib, functools, importlib.util, json, math, operator, os, re, shlex, tempfile, threading
 from dataclasses import dataclass, field
 from pathlib import Path
 import yaml
 from .base import UserError, nearest, redact, write_atomic, write_json
+from .objective import CHOICES, DPO_LOSSES, check_pairs
 
 # %% ../nbs/00_config.ipynb #687d18b5
 def flatten(
@@ -204,19 +205,16 @@ EVALUATION_KEYS = MODEL_KEYS | TOKENIZER_KEYS | {"checkpoints": "list", "dataset
     "lm_eval.limit": "int|null", "lm_eval.num_fewshot": "int|null", "lm_eval.apply_chat_template": "bool"}
 EVALUATION_KEYS = {k: v for k,v in EVALUATION_KEYS.items() if k != "model_name"}
 
-# %% ../nbs/00_config.ipynb #7c92c250
+# %% ../nbs/00_config.ipynb #966b607d
 PREFERENCE_KEYS = {k: v for k,v in SFT_KEYS.items() if not k.startswith(("trainer", "plw_args.", "irl_args."))} | {
-    "ref_model_args.model_name_or_path": "str|null", "tokenization.max_length": "int|null"}
+    "ref_model_args.model_name_or_path": "str|null", "tokenization.max_length": "int|null",
+    "tokenization.overlength": "=drop|=error"} # a pair is never cut: its log-probabilities are those of whole answers
 
-# %% ../nbs/00_config.ipynb #ec2d6c5d
-DPO_LOSSES = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft",
-    "sigmoid_norm") # the names that TRL's DPOTrainer knows
-
-# %% ../nbs/00_config.ipynb #83b88c5f
+# %% ../nbs/00_config.ipynb #a051e6d6
 PREFERENCE_ARGS = {"training_args.loss_type": "|".join(f"={t}" for t in ("qrpo", *DPO_LOSSES)) + "|list", "training_args.num_ref_rewards": "int|null",
     "training_args.ref_logprobs_from_dataset": "bool", "training_args.packing": "bool",
     "training_args.normalize_beta_by_length": "bool", "training_args.normalize_loss_by_length": "bool", "training_args.max_effective_beta": "float|null",
-    "training_args.transform": "=identity|=log|=square|=sqrt|=normal", "training_args.partition": "=continuous|=finite"} # beyond DPOConfig's
+    **{f"training_args.{k}": "|".join(f"={c}" for c in CHOICES[k]) for k in ("transform", "partition")}} # beyond DPOConfig's
 
 # %% ../nbs/00_config.ipynb #a7fa0f1d
 EXPORT_KEYS = TOKENIZER_KEYS | {k: MODEL_KEYS[k] for k in ("model_args.model_name_or_path", "model_args.model_revision", "model_args.trust_remote_code", "model_name")} | {
@@ -810,7 +808,7 @@ def _trust(cfg:dict, origin, typed)->list[str]: # notices; `cfg` is changed in p
         notices.append(f"{key} is true{origin(key)}, but {revision} names no commit: taken as false.")
     return notices
 
-# %% ../nbs/00_config.ipynb #f9fe9f56
+# %% ../nbs/00_config.ipynb #e55f5c4e
 RANGES = {"plw_args.prompt_loss_weight": (0, 1), "irl_args.lambda_td": (0, math.inf), "irl_args.gamma": (0, 1), "max_drop_fraction": (0, 1),
     "dataset_args.debug_subsample.train": (0, math.inf), "dataset_args.debug_subsample.eval": (0, math.inf), "num_nodes": (1, math.inf),
     "cluster.max_retries": (0, 1000), "cluster.signal_seconds": (1, 65535), "cluster.preflight_seconds": (1, 3600),
@@ -819,13 +817,13 @@ RANGES = {"plw_args.prompt_loss_weight": (0, 1), "irl_args.lambda_td": (0, math.
     "generation.n": (0, math.inf), "generation.temperature": (0, math.inf), "generation.top_p": (0, 1), "generation.max_new_tokens": (1, math.inf),
     "generation.batch_tokens": (1, math.inf), "batch_tokens": (1, math.inf), "reward_args.batch_tokens": (1, math.inf), "num_pairs": (1, math.inf),
     "parity.dialogues": (0, 1000), "parity.max_difference": (0, 1), "min_num_ref_rewards": (0, math.inf), "server.start_seconds": (1, math.inf), "server.concurrency": (1, math.inf), "dataset_args.debug_subsample": (0, math.inf),
-    "training_args.beta": (1e-300, math.inf), "evaluation.num_prompts": (0, math.inf), "evaluation.max_new_tokens": (1, math.inf), "evaluation.batch_size": (1, math.inf),
+    "evaluation.num_prompts": (0, math.inf), "evaluation.max_new_tokens": (1, math.inf), "evaluation.batch_size": (1, math.inf),
     "evaluation.temperature": (0, math.inf), "evaluation.top_p": (0, 1), "evaluation.samples": (1, 10000), "evaluation.num_samples_shown": (0, 10000),
     "evaluation.batch_tokens": (1, math.inf), "lm_eval.limit": (1, math.inf), "lm_eval.num_fewshot": (0, 1000)}
 
-# %% ../nbs/00_config.ipynb #9d2f2a56
+# %% ../nbs/00_config.ipynb #3893368c
 def _check_values(cfg:dict, keys:dict, where:str=""):
-    "What types do not say: own keys are all there, numbers are in range, folders stay below the folder they belong to"
+    "What types do not say: own keys are all there, numbers are in range, folders stay below the folder they belong to, losses have a meaning"
     lost = [k for k in keys if not k.startswith(("training_args.", "model_args.", "model_merging.")) and get(cfg, k, _NOTHING) is _NOTHING]
     if lost: raise UserError(f"{lost[0]} is missing{where}: it may have another value but not be removed.")
     for key,(low,high) in RANGES.items():
@@ -833,6 +831,7 @@ def _check_values(cfg:dict, keys:dict, where:str=""):
     for key in ("job_subdir", "artifacts_subdir"):
         path = Path(cfg[key])
         if not path.parts or path.is_absolute() or ".." in path.parts: raise UserError(f"{key}={cfg[key]}{where}: give a folder name below the outputs, like A/B.")
+    if cfg["stage"] == "train_preference": check_pairs(cfg["training_args"], cfg["ref_model_args"]["model_name_or_path"])
 
 # %% ../nbs/00_config.ipynb #2414ac42
 def history_name(
@@ -861,7 +860,14 @@ def _without_others(raw:dict, origins:dict, keys:dict):
         pop(raw, key); origins.pop(key)
         while (key := key.rpartition(".")[0]) and get(raw, key) == {}: pop(raw, key) # sections that held nothing else
 
-# %% ../nbs/00_config.ipynb #7c41a931
+# %% ../nbs/00_config.ipynb #ec44c6ea
+def _packed(cfg:dict, packs:int)->str:
+    "What a batch is made of where rows are packed"
+    what, tokens = ("pairs", 2) if cfg["stage"] == "train_preference" else ("rows", 1)
+    return (f"training_args.packing=true: a step takes {packs} pack{'s'*(packs > 1)}, each of as many {what} as fit into {tokens*(cfg['training_args']['max_length'] or 0) or 'the longest'} places, "
+            f"not {packs} {what}. Divide global_batch_size by the {what} of a pack to keep their number.")
+
+# %% ../nbs/00_config.ipynb #1e45f09e
 def _finish(raw:dict, keys:dict, origin, typed=(), holes_ok:bool=False)->tuple: # (checked config, derived keys, notices)
     "Resolve, check and complete a raw configuration"
     cfg = resolve(raw)
@@ -877,6 +883,7 @@ def _finish(raw:dict, keys:dict, origin, typed=(), holes_ok:bool=False)->tuple: 
     for k,v in derived.items(): put(cfg, k, v)
     if cfg["stage"] not in TRAINING_STAGES: return cfg, derived, notices
     batch = batch_arithmetic(cfg, typed)
+    if cfg["training_args"].get("packing"): notices.append(_packed(cfg, batch["global_batch"]))
     derived = {"global_batch_size": batch["global_batch"], "training_args.gradient_accumulation_steps": batch["accumulation"]}
     derived = {k: v for k,v in derived.items() if get(cfg, k) != v}
     for k,v in derived.items():

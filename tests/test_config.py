@@ -1,4 +1,5 @@
 "Config, where a notebook cell is not enough: arbitrary text, other processes and threads, presets from elsewhere, the key table of the libraries"
+import functools
 import json
 import math
 import re
@@ -126,6 +127,30 @@ def test_any_override_composes_or_is_refused(text):
 def test_refused(overrides, says):
     with pytest.raises(UserError) as e: compose("train_sft", overrides)
     assert says in str(e.value) and len(str(e.value).splitlines()) <= 2, str(e.value)
+
+
+@functools.cache
+def composed_once(stage): return json.dumps(compose(stage).cfg)
+
+
+def plain_preference(): return json.loads(composed_once("train_preference"))
+
+
+@pytest.mark.parametrize("overrides, says", [
+    (["training_args.loss_type=exo_pair"], "takes more than 0"), (["training_args.loss_type=[qrpo,sft]", "training_args.loss_weights=[1.0]"], "1 values for 2 losses"),
+    (["training_args.loss_type=[qrpo,sigmiod]"], "Did you mean 'sigmoid'"), (["training_args.loss_type=[]"], "is empty"), (["training_args.max_effective_beta=0"], "above 0"),
+    (["training_args.sync_ref_model=true"], "the reference stays what it is"), (["tokenization.overlength=truncate"], "Choices: drop, error"),
+    (["training_args.loss_weights=[0]"], "nothing would be trained"), (["training_args.loss_type=[qrpo,sft]", "training_args.loss_weights=[1,-1]"], "0 or above"),
+    (["training_args.loss_weights=[much]"], "0 or above"), (["training_args.beta=0"], "training_args.beta=0.0: it must be above 0"), (["training_args.num_ref_rewards=0"], "at least 1"),
+    (["training_args.loss_type=ipo", "training_args.normalize_beta_by_length=true"], "twice"), (["training_args.ld_alpha=0.5"], "QRPO, which scores each alone"),
+    (["training_args.loss_type=aot", "training_args.f_divergence_type=forward_kl"], "not defined"), (["training_args.precompute_ref_log_probs=true", "training_args.ref_logprobs_from_dataset=true"], "not both"),
+    (["ref_model_args.model_name_or_path=A/B", "training_args.ref_logprobs_from_dataset=true"], "training_args.ref_logprobs_from_dataset=true takes the reference's log-probabilities from the data")])
+def test_objectives_that_are_refused_before_anything_is_submitted(overrides, says, tmp_path):
+    with pytest.raises(UserError) as e: compose("train_preference", overrides)
+    assert says in str(e.value) and len(str(e.value).splitlines()) <= 2, str(e.value)
+    fine = plain_preference()
+    for key, value in (parse_override(o).text.split("=", 1) for o in overrides): config.put(fine, key, yaml.safe_load(value))
+    with pytest.raises(UserError): load_frozen(freeze(fine, tmp_path / "config.yaml"))
 
 
 def test_unknown_stage():
