@@ -207,6 +207,10 @@ WRONG = {  # name: rows, overrides, words of the message
     "no reference": ([{k: v for k, v in r.items() if not k.startswith("ref_chosen")} for r in GOOD], [], ["no column ref_chosen_logprob", "ref_logprobs_from_dataset=false"]),
     "misnamed reference": ([{k.replace("logprob", "logps"): v for k, v in r.items()} for r in GOOD], [], ["no column ref_chosen_logprob", "'ref_chosen_logps'"]),
     "no rewards": ([{k: v for k, v in r.items() if "reward" not in k} for r in GOOD], [], ["no column chosen_reward", "ref_rewards"]),
+    "quantiles and references but no rewards": ([{k: v for k, v in r.items() if k not in ("chosen_reward", "rejected_reward")} for r in GOOD], [],
+                                                ["no column chosen_reward and no column rejected_reward"]),
+    "pictures": (GOOD + [pair(i, rejected=[dict(role="assistant", content=[dict(type="image")])]) for i in range(4)], [], ["unsupported_roles: a content holds parts", "image"]),
+    "another reference's reward": (GOOD + [pair(i, chosen_is_reference=True, chosen_reference=0) for i in range(4)], [], ["reward: not that of the reference that it is"]),
     "rewards that are none": (GOOD + [pair(i, chosen_reward=None) for i in range(4)], [], ["4 of 24 rows of pairs were dropped", "reward: missing or not finite"]),
     "infinite references": (GOOD + [pair(i, ref_rewards=[0.0, 1e999]) for i in range(4)], [], ["a reference reward is missing or not finite"]),
     "quantiles above 1": (GOOD + [pair(i, chosen_quantile_reward=1.5) for i in range(4)], [], ["a quantile is not between 0 and 1"]),
@@ -239,3 +243,42 @@ def test_a_mistake_is_told(case, demo, tmp_path, monkeypatch, capfd):
     for folder in run.all_runs(tmp_path / "runs"):
         record = run.read_record(folder)
         assert record["status"] == "failed" and run.newest_verified(record["checkpoints_dir"])[0] is None
+
+
+def test_contents_may_be_parts(demo, tmp_path, capfd):
+    "Text parts are text, beside prompts of one text; what stands in a column of tools is not read, and that is told"
+    from post_training import config, train_preference
+    made = {}
+    for name, content in (("texts", lambda text: text), ("parts", lambda text: [dict(type="text", text=text[:1]), dict(type="text", text=text[1:])])):
+        rows = [dict(pair(i), prompt=f"What is {i} + 1?", tools=[dict(name="add")]) for i in range(20)]
+        for r in rows: r |= {s: [dict(role="assistant", content=content(r[s][0]["content"] + " !"))] for s in ("chosen", "rejected")}
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        made[name] = train_preference.prepare_pairs(config.compose("train_preference", [*SHORT, f"dataset_args.dataset_name={tmp_path / name}.jsonl", f"artifacts_subdir={tmp_path.name}"]).cfg)
+    texts, parts = made["texts"].train, made["parts"].train
+    assert len(parts) == 20 and parts["chosen_ids"][:] == texts["chosen_ids"][:] and parts["rejected_ids"][:] == texts["rejected_ids"][:]
+    assert "20 of 20 pairs have tools" in made["parts"].notices[0]
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, None])
+def test_quantiles_among_the_first_references(n):
+    "Against counting by hand: which reference an answer is decides whether it is left out, not that another has its reward"
+    import random
+
+    from datasets import Dataset
+
+    from post_training.align.pairs import pair_row
+    from post_training.align.rows import completion
+    from post_training.trainers.preference import PairObjective, with_quantiles
+    rng, rows, want = random.Random(n or 0), [], []
+    for _ in range(60):
+        rewards = [float(rng.randrange(2)) for _ in range(5)]
+        row = dict(id="r", prompt=[], completions=[completion(str(i), reward=r, is_reference_completion=True) for i, r in enumerate(rewards)])
+        sides = rng.sample(range(5), 2)
+        others = [[r for j, r in enumerate(rewards[:n]) if j != i] for i in sides]
+        made = pair_row(row, *sides, list(range(5)))
+        rows.append(dict(made, ref_rewards=made["ref_rewards"]))
+        want.append([(sum(r <= rewards[i] for r in o) / len(o), len(o)) for i, o in zip(sides, others)])
+    keep = [f"{s}_{k}" for s in ("chosen", "rejected") for k in ("reward", "is_reference", "reference")] + ["ref_rewards"]
+    data = with_quantiles(Dataset.from_list([{k: r[k] for k in keep} for r in rows]), PairObjective(partition="finite"), n)
+    found = [[(r[f"{s}_quantile"], r[f"{s}_n_refs"]) for s in ("chosen", "rejected")] for r in data]
+    assert [[(pytest.approx(q), k) for q, k in w] for w in want] == found

@@ -157,7 +157,7 @@ def own_pair(
     at = {c["policy"]: i for i, c in reversed(list(enumerate(completions))) if not fault_of(c, rewarded=False)}
     return [(at["chosen"], at["rejected"])] if {"chosen", "rejected"} <= at.keys() else []
 
-# %% ../../nbs/45_align.pairs.ipynb #74628d63
+# %% ../../nbs/45_align.pairs.ipynb #336d7925
 def pair_features(
     blocks:bool, # structured contents
 ): # `datasets.Features`
@@ -168,9 +168,9 @@ def pair_features(
     both = lambda name, kind: {name.format(s): kind for s in ("chosen", "rejected")}
     return Features(dict(id=text, source=text, prompt=messages, **both("{}", messages), answer=text, verifier=text, **both("ref_{}_logprob", number),
         **both("ref_{}_logprobs", List(Value("float32"))), **both("{}_reward", number), ref_rewards=List(number), **both("{}_quantile_reward", number),
-        **both("{}_is_reference", Value("bool")), **both("{}_length", count), prompt_length=count, **both("{}_policy", text), pair=count, reference=text))
+        **both("{}_is_reference", Value("bool")), **both("{}_reference", count), **both("{}_length", count), prompt_length=count, **both("{}_policy", text), pair=count, reference=text))
 
-# %% ../../nbs/45_align.pairs.ipynb #cefc9e22
+# %% ../../nbs/45_align.pairs.ipynb #fadbf92e
 def pair_row(
     row:dict, # of prompt and completions
     chosen:int, # index of a completion
@@ -187,7 +187,7 @@ def pair_row(
         reward = None if c["reward"] is None or not math.isfinite(c["reward"]) else c["reward"]
         out |= {side: [dict(role="assistant", content=c["content"])], f"ref_{side}_logprob": c["ref_logprob"], f"ref_{side}_logprobs": c["ref_logprobs"],
                 f"{side}_reward": reward, f"{side}_quantile_reward": None if reward is None else quantile_of(reward, rewards),
-                f"{side}_is_reference": i in refs, f"{side}_length": c["num_tokens"], f"{side}_policy": c["policy"]}
+                f"{side}_is_reference": i in refs, f"{side}_reference": refs.index(i) if i in refs else None, f"{side}_length": c["num_tokens"], f"{side}_policy": c["policy"]}
     c = row["completions"][chosen]
     return dict(out, ref_rewards=rewards, prompt_length=c["prompt_tokens"], pair=pair, reference=row.get("reference") or reference)
 
