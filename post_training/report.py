@@ -220,20 +220,21 @@ def bars(
     ax.set_xlabel(label + (f" ({len(values) - most} smaller ones are not shown)" if len(values) > most else ""))
     return fig
 
-# %% ../nbs/80_report.ipynb #79684466
+# %% ../nbs/80_report.ipynb #c4657a54
 def estimate_text(
     cfg:dict, # a composed, resolved config
     tokens:float=0, # to train on over all epochs; 0: no hours
     mean_length:int=None, # tokens of a row on average; None: training_args.max_length
     markdown:bool=False, # for a notebook; False: aligned, for a terminal
+    once:float=0, # tokens of all rows, which a reference model scores; 0: those to train on, by the epochs
 )->str: # empty for a stage that does not train
     "Memory, speed and node-hours before anything is submitted, and what is assumed for it"
-    e = estimate_of(cfg, tokens, mean_length)
+    e = estimate_of(cfg, tokens, mean_length, once)
     if e is None: return ""
     if "reason" in e: return f"No estimate of memory and speed: {e['reason']}"
     return as_table(estimate_rows(e), markdown=markdown) + ("\n\n" if markdown else "\n") + e["assumed"]
 
-# %% ../nbs/80_report.ipynb #ee3b7c1e
+# %% ../nbs/80_report.ipynb #1d082e44
 def show_arithmetic(
     cfg:dict, # a composed, resolved config
     rows:int=0, # training rows after tokenization
@@ -253,10 +254,10 @@ def show_arithmetic(
     per_step = tokens*b["global_batch"]//max(units, 1)
     if tokens: facts |= {"tokens per epoch": tokens, "tokens per step, on average": per_step}
     if steps > 0: facts["steps"] = steps
-    foreseen = estimate_text(cfg, per_step*max(steps, 0), tokens//rows if rows and tokens else None, markdown=True)
+    foreseen = estimate_text(cfg, per_step*max(steps, 0), tokens//rows if rows and tokens else None, markdown=True, once=tokens)
     return Markdown(as_table([dict(what=k, number=f"{v:,}") for k, v in facts.items()], markdown=True) + f"\n\n{foreseen}")
 
-# %% ../nbs/80_report.ipynb #5936c2d1
+# %% ../nbs/80_report.ipynb #78355e6c
 def show_evaluation(
     before:dict|None, # accuracy, skills (skill -> accuracy or dict with it)
     after:dict|None, # the same after training
@@ -265,6 +266,7 @@ def show_evaluation(
     from IPython.display import Markdown
     def rates(e): return {"all": (e or {}).get("accuracy"), **{k: v.get("accuracy") if isinstance(v, dict) else v for k, v in ((e or {}).get("skills") or {}).items()}}
     b, a = rates(before), rates(after)
+    if not before and not after: return Markdown("No evaluation: evaluation.num_prompts is 0.")
     rows = [dict(skill=k, before=b.get(k), after=a.get(k)) for k in {**b, **a}]
     notice = next((f"\n\n**{e['notice']}**" for e in (before, after) if e and e.get("notice")), "")
     return Markdown(as_table([{k: f"{100*v:.1f} %" if isinstance(v, (int, float)) else v for k, v in r.items()} for r in rows], markdown=True) + notice)

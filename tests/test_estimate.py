@@ -163,3 +163,28 @@ def test_a_run_is_the_model_of_another(tmp_root):
                                                                           "model_args.model_name_or_path=swiss-ai/Apertus-8B-2509"]).cfg)["reason"]
     assert "unknown device 'h300'" in estimate_of(compose("train_sft", ["cluster=clariden", "cluster.gpu=h300", "model=apertus-8b",
                                                                         "model_args.model_name_or_path=swiss-ai/Apertus-8B-2509", "accelerate_config=ds-zero2"]).cfg)["reason"]
+
+
+@pytest.mark.parametrize("family, asked", [("apertus", {}), ("llama", dict(lora_r=4, lora_target_modules=["q_proj", "mlp.down_proj"])), ("qwen3", dict(lora_target_modules=[r".*\.(k|o)_proj"])),
+                                           ("olmo2", dict(use_dora=True, lora_modules_to_save=["lm_head"])), ("llama", dict(lora_target_modules=[r"model\.layers\.1\..*proj"]))])
+def test_adapters_are_those_of_peft(family, asked):
+    from post_training.launch.estimate import lora_parameters
+    from post_training.trainers.lora import adapter_facts, add_adapters, lora_config
+    config, written = small_config(family)
+    facts = adapter_facts(add_adapters(small_model(config, "cpu"), lora_config(dict(use_peft=True, **asked))))
+    counted = lora_parameters(written, asked.get("lora_r", 16), asked.get("lora_target_modules") or ["all-linear"], asked.get("lora_modules_to_save") or (), asked.get("use_dora", False))
+    assert counted == facts["trained_parameters"]
+
+
+def test_a_frozen_model_is_multiplied_twice():
+    "Forward, and backward to the inputs alone; counted by torch"
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from post_training.launch.estimate import lora_parameters
+    from post_training.trainers.lora import add_adapters, lora_config
+    config, written = small_config("llama", hidden_size=256, intermediate_size=704)
+    model = add_adapters(small_model(config, "cpu"), lora_config(dict(use_peft=True, lora_r=4)))
+    T = 64
+    with FlopCounterMode(display=False) as counter: model(input_ids=torch.ones(1, T, dtype=torch.long), use_cache=False).logits.sum().backward()
+    assert counter.get_total_flops()/T == pytest.approx(flops_per_token(written, T, trained=lora_parameters(written, 4)), rel=0.08)

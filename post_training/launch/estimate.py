@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['DEVICES', 'FAMILIES', 'PUBLISHED', 'EXPERTS', 'POLICIES', 'OPTIMIZERS', 'BUCKET', 'LIVE', 'TILE', 'PARTS', 'choose',
            'read_model_config', 'dense_shape', 'parameter_counts', 'flops_per_token', 'tokens_per_second', 'hours',
-           'node_hours', 'model_states', 'layer_activations', 'head_memory', 'layer_work', 'moments', 'memory_per_gpu',
-           'estimate', 'estimate_rows', 'config_of', 'policy_of', 'assumed', 'estimate_of', 'plot_memory']
+           'node_hours', 'lora_parameters', 'model_states', 'layer_activations', 'head_memory', 'layer_work', 'moments',
+           'memory_per_gpu', 'estimate', 'estimate_rows', 'config_of', 'policy_of', 'adapters_of', 'reference_of',
+           'assumed', 'with_reference_pass', 'estimate_of', 'plot_memory']
 
-# %% ../../nbs/73_launch.estimate.ipynb #f5b527af
-import json
+# %% ../../nbs/73_launch.estimate.ipynb #487204d3
+import json, re
 from pathlib import Path
 from ..base import UserError, nearest
 from ..config import TRAINING_STAGES, site_path
+from ..objective import losses_of
 from ..run import find_run, list_checkpoints, read_record, topology
 
 # %% ../../nbs/73_launch.estimate.ipynb #72e6cb42
@@ -118,20 +120,22 @@ def parameter_counts(
                norms=L*((4 if s["norms"] == "both" else 2)*H + qk_norm) + H, head=0 if s["tied"] else s["vocab"]*H)
     return out | dict(total=sum(out.values()))
 
-# %% ../../nbs/73_launch.estimate.ipynb #5139e4ef
+# %% ../../nbs/73_launch.estimate.ipynb #4bd13b3b
 def flops_per_token(
     model, # see `read_model_config`
     seq_len:int=4096, # tokens that attend to each other: the row, or a document where rows are packed
     recompute:bool=False, # the forward runs a second time in the backward
     scored:float=1., # share of positions that the head scores
     family:str=None, # see `dense_shape`
+    trained:int|None=None, # parameters of adapters beside a frozen model, whose weights get no gradient; None: all is trained; 0: a forward alone
 )->float: # FLOP of forward and backward
     "Matrix arithmetic of training on one token"
     s, n = dense_shape(model, family), parameter_counts(model, family)
-    forward = 2*(n["attention"] + n["mlp"] + scored*s["vocab"]*s["hidden"]) + 2*s["layers"]*s["query"]*seq_len
-    return (4 if recompute else 3)*forward
+    weights, scores = 2*(n["attention"] + n["mlp"] + scored*s["vocab"]*s["hidden"]), 2*s["layers"]*s["query"]*seq_len
+    if trained == 0: return weights + scores
+    return (recompute + (3 if trained is None else 2))*weights + (recompute + 3)*scores + (recompute + 3)*2*(trained or 0)
 
-# %% ../../nbs/73_launch.estimate.ipynb #e93d3b43
+# %% ../../nbs/73_launch.estimate.ipynb #47a4f545
 def tokens_per_second(
     model, # see `read_model_config`
     device:str="h100", # a key of `DEVICES`
@@ -141,11 +145,12 @@ def tokens_per_second(
     recompute:bool=True, # see `flops_per_token`
     scored:float=1., # see `flops_per_token`
     family:str=None, # see `dense_shape`
+    trained:int|None=None, # see `flops_per_token`
 )->float: # trained tokens per second over all GPUs
     "The rate at a given utilization"
     if not 0 < utilization <= 1: raise UserError(f"estimate: utilization is {utilization}; it is a share of the peak, above 0 and at most 1.")
     if n_gpus < 1: raise UserError(f"estimate: n_gpus is {n_gpus}; it must be at least 1.")
-    return n_gpus*choose(DEVICES, device, "device")["bf16"]*utilization/flops_per_token(model, seq_len, recompute, scored, family)
+    return n_gpus*choose(DEVICES, device, "device")["bf16"]*utilization/flops_per_token(model, seq_len, recompute, scored, family, trained)
 
 # %% ../../nbs/73_launch.estimate.ipynb #317b9cf4
 def hours(
@@ -164,6 +169,28 @@ def node_hours(
     "What a cluster charges: the hours times the nodes"
     return nodes*hours(tokens, rate)
 
+# %% ../../nbs/73_launch.estimate.ipynb #28f2ea71
+def lora_parameters(
+    model, # see `read_model_config`
+    r:int=16, # rank
+    targets=("all-linear",), # names of modules, or one expression for their whole names
+    whole=(), # modules that are trained whole, beside a frozen copy
+    dora:bool=False, # and a magnitude for each output
+    family:str=None, # see `dense_shape`
+)->int: # trained parameters
+    "How many parameters adapters have"
+    s = dense_shape(model, family)
+    H, Q, K, F, V = s["hidden"], s["query"], s["key"], s["mlp"], s["vocab"]
+    sizes = {"self_attn.q_proj": (H, Q), "self_attn.k_proj": (H, K), "self_attn.v_proj": (H, K), "self_attn.o_proj": (Q, H), "mlp.up_proj": (H, F), "mlp.down_proj": (F, H)}
+    if s["gated"]: sizes["mlp.gate_proj"] = (H, F)
+    targets = [targets] if isinstance(targets, str) else list(targets)
+    def meant(name):
+        "As peft matches: a name is the end of a module's name, an expression all of it"
+        if len(targets) == 1 and re.search(r"[^\w.-]", targets[0]): return re.fullmatch(targets[0], name)
+        return targets == ["all-linear"] or any(name.endswith(f".{t}") for t in targets)
+    beside = sum(r*(a + b) + dora*b for i in range(s["layers"]) for name, (a, b) in sizes.items() if meant(f"model.layers.{i}.{name}"))
+    return beside + sum(V*H for w in whole if w in ("lm_head", "embed_tokens"))
+
 # %% ../../nbs/73_launch.estimate.ipynb #41a7f951
 POLICIES = { # bytes of a parameter, of its gradient, of an activation (what matrices multiply) and of the residual stream
     "autocast": dict(parameter=4, gradient=4, work=2, residual=4),
@@ -181,24 +208,27 @@ OPTIMIZERS = { # name: states per parameter, and full-sized temporaries of its s
 # %% ../../nbs/73_launch.estimate.ipynb #25c736b7
 BUCKET, LIVE = 500_000_000, 1_000_000_000 # numbers in DeepSpeed's bucket for gradients, and parameters that ZeRO-3 keeps gathered (or steps over at once)
 
-# %% ../../nbs/73_launch.estimate.ipynb #27e33914
+# %% ../../nbs/73_launch.estimate.ipynb #400ecb17
 def model_states(
     n:int, # parameters
     zero_stage:int=0, # 0: no DeepSpeed
     world_size:int=1, # W, GPUs in all
     policy:str="bf16", # a key of `POLICIES`
     optimizer:str="adamw_torch", # a key of `OPTIMIZERS`
+    trained:int|None=None, # parameters of adapters, beside n that are frozen; None: all n are trained
 )->dict: # bytes per GPU: parameters, gradients, optimizer, buffers, step
     "What is there whatever the batch; `step` are the temporaries of the optimizer's step"
     p, o = choose(POLICIES, policy, "policy"), choose(OPTIMIZERS, optimizer, "optimizer")
     if zero_stage not in (0, 1, 2, 3) or world_size < 1: raise UserError(f"estimate: zero_stage is 0 to 3 and world_size at least 1, not {zero_stage} and {world_size}.")
-    shared = [n/(world_size if zero_stage >= stage else 1) for stage in (1, 2, 3)] # parameters of an optimizer, a gradient, a weight shard
-    fp32 = 4 if zero_stage else p["parameter"]
-    if zero_stage: buffers, step = BUCKET*p["gradient"], 8*min(shared[0], LIVE if zero_stage == 3 else n) # fp32 gradients of the shard, and a temporary
-    else: buffers, step = n*p["gradient"]*(world_size > 1), n*fp32*o["temporaries"]
-    if zero_stage == 3: buffers += min(n, LIVE)*p["parameter"]
-    of_optimizer = fp32*o["states"] + (4 if zero_stage else 0)
-    return dict(parameters=shared[2]*p["parameter"], gradients=shared[1]*p["gradient"], optimizer=shared[0]*of_optimizer, buffers=buffers, step=step)
+    frozen, t = (0, n) if trained is None else (n, trained)
+    own = dict(parameter=4, gradient=4) if frozen and not zero_stage else p # adapters are in fp32 where no engine keeps a master of them
+    shared = [t/(world_size if zero_stage >= stage else 1) for stage in (1, 2, 3)] # parameters of an optimizer, a gradient, a weight shard
+    fp32 = 4 if zero_stage else own["parameter"]
+    if zero_stage: buffers, step = BUCKET*p["gradient"], 8*min(shared[0], LIVE if zero_stage == 3 else t) # fp32 gradients of the shard, and a temporary
+    else: buffers, step = t*own["gradient"]*(world_size > 1), t*fp32*o["temporaries"]
+    if zero_stage == 3: buffers += min(frozen + t, LIVE)*p["parameter"]
+    of_optimizer, kept = fp32*o["states"] + (4 if zero_stage else 0), frozen*p["parameter"]/(world_size if zero_stage == 3 else 1)
+    return dict(parameters=kept + shared[2]*own["parameter"], gradients=shared[1]*own["gradient"], optimizer=shared[0]*of_optimizer, buffers=buffers, step=step)
 
 # %% ../../nbs/73_launch.estimate.ipynb #3756755e
 def layer_activations(
@@ -222,35 +252,37 @@ def layer_activations(
 # %% ../../nbs/73_launch.estimate.ipynb #97d558cf
 TILE = 4096, 32768 # positions and ids of a tile on a GPU
 
-# %% ../../nbs/73_launch.estimate.ipynb #55c846e6
+# %% ../../nbs/73_launch.estimate.ipynb #ae042132
 def head_memory(
     shape:dict, # of `dense_shape`
     positions:int, # scored by the head in one micro-batch
     policy:str="bf16", # a key of `POLICIES`
     head:str="fused", # fused: tiles; logits: all at once
     tile:tuple=TILE, # positions and ids of a tile
+    frozen:bool=False, # the head's weight gets no gradient
 )->tuple: # bytes at work in the forward, and in the backward
     "What the head needs beside the hidden states"
     p, V, H, P = choose(POLICIES, policy, "policy"), shape["vocab"], shape["hidden"], positions
     if choose(dict(fused=False, logits=True), head, "head"): return ((8, 16) if policy == "float32" else (10, 20))[0]*P*V, (16 if policy == "float32" else 20)*P*V
     forward = P*H*p["residual"] + min(P, tile[0])*min(V, tile[1])*p["work"]
-    return forward, forward + 4*P*H + V*H*(4 + (p["gradient"] if p["gradient"] < 4 else 0))
+    return forward, forward + 4*P*H + (0 if frozen else V*H*(4 + (p["gradient"] if p["gradient"] < 4 else 0)))
 
-# %% ../../nbs/73_launch.estimate.ipynb #2fd825de
+# %% ../../nbs/73_launch.estimate.ipynb #dc64ef77
 def layer_work(
     shape:dict, # of `dense_shape`
     places:int, # tokens of a micro-batch, padding included
     policy:str="bf16", # a key of `POLICIES`
     recompute:bool=True, # what the layer keeps is computed anew
     xielu_kernel:bool=False, # see `layer_activations`
+    frozen:bool=False, # its weights get no gradient
 )->int: # bytes
     "What the backward of one layer needs at its height"
     s, p = shape, choose(POLICIES, policy, "policy")
     wide = 4 if policy == "autocast" and not s["gated"] and not xielu_kernel else p["work"]
     temporaries = (4 if s["gated"] or xielu_kernel else 6)*wide*s["mlp"] + 2*p["residual"]*s["hidden"]
-    return places*(temporaries + recompute*layer_activations(s, policy, xielu_kernel)) + s["mlp"]*s["hidden"]*p["gradient"]
+    return places*(temporaries + recompute*layer_activations(s, policy, xielu_kernel)) + s["mlp"]*s["hidden"]*p["gradient"]*(not frozen)
 
-# %% ../../nbs/73_launch.estimate.ipynb #05a8083a
+# %% ../../nbs/73_launch.estimate.ipynb #f9b253d4
 def moments(
     shape:dict, # of `dense_shape`
     counts:dict, # of `parameter_counts`
@@ -261,25 +293,26 @@ def moments(
     recompute:bool=True, # activation checkpointing
     head:tuple=(0, 0), # of `head_memory`
     xielu_kernel:bool=False, # see `layer_activations`
+    frozen:bool=False, # adapters are trained, whose gradients are small: all of them count from the first one on
 )->dict: # moment -> gradients, activations, work, in bytes
     "The five moments of the table above"
     s, p, L = shape, choose(POLICIES, policy, "policy"), shape["layers"]
-    layer, per_layer = layer_work(s, places, policy, recompute, xielu_kernel), places*(s["hidden"]*p["residual"] if recompute else layer_activations(s, policy, xielu_kernel))
+    layer, per_layer = layer_work(s, places, policy, recompute, xielu_kernel, frozen), places*(s["hidden"]*p["residual"] if recompute else layer_activations(s, policy, xielu_kernel))
     saved = L*per_layer + places*s["hidden"]*(4 + 2*p["residual"]) # and the final norm's
-    copies = 2*(counts["attention"] + counts["mlp"])*(policy == "autocast")
+    copies = 2*(counts["attention"] + counts["mlp"])*(policy == "autocast" and not (frozen and recompute)) # those of frozen weights are not cached
     kept, before = copies*(not recompute), states["gradients"]*(accumulation > 1)
-    of_head = states["gradients"] if accumulation > 1 else states["gradients"]*s["vocab"]*s["hidden"]/counts["total"]
+    of_head = states["gradients"] if accumulation > 1 or frozen else states["gradients"]*s["vocab"]*s["hidden"]/counts["total"]
     ended = 1 - (counts["embedding"]*(not s["tied"]) + (counts["attention"] + counts["mlp"])/L)/counts["total"] # its own gradients and the embedding's are still to come
     return {"the head's forward": dict(gradients=before, activations=saved, work=copies + head[0]),
             "the head's backward": dict(gradients=before, activations=saved, work=kept + head[1]),
             "the last layer's backward": dict(gradients=of_head, activations=saved, work=kept + layer),
-            "the first layer's backward": dict(gradients=states["gradients"]*(1 if accumulation > 1 else ended), activations=per_layer, work=layer),
+            "the first layer's backward": dict(gradients=states["gradients"]*(1 if accumulation > 1 or frozen else ended), activations=per_layer, work=layer),
             "the optimizer's step": dict(gradients=states["gradients"], activations=0, work=states["step"])}
 
 # %% ../../nbs/73_launch.estimate.ipynb #724b1336
 PARTS = ("parameters", "optimizer", "buffers", "gradients", "activations", "work", "reserve") # of a GPU's memory, from the bottom of the picture
 
-# %% ../../nbs/73_launch.estimate.ipynb #29b11dec
+# %% ../../nbs/73_launch.estimate.ipynb #d9693ee1
 def memory_per_gpu(
     model, # see `read_model_config`
     zero_stage:int=0, # 0: no DeepSpeed
@@ -296,18 +329,20 @@ def memory_per_gpu(
     reserve:float=2., # GiB for CUDA's context, NCCL, workspaces and fragmentation
     tile:tuple=TILE, # see `head_memory`
     family:str=None, # see `dense_shape`
+    trained:int|None=None, # see `model_states`; 0: a forward alone
 )->dict: # GiB of each of `PARTS` at the worst moment, total, and which moment that is
     "The peak, in parts"
     policy = policy or ("bf16" if zero_stage else "autocast")
     shape, counts, places = dense_shape(model, family), parameter_counts(model, family), per_device_batch*seq_len
-    states = model_states(counts["total"], zero_stage, world_size, policy, optimizer)
-    head_work = head_memory(shape, int(scored*places), policy, head, tile)
-    all_moments = moments(shape, counts, states, places, accumulation, policy, recompute, head_work, xielu_kernel)
+    states, frozen = model_states(counts["total"], zero_stage, world_size, policy, optimizer, trained), trained is not None
+    head_work = head_memory(shape, int(scored*places), policy, head, tile, frozen)
+    all_moments = moments(shape, counts, states, places, accumulation, policy, recompute, head_work, xielu_kernel, frozen)
+    if trained == 0: all_moments = {"the head's forward": all_moments["the head's forward"]}
     moment, worst = max(all_moments.items(), key=lambda kv: sum(kv[1].values()))
     size = {k: v/2**30 for k, v in (states | worst).items()} | dict(reserve=reserve)
     return {k: size[k] for k in PARTS} | dict(total=sum(size[k] for k in PARTS), moment=moment)
 
-# %% ../../nbs/73_launch.estimate.ipynb #bba3e0b6
+# %% ../../nbs/73_launch.estimate.ipynb #4db899dc
 def estimate(
     model, # see `read_model_config`
     device:str|None="gh200", # a key of `DEVICES`; None or cpu: no limit and no speed
@@ -323,19 +358,21 @@ def estimate(
     recompute:bool=True, # activation checkpointing
     scored:float=1., # share of positions that the head scores
     family:str=None, # see `dense_shape`
+    trained:int|None=None, # parameters of adapters, from `lora_parameters`; None: all of the model's are trained
     **memory, # policy, optimizer, head, reserve, xielu_kernel: see `memory_per_gpu`
 )->dict: # parameters, device, gpus, memory (GiB by part), gflop_per_token; of a known device limit_gib, fits, tokens_per_second, step_seconds, hours, node_hours
     "Will it fit, how fast will it be, what will it cost"
     world, length = nodes*gpus_per_node, mean_length or max_length
-    m = memory_per_gpu(model, zero_stage, world, per_device_batch, max_length, accumulation, recompute=recompute, scored=scored, family=family, **memory)
-    flops = flops_per_token(model, length, recompute, scored, family)
+    m = memory_per_gpu(model, zero_stage, world, per_device_batch, max_length, accumulation, recompute=recompute, scored=scored, family=family, trained=trained, **memory)
+    flops = flops_per_token(model, length, recompute, scored, family, trained)
     out = dict(parameters=parameter_counts(model, family)["total"], device=device, gpus=world, memory=m, gflop_per_token=flops/1e9)
+    if trained is not None: out["trained_parameters"] = trained
     if device in (None, "cpu"): return out
-    limit, rate = choose(DEVICES, device, "device")["gib"], tokens_per_second(model, device, world, utilization, length, recompute, scored, family)
+    limit, rate = choose(DEVICES, device, "device")["gib"], tokens_per_second(model, device, world, utilization, length, recompute, scored, family, trained)
     out |= dict(limit_gib=limit, fits=m["total"] <= limit, utilization=utilization, tokens_per_second=rate, step_seconds=world*per_device_batch*accumulation*length/rate)
     return out | (dict(tokens=tokens, hours=hours(tokens, rate), node_hours=node_hours(tokens, rate, nodes)) if tokens else {})
 
-# %% ../../nbs/73_launch.estimate.ipynb #6f4b652e
+# %% ../../nbs/73_launch.estimate.ipynb #8d6d4d74
 def estimate_rows(
     e:dict, # of `estimate` or `estimate_of`
 )->list[dict]: # what, value, unit; a single row where there is no estimate
@@ -352,14 +389,17 @@ def estimate_rows(
         rest += [row(f"speed at {e['utilization']:.0%} of the peak", f"{e['tokens_per_second']:,.0f}", "tokens per second"),
                  row("speed per GPU", f"{e['tokens_per_second']/e['gpus']:,.0f}", "tokens per second"), row("one step", f"{e['step_seconds']:.2g}", "seconds")]
     cost = [row(f"training on {e['tokens']:,.0f} tokens", f"{e['hours']:.2f}", "hours"), row("cost", f"{e['node_hours']:.1f}", "node-hours")] if "hours" in e else []
-    return [row("parameters", f"{n:.2f}", million), row("processes" if e["device"] == "cpu" else "GPUs", str(e["gpus"]), e["device"] or ""), *parts, total, *rest, *cost]
+    if "reference_hours" in e: cost.insert(1, row("of them the reference's forward", f"{e['reference_hours']:.2f}", "hours"))
+    adapters = [row("parameters of adapters, trained", f"{e['trained_parameters']/1e6:.2f}", "million")] if "trained_parameters" in e else []
+    return [row("parameters", f"{n:.2f}", million), *adapters, row("processes" if e["device"] == "cpu" else "GPUs", str(e["gpus"]), e["device"] or ""), *parts, total, *rest, *cost]
 
-# %% ../../nbs/73_launch.estimate.ipynb #aa49d056
+# %% ../../nbs/73_launch.estimate.ipynb #91a0f2e7
 def config_of(
     cfg:dict, # a composed, resolved config
+    name:str|None=None, # of another model than the one that is trained
 )->dict: # what config.json holds
     "The sizes of the model that a run starts from; a run's checkpoint is not verified for it"
-    name = str(cfg["model_args"]["model_name_or_path"])
+    name = str(name or cfg["model_args"]["model_name_or_path"])
     if not name.startswith("run:"): return read_model_config(site_path(name) if (site_path(name)/"config.json").is_file() else name)
     record = read_record(find_run(name[4:], cfg.get("runs_dir"), parts=False))
     found = [p for p in list_checkpoints(record["checkpoints_dir"]) if (p/"config.json").is_file()]
@@ -378,44 +418,89 @@ def policy_of(
     if zero_stage is not None: return "bf16" if bf16 or dtype == "auto" and not cpu else "float32"
     return "autocast" if bf16 or dtype == "auto" and not cpu and bf16 is None else "float32"
 
-# %% ../../nbs/73_launch.estimate.ipynb #9096b0ee
+# %% ../../nbs/73_launch.estimate.ipynb #9992aefb
+def adapters_of(
+    cfg:dict, # a composed, resolved config
+)->int|None: # parameters; None without adapters
+    "What LoRA trains, from a config"
+    m = cfg["model_args"]
+    if not m.get("use_peft"): return None
+    return lora_parameters(config_of(cfg), m.get("lora_r") or 16, m.get("lora_target_modules") or ["all-linear"], m.get("lora_modules_to_save") or (), bool(m.get("use_dora")))
+
+# %% ../../nbs/73_launch.estimate.ipynb #8bef9c43
+def reference_of(
+    cfg:dict, # a composed, resolved config
+)->str|None: # the model's name; None where no model scores the rows
+    "The model that scores all answers before training on pairs"
+    t = cfg["training_args"]
+    if cfg["stage"] != "train_preference" or t["ref_logprobs_from_dataset"] or {*losses_of(t)} == {"sft"}: return None
+    return cfg["ref_model_args"]["model_name_or_path"] or cfg["model_args"]["model_name_or_path"]
+
+# %% ../../nbs/73_launch.estimate.ipynb #ce447142
 def assumed(
     e:dict, # of `estimate`
     cfg:dict, # its config
     policy:str, # of `policy_of`
 )->str:
     "What an estimate takes for granted, in a sentence"
-    t = cfg["training_args"]
+    t, pairs = cfg["training_args"], cfg["stage"] == "train_preference"
     numbers = dict(autocast="float32 weights under bf16 autocast", bf16="bf16 weights", float32="float32")[policy]
-    text = f"Assumed: rows of {t['max_length']} places, all of them scored, {numbers}, {'with' if t.get('activation_checkpointing') else 'without'} recomputation"
+    rows = f"packs of {(1 + pairs)*t['max_length']} places" if t.get("packing") else f"pairs of two sequences of {t['max_length']} places" if pairs else f"rows of {t['max_length']} places"
+    text = f"Assumed: {rows}, all of them scored, {numbers}, {'with' if t.get('activation_checkpointing') else 'without'} recomputation"
+    if "trained_parameters" in e: text += ", the model frozen and adapters trained"
+    if reference_of(cfg): text += ", the reference's forward over all rows before training" + "; its model is gone by then"*(not cfg["model_args"].get("use_peft"))
     if e["device"] == "cpu": return text + "; on a CPU what the interpreter and its libraries hold comes on top, and no speed is foreseen."
     if e["device"] is None: return text + f", {e['memory']['reserve']:g} GiB for CUDA and NCCL. cluster.gpu is not set ({', '.join(DEVICES)}): no limit and no speed."
     return text + f", {e['memory']['reserve']:g} GiB for CUDA and NCCL, {e['utilization']:.0%} of the peak reached without counting communication or padding."
 
-# %% ../../nbs/73_launch.estimate.ipynb #65366861
-def _estimate_of(cfg:dict, tokens:float, mean_length:int|None)->dict:
-    "`estimate_of` where everything is known"
+# %% ../../nbs/73_launch.estimate.ipynb #9dc1ab84
+def with_reference_pass(
+    out:dict, # of `estimate`
+    cfg:dict, # its config
+    once:float, # tokens of all rows
+    length:int, # tokens of a sequence on average
+    **memory, # of `memory_per_gpu`
+)->dict: # the same, with the pass of the reference where a model makes one
+    "Add what the reference model takes: its hours, and its memory where that is the most"
+    if not (name := reference_of(cfg)): return out
+    w, model = topology(cfg), config_of(cfg, name)
+    rows = 2*(cfg["training_args"].get("per_device_eval_batch_size") or 1)
+    m = memory_per_gpu(model, w["zero_stage"] or 0, w["world_size"], rows, cfg["training_args"]["max_length"], trained=0, **memory)
+    if m["total"] > out["memory"]["total"]:
+        out = out | dict(memory=dict(m, moment="the reference's forward")) | (dict(fits=m["total"] <= out["limit_gib"]) if "limit_gib" in out else {})
+    if "hours" not in out: return out
+    extra = hours(once, tokens_per_second(model, out["device"], w["world_size"], out["utilization"], length, False, trained=0))
+    total = out["hours"] + extra
+    return out | dict(reference_hours=extra, hours=total, node_hours=total*cfg["num_nodes"])
+
+# %% ../../nbs/73_launch.estimate.ipynb #f9613f8d
+def _estimate_of(cfg:dict, tokens:float, mean_length:int|None, once:float)->dict:
+    "`estimate_of` where everything is known; a pair is two sequences, a pack of pairs as long as two"
     from post_training.launch.accelerate import device_of # here, so that it may import this module
     t, cluster, w = cfg["training_args"], cfg["cluster"], topology(cfg)
     if not t.get("max_length"): raise UserError("training_args.max_length is null: the longest row decides, and it is not known here.")
     cpu = cluster["device"] == "cpu" or cluster["device"] == "auto" and not cluster.get("gpu") and device_of(cfg) == "cpu"
-    policy, optim, places = policy_of(cfg, cpu, w["zero_stage"]), str(t.get("optim") or "adamw_torch"), w["per_device"]*t["max_length"]
+    sequences = 2 if cfg["stage"] == "train_preference" else 1
+    policy, optim, rows, length = policy_of(cfg, cpu, w["zero_stage"]), str(t.get("optim") or "adamw_torch"), sequences*w["per_device"], mean_length and max(1, mean_length//sequences)
+    places = rows*t["max_length"]
     here = dict(optimizer="adamw_torch_fused" if optim == "adamw_torch" else optim, reserve=0., # a CPU's AdamW takes parameters one by one
                 tile=(places, min(32768, max(512, 2**20//places)))) if cpu else dict(optimizer=optim)
-    out = estimate(config_of(cfg), "cpu" if cpu else cluster.get("gpu"), cfg["num_nodes"], w["world_size"]//cfg["num_nodes"], w["zero_stage"] or 0,
-                   w["per_device"], w["accumulation"], t["max_length"], mean_length, tokens, recompute=bool(t.get("activation_checkpointing")), policy=policy, **here)
+    out = estimate(config_of(cfg), "cpu" if cpu else cluster.get("gpu"), cfg["num_nodes"], w["world_size"]//cfg["num_nodes"], w["zero_stage"] or 0, rows, w["accumulation"],
+                   t["max_length"], length, tokens, recompute=bool(t.get("activation_checkpointing")), policy=policy, trained=adapters_of(cfg), **here)
     if t.get("packing") and "step_seconds" in out: out["step_seconds"] = w["world_size"]*w["accumulation"]*places/out["tokens_per_second"] # packs are full
+    out = with_reference_pass(out, cfg, once or tokens/max(t["num_train_epochs"], 1e-9), length or t["max_length"], policy=policy, **here)
     return out | dict(assumed=assumed(out, cfg, policy))
 
-# %% ../../nbs/73_launch.estimate.ipynb #ba268ffb
+# %% ../../nbs/73_launch.estimate.ipynb #80d339db
 def estimate_of(
     cfg:dict, # a composed, resolved config
     tokens:float=0, # to train on over all epochs; 0: no hours
-    mean_length:int=None, # tokens of a row on average; None: training_args.max_length
+    mean_length:int=None, # tokens of a row (of a pair: of both its sequences) on average; None: training_args.max_length for each sequence
+    once:float=0, # tokens of all rows; 0: those to train on, by the epochs
 )->dict|None: # of `estimate` with `assumed`; only `reason` where there is none; None for a stage that does not train
     "The estimate of a run, from its config"
     if cfg["stage"] not in TRAINING_STAGES: return None
-    try: return _estimate_of(cfg, tokens, mean_length)
+    try: return _estimate_of(cfg, tokens, mean_length, once)
     except UserError as e: return dict(reason=str(e).removeprefix("estimate: "))
     except Exception as e: return dict(reason=f"{type(e).__name__}: {e}") # a config.json of another kind, for one
 

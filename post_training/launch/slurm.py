@@ -117,14 +117,15 @@ def steps_of(
     per_epoch = rows//batch if t.get("dataloader_drop_last") else -(-rows//batch)
     return int(-(-per_epoch*t["num_train_epochs"]//1))
 
-# %% ../../nbs/71_launch.slurm.ipynb #05835598
+# %% ../../nbs/71_launch.slurm.ipynb #f4f039df
 def tokens_at_most(
     cfg:dict, # a composed, resolved config
     rows:int=0, # training rows, or packs; 0: not known
 )->int: # 0 where the steps are not known yet
     "Tokens of a run if every row were as long as it may be"
     if cfg["stage"] not in TRAINING_STAGES: return 0
-    return steps_of(cfg, rows)*batch_arithmetic(cfg)["global_batch"]*(cfg["training_args"].get("max_length") or 0)
+    sequences = 2 if cfg["stage"] == "train_preference" else 1 # of a pair
+    return steps_of(cfg, rows)*batch_arithmetic(cfg)["global_batch"]*sequences*(cfg["training_args"].get("max_length") or 0)
 
 # %% ../../nbs/71_launch.slurm.ipynb #3ba95e5e
 def job_nodes(
@@ -133,7 +134,7 @@ def job_nodes(
     "Nodes that a submission may hold for its time limit: of a stage with shards those of all its tasks, and the one of its record"
     return tasks_of(cfg) + 1 if cfg["stage"] in SHARD_STAGES else nodes_of(cfg)
 
-# %% ../../nbs/71_launch.slurm.ipynb #ce3b9d1c
+# %% ../../nbs/71_launch.slurm.ipynb #c5a6fb78
 def arithmetic(
     cfg:dict, # a composed, resolved config
     rows:int=0, # training rows, or packs; 0: not known
@@ -146,9 +147,10 @@ def arithmetic(
         size, many = f"{w['gib']:,.1f} GiB" if w["gib"] >= 0.1 else f"{1024*w['gib']:,.1f} MiB", f"{w['gpus']} GPU{'s'*(w['gpus'] > 1)}"
         facts["weights of a worker's model"] = f"{size} on {many}" + (f" of {w['limit_gib']:g} GiB" if w["limit_gib"] else "; cluster.gpu is not set: no limit is known")
     if cfg["stage"] in TRAINING_STAGES:
-        b = batch_arithmetic(cfg)
-        facts |= {"processes": b["world_size"], "rows per process and micro-batch": b["per_device"], "accumulation": b["accumulation"], "global batch": b["global_batch"],
-                  "steps": steps_of(cfg, rows) or "known once the rows are counted"}
+        b, what = batch_arithmetic(cfg), "pairs" if cfg["stage"] == "train_preference" else "rows"
+        unit = f"packs of {what}" if cfg["training_args"].get("packing") else what
+        facts |= {"processes": b["world_size"], f"{unit} per process and micro-batch": b["per_device"], "accumulation": b["accumulation"],
+                  "global batch" if unit == "rows" else f"global batch, {unit}": b["global_batch"], "steps": steps_of(cfg, rows) or "known once the rows are counted"}
     which = "tasks and record" if tasks_of(cfg) else "per job"
     facts |= {"time limit of a job": f"{hours:.3g} h" if hours else "the partition's",
               f"node-hours at most, {which}": round(job_nodes(cfg)*hours, 1) if hours else "not known without cluster.time"}
