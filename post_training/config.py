@@ -808,7 +808,7 @@ def _trust(cfg:dict, origin, typed)->list[str]: # notices; `cfg` is changed in p
         notices.append(f"{key} is true{origin(key)}, but {revision} names no commit: taken as false.")
     return notices
 
-# %% ../nbs/00_config.ipynb #e55f5c4e
+# %% ../nbs/00_config.ipynb #531cef30
 RANGES = {"plw_args.prompt_loss_weight": (0, 1), "irl_args.lambda_td": (0, math.inf), "irl_args.gamma": (0, 1), "max_drop_fraction": (0, 1),
     "dataset_args.debug_subsample.train": (0, math.inf), "dataset_args.debug_subsample.eval": (0, math.inf), "num_nodes": (1, math.inf),
     "cluster.max_retries": (0, 1000), "cluster.signal_seconds": (1, 65535), "cluster.preflight_seconds": (1, 3600),
@@ -816,7 +816,8 @@ RANGES = {"plw_args.prompt_loss_weight": (0, 1), "irl_args.lambda_td": (0, math.
     "shards.number": (1, 9999), "shards.save_seconds": (0, math.inf), "max_seq_len": (1, math.inf), "min_completions": (0, math.inf), "tensor_parallel_size": (1, 1024),
     "generation.n": (0, math.inf), "generation.temperature": (0, math.inf), "generation.top_p": (0, 1), "generation.max_new_tokens": (1, math.inf),
     "generation.batch_tokens": (1, math.inf), "batch_tokens": (1, math.inf), "reward_args.batch_tokens": (1, math.inf), "num_pairs": (1, math.inf),
-    "parity.dialogues": (0, 1000), "parity.max_difference": (0, 1), "min_num_ref_rewards": (0, math.inf), "server.start_seconds": (1, math.inf), "server.concurrency": (1, math.inf), "dataset_args.debug_subsample": (0, math.inf),
+    "parity.dialogues": (0, 1000), "parity.max_difference": (0, 1), "min_num_ref_rewards": (0, math.inf), "server.start_seconds": (1, math.inf),
+    "server.concurrency": (1, math.inf), "dataset_args.debug_subsample": (0, math.inf),
     "evaluation.num_prompts": (0, math.inf), "evaluation.max_new_tokens": (1, math.inf), "evaluation.batch_size": (1, math.inf),
     "evaluation.temperature": (0, math.inf), "evaluation.top_p": (0, 1), "evaluation.samples": (1, 10000), "evaluation.num_samples_shown": (0, 10000),
     "evaluation.batch_tokens": (1, math.inf), "lm_eval.limit": (1, math.inf), "lm_eval.num_fewshot": (0, 1000)}
@@ -860,12 +861,13 @@ def _without_others(raw:dict, origins:dict, keys:dict):
         pop(raw, key); origins.pop(key)
         while (key := key.rpartition(".")[0]) and get(raw, key) == {}: pop(raw, key) # sections that held nothing else
 
-# %% ../nbs/00_config.ipynb #ec44c6ea
+# %% ../nbs/00_config.ipynb #2fe4f1e2
 def _packed(cfg:dict, packs:int)->str:
     "What a batch is made of where rows are packed"
     what, tokens = ("pairs", 2) if cfg["stage"] == "train_preference" else ("rows", 1)
-    return (f"training_args.packing=true: a step takes {packs} pack{'s'*(packs > 1)}, each of as many {what} as fit into {tokens*(cfg['training_args']['max_length'] or 0) or 'the longest'} places, "
-            f"not {packs} {what}. Divide global_batch_size by the {what} of a pack to keep their number.")
+    places = tokens*(cfg["training_args"]["max_length"] or 0) or "the longest row's"
+    return (f"training_args.packing=true: a step takes {packs} pack{'s'*(packs > 1)}, each of as many {what} as fit into {places} places, not {packs} {what}. "
+            f"Divide global_batch_size by the {what} of a pack to keep their number.")
 
 # %% ../nbs/00_config.ipynb #1e45f09e
 def _finish(raw:dict, keys:dict, origin, typed=(), holes_ok:bool=False)->tuple: # (checked config, derived keys, notices)

@@ -44,7 +44,7 @@ def _is_number(x)->bool:
     "A finite number, and no truth value"
     return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
 
-# %% ../nbs/00_objective.ipynb #5349fa25
+# %% ../nbs/00_objective.ipynb #397779c3
 def check_pairwise(
     name:str, # one of `DPO_LOSSES`
     f_divergence_type:str="reverse_kl", # one of `CHOICES`
@@ -52,11 +52,13 @@ def check_pairwise(
     normalize_beta_by_length:bool=False, # beta/|y|
 ):
     "Refuse what a loss of pairs is not defined for"
-    if f_divergence_type != "reverse_kl" and name not in WITH_DIVERGENCE: raise UserError(f"training_args.loss_type: {name!r} is not defined with f_divergence_type={f_divergence_type}.")
+    if f_divergence_type != "reverse_kl" and name not in WITH_DIVERGENCE:
+        raise UserError(f"training_args.loss_type: {name!r} is not defined with f_divergence_type={f_divergence_type}.")
     low, high = SMOOTHED.get(name, (0., math.inf))
     if not low <= label_smoothing < high:
         raise UserError(f"training_args.label_smoothing={label_smoothing}: loss_type={name} takes {'more than' if low else 'at least'} 0 and below {high}.")
-    if normalize_beta_by_length and name in PER_TOKEN: raise UserError(f"training_args.normalize_beta_by_length: loss_type={name} divides by the lengths already, this would do it twice.")
+    if normalize_beta_by_length and name in PER_TOKEN:
+        raise UserError(f"training_args.normalize_beta_by_length: loss_type={name} divides by the lengths already, this would do it twice.")
 
 # %% ../nbs/00_objective.ipynb #e0001862
 ABOVE_0 = ("beta", "max_effective_beta", "discopop_tau") # numbers without a meaning at 0

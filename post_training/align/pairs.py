@@ -157,7 +157,7 @@ def own_pair(
     at = {c["policy"]: i for i, c in reversed(list(enumerate(completions))) if not fault_of(c, rewarded=False)}
     return [(at["chosen"], at["rejected"])] if {"chosen", "rejected"} <= at.keys() else []
 
-# %% ../../nbs/45_align.pairs.ipynb #336d7925
+# %% ../../nbs/45_align.pairs.ipynb #0533ecc7
 def pair_features(
     blocks:bool, # structured contents
 ): # `datasets.Features`
@@ -168,7 +168,8 @@ def pair_features(
     both = lambda name, kind: {name.format(s): kind for s in ("chosen", "rejected")}
     return Features(dict(id=text, source=text, prompt=messages, **both("{}", messages), answer=text, verifier=text, **both("ref_{}_logprob", number),
         **both("ref_{}_logprobs", List(Value("float32"))), **both("{}_reward", number), ref_rewards=List(number), **both("{}_quantile_reward", number),
-        **both("{}_is_reference", Value("bool")), **both("{}_reference", count), **both("{}_length", count), prompt_length=count, **both("{}_policy", text), pair=count, reference=text))
+        **both("{}_is_reference", Value("bool")), **both("{}_reference", count), **both("{}_length", count), prompt_length=count, **both("{}_policy", text),
+        pair=count, reference=text))
 
 # %% ../../nbs/45_align.pairs.ipynb #fadbf92e
 def pair_row(

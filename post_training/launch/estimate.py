@@ -282,7 +282,7 @@ def layer_work(
     temporaries = (4 if s["gated"] or xielu_kernel else 6)*wide*s["mlp"] + 2*p["residual"]*s["hidden"]
     return places*(temporaries + recompute*layer_activations(s, policy, xielu_kernel)) + s["mlp"]*s["hidden"]*p["gradient"]*(not frozen)
 
-# %% ../../nbs/73_launch.estimate.ipynb #f9b253d4
+# %% ../../nbs/73_launch.estimate.ipynb #e3c5c615
 def moments(
     shape:dict, # of `dense_shape`
     counts:dict, # of `parameter_counts`
@@ -297,7 +297,8 @@ def moments(
 )->dict: # moment -> gradients, activations, work, in bytes
     "The five moments of the table above"
     s, p, L = shape, choose(POLICIES, policy, "policy"), shape["layers"]
-    layer, per_layer = layer_work(s, places, policy, recompute, xielu_kernel, frozen), places*(s["hidden"]*p["residual"] if recompute else layer_activations(s, policy, xielu_kernel))
+    layer = layer_work(s, places, policy, recompute, xielu_kernel, frozen)
+    per_layer = places*(s["hidden"]*p["residual"] if recompute else layer_activations(s, policy, xielu_kernel))
     saved = L*per_layer + places*s["hidden"]*(4 + 2*p["residual"]) # and the final norm's
     copies = 2*(counts["attention"] + counts["mlp"])*(policy == "autocast" and not (frozen and recompute)) # those of frozen weights are not cached
     kept, before = copies*(not recompute), states["gradients"]*(accumulation > 1)
@@ -436,7 +437,7 @@ def reference_of(
     if cfg["stage"] != "train_preference" or t["ref_logprobs_from_dataset"] or {*losses_of(t)} == {"sft"}: return None
     return cfg["ref_model_args"]["model_name_or_path"] or cfg["model_args"]["model_name_or_path"]
 
-# %% ../../nbs/73_launch.estimate.ipynb #ce447142
+# %% ../../nbs/73_launch.estimate.ipynb #7310aa00
 def assumed(
     e:dict, # of `estimate`
     cfg:dict, # its config
@@ -445,7 +446,7 @@ def assumed(
     "What an estimate takes for granted, in a sentence"
     t, pairs = cfg["training_args"], cfg["stage"] == "train_preference"
     numbers = dict(autocast="float32 weights under bf16 autocast", bf16="bf16 weights", float32="float32")[policy]
-    rows = f"packs of {(1 + pairs)*t['max_length']} places" if t.get("packing") else f"pairs of two sequences of {t['max_length']} places" if pairs else f"rows of {t['max_length']} places"
+    rows = f"packs of {(1 + pairs)*t['max_length']} places" if t.get("packing") else f"{'pairs of two sequences' if pairs else 'rows'} of {t['max_length']} places"
     text = f"Assumed: {rows}, all of them scored, {numbers}, {'with' if t.get('activation_checkpointing') else 'without'} recomputation"
     if "trained_parameters" in e: text += ", the model frozen and adapters trained"
     if reference_of(cfg): text += ", the reference's forward over all rows before training" + "; its model is gone by then"*(not cfg["model_args"].get("use_peft"))
@@ -473,7 +474,7 @@ def with_reference_pass(
     total = out["hours"] + extra
     return out | dict(reference_hours=extra, hours=total, node_hours=total*cfg["num_nodes"])
 
-# %% ../../nbs/73_launch.estimate.ipynb #f9613f8d
+# %% ../../nbs/73_launch.estimate.ipynb #cc968c47
 def _estimate_of(cfg:dict, tokens:float, mean_length:int|None, once:float)->dict:
     "`estimate_of` where everything is known; a pair is two sequences, a pack of pairs as long as two"
     from post_training.launch.accelerate import device_of # here, so that it may import this module
@@ -481,8 +482,8 @@ def _estimate_of(cfg:dict, tokens:float, mean_length:int|None, once:float)->dict
     if not t.get("max_length"): raise UserError("training_args.max_length is null: the longest row decides, and it is not known here.")
     cpu = cluster["device"] == "cpu" or cluster["device"] == "auto" and not cluster.get("gpu") and device_of(cfg) == "cpu"
     sequences = 2 if cfg["stage"] == "train_preference" else 1
-    policy, optim, rows, length = policy_of(cfg, cpu, w["zero_stage"]), str(t.get("optim") or "adamw_torch"), sequences*w["per_device"], mean_length and max(1, mean_length//sequences)
-    places = rows*t["max_length"]
+    policy, optim, rows = policy_of(cfg, cpu, w["zero_stage"]), str(t.get("optim") or "adamw_torch"), sequences*w["per_device"]
+    length, places = mean_length and max(1, mean_length//sequences), rows*t["max_length"]
     here = dict(optimizer="adamw_torch_fused" if optim == "adamw_torch" else optim, reserve=0., # a CPU's AdamW takes parameters one by one
                 tile=(places, min(32768, max(512, 2**20//places)))) if cpu else dict(optimizer=optim)
     out = estimate(config_of(cfg), "cpu" if cpu else cluster.get("gpu"), cfg["num_nodes"], w["world_size"]//cfg["num_nodes"], w["zero_stage"] or 0, rows, w["accumulation"],

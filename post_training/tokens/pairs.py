@@ -84,7 +84,7 @@ def reference_fault(
     if each and len(each) != n or length is not None and length != n: return "reference: scored for another number of tokens"
     if each and abs(sum(each) - total) > 1e-3*max(1, abs(total)): return "reference: the tokens' log-probabilities do not add up"
 
-# %% ../../nbs/27_tokens.pairs.ipynb #3d981024
+# %% ../../nbs/27_tokens.pairs.ipynb #53b0d169
 def reward_fault(
     row:dict, # a pair
 )->str|None: # what is wrong
@@ -97,7 +97,8 @@ def reward_fault(
     for side in ("chosen", "rejected"):
         if not finite(row.get(f"{side}_reward")): return "reward: missing or not finite"
         if row.get(f"{side}_is_reference") and row[f"{side}_reward"] not in row["ref_rewards"]: return "reward: of a reference, but none of the references has it"
-        if (at := row.get(f"{side}_reference")) is not None and (not isinstance(at, int) or row["ref_rewards"][at:at+1] != [row[f"{side}_reward"]]): return "reward: not that of the reference that it is"
+        at = row.get(f"{side}_reference")
+        if at is not None and (not isinstance(at, int) or row["ref_rewards"][at:at+1] != [row[f"{side}_reward"]]): return "reward: not that of the reference that it is"
 
 # %% ../../nbs/27_tokens.pairs.ipynb #283ceede
 def tokenize_pair(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAIR_ARGS', 'PairObjective', 'answer_lengths', 'reference_table', 'among_references', 'with_quantiles',
-           'quantile_facts', 'pair_objective', 'pair_config', 'reference_logps', 'with_reference', 'canary']
+           'quantile_facts', 'pair_objective', 'pair_config', 'reference_logps', 'with_reference', 'canary_rows',
+           'reference_gap', 'canary']
 
 # %% ../../nbs/53_trainers.preference.ipynb #fc931063
 import dataclasses
@@ -306,28 +307,58 @@ def with_reference(
     for k, x_N in zip(names, logps_N2.T): data = data.add_column(k, x_N.tolist())
     return data
 
-# %% ../../nbs/53_trainers.preference.ipynb #b7a806ee
+# %% ../../nbs/53_trainers.preference.ipynb #904bd0f2
+def canary_rows(
+    data, # tokenized pairs
+    rows:int=8, # of each source; half as many where there are more than four sources
+    most:int=16, # sources, spread over all
+)->dict: # source: indices; the first and the last ones of a source are among them
+    "A few rows of each source"
+    of, names = {}, data["source"][:] if "source" in data.column_names else [""]*len(data)
+    for i, name in enumerate(names): of.setdefault(name, []).append(i)
+    spread = lambda xs, n: [xs[i] for i in np.linspace(0, len(xs) - 1, min(n, len(xs)), dtype=int).tolist()]
+    return {name: spread(of[name], rows if len(of) < 5 else rows//2) for name in spread([*of], most)}
+
+# %% ../../nbs/53_trainers.preference.ipynb #5e511330
+def reference_gap(
+    trainer, # about to begin
+    model, # as it was wrapped
+    data, # tokenized pairs
+    indices, # rows to score
+)->tuple: # sum of the absolute differences, number of tokens
+    "How far the live model is from the reference on some rows, in batches as evaluation has them"
+    total, tokens, size = 0., 0, trainer.args.per_device_eval_batch_size
+    for start in range(0, len(indices), size):
+        picked = [{**data[i], "row_index": i} for i in indices[start:start + size]]
+        batch = trainer._prepare_inputs(trainer.collator(picked))
+        with torch.no_grad(), trainer.compute_loss_context_manager(): scored = trainer.objective.score(model, batch, with_top1=False)
+        each = [x for r in picked for s in ("chosen", "rejected") for x in r.get(f"ref_{s}_logprobs") or []]
+        live_N = scored[0].log_probs[batch["completion_mask"][:, 1:]].double()
+        logps_S, _, lengths_S = trainer.objective.logps(scored, batch)
+        if len(each) == len(live_N): total += (live_N - torch.tensor(each, dtype=torch.float64, device=live_N.device)).abs().sum().item()
+        else: total += (logps_S - batch["ref_logps"]).abs().sum().item()
+        tokens += lengths_S.sum().item()
+    return total, tokens
+
+# %% ../../nbs/53_trainers.preference.ipynb #47bf463a
 def canary(
     trainer, # about to begin
     model, # as it was wrapped
-    rows:int=8, # pairs to score
+    rows:int=8, # pairs of a source to score, see `canary_rows`
 )->float: # mean absolute difference per token, in nats
     "Stop where the policy at step 0 is not the reference of the data"
-    data, n = trainer.train_dataset, min(rows, len(trainer.train_dataset))
-    picked = [{**data[i], "row_index": i} for i in np.linspace(0, len(data) - 1, n, dtype=int).tolist()]
-    batch, was_training = trainer._prepare_inputs(trainer.collator(picked)), model.training
+    was_training, gaps, n = model.training, {}, 0
     model.eval()
-    with torch.no_grad(), trainer.compute_loss_context_manager(): scored = trainer.objective.score(model, batch, with_top1=False)
+    for split, data in (("", trainer.train_dataset), ("eval ", trainer.eval_dataset)):
+        for name, indices in canary_rows(data, rows).items() if data is not None else ():
+            gaps[f"{split}{name}".strip() or "train"] = reference_gap(trainer, model, data, indices)
+            n += len(indices)
     model.train(was_training)
-    each = [x for r in picked for s in ("chosen", "rejected") for x in r.get(f"ref_{s}_logprobs") or []]
-    live_N = scored[0].log_probs[batch["completion_mask"][:, 1:]].double()
-    if len(each) == len(live_N): off = (live_N - torch.tensor(each, dtype=torch.float64, device=live_N.device)).abs().mean().item()
-    else:
-        logps_S, _, lengths_S = trainer.objective.logps(scored, batch)
-        off = ((logps_S - batch["ref_logps"]).abs().sum()/lengths_S.sum()).item()
+    means, off = {name: total/tokens for name, (total, tokens) in gaps.items()}, sum(t for t, _ in gaps.values())/sum(n for _, n in gaps.values())
     exact = trainer.args.mixed_precision == "no" and next(trainer.model.parameters()).dtype == torch.float32
-    if not off <= (1e-4 if exact else 0.02):
-        raise UserError(f"The policy at step 0 is not the reference of the data: over {n} pairs their log-probabilities differ by {off:.2g} per token on average. Start from the "
-                        "reference model with its tokenizer, chat template, dtype and max_length, score the data again (stage ref_logprobs), "
-                        "or set training_args.ref_logprobs_from_dataset=false.")
-    return off
+    limit, worst = 1e-4 if exact else 0.02, sorted(means, key=lambda name: -np.nan_to_num(means[name], nan=np.inf))
+    if off <= limit and means[worst[0]] <= 2*limit: return off
+    told = f" ({', '.join(f'{name}: {means[name]:.2g}' for name in worst[:6])}{', ...'*(len(worst) > 6)})"*(len(means) > 1)
+    raise UserError(f"The policy at step 0 is not the reference of the data: over {n} pairs their log-probabilities differ by {off:.2g} per token on average{told}. Start from the "
+                    "reference model with its tokenizer, chat template, dtype and max_length, score the data again (stage ref_logprobs), "
+                    "or set training_args.ref_logprobs_from_dataset=false.")
