@@ -77,12 +77,13 @@ def config_hash(
     if (cfg.get("resuming") or {}).get("use_commit"): what["commit"] = commit or git_state()["commit"]
     return hashlib.sha256(json.dumps(what, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()
 
-# %% ../nbs/01_run.ipynb #f3aa6f41
+# %% ../nbs/01_run.ipynb #7963a101
 def slug(
     cfg:dict, # a composed, resolved config
 )->str: # lower case, letters, digits, dots and dashes
     "A readable name for a run: the last parts of the model's and the dataset's names, or a merge's method"
-    names = [*((cfg.get("checkpoints") or [])[:3] or [(cfg.get("model_args") or {}).get("model_name_or_path")]), cfg.get("dataset_name"), (cfg.get("model_merging") or {}).get("merge_method")]
+    model = (cfg.get("model_args") or {}).get("model_name_or_path")
+    names = [*((cfg.get("checkpoints") or [])[:3] or [model]), cfg.get("dataset_name"), (cfg.get("model_merging") or {}).get("merge_method")]
     text = "-".join(str(n).rstrip("/").split("/")[-1] for n in names if n) or cfg["stage"]
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")[:48]
 
