@@ -211,13 +211,14 @@ def sampler(self:SFTTrainer, train:bool=True):
     return StepSampler(per_device=a.per_device_train_batch_size, accumulation=a.gradient_accumulation_steps, seed=seed, shuffle=shuffle,
                        drop_last=self.drop_last, order=self.order, **common)
 
-# %% ../../nbs/52_trainers.sft.ipynb #7d19b007
+# %% ../../nbs/52_trainers.sft.ipynb #48efdf2c
 @patch
 def get_train_dataloader(self:SFTTrainer):
     "Our own loader: rank-aware already, batches stay on the host until they are used"
     a, sampler = self.args, self.sampler()
     if not len(sampler):
-        raise UserError(f"There are {sampler.n} {'training rows' if self.bins is None else 'packs of training rows'} and a step takes {sampler.global_batch}: dataloader_drop_last leaves no step. "
+        raise UserError(f"There are {sampler.n} {'training rows' if self.bins is None else 'packs of training rows'} and a step takes {sampler.global_batch}: "
+                        "dataloader_drop_last leaves no step. "
                         "Lower the global batch or set training_args.dataloader_drop_last=false.")
     return make_loader(Rows(self.train_dataset, self.bins), sampler, self.collator, self.filler, a.dataloader_num_workers,
                        a.dataloader_pin_memory and a.device.type == "cuda", a.dataloader_prefetch_factor)
