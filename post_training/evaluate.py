@@ -354,14 +354,14 @@ def summary_line(
         out.append(f"{name}: {', '.join(parts) or 'nothing could be checked'}")
     return "; ".join(out[:4]) + (f"; and {len(out) - 4} more" if len(out) > 4 else "")
 
-# %% ../nbs/65_evaluate.ipynb #7968e460
+# %% ../nbs/65_evaluate.ipynb #5ec3dfde
 def evaluate(
     task, # the attempt, from `run.open_run` or `launch.recipe.open_task`
     cfg:dict, # composed for this stage
 )->dict: # rows, split, checkpoints (name: numbers), differences; read back where the run is done
     "Measure the checkpoints of a config, write what they said, and close the run's record"
     from post_training.demo import ensure_demo
-    from post_training.harness import find_tasks, load_tasks
+    from post_training.harness import find_tasks, load_tasks, task_inputs
     if task.status == "done": return json.loads((Path(run.read_record(task.run_dir)["final"]["output"])/"results.json").read_text())
     check_asked(cfg)
     ensure_demo({k: v for k, v in cfg.items() if not cfg["checkpoints"] or k not in ("model_args", "tokenizer_args")})
@@ -369,7 +369,7 @@ def evaluate(
     if "accuracy" in cfg["measure"]: check_answers(rows.to_list(), cfg["evaluation"]["verifier"], cfg["dataset_args"]["dataset_name"])
     for who in every: own_tokenizer(cfg, who["path"]) # all of them are looked at before the first is asked
     manager = find_tasks(h["tasks"], h["include_path"] and config.site_path(h["include_path"])) if h["tasks"] else None
-    if manager: load_tasks(manager, h["tasks"])
+    told = task_inputs(h["tasks"], load_tasks(manager, h["tasks"])) if manager else [] # files of the harness's tasks
     results, work = dict(dataset=cfg["dataset_args"]["dataset_name"], split=split, rows=len(rows), checkpoints={}), Path(task.checkpoints_dir)/"work"
     for i, who in enumerate(every):
         results["checkpoints"][who["name"]], beside[who["name"]] = measure_checkpoint(cfg, who, rows, work/f"answers-{i}.jsonl", manager)
@@ -378,7 +378,7 @@ def evaluate(
     output = write_output(task, results, beside, rows.to_list())
     if parents := [p for who in every for p in who["parents"]]: run.update_record(task.run_dir, parents=parents)
     numbers = {n: {k: v for k, v in c.items() if k != "samples"} for n, c in results["checkpoints"].items()}
-    read = [cfg["dataset_args"]["dataset_name"], *(model_input(who["path"]) for who in every), *([h["include_path"]] if h["include_path"] else [])]
+    read = [cfg["dataset_args"]["dataset_name"], *(model_input(who["path"]) for who in every), *([h["include_path"]] if h["include_path"] else []), *told]
     run.finish_output(task, output, summary=summary_line(results), evaluation=numbers, differences=results["differences"], inputs=run.inputs_of(read))
     shutil.rmtree(work, ignore_errors=True)
     return results

@@ -137,3 +137,13 @@ def test_as_typed(place, tmp_root, capsys):
     assert told["lm_eval"]["sums"]["exact_match"] == told["accuracy"] and told["lm_eval"]["sums"]["n"] == len(rows)
     assert main(["runs", "--sort", "bits_per_byte"]) == 0 and "bits_per_byte" in capsys.readouterr().out
     assert main([*words, "lm_eval.task=3"]) == 2
+
+
+def test_documents_of_a_task_named_by_its_file_are_inputs(place, tmp_root):
+    from post_training.harness import write_task
+    task = write_task(tmp_root / "far" / "away", "mine", [dict(question="2 + 2?", answer="4")], 4)
+    words = [*typed(place), "measure=[]", f"lm_eval.tasks=[{task}]", "lm_eval.apply_chat_template=true"]
+    _, record = measured(*words)
+    assert run.changed_inputs(record) == []
+    with open(task.with_suffix(".jsonl"), "a") as f: f.write(json.dumps(dict(question="3 + 3?", answer="6")) + "\n")
+    assert run.changed_inputs(record) == [str(task.with_suffix(".jsonl"))]
