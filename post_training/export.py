@@ -6,9 +6,10 @@
 __all__ = ['WIDTHS', 'DIALOGUES', 'TOLD', 'Source', 'find_source', 'weights_kind', 'header_of', 'weight_faults', 'dtype_of',
            'load_weights', 'load_adapter', 'load_partitions', 'load_source', 'with_plain_messages', 'check_tokenizer',
            'settle_ids', 'own_dialogues', 'training_dialogues', 'ids_of', 'compare_ids', 'logits_of', 'compare_logits',
-           'judge', 'shown', 'table', 'training_facts', 'mixture_of', 'data_text', 'evaluation_text', 'usage_text',
-           'model_card', 'write_folder', 'Result', 'export_checkpoint', 'output_folder', 'export', 'check_push', 'push',
-           'serve_command', 'free_port', 'serving', 'library_texts', 'serving_parity']
+           'judge', 'shown', 'table', 'lora_facts', 'optimizer_facts', 'training_facts', 'merge_sources', 'merge_text',
+           'mixture_of', 'data_text', 'evaluation_text', 'usage_text', 'model_card', 'write_folder', 'Result',
+           'export_checkpoint', 'output_folder', 'export', 'check_push', 'push', 'serve_command', 'free_port',
+           'serving', 'library_texts', 'serving_parity']
 
 # %% ../nbs/62_export.ipynb #6f7d57c0
 import contextlib, json, os, re, signal, socket, struct, subprocess, sys, tempfile, time, urllib.error, urllib.request
@@ -351,7 +352,7 @@ def judge(
         raise UserError(f"The logits of the exported folder are off by up to {logits['max_difference']:.3g}, more than {bound:.3g}. "
                         + ("Nothing was written." if same_dtype else "Nothing was written: choose a wider dtype, or a larger parity.max_difference."))
 
-# %% ../nbs/62_export.ipynb #f42532ea
+# %% ../nbs/62_export.ipynb #f55d9ef3
 def shown(
     value, # of a config or a record
 )->str: # without folders, without secrets
@@ -359,6 +360,7 @@ def shown(
     if isinstance(value, str) and ("\\" in value or value.startswith(("/", "~", ".", "artifacts/", "runs/"))): value = re.split(r"[/\\]", value.rstrip("/"))[-1]
     if isinstance(value, float): value = f"{value:.6g}"
     if isinstance(value, (list, tuple)): value = ", ".join(map(shown, value))
+    if isinstance(value, dict): value = ", ".join(f"{k} [{shown(v)}]" if isinstance(v, list) else f"{k} {shown(v)}" for k, v in value.items())
     return str(redact(value)).replace("|", "\\|").replace("\n", " ")
 
 # %% ../nbs/62_export.ipynb #2d339edd
@@ -370,13 +372,39 @@ def table(
     lines = [f"| {shown(k)} | {shown(v)} |" for k, v in rows.items() if v is not None and v != {}]
     return "\n".join([f"| {head} | |", "|---|---|", *lines]) + "\n" if lines else ""
 
-# %% ../nbs/62_export.ipynb #7bbe7ffc
-TOLD = ("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "optim_args", "weight_decay", "max_grad_norm", "num_train_epochs", "max_steps", "max_length", "packing",
+# %% ../nbs/62_export.ipynb #df342075
+TOLD = ("learning_rate", "lr_scheduler_type", "optim", "optim_args", "weight_decay", "max_grad_norm", "max_length", "packing",
         "seed", "loss_type", "beta", "num_ref_rewards", "normalize_beta_by_length", "transform", "partition") # of training_args
 
-# %% ../nbs/62_export.ipynb #1c44a4e6
+# %% ../nbs/62_export.ipynb #730502a6
+def lora_facts(
+    record:dict, # of the run; may be empty
+    folder=None, # of the checkpoint, with adapter/adapter_config.json or adapter_config.json
+)->dict: # what -> value; empty where no adapters were trained
+    "Rank, scale and places of LoRA, as the checkpoint's adapter has them, else the config"
+    files = [p for p in (Path(folder)/"adapter/adapter_config.json", Path(folder)/"adapter_config.json") if p.is_file()] if folder else []
+    m = (record.get("config") or {}).get("model_args") or {}
+    if not files and not m.get("use_peft"): return {}
+    found = json.loads(files[0].read_text()) if files else {k.removeprefix("lora_"): v for k, v in m.items() if k.startswith("lora_")}
+    pick = lambda k: found.get(k, found.get(f"lora_{k}"))
+    more = {k: pick(k) for k in ("modules_to_save", "use_rslora", "use_dora") if pick(k)}
+    return {"adapters": "LoRA, merged into the weights", "LoRA r": pick("r"), "LoRA alpha": pick("alpha"), "LoRA dropout": pick("dropout"),
+            "LoRA target modules": pick("target_modules")} | {f"LoRA {k.replace('_', ' ')}": v for k, v in more.items()}
+
+# %% ../nbs/62_export.ipynb #bdcc7bda
+def optimizer_facts(
+    t:dict, # training_args of a run
+)->dict: # what -> value
+    "How long was trained, with which warm-up, and Adam's constants"
+    warm, steps, adam = t.get("warmup_steps"), t.get("max_steps") or 0, "adam" in (t.get("optim") or "")
+    warmup = None if warm is None else "none" if not warm else f"{shown(warm)} of all steps" if warm < 1 else f"{warm:.0f} steps"
+    return {"warmup": warmup, "epochs": None if steps > 0 else t.get("num_train_epochs"), "max steps": steps if steps > 0 else None,
+            "Adam betas": [t.get("adam_beta1", .9), t.get("adam_beta2", .999)] if adam else None, "Adam epsilon": t.get("adam_epsilon", 1e-8) if adam else None}
+
+# %% ../nbs/62_export.ipynb #a338d139
 def training_facts(
     record:dict, # of the run
+    folder=None, # of the checkpoint, for its adapter
 )->dict: # what -> value
     "Loss and hyper-parameters of a run"
     c = record.get("config") or {}
@@ -386,11 +414,43 @@ def training_facts(
     loss = {"stage": record.get("stage"), "loss": c.get("trainer"), "prompt loss weight": (c.get("plw_args") or {}).get("prompt_loss_weight") if weighted else None,
             "lambda_td": (c.get("irl_args") or {}).get("lambda_td") if irl else None, "base model": m.get("model_name_or_path"),
             "global batch": c.get("global_batch_size"), "processes": world.get("world_size"), "ZeRO stage": world.get("zero_stage")}
-    lora = {k.removeprefix("lora_"): m.get(k) for k in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")} if m.get("use_peft") else {}
     final = record.get("final") or {}
-    return (loss | {k.replace("_", " "): t.get(k) for k in TOLD} | {f"LoRA {k}": v for k, v in lora.items()}
+    return (loss | lora_facts(record, folder) | optimizer_facts(t) | {k.replace("_", " "): t.get(k) for k in TOLD}
             | {"precision": (record.get("resolved") or {}).get("dtype"), "steps": final.get("step"), "train loss": final.get("train_loss"),
                "trained tokens": final.get("total_trained_tokens")})
+
+# %% ../nbs/62_export.ipynb #924c0984
+def merge_sources(
+    doc:dict, # one document of a merge
+)->list[dict]: # source, parameters, layers
+    "What a merge was made from, in the order of its document"
+    name = lambda x: "+".join(map(shown, x.split("+"))) if isinstance(x, str) else shown(x)
+    parts = [p for key in ("slices", "modules") for p in (doc.get(key).values() if isinstance(doc.get(key), dict) else doc.get(key) or [])]
+    parts = [q for p in parts for q in (p.get("slices") or [p])] # modules hold slices
+    named = [*(doc.get("models") or []), *(x for p in parts for x in p.get("sources") or [])]
+    return [dict(path=x.get("model"), source=name(x.get("model")), parameters=shown(x.get("parameters") or {}),
+                 layers="-".join(map(str, x["layer_range"])) if x.get("layer_range") else "") for x in named]
+
+# %% ../nbs/62_export.ipynb #e43d4c4d
+def merge_text(
+    source:Source, # a checkpoint that may come from a merge
+)->str: # Markdown; empty where it does not
+    "Method, sources, weights, base and distances of a merge"
+    import yaml
+    path, c, out = Path(source.path)/"merge.yaml", source.record.get("config") or {}, ""
+    docs = [d for d in yaml.safe_load_all(path.read_text()) if d] if path.is_file() else [c["model_merging"]] if c.get("model_merging") else []
+    for d in docs:
+        told = (source.record.get("merge") or {}).get(d.get("name") or "result") or {}
+        far, compared = told.get("distances") or {}, (told.get("compared") or {}).get("largest_difference")
+        place = {m: i for i, m in enumerate(far.get("models", []))}
+        facts = {"document": d.get("name"), "method": d.get("merge_method"), "base": d.get("base_model"), "parameters": d.get("parameters"), "dtype": d.get("dtype"),
+                 "config and tokenizer of": told.get("donor"), "largest difference to the definition": compared, "norm of the base" if d.get("base_model") else
+                 "norm of the mean": far.get("reference_norm"), "distance of the result from it": (far.get("norm") or {}).get("merged"), "notices": told.get("notices") or None}
+        number = lambda x: "" if x is None else f"{x:.4g}"
+        lines = [f"| {s['source']} | {s['parameters']} | {s['layers']} | {number((far.get('norm') or {}).get(s['path']) if s['path'] in place else None)} | "
+                 f"{number(far['apart'][place[s['path']]][-1] if s['path'] in place else None)} |" for s in merge_sources(d)]
+        out += table(facts) + "\n" + "\n".join(["| source | parameters | layers | from the base or mean | from the result |", "|---|---|---|---|---|", *lines]) + "\n\n"
+    return out
 
 # %% ../nbs/62_export.ipynb #e967e51b
 def mixture_of(
@@ -446,7 +506,7 @@ def usage_text(
             f"A server with OpenAI's interface: `HF_HUB_OFFLINE=1 transformers serve {name}`.\n\n"
             f"An answer ends with {' or '.join(f'`{s}`' for s in stops)}; `generation_config.json` says so.\n")
 
-# %% ../nbs/62_export.ipynb #55b7c53d
+# %% ../nbs/62_export.ipynb #323c17a3
 def model_card(
     source:Source, # what was exported
     name:str, # of the folder
@@ -461,8 +521,9 @@ def model_card(
     export = {"checkpoint": source.name, "architecture": facts["architecture"], "parameters": f"{facts['parameters']:,}", "dtype": facts["dtype"],
               "largest difference of logits to the checkpoint": facts["max_difference"],
               "dialogues with the ids of training": facts["dialogues"]}
-    parts = {"Use": usage_text(name, facts["stops"], facts["plain"]),
-             "Training": table(training_facts(r)) if r else "No record of a training run was found beside this checkpoint.\n",
+    merge, trained = merge_text(source), table(training_facts(r, source.path))
+    parts = {"Use": usage_text(name, facts["stops"], facts["plain"]), "Merge": merge,
+             "Training": "" if merge else trained if r else f"No record of a training run was found beside this checkpoint.\n\n{trained}".rstrip() + "\n",
              "Data": data_text(r, runs_dir) if r else "", "Evaluation": evaluation_text(r), "Export": table(export | parents),
              "Versions": table(versions | ({"commit": f"{git['commit'][:12]}{' with changes' if git.get('dirty') else ''}"} if git.get("commit") else {}), "package") if r else ""}
     front = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- post-training\n---\n"
