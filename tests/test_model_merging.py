@@ -267,6 +267,20 @@ def test_faulty_documents_are_refused(models, tmp_path, document, said):
     assert not list((tmp_path / "artifacts").rglob("*.safetensors"))
 
 
+@pytest.mark.parametrize("overrides, said", [
+    (["model_merging=ties", "sources=[A,B]"], "set base=MODEL"), (["model_merging=task-arithmetic", "sources=[A,B]"], "set base=MODEL"),
+    (["model_merging=ties", "sources=[A,A]", "base=C"], "names A twice"), (["sources=[A,B]", "weights=[1,x]"], "weights has 'x'"),
+    (["sources=[A,B]", "weights=[1,2,3]"], "3 numbers for 2 sources"), (["model_merging.dtype=int8"], "dtype=int8 is no dtype of weights")])
+def test_short_forms_that_cannot_mean_a_merge_are_refused(overrides, said):
+    with pytest.raises(UserError, match=said):
+        mm.check_asked(config.compose("model_merging", overrides).cfg)
+
+
+@pytest.mark.parametrize("preset", ("linear", "task-arithmetic", "ties"))
+def test_presets_alone_need_no_base(preset):
+    assert len(mm.check_asked(config.compose("model_merging", [f"model_merging={preset}"]).cfg)) == 1
+
+
 @pytest.mark.slow
 def test_random_merges_are_the_same_in_every_process(models, tmp_path):
     digests = set()
