@@ -592,9 +592,11 @@ def compose_presets(
         raise UserError(f"The presets do not compose ({shown}): {_first_line(e)}") from None
 
 # %% ../nbs/00_config.ipynb #4cc2296e
-def _one_document(text:str)->str:
+def _one_document(text:str, where:str="The file")->str:
     "YAML of several documents as one, with the list of them under `stages`; a single one stays as it is"
     docs = [d for d in yaml.safe_load_all(text) if d is not None]
+    if not docs: raise UserError(f"{where} has no document of YAML with keys in it: it is empty.")
+    if wrong := [d for d in docs if not isinstance(d, dict)]: raise UserError(f"{where} has {str(wrong[0])[:60]!r} where a mapping is meant, key: value.")
     return text if len(docs) == 1 else yaml.safe_dump({"stages": docs}, sort_keys=False)
 
 # %% ../nbs/00_config.ipynb #f45443f3
@@ -602,7 +604,7 @@ def _as_preset(group:str, file:Path, folder:Path)->str: # the preset's name
     "Copy a user's file into a folder of presets, under a name that none of ours has"
     text, name = file.read_text(), file.stem
     while name in preset_names(group): name += "-file"
-    if group in SECTION_GROUPS: text = _one_document(text)
+    if group in SECTION_GROUPS: text = _one_document(text, str(file))
     elif "@package" not in text.split("\n", 1)[0]: text = "# @package _global_\n" + text
     write_atomic(folder/group/f"{name}.yaml", text)
     return name

@@ -140,7 +140,7 @@ def check_asked(
     if twice: raise UserError(f"sources names {twice} twice: name it once, and give it a larger number in `weights`.")
     tiny = f"{cfg['artifacts_dir']}/models/tiny"
     if sources and not cfg["base"] and section.get("base_model") in (tiny, str(config.site_path(tiny))):
-        raise UserError(f"{section.get('merge_method')} starts from a base, and with `sources` the presets' untrained tiny model is none: set base=MODEL, what they were trained from.")
+        raise UserError(f"{section.get('merge_method')} starts from a base, and with `sources` the presets' tiny model is none: set base=MODEL, what they were trained from.")
     docs = documents(section, cfg["sources"], cfg["weights"], cfg["base"])
     for name, doc in docs:
         for key in ("dtype", "out_dtype"):

@@ -276,6 +276,13 @@ def test_short_forms_that_cannot_mean_a_merge_are_refused(overrides, said):
         mm.check_asked(config.compose("model_merging", overrides).cfg)
 
 
+@pytest.mark.parametrize("text", ("", "---\n", "# nothing\n---\n"))
+def test_an_empty_file_is_named(tmp_path, text):
+    (tmp_path / "empty.yaml").write_text(text)
+    with pytest.raises(UserError, match="empty.yaml has no document"):
+        config.compose("model_merging", [f"model_merging={tmp_path}/empty.yaml"])
+
+
 @pytest.mark.parametrize("preset", ("linear", "task-arithmetic", "ties"))
 def test_presets_alone_need_no_base(preset):
     assert len(mm.check_asked(config.compose("model_merging", [f"model_merging={preset}"]).cfg)) == 1
