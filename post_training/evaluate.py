@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'HELD_OUT', 'check_asked', 'evaluation_rows', 'check_answers', 'short_names', 'contestants',
-           'own_tokenizer', 'model_input', 'answers_key', 'saved_answers', 'save_answers', 'tokenized_rows',
-           'score_rows', 'resampled_rates', 'rates', 'perplexity_of', 'open_contestant', 'accuracy_part',
-           'measure_checkpoint', 'differences', 'write_output', 'summary_line', 'evaluate', 'summary_rows',
-           'group_rows', 'plot_evaluation', 'sample_lines']
+           'own_tokenizer', 'model_input', 'answers_key', 'saved_answers', 'save_answers', 'no_completion',
+           'tokenized_rows', 'score_rows', 'resampled_rates', 'rates', 'perplexity_of', 'open_contestant',
+           'accuracy_part', 'measure_checkpoint', 'differences', 'write_output', 'summary_line', 'evaluate',
+           'summary_rows', 'group_rows', 'plot_evaluation', 'sample_lines']
 
 # %% ../nbs/65_evaluate.ipynb #cba535d3
 import gc, hashlib, json, math, shutil
@@ -143,15 +143,33 @@ def save_answers(
     "Add the answers of a batch"
     with open(path, "a") as f: f.write(json.dumps({str(i): a for i, a in made.items()}) + "\n")
 
-# %% ../nbs/65_evaluate.ipynb #35bbb3a4
+# %% ../nbs/65_evaluate.ipynb #c671b399
+def no_completion(
+    rows, # of a dataset
+    columns, # the columns that name its format; None for the Swiss-AI format
+    verifier:str|None=None, # for rows that name none
+)->list[str]: # of each row: why its answer is no text of the model's; empty where it is one
+    "Rows whose answer is a rule for answers, not an answer: a regular expression, a number of words, a schema"
+    if not columns or columns[-1] != "answer": return [""]*len(rows)
+    rules = dict(regex="a regular expression", length="a length in words", json_schema="a JSON schema")
+    names = [r.get("verifier") or verifier for r in rows]
+    return [f"the answer is {rules[n]}, not a text" if n in rules else "" for n in names]
+
+# %% ../nbs/65_evaluate.ipynb #17252f9b
 def tokenized_rows(
     rows, # `datasets.Dataset`
     tokenizer, # with its chat template
     room:int|None=None, # positions of the model
+    verifier:str|None=None, # for rows that name none
 ): # `datasets.Dataset`: input_ids, completion_mask, reason for each row, in order
-    "Rows as ids and masks, as in training"
+    "Rows as ids and masks, as in training; rows whose answer is no text are left out with the reason"
+    from post_training.data.messages import format_of
+    from post_training.data.swissai import is_swissai
     from post_training.tokens.dataset import tokenize_rows
-    return tokenize_rows(rows, tokenizer, max_length=room, overlength="drop", unsupported_roles="drop")
+    tokens = tokenize_rows(rows, tokenizer, max_length=room, overlength="drop", unsupported_roles="drop")
+    left_out = no_completion(rows, None if is_swissai(rows.column_names) else format_of(rows.column_names), verifier)
+    if not any(left_out): return tokens
+    return tokens.remove_columns("reason").add_column("reason", [a or b for a, b in zip(left_out, tokens["reason"][:])])
 
 # %% ../nbs/65_evaluate.ipynb #b02896d5
 def score_rows(
@@ -197,12 +215,12 @@ def resampled_rates(
         out.append(total[at].sum(1)/np.maximum(units[at].sum(1), 1e-9))
     return np.concatenate(out)
 
-# %% ../nbs/65_evaluate.ipynb #169dd714
+# %% ../nbs/65_evaluate.ipynb #f0c95a49
 def rates(
     scored:dict, # from `score_rows`
     at, # indices of rows
 )->dict: # rows, tokens, bytes, nats_per_token with its interval, perplexity, bits_per_byte
-    "Perplexity over some rows"
+    "Perplexity over some rows; bits per byte divide all nats, those of the end token too, by the bytes of the text alone"
     at = [i for i in at if scored["tokens"][i]]
     nats, tokens, size = (scored[k][at] for k in ("nats", "tokens", "bytes"))
     out = dict(rows=len(at), tokens=int(tokens.sum()), bytes=int(size.sum()))
@@ -264,7 +282,7 @@ def accuracy_part(
     for k in told["skills"]: told["skills"][k]["interval"] = bootstrap(groups[k])
     return told | dict(answers=len(answers), new_tokens=sum(len(w["ids"]) for ws in made.values() for w in ws)), answers, scores
 
-# %% ../nbs/65_evaluate.ipynb #8e19f1e1
+# %% ../nbs/65_evaluate.ipynb #37575204
 def measure_checkpoint(
     cfg:dict, # composed for this stage
     who:dict, # from `contestants`
@@ -281,7 +299,7 @@ def measure_checkpoint(
         numbers, beside["answers"], beside["scores"] = accuracy_part(cfg, model, tokenizer, asked, who["path"], kept)
         told |= numbers
     if "perplexity" in cfg["measure"]:
-        tokens = tokenized_rows(rows, tokenizer, getattr(model.config.get_text_config(), "max_position_embeddings", None))
+        tokens = tokenized_rows(rows, tokenizer, getattr(model.config.get_text_config(), "max_position_embeddings", None), cfg["evaluation"]["verifier"])
         beside["scored"] = score_rows(model, tokenizer, tokens, cfg["evaluation"]["batch_tokens"])
         told["perplexity"] = perplexity_of(beside["scored"], tokens, asked)
         if not told["perplexity"]["rows"] and "accuracy" not in cfg["measure"]:

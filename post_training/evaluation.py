@@ -36,7 +36,7 @@ def prompt_of(
     if last is None: raise UserError("A conversation without a user message holds no prompt to answer.")
     return messages[:last + 1]
 
-# %% ../nbs/61_evaluation.ipynb #f905794b
+# %% ../nbs/61_evaluation.ipynb #f08b17db
 def prompts_of(
     tokenizer, # with a chat template
     rows:list[dict], # in any format that `data.messages` or `data.swissai` knows
@@ -50,7 +50,9 @@ def prompts_of(
     if not tokenizer.chat_template: raise UserError("The tokenizer has no chat template, so that rows give no prompts: set tokenizer_args.chat_template_name.")
     columns = None if not rows or is_swissai(rows[0]) else format_of(rows[0])
     out, blocks = [], wants_blocks(tokenizer.chat_template)
+    last = (columns or ("",))[-1] # where a row's answer is, in formats of two columns
     for row in rows:
+        if last in ("answer", "response", "completion", "output", "targets") and row.get(last) is None: row = row | {last: "-"} # a question alone can be asked
         try: out.append(prompt_ids(tokenizer, prompt_of(row_messages(row, columns, blocks)), tools=tools_beside([row], columns, blocks)[0]).tolist())
         except (MalformedRow, UnsupportedContent, UserError) as e: out.append(str(e) or type(e).__name__)
         except (KeyError, TypeError, AttributeError) as e: out.append(f"a field is missing or has another type ({e!r})")

@@ -59,9 +59,16 @@ def test_one_bad_row_does_not_end_it(place, tmp_root):
             dict(question="3 " * 3000, answer="3"), dict(question="And?", answer=None)]
     results, record = measured(*typed(place, rows=write(place / "odd.jsonl", rows)), "measure=[accuracy]")
     told = results["checkpoints"]["model-0"]
-    assert (told["n"], told["not_checked"], told["no_prompt"]) == (1, 2, 3)  # a question without an answer is no conversation
+    assert (told["n"], told["not_checked"], told["no_prompt"]) == (1, 4, 1)  # a question without an answer is asked
     assert any("no regular expression" in k for k in told["not_checked_why"]) and any("2048 positions" in k for k in told["no_prompt_why"])
-    assert record["evaluation"]["model-0"]["not_checked"] == 2
+    assert record["evaluation"]["model-0"]["not_checked"] == 4 and told["not_checked_why"]["the row has no answer"] == 2
+
+
+def test_a_rule_for_answers_is_no_text_to_score(place, tmp_root):
+    rows = [dict(question="1 + 1?", answer="2"), dict(question="2 + 2?", answer="^4$", verifier="regex"), dict(question="Short?", answer="1-3", verifier="length")]
+    results, _ = measured(*typed(place, rows=write(place / "rules.jsonl", rows)), "measure=[perplexity]")
+    told = results["checkpoints"]["model-0"]["perplexity"]
+    assert (told["rows"], told["dropped"], sorted(told["dropped_why"].values())) == (1, 2, [1, 1])
 
 
 @pytest.mark.parametrize("more, rows, says", [
