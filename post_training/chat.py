@@ -16,7 +16,7 @@ from .base import UserError, nearest, write_atomic
 from .evaluation import CALL, THOUGHT_END, stops_at_calls
 from .prepare import quiet
 
-# %% ../nbs/63_chat.ipynb #f39562ff
+# %% ../nbs/63_chat.ipynb #c09e8248
 def find_checkpoint(
     name:str, # as typed
     runs_dir=None, # where records are; None: `run.runs_root`
@@ -28,7 +28,7 @@ def find_checkpoint(
     if path.is_dir(): return str(path)
     try: found = run.find_run(name, runs_dir)
     except UserError as e:
-        if "means" in str(e) or name.count("/") != 1 or name.startswith((".", "~", "/")): raise UserError(f"There is no folder {name}. {e}") from None
+        if "means" in str(e) or name.count("/") != 1 or name.startswith((".", "~", "/")): raise UserError(f"There is no folder {name} (looked for {path}; relative names are below the project root). {e}") from None
         return name # on the hub
     return run.base_model(f"run:{found}", runs_dir)[0]
 
@@ -208,7 +208,7 @@ def save_chat(
     except OSError as e: raise UserError(f"{name} cannot be written: {e.strerror}.") from e
     return f"{len(chat.messages)} messages in {name}"
 
-# %% ../nbs/63_chat.ipynb #a0998ddd
+# %% ../nbs/63_chat.ipynb #bf927218
 def obey(
     chat:Chat, # changed in place
     line:str, # what was typed, beginning with /
@@ -219,6 +219,7 @@ def obey(
     if name == "/quit": return None
     if name == "/help": return "\n".join(f"  {k:8} {v}" for k, v in COMMANDS.items())
     if name == "/save": return save_chat(chat, rest.strip())
+    if name == "/reset" and rest.strip(): raise UserError("/reset takes nothing behind it, and nothing was forgotten: /reset alone, or /system TEXT for another system message.")
     chat.messages.clear()
     if name == "/system": chat.system = rest.strip() or None
     return f"a new conversation, {'with' if chat.system else 'without'} a system message"
@@ -227,7 +228,7 @@ def obey(
 NOTES = {"length": "(cut at --max-new-tokens)", "context": "(the context is full: /reset begins anew)", "interrupted": "(stopped)",
          "call": "(a call of a tool: nothing is run here)"} # why an answer ended, where it did not end by itself
 
-# %% ../nbs/63_chat.ipynb #6fd8476e
+# %% ../nbs/63_chat.ipynb #2318c8fe
 def talk(
     chat:Chat,
     lines=None, # what is typed; None: the standard input
@@ -240,7 +241,9 @@ def talk(
     def write(kind, text): print(f"\x1b[2m{text}\x1b[0m" if colour and kind != "answer" else text if kind == "answer" or colour else "", end="", flush=True)
     while True:
         try: line = read().rstrip("\n")
-        except (EOFError, StopIteration): break
+        except (EOFError, StopIteration):
+            if terminal: print() # Ctrl-D leaves the prompt's line open
+            break
         except KeyboardInterrupt: tell("\n(Ctrl-D or /quit ends)"); continue
         try:
             if line.startswith("/") and not line.startswith("//"):
