@@ -97,10 +97,12 @@ def dry_run(
     import yaml
     from post_training.base import redact
     from post_training.config import TRAINING_STAGES, batch_arithmetic, compose, diff_from_presets
+    from post_training.launch.recipe import check_asked
     from post_training.launch.slurm import dry_run_parts
     from post_training.report import as_table
     from post_training.run import locate
     composed = compose(stage, overrides)
+    check_asked(composed.cfg)
     plan = locate(composed)
     print(yaml.safe_dump(redact(composed.cfg), sort_keys=False, allow_unicode=True), end="")
     differs = [dict(key=k, preset=a, here=b) for k, (a, b) in diff_from_presets(composed).items()]

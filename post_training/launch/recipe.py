@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['recipe_parameters', 'check_parameters', 'recipe_path', 'own_kernel', 'execute_notebook', 'closing_line', 'shown_path',
-           'print_done', 'followed', 'keep_final', 'hand_to_cluster', 'open_task', 'run_recipe', 'execute_run']
+           'print_done', 'followed', 'keep_final', 'hand_to_cluster', 'open_task', 'rooted', 'check_asked',
+           'run_recipe', 'execute_run']
 
 # %% ../../nbs/72_launch.recipe.ipynb #1c956387
-import ast, contextlib, json, logging, os, shlex, sys, tempfile, threading
+import ast, contextlib, importlib, json, logging, os, shlex, sys, tempfile, threading
 from pathlib import Path
 from ..base import UserError, nearest, write_atomic, write_json
-from ..config import Composed, compose, project_root
+from ..config import Composed, compose, groups, parse_override, project_root, quote, site_path, stage_name
 from . import slurm
 from .accelerate import HandedOver, visible_gpus, JobFailed, preflight, progress, raise_on_sigterm, stop_tree
 from ..run import HANDED_OVER, Attempt, close_attempt, final_checkpoint, open_run, read_metrics, read_record, this_job
@@ -190,6 +191,31 @@ def open_task(
         raise SystemExit(0) # papermill takes this for a good end
     return open_run(composed.cfg, origins=composed.origins, overrides=composed.overrides, force=force, attempt=attempt)
 
+# %% ../../nbs/72_launch.recipe.ipynb #9c1a70e2
+def rooted(
+    stage:str, # a stage's name
+    overrides, # as typed
+)->list[str]: # the same with paths of preset files that are good in the project's folder
+    "Overrides that mean the same from the project's folder"
+    if isinstance(overrides, str): return overrides # `compose` refuses it
+    known, out = groups(stage_name(stage)), []
+    for text in map(str, overrides):
+        alone = "=" not in text and text.endswith((".yaml", ".yml"))
+        typed = None if alone else parse_override(text)
+        value = text if alone else typed.value if typed.key in known else ""
+        file = Path(value).expanduser() if isinstance(value, str) and value.endswith((".yaml", ".yml")) else None
+        if file and file.is_file() and file.resolve() != site_path(value).resolve():
+            text = str(file.resolve()) if alone else f"{typed.key}={quote(str(file.resolve()))}"
+        out.append(text)
+    return out
+
+# %% ../../nbs/72_launch.recipe.ipynb #9c1a70e4
+def check_asked(
+    cfg:dict, # composed
+):
+    "Refuse what a stage's own check refuses without a kernel; the stage's module is loaded by name"
+    if cfg["stage"] == "model_merging": importlib.import_module("post_training.model_merging").check_asked(cfg)
+
 # %% ../../nbs/72_launch.recipe.ipynb #5c2f43ef
 def run_recipe(
     stage:str, # a stage's name
@@ -198,7 +224,9 @@ def run_recipe(
     command:list[str]=None, # as typed, for the record
 )->int: # exit code: 0; faults and mistakes raise
     "Run a stage by its recipe, or hand it to the cluster that its config names, and print where the record is"
+    overrides = rooted(stage, overrides)
     composed = compose(stage, overrides)
+    check_asked(composed.cfg)
     if composed.cfg["cluster"]["launcher"] != "local" and not this_job(): hand_to_cluster(composed, force); return 0
     return execute_run(composed, overrides, force, command)
 
