@@ -73,10 +73,10 @@ hooks: env ## the pre-commit hooks over all files
 NBDEV_TEST = $(RUN) $(TESTING) xargs -P $(WORKERS) -I{} nbdev_test --path {} --n_workers 0 --timing $(1) | grep -v '^Success\.$$'
 
 notebooks: env ## run the notebooks without their slow cells; the benchmarks are slow ones
-	@$(call say,notebooks); $(ROOTED); find nbs -name '*.ipynb' -not -path '*/.*' -not -name 'bench_*' | sort | $(call NBDEV_TEST)
+	@$(call say,notebooks); $(ROOTED); find nbs -name '*.ipynb' -not -path '*/.*' -not -name '*bench_*' | sort | $(call NBDEV_TEST)
 
 slow-notebooks: env ## run the notebooks that have slow cells, with them, and the benchmarks
-	@$(call say,notebooks with slow cells); $(ROOTED); (grep -rlE --include='*.ipynb' --exclude-dir=.ipynb_checkpoints '"#\| *slow' nbs; ls nbs/recipes/bench_*.ipynb) | sort -u | $(call NBDEV_TEST,--flags slow)
+	@$(call say,notebooks with slow cells); $(ROOTED); (grep -rlE --include='*.ipynb' --exclude-dir=.ipynb_checkpoints '"#\| *slow' nbs; ls nbs/*_bench_*.ipynb nbs/recipes/bench_*.ipynb) | sort -u | $(call NBDEV_TEST,--flags slow)
 
 lab: env ## JupyterLab on the notebooks
 	@$(RUN) jupyter lab --notebook-dir=. $(LAB) nbs/index.ipynb
