@@ -16,7 +16,7 @@ from .base import UserError, nearest, write_atomic
 from .evaluation import CALL, THOUGHT_END, stops_at_calls
 from .prepare import quiet
 
-# %% ../nbs/63_chat.ipynb #c09e8248
+# %% ../nbs/63_chat.ipynb #902c6dbb
 def find_checkpoint(
     name:str, # as typed
     runs_dir=None, # where records are; None: `run.runs_root`
@@ -28,7 +28,8 @@ def find_checkpoint(
     if path.is_dir(): return str(path)
     try: found = run.find_run(name, runs_dir)
     except UserError as e:
-        if "means" in str(e) or name.count("/") != 1 or name.startswith((".", "~", "/")): raise UserError(f"There is no folder {name} (looked for {path}; relative names are below the project root). {e}") from None
+        if "means" in str(e) or name.count("/") != 1 or name.startswith((".", "~", "/")):
+            raise UserError(f"There is no folder {name} (looked for {path}; relative names are below the project root). {e}") from None
         return name # on the hub
     return run.base_model(f"run:{found}", runs_dir)[0]
 

@@ -28,7 +28,7 @@ class Source:
     record: dict = field(default_factory=dict) # of the run that trained it; empty where none is known
     parents: list = field(default_factory=list) # run, hash, checkpoint, for the record of the export
 
-# %% ../nbs/62_export.ipynb #058fb5c1
+# %% ../nbs/62_export.ipynb #89a30833
 def find_source(
     name:str, # a folder, a hub name, or run:RUN
     runs_dir=None, # where records are; None: `run.runs_root`
@@ -40,6 +40,8 @@ def find_source(
         run_dir = run.find_run(name[4:], runs_dir, parts=False)
         return Source(path, f"{run_dir.name}-{Path(path).name}", run.read_record(run_dir), lineage["parents"])
     folder = Path(path)
+    if name.startswith((".", "~", "/")) and not folder.is_dir():
+        raise UserError(f"There is no folder {name} (looked for {config.site_path(name)}; relative names are below the project root).")
     if not (folder/MANIFEST).is_file(): return Source(path, folder.name)
     if wrong := verify_manifest(folder): raise UserError(f"{name} is not whole: {wrong[0]}. Name another checkpoint, or copy it again.")
     digest = json.loads((folder/MANIFEST).read_text()).get("config_hash")
