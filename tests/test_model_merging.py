@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -161,6 +162,32 @@ def test_presets_are_their_definitions(models, tmp_path):
         if preset == "linear":
             assert all(torch.equal(t, torch.stack([r[k] for r in read]).mean(0)) for k, t in got.items())
         assert run.base_model(f"run:{task.run_dir.name}", f"{tmp_path}/runs")[0] == output
+
+
+def by_hand(method, base, sources, weights, density):
+    "Task arithmetic (2212.04089) and TIES (2306.01708, each tensor on its own) in numpy and fp64, entry by entry"
+    delta = np.stack([w * (s - base) for s, w in zip(sources, weights)])
+    if method == "task_arithmetic":
+        return base + delta.sum(0)
+    size = np.abs(delta).reshape(len(delta), -1)
+    kept = max(1, int(density * base.size))
+    least = np.sort(size, axis=1)[:, ::-1][:, kept - 1]
+    delta = np.where(np.abs(delta) >= least.reshape(-1, *[1] * base.ndim), delta, 0)
+    elected = np.where(delta.sum(0) >= 0, 1, -1)
+    agree = np.sign(delta) == elected
+    share = sum(w * a for w, a in zip(weights, agree))
+    return base + np.where(agree, delta, 0).sum(0) / np.where(share == 0, 1, share)
+
+
+@pytest.mark.parametrize("method, weights", [("task_arithmetic", (0.7, -0.2, 0.4)), ("ties", (1.0, 0.5, 0.8))])
+def test_merges_are_what_the_papers_say(models, tmp_path, method, weights):
+    m = models["llama"]
+    own = lambda w: dict(weight=w) | (dict(density=0.4) if method == "ties" else {})
+    folder, _ = merge(tmp_path, dict(merge_method=method, base_model=m["base"], models=[dict(model=m[x], parameters=own(w)) for x, w in zip("abc", weights)]))
+    read = lambda p: {k: t.double().numpy() for k, t in load_file(Path(p) / "model.safetensors").items()}
+    got, base, sources = read(folder), read(m["base"]), [read(m[x]) for x in "abc"]
+    off = sum((np.abs(t - by_hand(method, base[k], [s[k] for s in sources], weights, 0.4)) > 1e-5).sum() for k, t in got.items())
+    assert off <= (1e-4 * sum(t.size for t in got.values()) if method == "ties" else 0)  # entries of the same size are ties of another kind
 
 
 def test_distances_are_those_of_flat_vectors(models, tmp_path):
