@@ -127,7 +127,7 @@ def in_order(
 # %% ../nbs/60_model_merging.ipynb #668df0d9
 DTYPES = ("float32", "bfloat16", "float16", "float64") # that weights of a checkpoint have
 
-# %% ../nbs/60_model_merging.ipynb #01632807
+# %% ../nbs/60_model_merging.ipynb #1d03b8e4
 def check_asked(
     cfg:dict, # composed
 )->list[tuple[str, dict]]: # the documents, as `documents` gives them
@@ -1003,18 +1003,19 @@ def facts_rows(
     return [dict(document=name, **{k: f["result"][k] for k in ("tensors", "parameters", "dtype", "loaded")}, donor=Path(f["donor"]).name,
                  compared=f["compared"].get("tensors"), largest_difference=f["compared"].get("largest_difference")) for name, f in merge.items()]
 
-# %% ../nbs/60_model_merging.ipynb #b7752603
+# %% ../nbs/60_model_merging.ipynb #f10d14a3
 def answer(
     table:list[dict], # a row for each model: model, kind (base, expert, merge), a share right for each skill, mean
     skills:list[str], # columns; an expert of a skill is called by it
+    gaps:dict, # model -> interval of what the best merge's mean is above its own
 )->str: # one sentence
-    "What merging experts did, in one sentence"
+    "What merging experts did, in one sentence; what an interval around 0 leaves open is said to be open"
     of = lambda kind: [t for t in table if t["kind"] == kind]
     merge, expert, base = (max(of(kind), key=lambda t: t["mean"]) for kind in ("merge", "expert", "base"))
     own = {t["model"]: t[t["model"]] for t in of("expert")}
-    word = lambda a, b: "better than" if a > b else "as good as" if a == b else "worse than"
+    word = lambda t: "better than" if gaps[t["model"]][0] > 0 else "worse than" if gaps[t["model"]][1] < 0 else "not told apart from"
     kept = ", ".join(f"{s} {merge[s]:.0%} (its expert {own[s]:.0%})" for s in skills)
-    said = "Yes" if all(merge[s] >= own[s] - .05 for s in skills) else "No" if merge["mean"] <= expert["mean"] else "In part"
+    said = "Yes" if all(merge[s] >= own[s] - .05 for s in skills) else {"better than": "In part", "worse than": "No"}.get(word(expert), "Not seen")
     return (f"{said}: the best merge, {merge['model']}, has {merge['mean']:.0%} right "
-            f"over all skills, {word(merge['mean'], expert['mean'])} the best expert ({expert['model']}, {expert['mean']:.0%}) "
-            f"and {word(merge['mean'], base['mean'])} the base ({base['mean']:.0%}); by skill: {kept}.")
+            f"over all skills, {word(expert)} the best expert ({expert['model']}, {expert['mean']:.0%}) "
+            f"and {word(base)} the base ({base['mean']:.0%}); by skill: {kept}.")
