@@ -81,9 +81,8 @@ slow-notebooks: env ## run the notebooks that have slow cells, with them, and th
 lab: env ## JupyterLab on the notebooks
 	@$(RUN) jupyter lab --notebook-dir=. $(LAB) nbs/index.ipynb
 
-bench: env ## the benchmark notebooks, executed into runs/bench
-	@mkdir -p runs/bench; for nb in nbs/recipes/bench_*.ipynb; do \
-	  $(RUN) papermill --no-progress-bar --cwd nbs/recipes "$$nb" "runs/bench/$$(basename "$$nb" .ipynb)-$$(date +%Y%m%d-%H%M%S).ipynb"; done; ls -1 runs/bench
+bench: env ## the benchmarks beside what one would use instead, into runs/bench, and a table of wanted ratios (BENCH="masks sft": only these)
+	@$(RUN) python -m post_training.bench $(BENCH)
 
 readme: env ## README.md from nbs/index.ipynb
 	@$(RUN) jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed 's#](\.\./#](#g' > README.md
