@@ -7,7 +7,7 @@ __all__ = ['DEVICES', 'FAMILIES', 'PUBLISHED', 'EXPERTS', 'POLICIES', 'OPTIMIZER
            'read_model_config', 'dense_shape', 'parameter_counts', 'flops_per_token', 'tokens_per_second', 'hours',
            'node_hours', 'lora_parameters', 'model_states', 'layer_activations', 'head_memory', 'layer_work', 'moments',
            'memory_per_gpu', 'estimate', 'estimate_rows', 'config_of', 'policy_of', 'adapters_of', 'reference_of',
-           'assumed', 'with_reference_pass', 'estimate_of', 'plot_memory']
+           'assumed', 'with_reference_pass', 'on_cpu', 'estimate_of', 'plot_memory']
 
 # %% ../../nbs/73_launch.estimate.ipynb #487204d3
 import json, re
@@ -198,10 +198,11 @@ POLICIES = { # bytes of a parameter, of its gradient, of an activation (what mat
     "float32":  dict(parameter=4, gradient=4, work=4, residual=4),
 }
 
-# %% ../../nbs/73_launch.estimate.ipynb #ce306624
+# %% ../../nbs/73_launch.estimate.ipynb #9bd84f50
 OPTIMIZERS = { # name: states per parameter, and full-sized temporaries of its step (torch's default on a GPU takes all square roots at once)
     "adamw_torch":       dict(states=2, temporaries=1),
     "adamw_torch_fused": dict(states=2, temporaries=0),
+    "adamw_torch_cpu":   dict(states=2, temporaries=0, one_by_one=True), # the same on a CPU: parameter by parameter
     "ademamix":          dict(states=3, temporaries=0),
 }
 
@@ -282,7 +283,7 @@ def layer_work(
     temporaries = (4 if s["gated"] or xielu_kernel else 6)*wide*s["mlp"] + 2*p["residual"]*s["hidden"]
     return places*(temporaries + recompute*layer_activations(s, policy, xielu_kernel)) + s["mlp"]*s["hidden"]*p["gradient"]*(not frozen)
 
-# %% ../../nbs/73_launch.estimate.ipynb #e3c5c615
+# %% ../../nbs/73_launch.estimate.ipynb #6c6df968
 def moments(
     shape:dict, # of `dense_shape`
     counts:dict, # of `parameter_counts`
@@ -294,6 +295,7 @@ def moments(
     head:tuple=(0, 0), # of `head_memory`
     xielu_kernel:bool=False, # see `layer_activations`
     frozen:bool=False, # adapters are trained, whose gradients are small: all of them count from the first one on
+    heap:int=0, # bytes of the largest block that the process keeps when it is freed: glibc's 32 MiB on a CPU
 )->dict: # moment -> gradients, activations, work, in bytes
     "The five moments of the table above"
     s, p, L = shape, choose(POLICIES, policy, "policy"), shape["layers"]
@@ -304,16 +306,17 @@ def moments(
     kept, before = copies*(not recompute), states["gradients"]*(accumulation > 1)
     of_head = states["gradients"] if accumulation > 1 or frozen else states["gradients"]*s["vocab"]*s["hidden"]/counts["total"]
     ended = 1 - (counts["embedding"]*(not s["tied"]) + (counts["attention"] + counts["mlp"])/L)/counts["total"] # its own gradients and the embedding's are still to come
+    stays = saved + recompute*layer if places*s["mlp"]*p["work"] < heap else 0
     return {"the head's forward": dict(gradients=before, activations=saved, work=copies + head[0]),
             "the head's backward": dict(gradients=before, activations=saved, work=kept + head[1]),
             "the last layer's backward": dict(gradients=of_head, activations=saved, work=kept + layer),
             "the first layer's backward": dict(gradients=states["gradients"]*(1 if accumulation > 1 or frozen else ended), activations=per_layer, work=layer),
-            "the optimizer's step": dict(gradients=states["gradients"], activations=0, work=states["step"])}
+            "the optimizer's step": dict(gradients=states["gradients"], activations=stays, work=states["step"])}
 
 # %% ../../nbs/73_launch.estimate.ipynb #724b1336
 PARTS = ("parameters", "optimizer", "buffers", "gradients", "activations", "work", "reserve") # of a GPU's memory, from the bottom of the picture
 
-# %% ../../nbs/73_launch.estimate.ipynb #d9693ee1
+# %% ../../nbs/73_launch.estimate.ipynb #27020d1c
 def memory_per_gpu(
     model, # see `read_model_config`
     zero_stage:int=0, # 0: no DeepSpeed
@@ -331,13 +334,15 @@ def memory_per_gpu(
     tile:tuple=TILE, # see `head_memory`
     family:str=None, # see `dense_shape`
     trained:int|None=None, # see `model_states`; 0: a forward alone
+    heap:int=0, # see `moments`
 )->dict: # GiB of each of `PARTS` at the worst moment, total, and which moment that is
     "The peak, in parts"
     policy = policy or ("bf16" if zero_stage else "autocast")
     shape, counts, places = dense_shape(model, family), parameter_counts(model, family), per_device_batch*seq_len
     states, frozen = model_states(counts["total"], zero_stage, world_size, policy, optimizer, trained), trained is not None
+    if not zero_stage and not frozen and OPTIMIZERS[optimizer].get("one_by_one"): states["step"] += 4*shape["hidden"]*max(2*shape["vocab"], 3*shape["mlp"])
     head_work = head_memory(shape, int(scored*places), policy, head, tile, frozen)
-    all_moments = moments(shape, counts, states, places, accumulation, policy, recompute, head_work, xielu_kernel, frozen)
+    all_moments = moments(shape, counts, states, places, accumulation, policy, recompute, head_work, xielu_kernel, frozen, heap)
     if trained == 0: all_moments = {"the head's forward": all_moments["the head's forward"]}
     moment, worst = max(all_moments.items(), key=lambda kv: sum(kv[1].values()))
     size = {k: v/2**30 for k, v in (states | worst).items()} | dict(reserve=reserve)
@@ -474,7 +479,15 @@ def with_reference_pass(
     total = out["hours"] + extra
     return out | dict(reference_hours=extra, hours=total, node_hours=total*cfg["num_nodes"])
 
-# %% ../../nbs/73_launch.estimate.ipynb #cc968c47
+# %% ../../nbs/73_launch.estimate.ipynb #cc7eb8cb
+def on_cpu(
+    places:int, # tokens of a micro-batch, padding included
+    optim:str="adamw_torch", # training_args.optim
+)->dict: # optimizer, reserve, tile, heap: see `memory_per_gpu`
+    "What is different on a CPU"
+    return dict(optimizer="adamw_torch_cpu" if optim == "adamw_torch" else optim, reserve=0., tile=(places, min(32768, max(512, 2**20//places))), heap=2**25)
+
+# %% ../../nbs/73_launch.estimate.ipynb #c64bbc32
 def _estimate_of(cfg:dict, tokens:float, mean_length:int|None, once:float)->dict:
     "`estimate_of` where everything is known; a pair is two sequences, a pack of pairs as long as two"
     from post_training.launch.accelerate import device_of # here, so that it may import this module
@@ -484,8 +497,7 @@ def _estimate_of(cfg:dict, tokens:float, mean_length:int|None, once:float)->dict
     sequences = 2 if cfg["stage"] == "train_preference" else 1
     policy, optim, rows = policy_of(cfg, cpu, w["zero_stage"]), str(t.get("optim") or "adamw_torch"), sequences*w["per_device"]
     length, places = mean_length and max(1, mean_length//sequences), rows*t["max_length"]
-    here = dict(optimizer="adamw_torch_fused" if optim == "adamw_torch" else optim, reserve=0., # a CPU's AdamW takes parameters one by one
-                tile=(places, min(32768, max(512, 2**20//places)))) if cpu else dict(optimizer=optim)
+    here = on_cpu(places, optim) if cpu else dict(optimizer=optim)
     out = estimate(config_of(cfg), "cpu" if cpu else cluster.get("gpu"), cfg["num_nodes"], w["world_size"]//cfg["num_nodes"], w["zero_stage"] or 0, rows, w["accumulation"],
                    t["max_length"], length, tokens, recompute=bool(t.get("activation_checkpointing")), policy=policy, trained=adapters_of(cfg), **here)
     if t.get("packing") and "step_seconds" in out: out["step_seconds"] = w["world_size"]*w["accumulation"]*places/out["tokens_per_second"] # packs are full
