@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TRANSFORMS', 'compared_references', 'quantile', 'mid_rank', 'beta_log_z', 'power_beta_log_z', 'log_beta_log_z',
            'normal_beta_log_z', 'Transform', 'uniform_atoms', 'tied_atoms', 'finite_beta_log_z', 'completion_sums',
-           'completion_count', 'effective_beta', 'transform_of', 'rewards_of', 'partition_of', 'QRPO', 'qrpo_loss']
+           'completion_count', 'effective_beta', 'transform_of', 'check_quantiles', 'rewards_of', 'partition_of',
+           'QRPO', 'qrpo_loss']
 
 # %% ../../nbs/33_losses.qrpo.ipynb #da74a5ec
 import math
@@ -112,14 +113,15 @@ TRANSFORMS = { # every value that `transform` may have
     "normal": Transform(torch.special.ndtri, normal_beta_log_z, mid_rank=True),
 }
 
-# %% ../../nbs/33_losses.qrpo.ipynb #b2a8a8e8
+# %% ../../nbs/33_losses.qrpo.ipynb #45a11c21
 def uniform_atoms(
     n_S:torch.Tensor, # references each completion is compared with
     dtype:torch.dtype=torch.float32, # of the result
+    most:int|None=None, # the largest of `n_S`, where the host knows it; None asks the device
 )->tuple: # quantiles_SK and weights_SK, with K = max(n) + 1
     "The quantiles k/n, each with probability 1/(n+1): what chance gives where no two rewards are equal"
     n_S1 = n_S[..., None].to(dtype)
-    k_K = torch.arange(int(n_S.max()) + 1, device=n_S.device, dtype=dtype)
+    k_K = torch.arange(int(n_S.max() if most is None else most) + 1, device=n_S.device, dtype=dtype)
     return (k_K/n_S1).clamp(max=1.), torch.where(k_K <= n_S1, 1/(n_S1 + 1), 0.)
 
 # %% ../../nbs/33_losses.qrpo.ipynb #8e3fa082
@@ -195,33 +197,42 @@ def transform_of(
     if name not in TRANSFORMS: raise ValueError(f"unknown transform '{name}'; there are {', '.join(TRANSFORMS)}.")
     return TRANSFORMS[name]
 
-# %% ../../nbs/33_losses.qrpo.ipynb #35f1d4af
+# %% ../../nbs/33_losses.qrpo.ipynb #447e9e16
+def check_quantiles(
+    quantiles_S:torch.Tensor, # k/n
+):
+    "Refuse what is no quantile; on a GPU this waits for the device"
+    if not ((quantiles_S >= 0) & (quantiles_S <= 1)).all(): raise ValueError("a quantile is not between 0 and 1: rewards must be made quantiles first.")
+
+# %% ../../nbs/33_losses.qrpo.ipynb #6a339004
 def rewards_of(
     quantiles_S:torch.Tensor, # k/n, in [0,1]
     transform:str="identity", # a key of TRANSFORMS
     n_S:torch.Tensor|None=None, # references compared with; needed where the transform takes mid-ranks
+    checked:bool=False, # the caller has checked the quantiles on the host
 )->torch.Tensor: # f(q)
     "The reward that a transform makes of a quantile"
     t = transform_of(transform)
-    if not ((quantiles_S >= 0) & (quantiles_S <= 1)).all(): raise ValueError("a quantile is not between 0 and 1: rewards must be made quantiles first.")
+    if not checked: check_quantiles(quantiles_S)
     if not t.mid_rank: return t.of_quantile(quantiles_S)
     if n_S is None: raise ValueError(f"transform '{transform}' is infinite at 0 or 1 and takes mid-ranks: it needs n_refs_S, the references behind each quantile.")
     return t.of_quantile(mid_rank(quantiles_S, n_S))
 
-# %% ../../nbs/33_losses.qrpo.ipynb #82a1404b
+# %% ../../nbs/33_losses.qrpo.ipynb #4a0dffd2
 def partition_of(
     beta_S:torch.Tensor, # effective beta of each completion
     transform:str="identity", # a key of TRANSFORMS
     partition:str="continuous", # continuous (a uniform quantile) or finite (one of the atoms)
     n_S:torch.Tensor|None=None, # references compared with; needed by finite
     atoms:tuple|None=None, # quantiles_SK and weights_SK of `tied_atoms`; without them finite takes `uniform_atoms`
+    most:int|None=None, # as for `uniform_atoms`: nothing is then read back from the device
 )->torch.Tensor: # beta log Z of each completion
     "beta log Z by the name of the partition"
     if partition == "continuous": return transform_of(transform).beta_log_z(beta_S)
     if partition != "finite": raise ValueError(f"unknown partition '{partition}'; there are continuous, finite.")
     if n_S is None: raise ValueError("partition 'finite' needs n_refs_S, the references behind each quantile.")
-    quantiles_SK, weights_SK = (x.to(beta_S.dtype) for x in (atoms or uniform_atoms(n_S, beta_S.dtype)))
-    return finite_beta_log_z(beta_S, rewards_of(quantiles_SK, transform, n_S[..., None]), weights_SK)
+    quantiles_SK, weights_SK = (x.to(beta_S.dtype) for x in (atoms or uniform_atoms(n_S, beta_S.dtype, most)))
+    return finite_beta_log_z(beta_S, rewards_of(quantiles_SK, transform, n_S[..., None], checked=most is not None), weights_SK)
 
 # %% ../../nbs/33_losses.qrpo.ipynb #a561984c
 class QRPO(NamedTuple):
@@ -234,7 +245,7 @@ class QRPO(NamedTuple):
     beta_S: torch.Tensor # effective beta
     clamped: torch.Tensor # completions whose beta the bound changed, int64 scalar
 
-# %% ../../nbs/33_losses.qrpo.ipynb #8b37a2d2
+# %% ../../nbs/33_losses.qrpo.ipynb #4a94cd2c
 def qrpo_loss(
     logps_S:torch.Tensor, # log-probability of each completion under the policy
     ref_logps_S:torch.Tensor, # the same under the reference
@@ -248,6 +259,7 @@ def qrpo_loss(
     normalize_beta_by_length:bool=False, # beta/|y|, in every term
     normalize_loss_by_length:bool=False, # loss/|y|
     max_effective_beta:float|None=None, # bound on beta after normalisation
+    most_refs:int|None=None, # the largest of `n_refs_S`, from a host that has checked the quantiles too: nothing is then read back from the device
 )->QRPO: # parts and metrics
     "(f(q) - beta log Z - beta (log pi - log pi_ref))^2, summed over completions"
     used_S, logps_S = lengths_S > 0, at_least_fp32(logps_S)
@@ -256,8 +268,8 @@ def qrpo_loss(
     if n_refs_S is not None: n_refs_S = torch.where(used_S, n_refs_S, 1)
     if atoms is not None: atoms = tuple(torch.where(used_S[:, None], x, 1.) for x in atoms)
     beta_S, clamped = effective_beta(beta, lengths_S, normalize_beta_by_length, max_effective_beta, logps_S.dtype)
-    reward_S = rewards_of(quantiles_S, transform, n_refs_S)
-    log_z_S = partition_of(beta_S, transform, partition, n_refs_S, atoms)
+    reward_S = rewards_of(quantiles_S, transform, n_refs_S, checked=most_refs is not None)
+    log_z_S = partition_of(beta_S, transform, partition, n_refs_S, atoms, most_refs)
     loss_S = (reward_S - log_z_S - beta_S*log_ratio_S)**2
     if normalize_loss_by_length: loss_S = loss_S/lengths_S.clamp(min=1)
     part = Part(torch.where(used_S, loss_S, 0.).sum(), completion_count(lengths_S)[0], 1.)

@@ -78,13 +78,14 @@ class PackCollator:
         out = {k: torch.from_numpy(v)[None] for k, v in out.items()}
         return {**out, "row_index": torch.tensor([r.get("row_index", -1) for r in rows])}
 
-# %% ../../nbs/24_tokens.collate.ipynb #c3b32a62
+# %% ../../nbs/24_tokens.collate.ipynb #cf29725a
 def pair_sides(
     pair:dict, # a tokenized pair
 )->list[dict]: # the chosen and the rejected sequence as rows
     "The two sequences of a pair; outputs of tools inside an answer are prompt"
-    n = len(pair["prompt_ids"])
-    return [dict(input_ids=[*pair["prompt_ids"], *pair[f"{s}_ids"]], completion_mask=[0]*n + [int(x) for x in pair[f"{s}_scored"]]) for s in ("chosen", "rejected")]
+    nothing = np.zeros(len(pair["prompt_ids"]), bool)
+    return [dict(input_ids=np.concatenate([np.asarray(pair[k], np.int64) for k in ("prompt_ids", f"{s}_ids")]),
+                 completion_mask=np.concatenate([nothing, np.asarray(pair[f"{s}_scored"], bool)])) for s in ("chosen", "rejected")]
 
 # %% ../../nbs/24_tokens.collate.ipynb #eed89bfa
 def empty_pair(
@@ -93,15 +94,16 @@ def empty_pair(
     "A filler pair: its masks are all zero"
     return dict(prompt_ids=[token_id], chosen_ids=[token_id], chosen_scored=[0], rejected_ids=[token_id], rejected_scored=[0], row_index=-1)
 
-# %% ../../nbs/24_tokens.collate.ipynb #bcac3182
+# %% ../../nbs/24_tokens.collate.ipynb #38c1ddae
 def reference_sums(
     pair:dict, # a tokenized pair
     ld_alpha:float|None=None, # weight of the tokens of an answer beyond the length of the shorter one (LD-DPO); None: 1
 )->list: # chosen, rejected; NaN where it is not known
     "The reference's log-probability of both answers"
     if ld_alpha is None: return [float("nan") if x is None else x for x in (pair.get("ref_chosen_logprob"), pair.get("ref_rejected_logprob"))]
-    each = [pair.get(f"ref_{s}_logprobs") or [] for s in ("chosen", "rejected")]
-    shared = min(sum(pair["chosen_scored"]), sum(pair["rejected_scored"]))
+    found = [pair.get(f"ref_{s}_logprobs") for s in ("chosen", "rejected")]
+    each = [[] if x is None else np.asarray(x, float).tolist() for x in found]
+    shared = min(int(np.sum(pair[f"{s}_scored"])) for s in ("chosen", "rejected"))
     return [sum(x[:shared]) + ld_alpha*sum(x[shared:]) if x else float("nan") for x in each]
 
 # %% ../../nbs/24_tokens.collate.ipynb #8809ef61
