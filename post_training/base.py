@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'UserError', 'nearest', 'write_atomic', 'write_json', 'atomic_dir', 'sync_tree', 'sha256',
-           'write_manifest', 'verify_manifest', 'locked', 'redact']
+           'write_manifest', 'verify_manifest', 'locked', 'importing', 'leave', 'redact']
 
-# %% ../nbs/00_base.ipynb #846b8888
-import contextlib, fcntl, hashlib, json, os, re, shutil, tempfile
+# %% ../nbs/00_base.ipynb #e2dcde90
+import atexit, contextlib, fcntl, gc, hashlib, json, os, re, shutil, sys, tempfile
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -134,6 +134,27 @@ def locked(
     with open(path, "a") as f:
         fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
+
+# %% ../nbs/00_base.ipynb #91126d94
+@contextlib.contextmanager
+def importing():
+    "Load modules during the block with the garbage collector at rest"
+    was = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally:
+        if was: gc.enable()
+
+# %% ../nbs/00_base.ipynb #f7358007
+def leave(
+    code:int, # exit code
+):
+    "End this process, a program's `main` being over, without taking its modules apart"
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1: sys.exit(code)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError): stream.flush()
+    os._exit(code)
 
 # %% ../nbs/00_base.ipynb #c75633be
 _SECRET_KEY = re.compile(r"(?i)(api[_-]?key|(?<!bos_)(?<!eos_)(?<!pad_)(?<!unk_)token|secret|password|passwd|credential|authorization)s?$")

@@ -8,15 +8,15 @@ __all__ = ['CALL', 'CALL_END', 'THOUGHT_END', 'spread', 'prompt_of', 'prompts_of
            'row_scores', 'result_of', 'open_checkpoint', 'write_answers', 'evaluate_checkpoint', 'sample_scores',
            'eval_rows', 'evaluate_config', 'told_right', 'show_samples', 'parse_args', 'main']
 
-# %% ../nbs/61_evaluation.ipynb #87f93242
-import argparse, sys, time, traceback
+# %% ../nbs/61_evaluation.ipynb #5057f369
+import argparse, importlib, sys, time, traceback
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from . import config, run
-from .base import UserError, redact, write_json
+from .base import UserError, importing, leave, redact, write_json
 from .models.verifiers import row_verifier, verify
 
 # %% ../nbs/61_evaluation.ipynb #d528b02a
@@ -381,7 +381,7 @@ def parse_args(
     p.add_argument("--name", help="also keep the numbers in the run's record under evaluation.NAME")
     return p.parse_args(argv)
 
-# %% ../nbs/61_evaluation.ipynb #f14ddb58
+# %% ../nbs/61_evaluation.ipynb #bd5ddde8
 def main(
     argv:list[str]|None=None, # the command line
 )->int: # exit code: 0, 2 for the user's mistakes, 1 for faults
@@ -390,6 +390,8 @@ def main(
     out = Path(args.out)
     try:
         cfg = config.load_frozen(args.config)
+        with importing():
+            for name in ("datasets", "post_training.models.load", "transformers.modeling_utils"): importlib.import_module(name)
         result = evaluate_config(cfg, args.checkpoint, args.num_prompts)
         write_json(out, result)
         if args.name: run.update_record(cfg["run_dir"], evaluation={args.name: {k: v for k, v in result.items() if k != "samples"}})
@@ -402,6 +404,6 @@ def main(
     else: print(f"accuracy {100*result['accuracy']:.1f} % on {result['n']} prompts, 95 % interval {100*result['interval'][0]:.1f} to {100*result['interval'][1]:.1f} %")
     return 0
 
-# %% ../nbs/61_evaluation.ipynb #0cdb94f5
+# %% ../nbs/61_evaluation.ipynb #61956696
 #| eval: false
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__": leave(main())

@@ -6,18 +6,18 @@
 __all__ = ['COUNTS', 'quiet', 'load_split', 'wants_eval', 'stop_ids', 'tokenizer_of', 'check_gates', 'Data', 'splits_of',
            'prepare_data', 'read_prepared', 'examples']
 
-# %% ../nbs/48_prepare.ipynb #48adba37
+# %% ../nbs/48_prepare.ipynb #2eb1e49a
 import os
 from dataclasses import dataclass, field
 from . import config, run
-from .base import UserError, verify_manifest
+from .base import UserError, importing, verify_manifest
 
-# %% ../nbs/48_prepare.ipynb #72937511
+# %% ../nbs/48_prepare.ipynb #12ed0796
 def quiet():
     "No telemetry, no progress bars in logs, no advice that is meant for scripts of another kind"
     wishes = dict(HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="true", TRANSFORMERS_VERBOSITY="error")
     for k, v in wishes.items(): os.environ.setdefault(k, v)
-    import datasets, transformers, warnings
+    with importing(): import datasets, transformers, warnings
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)

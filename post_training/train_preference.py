@@ -7,12 +7,12 @@ __all__ = ['STAGE', 'demo_pair', 'ensure_pairs', 'objective_of', 'chosen_chats',
            'pair_examples', 'reference_key', 'reference_name', 'adapters_off', 'compute_reference', 'save_reference',
            'ready', 'watched', 'make_trainer', 'arguments', 'main']
 
-# %% ../nbs/55_train_preference.ipynb #a8eaed8d
-import hashlib, json, sys
+# %% ../nbs/55_train_preference.ipynb #9f30923e
+import hashlib, json
 from functools import partial
 from pathlib import Path
 from . import config, run
-from .base import UserError, atomic_dir, locked, write_manifest
+from .base import UserError, atomic_dir, leave, locked, write_manifest
 from .prepare import Data, prepare_data
 from .worker import Stage, Worker, collator_of, load_base, load_policy, share, trainer_options, trl_args
 from .worker import main as work
@@ -263,6 +263,6 @@ def main(
     "Train what a frozen config or overrides describe"
     return work(STAGE, argv)
 
-# %% ../nbs/55_train_preference.ipynb #0cdb94f5
+# %% ../nbs/55_train_preference.ipynb #61956696
 #| eval: false
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__": leave(main())

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STAGE', 'objective_of', 'make_trainer', 'arguments', 'main']
 
-# %% ../nbs/54_train_sft.ipynb #5fc14843
-import sys
+# %% ../nbs/54_train_sft.ipynb #4d74c88d
+from .base import leave
 from .prepare import Data, prepare_data
 from .worker import Stage, Worker, collator_of, load_policy, trainer_options
 from .worker import main as work
@@ -55,6 +55,6 @@ def main(
     "Train what a frozen config or overrides describe"
     return work(STAGE, argv)
 
-# %% ../nbs/54_train_sft.ipynb #0cdb94f5
+# %% ../nbs/54_train_sft.ipynb #61956696
 #| eval: false
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__": leave(main())
