@@ -13,19 +13,22 @@ import statistics, tempfile, time
 import numpy as np
 from .bench_step import bench_model, call_fresh, memory
 
-# %% ../nbs/83_bench_sft.ipynb #98d6287b
+# %% ../nbs/83_bench_sft.ipynb #f2eb8d26
 def real_masks(
     folder:str, # with gsm8k_train.jsonl and sharegpt_conversations.json
     number:int, # of rows
+    pool:int=100, # conversations of each source to draw from
+    seed:int=0, # of the draw
 )->list: # completion masks, one per row
-    "Completion masks of real conversations, the two sources in turn"
+    "Completion masks of real conversations, half of each source"
     from post_training.bench_masks import real_chats
     from post_training.tokens.masks import Refused, tokenize_chats
     from post_training.tokens.tokenizer import tekken_tokenizer
     tokenizer = tekken_tokenizer("tulu")
-    each = [tokenize_chats(tokenizer, chats) for chats in real_chats(tokenizer, folder, number).values()]
+    each = [tokenize_chats(tokenizer, chats) for chats in real_chats(tokenizer, folder, max(pool, number)).values()]
     each = [[r.completion_mask for r in found if not isinstance(r, Refused)] for found in each]
-    return [m for pair in zip(*each) for m in pair][:number]
+    draw = np.random.default_rng(seed)
+    return [m for pair in zip(*([found[i] for i in draw.permutation(len(found))] for found in each)) for m in pair][:number]
 
 # %% ../nbs/83_bench_sft.ipynb #d55f572b
 def drawn_masks(
@@ -124,7 +127,7 @@ def step_flops(
     n, s = numbers, shape
     return dict(backbone=6*n["linear"]*s["places"], attention=12*n["layers"]*n["query"]*s["squares"], head=head*n["hidden"]*n["vocab"]*s["scored"])
 
-# %% ../nbs/83_bench_sft.ipynb #4350b7e9
+# %% ../nbs/83_bench_sft.ipynb #4f3f9e08
 def step_args(
     per_device:int, # rows or lines of a micro-batch
     accumulation:int, # micro-batches of an optimizer step
@@ -133,7 +136,7 @@ def step_args(
 )->dict: # arguments that both trainers know
     "What both trainers are told"
     return dict(per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulation, num_train_epochs=epochs, learning_rate=1e-4, lr_scheduler_type="constant",
-                optim="adamw_torch", warmup_steps=0, logging_steps=1, save_strategy="no", seed=0, bf16=device != "cpu", activation_checkpointing=False,
+                optim="adamw_torch_fused", warmup_steps=0, logging_steps=1, save_strategy="no", seed=0, bf16=device != "cpu", activation_checkpointing=False,
                 dataloader_pin_memory=device != "cpu")
 
 # %% ../nbs/83_bench_sft.ipynb #f33ce4a6
@@ -225,12 +228,12 @@ def watch_epochs(
             if "loss" in (logs or {}): self.losses += (float(logs["loss"]),)
     return Watch()
 
-# %% ../nbs/83_bench_sft.ipynb #f89a27be
+# %% ../nbs/83_bench_sft.ipynb #68f748aa
 def one_run(
     library:str, # a key of `TRAINERS`
     layout:str, # of `LAYOUTS`, or an order that TRL knows
     loss:str="plw 0", # a key of `LOSSES`
-    rows:dict|None=None, # of `bench_rows`
+    rows:list=(), # of `bench_rows`
     epochs:int=1, # optimizer steps
     per_device:int=4, # rows of a padded micro-batch
     line:int=1024, # tokens of a packed line
@@ -243,18 +246,18 @@ def one_run(
     from transformers.trainer_callback import PrinterCallback
     disable_progress_bar()
     if threads: torch.set_num_threads(threads)
-    device, vocab = model_args.get("device", "cpu"), model_args.get("vocab", 131_072)
-    made, watch = bench_rows(vocab=vocab, **rows or {}), watch_epochs(device)
+    device = model_args.get("device", "cpu")
+    watch = watch_epochs(device)
     model = bench_model(**model_args)
     ids = torch.arange(8, device=device)[None]
     model(input_ids=ids, labels=ids, score=True, use_cache=False).log_probs.sum().backward()
     model.zero_grad()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = TRAINERS[library](model, made, folder, layout, epochs, per_device, line, device, loss)
+        trainer = TRAINERS[library](model, rows, folder, layout, epochs, per_device, line, device, loss)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(watch)
         trainer.train()
-    tokens = epochs*sum(r["length"] for r in made)
+    tokens = epochs*sum(r["length"] for r in rows)
     return dict(seconds=watch.seconds, cpu_seconds=watch.cpu_seconds, tokens=tokens, peak=watch.peak, first_loss=watch.losses[0], steps=len(watch.losses))
 
 # %% ../nbs/83_bench_sft.ipynb #8769a631
@@ -285,13 +288,13 @@ def measure_sft(
     t["spread"] = (groups.seconds.max() - groups.seconds.min())/t.seconds
     return t.assign(speed=t.tokens/t.seconds, cpu_speed=t.tokens/t.cpu_seconds, peak_MiB=t.peak/2**20)[["speed", "cpu_speed", "seconds", "spread", "peak_MiB", "first_loss"]]
 
-# %% ../nbs/83_bench_sft.ipynb #fd9a7956
+# %% ../nbs/83_bench_sft.ipynb #572646a6
 def against_trl(
     table, # of `measure_sft`
     column:str="speed", # speed or cpu_speed
 )->dict: # ratios
     "This repository at weight 0 against TRL: padded against the fastest of its padded orders and against its default, packed against packed"
-    speed = table[column]
+    speed = table[column].sort_index()
     ours, trl = speed["this", "plw 0"], speed["trl", "plw 0"]
     best = trl.drop("packed").max() # of its padded orders
     return {"trl-padded": ours["sorted"]/best, "trl-padded-default": ours["sorted"]/trl["random"],
@@ -325,7 +328,7 @@ def predicted_gain(
     total = {k: sum(step_flops(step_shape(rows, "plw 0", k, **sizes), numbers).values()) for k in LAYOUTS}
     return {k: total[a]/total[b] for k, (a, b) in STEPS.items()}
 
-# %% ../nbs/83_bench_sft.ipynb #a31afdf5
+# %% ../nbs/83_bench_sft.ipynb #e559e215
 def head_ways(
     vocab:int=131_072, # V
     hidden:int=256, # H
@@ -337,7 +340,7 @@ def head_ways(
     from post_training.losses.logps import tiled_logps
     from post_training.models.score import tile_columns
     draw = torch.Generator().manual_seed(seed)
-    h_NH, w_VH = (torch.randn(n, hidden, generator=draw, requires_grad=True) for n in (positions, vocab))
+    h_NH, w_VH = ((scale*torch.randn(n, hidden, generator=draw)).requires_grad_() for n, scale in ((positions, 1.), (vocab, .02)))
     labels_N, cached, wide = torch.randint(0, vocab, (positions,), generator=draw), tile_columns(positions), 32768
     def run(columns=cached, values=0.): # values: weight of the value in the loss
         logps_N, values_N, _ = tiled_logps(h_NH, w_VH, labels_N, columns=columns)
@@ -348,7 +351,7 @@ def head_ways(
     def value():
         run()
         torch.autograd.grad(tiled_logps(h_NH, w_VH, labels_N, columns=cached)[1].sum(), (h_NH, w_VH))
-    return {"as it is": run, "with values": lambda: run(values=1.), "wide tiles": lambda: run(wide), "top-1 by itself": top1, "values by themselves": value}
+    return {"as it is": run, "with values": lambda: run(values=.5), "wide tiles": lambda: run(wide), "top-1 by itself": top1, "values by themselves": value}
 
 # %% ../nbs/83_bench_sft.ipynb #1f3e039c
 def rates(
@@ -393,16 +396,17 @@ def head_gains(
             "top-1 in the same pass": (10/8, took["top-1 by itself"]/took["as it is"]),
             "values in the same pass": (16/8, took["values by themselves"]/took["with values"])}
 
-# %% ../nbs/83_bench_sft.ipynb #e2044a20
+# %% ../nbs/83_bench_sft.ipynb #273a57ff
 def gain_table(
     table, # of `measure_sft`, with all layouts of `plw 0`
     predicted:dict, # of `predicted_gain`
     inside:dict, # of `head_gains`
     large:dict, # of `predicted_gain`, at another size
+    column:str="cpu_speed", # of `table`: speed, where the work is a GPU's
 ):# DataFrame: predicted, measured, predicted_8b
-    "Each improvement: the gain that was computed and the one that came, in processor time"
+    "Each improvement: the gain that was computed and the one that came"
     import pandas as pd
-    speed = table.cpu_speed["this", "plw 0"]
+    speed = table[column].sort_index()["this", "plw 0"]
     found = {k: dict(predicted=predicted[k], measured=speed[b]/speed[a], predicted_8b=large[k]) for k, (a, b) in STEPS.items()}
     found |= {k: dict(predicted=p, measured=m) for k, (p, m) in inside.items()}
     return pd.DataFrame.from_dict(found, orient="index")

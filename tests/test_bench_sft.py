@@ -135,6 +135,20 @@ def test_arithmetic_is_what_torch_counts(rows, tmp_path, loss, layout):
     assert found == pytest.approx(sum(expected.values()), rel=1e-3)
 
 
+def test_scored_positions_are_the_weighted_ones(rows):
+    "Counted by hand: answers alone at weight 0, everything but first tokens elsewhere, for irl what follows an answer too"
+    answers, targets, followed = 0, 0, 0
+    for row in rows:
+        mask = row["completion_mask"]
+        weighted = [t > 0 and bool(m) for t, m in enumerate(mask)]
+        answers += sum(weighted)
+        targets += len(mask) - 1
+        followed += sum(w or weighted[t - 1] for t, w in enumerate(weighted) if t > 0)
+    found = {loss: step_shape(rows, loss, "packed", line=LINE)["scored"] for loss in LOSSES}
+    assert found == {"sft": targets, "plw 0": answers, "plw 0.1": targets, "ln-plw 0.1": targets, "irl": followed}
+    assert answers <= followed <= targets and answers < targets
+
+
 def test_head_follows_the_weighted_positions(rows, tmp_path):
     "Between two losses in one layout the difference is that of their scored positions, exactly"
     totals, shapes = {}, {}
