@@ -107,24 +107,24 @@ def plot_kept(
     ax.set(xlabel="found against wanted; right of the line is met", xscale="log")
     return fig
 
-# %% ../nbs/82_bench.ipynb #09473b8c
+# %% ../nbs/82_bench.ipynb #4c009bd7
 SIZES = {"cpu": {
     "bench_data": dict(sizes=[1000, 3000, 10000, 30000, 100000], repeats=1),
     "bench_masks": dict(rows=400, repeats=5),
     "bench_sft": dict(model=dict(vocab=131072, hidden=256, layers=4, threads=1), rows=dict(number=8, longest=384, median=200, folder=""), batches=dict(per_device=2, line=768),
                       step_tokens=1024, positions=512, others=True, repetitions=2),
-    "bench_logprobs": dict(rows=[24, 2], completions=10, prompt_tokens=100, completion_tokens=100, repetitions=3),
+    "bench_logprobs": dict(rows=[24, 1], completions=10, prompt_tokens=100, completion_tokens=100, repetitions=3),
     "bench_rewards": dict(rows=60),
-    "bench_generation": dict(prompts=8, samples=8, max_new_tokens=48, mean_new=16, repetitions=3),
-    "bench_preference": dict(tokens=256, hidden=128, repetitions=3),
+    "bench_generation": dict(prompts=8, samples=8, max_new_tokens=48, mean_new=16, repetitions=2),
+    "bench_preference": dict(tokens=256, hidden=128, repetitions=2),
     "bench_training": dict(repetitions=2, inputs=dict(rows=120, held_out=16, vocab="tekken", hidden=64, layers=2, median=20, longest=250), starts=[],
                            how=dict(max_length=512, per_device=4, accumulation=2, steps=4, learning_rate=1e-3), recipe=["training_args.max_steps=5", "evaluation.num_prompts=12"]),
     "bench_scale": dict(model=dict(hidden=256, layers=2, vocab=131072, tokens=512, dtype="float32"), memory=dict(hidden=[128, 256], tokens=[512, 1024], loss=["plw", "qrpo"]),
                         batches=dict(gib=1.7, most=16), lengths=dict(cost=[128, 512, 2048, 4096], attention=[256, 1024, 2048]),
                         peak_model=dict(hidden=512, layers=4, vocab=8192, rows=2, tokens=512, steps=2))},
  "cuda": {
-    "bench_sft": dict(model=dict(vocab=131072, hidden=2048, layers=16, threads=0), rows=dict(number=128, longest=4096, median=800, folder=""), batches=dict(per_device=8, line=8192),
-                      weights=[0.1, 0.], step_tokens=4096, others=True, repetitions=3, device="cuda", dtype="bfloat16"),
+    "bench_sft": dict(model=dict(vocab=131072, hidden=2048, layers=16, threads=0), rows=dict(number=128, longest=4096, median=800, folder=""),
+                      batches=dict(per_device=8, line=8192), weights=[0.1, 0.], step_tokens=4096, others=True, repetitions=3, device="cuda", dtype="bfloat16"),
     "bench_logprobs": dict(device="cuda", dtype="bfloat16", rows=[200, 100], completions=10, prompt_tokens=300, completion_tokens=500, repetitions=3, hidden=2048, layers=16),
     "bench_rewards": dict(device="cuda", dtype="bfloat16", rows=400, hidden=2048, layers=16, batch_tokens=32768),
     "bench_generation": dict(device="cuda", prompts=64, samples=8, max_new_tokens=512, mean_new=200, repetitions=3),
@@ -132,7 +132,8 @@ SIZES = {"cpu": {
     "bench_training": dict(device="cuda", dtype="bfloat16", ways=["this", "trl", "this, packed", "trl, packed"], repetitions=2, threads=0, starts=[],
                            inputs=dict(rows=2000, held_out=50, vocab="tekken", hidden=1024, layers=12, median=300, longest=4000),
                            how=dict(max_length=4096, per_device=8, accumulation=2, steps=50, learning_rate=1e-4)),
-    "bench_scale": dict(device="cuda", model=dict(hidden=2048, layers=16, vocab=131072, tokens=4096, dtype="bfloat16"), memory=dict(hidden=[1024, 2048], tokens=[4096], loss=["plw", "qrpo"]),
+    "bench_scale": dict(device="cuda", model=dict(hidden=2048, layers=16, vocab=131072, tokens=4096, dtype="bfloat16"),
+                        memory=dict(hidden=[1024, 2048], tokens=[4096], loss=["plw", "qrpo"]),
                         batches=dict(gib=60, most=64), ways=[], lengths=dict(cost=[1024, 4096, 16384], attention=[2048, 8192]), compiled=True,
                         peak_model=dict(hidden=2048, layers=16, vocab=131072, rows=4, tokens=4096, steps=5, threads=0))}}
 

@@ -6,8 +6,9 @@
 __all__ = ['WAYS', 'bench_pieces', 'row_by_row', 'sorted_plain', 'prompts_once', 'one_pass', 'fresh_pass', 'measure_logprobs',
            'plot_logprobs']
 
-# %% ../nbs/85_bench_logprobs.ipynb #c3db6fdb
-import json, random, subprocess, sys, time
+# %% ../nbs/85_bench_logprobs.ipynb #286a7000
+import random, time
+from .bench_step import call_fresh
 
 # %% ../nbs/85_bench_logprobs.ipynb #cf2693cb
 def bench_pieces(
@@ -94,19 +95,12 @@ def one_pass(
     took = dict(seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - cpu)
     return took | dict(peak=memory(True, device) - before, scored=len(found), mean=float(found.mean()))
 
-# %% ../nbs/85_bench_logprobs.ipynb #61e6ba44
+# %% ../nbs/85_bench_logprobs.ipynb #49fde80c
 def fresh_pass(
     **args, # of `one_pass`
 )->dict: # what it returned
     "`one_pass` in a process of its own"
-    command = [sys.executable, "-m", "post_training.bench_logprobs", json.dumps(args)]
-    run = subprocess.run(command, capture_output=True, text=True)
-    if run.returncode: raise RuntimeError(f"{args} failed with exit code {run.returncode}: {run.stderr[-500:]}")
-    return json.loads(run.stdout.splitlines()[-1])
-
-# %% ../nbs/85_bench_logprobs.ipynb #bc586914
-#| eval: false
-if __name__ == "__main__": print(json.dumps(one_pass(**json.loads(sys.argv[1]))))
+    return call_fresh("post_training.bench_logprobs", "one_pass", args)
 
 # %% ../nbs/85_bench_logprobs.ipynb #8576fe1a
 def measure_logprobs(

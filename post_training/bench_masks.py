@@ -196,7 +196,7 @@ def plot_masks(
     fig.tight_layout()
     return ax
 
-# %% ../nbs/82_bench_masks.ipynb #3e062f3c
+# %% ../nbs/82_bench_masks.ipynb #20f7e210
 def cost_of_rows(
     tokenizer, # with a chat template
     sizes:list[int], # rows of each dataset
@@ -213,7 +213,8 @@ def cost_of_rows(
     tokenize_dataset(data.select(range(min(sizes))), tokenizer, num_proc=1) # warm
     with threads(False): s = interleaved({n: lambda n=n: tokenize_dataset(data.select(range(n)), tokenizer, num_proc=1) for n in sizes}, repeats, time.process_time)
     mid = [median(s[n]) for n in sizes]
-    return pd.DataFrame(dict(rows=sizes, seconds=[round(m, 3) for m in mid], microseconds_per_row=[round(1e6*m/n, 1) for m, n in zip(mid, sizes)], spread=[round(spread(s[n]), 2) for n in sizes]))
+    return pd.DataFrame(dict(rows=sizes, seconds=[round(m, 3) for m in mid], microseconds_per_row=[round(1e6*m/n, 1) for m, n in zip(mid, sizes)],
+                             spread=[round(spread(s[n]), 2) for n in sizes]))
 
 # %% ../nbs/82_bench_masks.ipynb #6a0477b7
 def fit_line(

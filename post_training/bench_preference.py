@@ -6,9 +6,9 @@
 __all__ = ['WAYS', 'bench_pairs', 'word_tokenizer', 'worded', 'step_args', 'trl_trainer', 'our_trainer', 'watch_steps', 'one_run',
            'fresh_run', 'measure_preference', 'plot_preference']
 
-# %% ../nbs/87_bench_preference.ipynb #0ea8a48d
-import importlib, json, subprocess, sys, tempfile, time
-from .bench_step import bench_model, memory
+# %% ../nbs/87_bench_preference.ipynb #1cfd1a2e
+import importlib, tempfile, time
+from .bench_step import bench_model, call_fresh, memory
 
 # %% ../nbs/87_bench_preference.ipynb #78ae427c
 def bench_pairs(
@@ -147,18 +147,12 @@ def one_run(
     seconds = statistics.median(watch.seconds[1:])
     return dict(seconds=seconds, tokens_per_s=sum(r["length"] for r in rows)/seconds, peak=memory(True, device) - before, norm=watch.norms[0])
 
-# %% ../nbs/87_bench_preference.ipynb #d9573d68
+# %% ../nbs/87_bench_preference.ipynb #0ad6c7db
 def fresh_run(
     **args, # of `one_run`
 )->dict: # what it returned
     "`one_run` in a process of its own"
-    run = subprocess.run([sys.executable, "-m", "post_training.bench_preference", json.dumps(args)], capture_output=True, text=True)
-    if run.returncode: raise RuntimeError(f"{args} failed with exit code {run.returncode}: {run.stderr[-500:]}")
-    return json.loads(run.stdout.splitlines()[-1])
-
-# %% ../nbs/87_bench_preference.ipynb #48ab2a05
-#| eval: false
-if __name__ == "__main__": print("\n" + json.dumps(one_run(**json.loads(sys.argv[1]))))
+    return call_fresh("post_training.bench_preference", "one_run", args)
 
 # %% ../nbs/87_bench_preference.ipynb #05dfc975
 def measure_preference(
