@@ -185,7 +185,7 @@ def measure_step(
         table[f"{name}_ratio"] = table[column].values/base[column].values
     return table.assign(peak=table.peak/2**30).rename(columns=dict(peak="peak_GiB"))
 
-# %% ../nbs/83_bench_step.ipynb #b44783e4
+# %% ../nbs/83_bench_step.ipynb #12f3667e
 def plot_step(
     table, # of `measure_step`
 ):# matplotlib figure
@@ -193,7 +193,8 @@ def plot_step(
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 2, figsize=(7, 2.6), dpi=70)
     for ax, column, label in zip(axes, ("tokens_per_s", "peak_GiB"), ("tokens per second", "peak above the model, GiB")):
-        table[column].unstack("way")[list(WAYS)].plot.bar(ax=ax, rot=0, legend=column == "peak_GiB")
+        table[column].unstack("way")[list(WAYS)].plot.bar(ax=ax, rot=0, legend=False)
         ax.set(xlabel="prompt loss weight", ylabel=label)
+    ax.legend(loc="center left", bbox_to_anchor=(1.02, .5), frameon=False)
     fig.tight_layout()
     return fig

@@ -262,16 +262,16 @@ def measure_run(
     table.insert(1, "spread", groups.seconds.max() - groups.seconds.min())
     return table.assign(loss_before=before, loss_after=pd.Series(losses))
 
-# %% ../nbs/88_bench_training.ipynb #3e0275a3
+# %% ../nbs/88_bench_training.ipynb #38a7efc7
 def plot_phases(
     table, # of `measure_run`
 ): # matplotlib figure
     "Where the seconds go, one bar per way"
     import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(8, .8 + .4*len(table)), dpi=70, layout="constrained")
-    table[list(PHASES)].plot.barh(stacked=True, ax=ax, colormap="tab10", width=.7)
+    fig, ax = plt.subplots(figsize=(8, 1.4 + .4*len(table)), dpi=70, layout="constrained")
+    table[list(PHASES)].plot.barh(stacked=True, ax=ax, colormap="tab10", width=.7, legend=False)
     ax.invert_yaxis()
-    ax.legend(ncols=5, fontsize=7, loc="upper center", bbox_to_anchor=(.5, -.25))
+    fig.legend(*ax.get_legend_handles_labels(), fontsize=7, loc="outside right center")
     ax.set(xlabel="seconds from the command to its end", ylabel="")
     return fig
 
