@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'UserError', 'nearest', 'write_atomic', 'write_json', 'atomic_dir', 'sync_tree', 'sha256',
-           'write_manifest', 'verify_manifest', 'locked', 'importing', 'leave', 'redact']
+           'write_manifest', 'verify_manifest', 'locked', 'Lent', 'borrowed', 'importing', 'leave', 'redact']
 
-# %% ../nbs/00_base.ipynb #e2dcde90
-import atexit, contextlib, fcntl, gc, hashlib, json, os, re, shutil, sys, tempfile
+# %% ../nbs/00_base.ipynb #9ee02851
+import atexit, contextlib, copy, fcntl, gc, hashlib, json, os, re, shutil, sys, tempfile, weakref
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -134,6 +134,25 @@ def locked(
     with open(path, "a") as f:
         fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
+
+# %% ../nbs/00_base.ipynb #7d832e7d
+class Lent:
+    "An object that forked processes have already: it travels to them as a name, and as it is to any other"
+    held = weakref.WeakValueDictionary() # name -> object
+    def __init__(self,
+        value, # lives as long as the processes
+    ):
+        self.value, self.held[id(value)] = value, value
+    def __reduce__(self):
+        from multiprocess import get_start_method # what `datasets` starts processes with
+        return (borrowed, (id(self.value),)) if get_start_method() == "fork" else (copy.copy, (self.value,))
+
+# %% ../nbs/00_base.ipynb #e32f3f43
+def borrowed(
+    name:int, # of an object that was lent before this process was forked
+):
+    "The object itself"
+    return Lent.held[name]
 
 # %% ../nbs/00_base.ipynb #91126d94
 @contextlib.contextmanager

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WORDS', 'prefix_by_prefix', 'bound', 'contents', 'bench_chats', 'real_chats', 'threads', 'interleaved', 'spread',
            'encoded_again', 'measure_chats', 'measure_masks', 'show_masks', 'plot_masks', 'cost_of_rows', 'fit_line',
-           'plot_cost']
+           'plot_cost', 'gain_of_processes']
 
 # %% ../nbs/82_bench_masks.ipynb #170ccc07
 import json, os, random, time
@@ -245,3 +245,23 @@ def plot_cost(
     right.set(xlabel="rows", ylabel="off the line (%)")
     fig.tight_layout()
     return left
+
+# %% ../nbs/82_bench_masks.ipynb #153fd8f6
+def gain_of_processes(
+    tokenizer, # with a chat template
+    rows:int, # of the dataset
+    counts:list[int], # processes to compare; the first is what the others are compared with
+    repeats:int=3, # of each
+    folder:str="", # as for `contents`
+): # `pandas.DataFrame` with a row per count
+    "Seconds on the wall of tokenizing one dataset in one and in several processes, in turn"
+    import pandas as pd
+    from datasets import Dataset, disable_progress_bars
+    from post_training.tokens.dataset import tokenize_dataset
+    disable_progress_bars()
+    pairs = contents(rows, folder)
+    data = Dataset.from_dict(dict(question=[q for q, _ in pairs], answer=[a for _, a in pairs]))
+    with threads(False): s = interleaved({n: lambda n=n: tokenize_dataset(data, tokenizer, num_proc=n) for n in counts}, repeats)
+    mid, cores = {n: median(s[n]) for n in counts}, len(os.sched_getaffinity(0))
+    return pd.DataFrame(dict(seconds=mid, rows_per_s={n: round(rows/m) for n, m in mid.items()}, predicted={n: min(n, cores)/min(counts[0], cores) for n in counts},
+                             measured={n: mid[counts[0]]/m for n, m in mid.items()}, spread={n: spread(s[n]) for n in counts})).rename_axis("processes")

@@ -10,13 +10,13 @@ __all__ = ['HEADINGS', 'USAGE', 'KINDS_OF_TALK', 'look_batch', 'Inspection', 'in
            'usage', 'parse_args', 'head_lines', 'print_inspection', 'legend', 'inspect_command', 'main', 'carried',
            'template_facts', 'templates_html']
 
-# %% ../nbs/57_inspection.ipynb #444f7422
+# %% ../nbs/57_inspection.ipynb #5d216c91
 import importlib, json, os, re, sys
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from . import config, run
-from .base import UserError, nearest
+from .base import Lent, UserError, nearest
 from .data.messages import format_of
 from .data.swissai import block, developer, is_swissai, user
 from .prepare import load_split, quiet, stop_ids, tokenizer_of
@@ -62,7 +62,7 @@ class Inspection:
     max_drop_fraction: float|None = None # share of rows that training may drop
     stop_ids: object = None # ids that generation stops at; None: the tokenizer's eos
 
-# %% ../nbs/57_inspection.ipynb #e9922ed8
+# %% ../nbs/57_inspection.ipynb #c635fd05
 def inspect_dataset(
     dataset, # `datasets.Dataset` of raw rows in a known format
     tokenizer, # with a chat template
@@ -86,7 +86,7 @@ def inspect_dataset(
     options = dict(max_length=max_length, policies=policies, allow_control_tokens_in_content=allow_control_tokens_in_content)
     data = dataset.map(look_batch, batched=True, with_indices=True, batch_size=500, num_proc=n if n > 1 else None, features=features, desc="Looking",
                        remove_columns=dataset.column_names, keep_in_memory=True, load_from_cache_file=False, new_fingerprint=os.urandom(8).hex(),
-                       fn_kwargs=dict(tokenizer=tokenizer, columns=columns, serial=n > 1, **options))
+                       fn_kwargs=dict(tokenizer=Lent(tokenizer) if n > 1 else tokenizer, columns=columns, serial=n > 1, **options))
     return Inspection(name, dataset, tokenizer, columns, numbers=data.to_pandas(), max_drop_fraction=max_drop_fraction, stop_ids=stop_ids, **options)
 
 # %% ../nbs/57_inspection.ipynb #ece30254

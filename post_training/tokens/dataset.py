@@ -7,14 +7,14 @@ __all__ = ['POLICIES', 'row_messages', 'tools_beside', 'check_policies', 'policy
            'tokenize_batch', 'processes', 'counts_of', 'tokenize_rows', 'tokenize_dataset', 'count_tokens',
            'check_sample', 'rows_fingerprint', 'hash_array', 'tokenize_key', 'cached_tokenize']
 
-# %% ../../nbs/25_tokens.dataset.ipynb #d1499143
+# %% ../../nbs/25_tokens.dataset.ipynb #ef516a8a
 import hashlib, json, os, tempfile
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-from ..base import UserError, atomic_dir, locked, verify_manifest, write_json, write_manifest
+from ..base import Lent, UserError, atomic_dir, locked, verify_manifest, write_json, write_manifest
 from ..data.messages import MalformedRow, UnsupportedContent, check_dropped, check_messages, format_of, plain_text, row_id, to_messages
 from ..data.swissai import is_swissai, linearise, plain_messages, structured
 from .masks import Refused, check_generation_prompt, check_stop_tokens, encoder_for, tokenize_chats
@@ -161,7 +161,7 @@ def counts_of(
     return {"in": len(data), "out": kept, "dropped": dict(sorted(reasons.items())), "truncated": sum(data["cut"][:]), "left_out": left_out,
             "tokens": sum(data["length"][:]), "completion_tokens": completion, "first": first}
 
-# %% ../../nbs/25_tokens.dataset.ipynb #af974aec
+# %% ../../nbs/25_tokens.dataset.ipynb #1dee2631
 def tokenize_rows(
     dataset, # `datasets.Dataset` of raw rows in a known format
     tokenizer, # with a chat template
@@ -184,7 +184,7 @@ def tokenize_rows(
     return dataset.map(tokenize_batch, batched=True, with_indices=True, batch_size=batch_size, num_proc=n if n > 1 else None, features=features,
                        remove_columns=dataset.column_names, load_from_cache_file=False, desc="Tokenizing", new_fingerprint=os.urandom(8).hex(),
                        keep_in_memory=work is None, cache_file_name=work and str(Path(work)/"rows.arrow"),
-                       fn_kwargs=dict(tokenizer=tokenizer, columns=columns, max_length=max_length, policies=policies, serial=n > 1,
+                       fn_kwargs=dict(tokenizer=Lent(tokenizer) if n > 1 else tokenizer, columns=columns, max_length=max_length, policies=policies, serial=n > 1,
                                       allow_control_tokens_in_content=allow_control_tokens_in_content))
 
 # %% ../../nbs/25_tokens.dataset.ipynb #4bc9045a

@@ -7,11 +7,11 @@ __all__ = ['REFERENCE', 'REWARDS', 'QUANTILES', 'NUMBERS', 'LISTS', 'FLAGS', 'PL
            'pair_messages', 'check_columns', 'finite', 'reference_fault', 'reward_fault', 'tokenize_pair',
            'tokenize_batch', 'pair_features', 'check_pair_policies', 'tokenize_pairs', 'pair_counts', 'cached_pairs']
 
-# %% ../../nbs/27_tokens.pairs.ipynb #99af4839
+# %% ../../nbs/27_tokens.pairs.ipynb #8ef4c190
 import math, os
 from collections import Counter
 from pathlib import Path
-from ..base import UserError, nearest
+from ..base import Lent, UserError, nearest
 from ..data.messages import MalformedRow, UnsupportedContent, as_written, check_dropped, row_id
 from .completions import encode_completions
 from .dataset import cached_tokenize, policy_of, processes
@@ -179,7 +179,7 @@ def check_pair_policies(
         if choice == "truncate": raise UserError("tokenization.overlength=truncate: a pair is never cut, its log-probabilities are those of whole answers. Set drop or error.")
         if choice not in ("drop", "error"): raise UserError(f"tokenization.{name}={choice!r}: drop or error.")
 
-# %% ../../nbs/27_tokens.pairs.ipynb #8f43bd71
+# %% ../../nbs/27_tokens.pairs.ipynb #8f94bf19
 def tokenize_pairs(
     dataset, # `datasets.Dataset` of pairs
     tokenizer, # with a chat template
@@ -203,7 +203,7 @@ def tokenize_pairs(
     data = dataset.map(tokenize_batch, batched=True, with_indices=True, batch_size=batch_size, num_proc=n if n > 1 else None, features=pair_features(),
                        remove_columns=dataset.column_names, load_from_cache_file=False, desc="Tokenizing", new_fingerprint=os.urandom(8).hex(),
                        keep_in_memory=work is None, cache_file_name=work and str(Path(work)/"rows.arrow"),
-                       fn_kwargs=dict(tokenizer=tokenizer, max_length=max_length, reference=reference, rewards=rewards, serial=n > 1,
+                       fn_kwargs=dict(tokenizer=Lent(tokenizer) if n > 1 else tokenizer, max_length=max_length, reference=reference, rewards=rewards, serial=n > 1,
                                       allow_control_tokens_in_content=allow_control_tokens_in_content))
     counts = pair_counts(data)
     for reason in [r for r in counts["dropped"] if not r.startswith(ALWAYS_DROPPED) and policies.get(policy_of(r)) == "error"]:

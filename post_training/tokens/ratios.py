@@ -6,12 +6,12 @@
 __all__ = ['COLUMNS', 'first_and_rest', 'row_sizes', 'ratio_columns', 'generation_ratios', 'measure_batch', 'measure', 'trim',
            'ratio_row', 'summarise', 'plain_ticks', 'plot_ratios']
 
-# %% ../../nbs/23_tokens.ratios.ipynb #4aa5e8b5
+# %% ../../nbs/23_tokens.ratios.ipynb #e8cba2ea
 import os
 
 import numpy as np
 
-from ..base import UserError
+from ..base import Lent, UserError
 from ..data.messages import content_text, format_of
 from ..data.swissai import is_swissai
 from .dataset import check_policies, encode_rows, fit, policy_of, processes, row_id
@@ -87,7 +87,7 @@ def measure_batch(
     return dict(row_id=ids, source=[str(r.get("source") or "") for r in rows], reason=[c.reason if isinstance(c, Refused) else "" for c in chats],
                 **{c: [s[c] for s in sizes] for c in COLUMNS})
 
-# %% ../../nbs/23_tokens.ratios.ipynb #6c97d32b
+# %% ../../nbs/23_tokens.ratios.ipynb #116dd2a5
 def measure(
     dataset, # `datasets.Dataset` of raw rows in a known format
     tokenizer, # with a chat template
@@ -108,7 +108,7 @@ def measure(
     features = Features({k: Value("string") for k in ("row_id", "source", "reason")} | {c: Value("int64") for c in COLUMNS})
     df = dataset.map(measure_batch, batched=True, with_indices=True, batch_size=batch_size, num_proc=n if n > 1 else None, features=features,
                      remove_columns=dataset.column_names, keep_in_memory=True, load_from_cache_file=False, desc="Measuring",
-                     fn_kwargs=dict(tokenizer=tokenizer, columns=columns, policies=policies, max_length=max_length, serial=n > 1,
+                     fn_kwargs=dict(tokenizer=Lent(tokenizer) if n > 1 else tokenizer, columns=columns, policies=policies, max_length=max_length, serial=n > 1,
                                     allow_control_tokens_in_content=allow_control_tokens_in_content)).to_pandas()
     kept = df[df.reason == ""].drop(columns="reason").reset_index(drop=True)
     parts = df[df.reason != ""].groupby("reason").row_id
