@@ -6,8 +6,8 @@
 __all__ = ['MANIFEST', 'UserError', 'nearest', 'write_atomic', 'write_json', 'atomic_dir', 'sync_tree', 'sha256',
            'write_manifest', 'verify_manifest', 'locked', 'Lent', 'borrowed', 'importing', 'leave', 'redact']
 
-# %% ../nbs/00_base.ipynb #9ee02851
-import atexit, contextlib, copy, fcntl, gc, hashlib, json, os, re, shutil, sys, tempfile, weakref
+# %% ../nbs/00_base.ipynb #bf81c515
+import atexit, contextlib, copy, fcntl, gc, hashlib, json, os, re, shutil, sys, tempfile, threading, weakref
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -164,15 +164,18 @@ def importing():
     finally:
         if was: gc.enable()
 
-# %% ../nbs/00_base.ipynb #f7358007
+# %% ../nbs/00_base.ipynb #e807e3db
 def leave(
     code:int, # exit code
 ):
     "End this process, a program's `main` being over, without taking its modules apart"
     if int(os.environ.get("WORLD_SIZE", 1)) > 1: sys.exit(code)
+    for t in threading.enumerate():
+        if t is not threading.current_thread() and not t.daemon: t.join()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError): stream.flush()
+        try: stream.flush()
+        except (OSError, ValueError): code = code or 120 # Python's own for what could not be written
     os._exit(code)
 
 # %% ../nbs/00_base.ipynb #c75633be

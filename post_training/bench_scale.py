@@ -339,7 +339,7 @@ def largest(
         good, bad = (middle, bad) if fit(middle) else (good, middle)
     return good
 
-# %% ../nbs/89_bench_scale.ipynb #de1a0269
+# %% ../nbs/89_bench_scale.ipynb #8abe44aa
 def largest_batch(
     gib:float, # of memory, above what the process holds before the model
     most:int=1024, # rows to stop at
@@ -353,7 +353,8 @@ def largest_batch(
         found = fresh(rows=n, limit_gib=gib, **args | dict(steps=1))
         tries.append(dict(rows=n, fits=fits(found), measured_gib=found.get("peak_gib", math.nan), estimated_gib=expect(n)))
         return tries[-1]["fits"]
-    return largest(attempt, most), largest(lambda n: expect(n) <= gib, most), pd.DataFrame(tries)
+    by_estimate = next((n - 1 for n in range(1, most + 1) if expect(n) > gib), most) # one by one: the estimate steps down where a tensor leaves the heap
+    return largest(attempt, most), by_estimate, pd.DataFrame(tries)
 
 # %% ../nbs/89_bench_scale.ipynb #dda4afe5
 def launched(
@@ -518,18 +519,23 @@ def best_matmul(
     once()
     return 2*n**3/min(once() for _ in range(repetitions))
 
-# %% ../nbs/89_bench_scale.ipynb #80e30d91
+# %% ../nbs/89_bench_scale.ipynb #086eb974
 def peak_flops(
     device:str="cpu", # cpu or cuda
     name:str|None=None, # of the GPU; None asks torch
+    threads:int=1, # of torch on a CPU, as many as the steps have
 )->tuple: # FLOP/s, where the number is from
     "What is taken for the peak"
-    if device == "cpu": return best_matmul(), "this thread's fastest fp32 product"
-    if name is None:
-        import torch
-        name = torch.cuda.get_device_name()
+    import torch
+    if device == "cpu":
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads or before)
+        try: return best_matmul(), f"the fastest fp32 product of {threads or before} thread{'s'*((threads or before) > 1)}"
+        finally: torch.set_num_threads(before)
+    name = name or torch.cuda.get_device_name()
     words = name.lower().replace("-", " ").split()
     known = next((k for k in ("gh200", "h200", "h100") if k in words), "a100" if "a100" in name.lower() else None)
+    if {"pcie", "nvl"} & set(words): known = None # slower ones of the same name
     return (DEVICES[known]["bf16"], f"data sheet of {known}, bf16") if known else (best_matmul(device, "bfloat16", 8192), f"fastest bf16 product of {name}")
 
 # %% ../nbs/89_bench_scale.ipynb #e75873ce
