@@ -97,7 +97,7 @@ def splits_of(
     named = (cfg["dataset_args"].get("eval_split") or {}).get("name") and cfg["stage"] not in config.TRAINING_STAGES
     return ("train", "eval") if wants_eval(cfg) or named else ("train",)
 
-# %% ../nbs/48_prepare.ipynb #a0b6666f
+# %% ../nbs/48_prepare.ipynb #5454c796
 def prepare_data(
     cfg:dict, # composed
     tokenize=None, # what tokenizes a split and keeps it; None: `cached_tokenize`, for conversations
@@ -115,7 +115,7 @@ def prepare_data(
     for split in splits_of(cfg):
         raw = load_split(cfg, split)
         if split == "train": out.notices = check_gates(cfg, conversations(raw), tokenizer)
-        rows, counts = (tokenize or cached_tokenize)(folder, raw, tokenizer, max_drop_fraction=cfg["max_drop_fraction"], **parameters)
+        rows, counts = (tokenize or cached_tokenize)(folder, raw, tokenizer, max_drop_fraction=cfg["max_drop_fraction"], fingerprint=out.fingerprints["tokenizer"], **parameters)
         out.counts[split] = {k: counts[k] for k in COUNTS if counts.get(k)}
         out.fingerprints[f"{split}_rows"] = counts["rows_fingerprint"]
         out.paths[split] = str(folder/counts["key"][:16])

@@ -276,18 +276,19 @@ def hash_array(
         h.update(b"".join(v.as_buffer() for v in array.drop_null()))
     else: h.update(repr(array.to_pylist()).encode())
 
-# %% ../../nbs/25_tokens.dataset.ipynb #949dd714
+# %% ../../nbs/25_tokens.dataset.ipynb #e9b5edbf
 def tokenize_key(
     dataset, # raw rows
     tokenizer, # with a chat template
+    fingerprint:str|None=None, # of the tokenizer, where it is known: half a second at 131,072 ids
     **parameters, # what else decides the result
 )->dict: # fingerprints and parameters, and their hash under `key`
     "What identifies a tokenized dataset"
-    facts = dict(format=1, rows=rows_fingerprint(dataset), n_rows=len(dataset), tokenizer=tokenizer_fingerprint(tokenizer),
+    facts = dict(format=1, rows=rows_fingerprint(dataset), n_rows=len(dataset), tokenizer=fingerprint or tokenizer_fingerprint(tokenizer),
                  template=template_fingerprint(tokenizer), parameters=dict(sorted(parameters.items())))
     return dict(facts, key=hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest())
 
-# %% ../../nbs/25_tokens.dataset.ipynb #5c13aed8
+# %% ../../nbs/25_tokens.dataset.ipynb #deba2836
 def cached_tokenize(
     folder, # where tokenized datasets are kept
     dataset, # raw rows
@@ -296,12 +297,13 @@ def cached_tokenize(
     max_drop_fraction:float|None=None, # share of rows that may be dropped
     num_proc:int|None=None, # processes; None chooses
     make=tokenize_dataset, # what tokenizes it: that for conversations, or one for rows of another kind
+    fingerprint:str|None=None, # of the tokenizer, where it is known
     **parameters, # max_length, policies and the rest of `tokenize_dataset`'s
 )->tuple: # (`datasets.Dataset`, counts with the key and whether it was found)
     "Tokenize a dataset once: the result is kept under a hash of all that decides it; one process works, the others wait and read"
     from datasets import load_from_disk
     if not len(dataset): raise UserError("The dataset has no rows.")
-    facts = tokenize_key(dataset, tokenizer, **parameters, **({} if make is tokenize_dataset else dict(make=make.__name__)))
+    facts = tokenize_key(dataset, tokenizer, fingerprint, **parameters, **({} if make is tokenize_dataset else dict(make=make.__name__)))
     out = Path(folder)/facts["key"][:16]
     with locked(out.with_name(f".{out.name}.lock")):
         found = out.exists() and not verify_manifest(out, hashes=False)
