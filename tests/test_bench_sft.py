@@ -1,7 +1,7 @@
 "What a training step computes, counted and not timed: no logits, no padding where rows are packed, and as many multiplications as the arithmetic says."
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from largest_tensor import Largest
 from torch.utils.flop_counter import FlopCounterMode
 
 from post_training.bench_sft import (
@@ -29,17 +29,6 @@ def quiet(trainer):
     "Packing is probed with forwards of its own before the first step: they are no part of a step"
     trainer.probe_packing = lambda model: None
     return trainer
-
-
-class Largest(TorchDispatchMode):
-    "The largest tensor that an operation makes, views left out"
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, torch.Tensor) and x._base is None: self.numel = max(self.numel, x.numel())
-        return out
 
 
 # -- no [tokens, vocabulary]

@@ -9,6 +9,7 @@ import transformers as tf
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from largest_tensor import Largest
 from post_training import shards
 from post_training.align.logprobs import Piece, check_numbers, decide_sharing, logprobs_maker, plan_tokens, probe_sharing, score_plain, score_shared, scoring_lengths
 from post_training.align.rows import completion
@@ -17,7 +18,6 @@ from post_training.models.generate import left_pad
 from post_training.models.load import quiet_activation, tiny_config
 from post_training.models.score import add_score_head
 from post_training.tokens.tokenizer import toy_tokenizer
-from torch.utils._python_dispatch import TorchDispatchMode
 
 SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, initializer_range=.3)
 V = 300
@@ -136,17 +136,6 @@ def test_the_probe_finds_where_sharing_is_wrong(broken):
     assert len(said) == 1 and "cannot be read once" in said[0] and "\n" not in said[0]
     with pytest.raises(UserError, match="share_prompts"): decide_sharing(model, PIECES, 60, True)
     assert decide_sharing(model, PIECES, 60, False, said.append) is False and len(said) == 1
-
-
-class Largest(TorchDispatchMode):
-    "The largest tensor that an operation makes"
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, torch.Tensor) and x._base is None: self.numel = max(self.numel, x.numel())
-        return out
 
 
 def test_no_tokens_times_vocabulary():
