@@ -82,7 +82,7 @@ lab: env ## JupyterLab on the notebooks
 	@$(RUN) jupyter lab --notebook-dir=. $(LAB) nbs/index.ipynb
 
 bench: env ## the benchmarks beside what one would use instead, into runs/bench, and a table of wanted ratios (BENCH="masks sft": only these)
-	@$(RUN) python -m post_training.bench $(BENCH)
+	@$(RUN) python -m post_training.bench.records $(BENCH)
 
 readme: env ## README.md from nbs/index.ipynb
 	@$(RUN) jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed 's#](\.\./#](#g' > README.md

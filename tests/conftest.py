@@ -40,7 +40,7 @@ def tmp_root(tmp_path, monkeypatch):
 def demo(shared_root):
     "The artifacts folder with the tiny model and the demo data in it, built under a lock the first time"
     from post_training import config
-    from post_training.demo import ensure_demo
+    from post_training.demo.data import ensure_demo
 
     ensure_demo(config.compose("train_sft").cfg)
     return Path(os.environ["POST_TRAINING_ARTIFACTS_DIR"])

@@ -31,8 +31,8 @@ def make_pairs():
 def make_trainer(case, folder, data, lines, model=None):
     "The trainer of a case"
     from post_training.tokens.collate import PackCollator, PadCollator, PairCollator, empty_pair
-    from post_training.trainers.preference import pair_config, pair_objective
-    from post_training.trainers.sft import SFTTrainer
+    from post_training.training.preference import pair_config, pair_objective
+    from post_training.training.trainer import SFTTrainer
 
     Watched = watched(SFTTrainer)
     bins = [[int(i)] for i in range(ROWS)] if case.get("packed") else None
@@ -59,7 +59,7 @@ def run_case(case, folder):
     "Train one case; losses, rows of every step, the reference and the saved weights are left in `folder`"
     from datasets import Dataset
 
-    from post_training.trainers.preference import pair_objective, reference_logps, with_quantiles, with_reference
+    from post_training.training.preference import pair_objective, reference_logps, with_quantiles, with_reference
 
     data, lines = Dataset.from_list(make_pairs()), []
     if case.get("computed"):

@@ -5,8 +5,8 @@ import os
 import sys
 import time
 
-from post_training.base import UserError
-from post_training.shards import main, pack_floats, seed_of
+from post_training.core.files import UserError
+from post_training.core.shards import main, pack_floats, seed_of
 
 
 def note(folder, batch):

@@ -10,7 +10,8 @@ import slurm_cluster
 from conftest import ROOT
 from test_sweep import calls, scheduler  # noqa: F401
 
-from post_training import config, run
+from post_training import config
+from post_training import run
 from post_training.launch import sweep
 
 TEMPLATE = ROOT / "nbs" / "experiments" / "alignment-apertus-swissaiformat.ipynb"

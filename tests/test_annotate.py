@@ -9,8 +9,11 @@ import time
 
 import pytest
 
-from post_training import annotate, config, run, shards
-from post_training.base import UserError
+from post_training.stages import preference_data
+from post_training import config
+from post_training import run
+from post_training.core import shards
+from post_training.core.files import UserError
 
 ANSWERS = ["dataset_args.dataset_name=${artifacts_dir}/datasets/demo-answers", "dataset_args.split=train", "max_drop_fraction=1"]
 STAGES = {
@@ -29,7 +32,7 @@ def planned(demo, tmp_root, monkeypatch):
 
     def make(stage, *overrides, name="once"):
         cfg = config.compose(stage, [*STAGES[stage], f"artifacts_subdir={tmp_root.name}-{name}", *overrides]).cfg
-        annotate.prepare(cfg)
+        preference_data.prepare(cfg)
         return cfg, config.freeze(cfg, tmp_root / f"{stage}-{name}.yaml")
 
     return make
@@ -37,20 +40,20 @@ def planned(demo, tmp_root, monkeypatch):
 
 def digest(cfg):
     "SHA-256 of what all shards make together"
-    out = annotate.work_folder(cfg) / "merged.jsonl"
-    shards.merge(annotate.work_folder(cfg), out)
+    out = preference_data.work_folder(cfg) / "merged.jsonl"
+    shards.merge(preference_data.work_folder(cfg), out)
     return hashlib.sha256(out.read_bytes()).hexdigest()
 
 
 def worker(cfg, frozen):
     "A worker that saves after each batch"
-    argv = [sys.executable, "-m", "post_training.annotate", str(frozen), str(annotate.work_folder(cfg)), "--shard", "0", "--save-batches", "1"]
+    argv = [sys.executable, "-m", "post_training.stages.preference_data", str(frozen), str(preference_data.work_folder(cfg)), "--shard", "0", "--save-batches", "1"]
     return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def kill_midway(cfg, frozen, sent):
     "Stop a worker after its first saved batch and before its last; the batches that it saved"
-    at = shards.shard_folder(annotate.work_folder(cfg), plan := shards.load_plan(annotate.work_folder(cfg)), 0)
+    at = shards.shard_folder(preference_data.work_folder(cfg), plan := shards.load_plan(preference_data.work_folder(cfg)), 0)
     of = len(plan.batches)
     assert of > 1
     for _ in range(8):  # a worker that was faster than this process is tried again
@@ -73,11 +76,11 @@ def kill_midway(cfg, frozen, sent):
 @pytest.mark.parametrize("stage", STAGES)
 def test_any_sharding_and_any_kill_give_the_same_bytes(stage, planned):
     cfg, frozen = planned(stage)
-    annotate.work_on(cfg, frozen)
+    preference_data.work_on(cfg, frozen)
     whole = digest(cfg)
     seven, frozen_7 = planned(stage, "shards.number=7", "num_processes=2", name="seven")
-    annotate.work_on(seven, frozen_7)
-    assert shards.load_plan(annotate.work_folder(seven)).shards == min(7, len(shards.load_plan(annotate.work_folder(cfg)).batches))
+    preference_data.work_on(seven, frozen_7)
+    assert shards.load_plan(preference_data.work_folder(seven)).shards == min(7, len(shards.load_plan(preference_data.work_folder(cfg)).batches))
     assert digest(seven) == whole
     for name, sent in (("killed", signal.SIGKILL), ("asked", signal.SIGTERM)):
         cut, frozen_cut = planned(stage, name=name)
@@ -98,12 +101,12 @@ def test_whole_command_killed(planned, demo, tmp_root):
     process = subprocess.Popen([*words, f"artifacts_subdir={tmp_root.name}-b", "job_subdir=b"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     cfg = config.compose("ref_logprobs", [*STAGES["ref_logprobs"], "shards.number=3", "shards.save_seconds=0", f"artifacts_subdir={tmp_root.name}-b", "job_subdir=b"]).cfg
     end = time.monotonic() + 120
-    while not list(annotate.work_folder(cfg).glob("shards/*/progress.json")) and time.monotonic() < end:
+    while not list(preference_data.work_folder(cfg).glob("shards/*/progress.json")) and time.monotonic() < end:
         time.sleep(0.02)
     process.kill()
     process.communicate()
     time.sleep(3)
-    left = subprocess.run(["pgrep", "-f", f"post_training.annotate .*{tmp_root.name}"], capture_output=True, text=True).stdout.split()
+    left = subprocess.run(["pgrep", "-f", f"post_training.stages.preference_data .*{tmp_root.name}"], capture_output=True, text=True).stdout.split()
     assert not left, "workers live on after the command that started them"
     again = subprocess.run([*words, f"artifacts_subdir={tmp_root.name}-b", "job_subdir=b"], capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stdout + again.stderr
@@ -118,15 +121,15 @@ def test_whole_command_killed(planned, demo, tmp_root):
 
 def test_corrupt_shard_is_named(planned):
     cfg, frozen = planned("pairs")
-    annotate.work_on(cfg, frozen)
-    [rows] = annotate.work_folder(cfg).glob("shards/*/rows.txt")
+    preference_data.work_on(cfg, frozen)
+    [rows] = preference_data.work_folder(cfg).glob("shards/*/rows.txt")
     data = bytearray(rows.read_bytes())
     data[len(data) // 2] ^= 1
     rows.write_bytes(bytes(data))
     with pytest.raises(UserError, match="0000-of-0001.*SHA-256"):
-        annotate.merged(cfg)
-    annotate.work_on(cfg, frozen)  # a shard that does not verify is made again
-    assert annotate.merged(cfg)[1]["out"] > 300
+        preference_data.merged(cfg)
+    preference_data.work_on(cfg, frozen)  # a shard that does not verify is made again
+    assert preference_data.merged(cfg)[1]["out"] > 300
 
 
 def test_rows_that_changed_since(planned, tmp_path):
@@ -135,18 +138,18 @@ def test_rows_that_changed_since(planned, tmp_path):
     cfg, frozen = planned("filter", f"dataset_args.dataset_name={rows}", "dataset_args.split=null", "max_seq_len=64")
     rows.write_text(rows.read_text().replace('"5"', '"6"'))
     with pytest.raises(UserError, match="rows.jsonl has changed since this work began"):
-        annotate.prepare(cfg)
+        preference_data.prepare(cfg)
 
 
 def test_another_reference_than_the_one_that_sampled(planned, tmp_root, demo):
     "Completions of one model scored by another: refused by name, unless it is meant"
     cfg, frozen = planned("ref_completions", "dataset_args.debug_subsample=3")
     task = run.open_run(cfg)
-    annotate.carry_out(task, cfg)
+    preference_data.carry_out(task, cfg)
     written = run.read_record(task.run_dir)["final"]["output"]
     asked = [f"dataset_args.dataset_name={written}", "dataset_args.split=null", "dataset_args.debug_subsample=0"]
     scored, _ = planned("ref_logprobs", *asked, name="same")
-    assert shards.load_plan(annotate.work_folder(scored)).params["reference"]
+    assert shards.load_plan(preference_data.work_folder(scored)).params["reference"]
     with pytest.raises(UserError, match="another chat template"):
         planned("ref_logprobs", *asked, "tokenizer_args.chat_template_name=tulu", "tokenizer_args.model_eos_token_id=2", name="other")
     planned("ref_logprobs", *asked, "tokenizer_args.chat_template_name=tulu", "tokenizer_args.model_eos_token_id=2", "allow_other_reference=true", name="meant")
@@ -161,15 +164,15 @@ def test_nothing_that_can_be_used(planned, tmp_path):
 
 def test_too_many_rows_lost_stops_the_stage(planned):
     cfg, frozen = planned("filter", "max_drop_fraction=0.01", "min_completions=1", "max_seq_len=40", "dataset_args.debug_subsample=200")
-    annotate.work_on(cfg, frozen)
+    preference_data.work_on(cfg, frozen)
     with pytest.raises(UserError, match="max_drop_fraction"):
-        annotate.merged(cfg)
+        preference_data.merged(cfg)
 
 
 def test_two_splits_stay_apart(planned):
     cfg, frozen = planned("pairs", "dataset_args.split=null", "dataset_args.debug_subsample=30")
-    annotate.work_on(cfg, frozen)
-    splits, counts = annotate.merged(cfg)
+    preference_data.work_on(cfg, frozen)
+    splits, counts = preference_data.merged(cfg)
     assert splits.keys() == {"train", "eval"} and counts["in"] == 60
     assert sum(len(set(rows["id"][:])) for rows in splits.values()) == counts["out"]
 
@@ -177,11 +180,11 @@ def test_two_splits_stay_apart(planned):
 def test_a_server_that_nobody_named(planned):
     cfg, frozen = planned("ref_completions", "backend=server")
     with pytest.raises(UserError, match="server.url"):
-        annotate.work_on(cfg, frozen)
+        preference_data.work_on(cfg, frozen)
 
 
 def test_help_says_how_a_worker_is_called():
-    out = subprocess.run([sys.executable, "-m", "post_training.annotate", "--help"], capture_output=True, text=True, env=os.environ)
+    out = subprocess.run([sys.executable, "-m", "post_training.stages.preference_data", "--help"], capture_output=True, text=True, env=os.environ)
     assert out.returncode == 0 and "--array" in out.stdout and "--shard" in out.stdout
 
 
@@ -196,7 +199,7 @@ def test_what_a_model_may_write_or_a_source_may_hold(planned, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(dict(conversation_id=f"c{i}", conversation_branches=branches, **row)) + "\n" for i in range(3)))
     cfg, frozen = planned("filter", f"dataset_args.dataset_name={rows}", "dataset_args.split=null", "max_seq_len=128")
-    annotate.work_on(cfg, frozen)
-    splits, counts = annotate.merged(cfg)
+    preference_data.work_on(cfg, frozen)
+    splits, counts = preference_data.merged(cfg)
     [first] = {tuple(c["reward"] for c in found) for found in splits["train"]["completions"][:]}
     assert first == (1.0, None) and counts["lost before"] == {"reward is not finite: left out": 3}

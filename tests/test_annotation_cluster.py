@@ -11,20 +11,22 @@ from pathlib import Path
 import pytest
 import slurm_cluster
 
-from post_training.run import read_record, run_folder
-from post_training.base import sha256
-from post_training.config import load_frozen, quote
+from post_training.run.identity import run_folder
+from post_training.run.record import read_record
+from post_training.core.files import sha256
+from post_training.config.overrides import quote
+from post_training.config.compose import load_frozen
 
 pytestmark = pytest.mark.slow
 TASKS, BATCHES = 2, 6
 # A worker that does what the test's folder says: wait between batches, fall, make a mistake. It is a hook of the interpreter, so that all else is what a user runs.
 HOOK = """
 import os, sys
-if "post_training.annotate" in sys.orig_argv and "--shard" in sys.orig_argv:
+if "post_training.stages.preference_data" in sys.orig_argv and "--shard" in sys.orig_argv:
     import time
     from pathlib import Path
     from post_training import shards
-    from post_training.base import UserError
+    from post_training.core.files import UserError
     told, keep, shard = Path(os.environ["POST_TRAINING_TEST"]), shards.encode_rows, sys.orig_argv[sys.orig_argv.index("--shard") + 1]
     def encode_rows(plan, batch, rows):
         with open(told/"batches", "a") as f: f.write(f"{shard}\\n")
@@ -206,7 +208,7 @@ def test_killed_worker(job, slurm, local):
     job.hold()
     job.submit()
     job.at_second()
-    found = subprocess.run(["pgrep", "-f", f"post_training.annotate {job.run_dir}/submit.yaml .* --shard 1"], capture_output=True, text=True).stdout.split()
+    found = subprocess.run(["pgrep", "-f", f"post_training.stages.preference_data {job.run_dir}/submit.yaml .* --shard 1"], capture_output=True, text=True).stdout.split()
     os.kill(int(found[0]), signal.SIGKILL)
     wait_for(lambda: job.left(1, "tries") == "1", 30, "the count")
     job.let_go()

@@ -6,9 +6,11 @@ import sys
 
 import pytest
 
-from post_training import cli, config
-from post_training.base import UserError
-from post_training.launch import plan, slurm
+from post_training import cli
+from post_training import config
+from post_training.core.files import UserError
+from post_training.launch import plan
+from post_training.launch import slurm
 
 CLARIDEN = ["cluster=clariden", "cluster.account=a", "cluster.environment=e"]
 LARGE = ["model=apertus-70b", "dataset_args.dataset_name=rows", *CLARIDEN]
@@ -96,7 +98,7 @@ def test_nothing_of_training_where_nothing_is_trained():
         assert not [w for w in ("accelerate", "preflight", f"post_training.{stage}", "MAIN_PORT", "/ready", "gpus", "gres") if w in text]
     for requeue in ("true", "false"):
         text = slurm.job_script(config.compose("train_sft", ["cluster=slurm", "cluster.gpus_per_node=1", f"cluster.requeue={requeue}"]).cfg, ["/r/submit.yaml"], "/r", "n", "/r/submit.sbatch")
-        assert all(w in text for w in ("accelerate.commands.launch", "post_training.preflight", "MAIN_PORT", "-m post_training.train_sft", "/ready"))
+        assert all(w in text for w in ("accelerate.commands.launch", "post_training.launch.preflight", "MAIN_PORT", "-m post_training.train_sft", "/ready"))
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from post_training import run, train_sft
+from post_training import run
+from post_training import train_sft
 
 GOOD = [dict(question=f"What is {i} + 1?", answer=str(i + 1)) for i in range(20)]
 SHORT = ["cluster.device=cpu", "training_args.max_steps=1", "wandb.mode=disabled", "evaluation.num_prompts=0", "training_args.eval_strategy=no"]

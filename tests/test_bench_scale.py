@@ -3,9 +3,9 @@ import math
 
 import pytest
 
-from post_training.base import UserError
-from post_training.bench_scale import communication, expected_memory, fits, largest, project, project_table, sizes
-from post_training.launch.estimate import flops_per_token, parameter_counts
+from post_training.core.files import UserError
+from post_training.bench.scale import communication, expected_memory, fits, largest, project, project_table, sizes
+from post_training.launch.model_sizes import flops_per_token, parameter_counts
 
 EIGHT, SEVENTY = "swiss-ai/Apertus-8B-2509", "swiss-ai/Apertus-70B-2509"
 
@@ -61,6 +61,6 @@ def test_projected_days_and_memory():
 
 
 def test_sizes_are_those_of_the_model():
-    from post_training.bench_scale import build
+    from post_training.bench.scale import build
     config = sizes(512, 64, 1, 96)
     assert sum(p.numel() for p in build(config).parameters()) == parameter_counts(config)["total"]

@@ -4,18 +4,9 @@ import torch
 from largest_tensor import Largest
 from torch.utils.flop_counter import FlopCounterMode
 
-from post_training.bench_sft import (
-    LAYOUTS,
-    LOSSES,
-    bench_rows,
-    model_numbers,
-    our_trainer,
-    real_masks,
-    step_flops,
-    step_shape,
-    trl_trainer,
-)
-from post_training.bench_step import bench_batch, bench_model, full_logits_loss
+from post_training.bench.sft import (
+    LAYOUTS, LOSSES, bench_rows, model_numbers, our_trainer, real_masks, step_flops, step_shape, trl_trainer)
+from post_training.bench.step import bench_batch, bench_model, full_logits_loss
 
 SIZES = dict(hidden=64, layers=2)
 LINE = 128
@@ -67,11 +58,11 @@ def test_no_tokens_by_vocabulary_with_pairs(tmp_path, kind):
     "Preference training makes no logits either"
     from datasets import Dataset
 
-    from post_training.bench_preference import bench_pairs
-    from post_training.bench_sft import plain_tokenizer, step_args
+    from post_training.bench.preference import bench_pairs
+    from post_training.bench.sft import plain_tokenizer, step_args
     from post_training.tokens.collate import PadCollator, PairCollator, empty_pair
-    from post_training.trainers.preference import pair_config, pair_objective
-    from post_training.trainers.sft import SFTTrainer
+    from post_training.training.preference import pair_config, pair_objective
+    from post_training.training.trainer import SFTTrainer
 
     pairs, asked = bench_pairs(VOCAB, 2, 200), dict(step_args(2, 1, 1), loss_type=kind, beta=0.1)
     data = Dataset.from_list(pairs)
@@ -151,7 +142,7 @@ def test_head_follows_the_weighted_positions(rows, tmp_path):
 # -- the same training
 
 def first_loss(trainer):
-    from post_training.bench_sft import watch_epochs
+    from post_training.bench.sft import watch_epochs
 
     trainer.add_callback(watch := watch_epochs())
     trainer.train()

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from post_training.bench_training import PHASES, WAYS, bench_chats, measure_run, this_overrides, write_inputs
-from post_training.config import compose
+from post_training.bench.training import PHASES, WAYS, bench_chats, measure_run, this_overrides, write_inputs
+from post_training.config.compose import compose
 
 HOW = dict(max_length=128, per_device=2, accumulation=2, steps=2, learning_rate=1e-3, device="cpu", dtype="float32")
 

@@ -10,8 +10,8 @@ import time
 import pytest
 from conftest import BIN, ROOT
 
-from post_training import chat
-from post_training.base import UserError
+from post_training.view import chat
+from post_training.core.files import UserError
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from post_training import config, run
-from post_training.base import write_manifest
+from post_training import config
+from post_training import run
+from post_training.core.files import write_manifest
 
 COMMAND = str(Path(sys.executable).parent / "post-training")
 SEED = """dataset=apertus-sft-mixture-1 model=apertus-70b model_args.model_name_or_path=P tokenizer_args.tokenizer_name_or_path=P trainer=plw
@@ -26,7 +27,7 @@ import json, os, sys
 from pathlib import Path
 import yaml
 from post_training import run
-from post_training.base import write_manifest
+from post_training.core.files import write_manifest
 cfg = yaml.safe_load(open(sys.argv[1]))
 folder, ckpts = Path(cfg["run_dir"]), Path(cfg["resuming_dir"])
 run.join_run(folder)

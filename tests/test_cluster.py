@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from post_training.launch.recipe import execute_notebook, recipe_path
-from post_training.run import read_metrics, read_record
+from post_training.run.record import read_metrics, read_record
 
 NO_SLURM = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if not (Path(p) / "sbatch").exists())
 ON_SLURM = ["cluster=slurm", "cluster.device=cpu", "cluster.gpus_per_node=1", "accelerate_config=ds-zero2", "num_nodes=2", "global_batch_size=8", "training_args.per_device_train_batch_size=2"]

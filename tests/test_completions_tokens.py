@@ -4,7 +4,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from post_training.tokens.completions import EncodedRow, chat_for, encode_completions
-from post_training.tokens.masks import Refused, check_generation_prompt, prompt_ids, tokenize_chats
+from post_training.tokens.masks import Refused, tokenize_chats
+from post_training.tokens.gates import check_generation_prompt, prompt_ids
 from post_training.tokens.templates import CHAT_TEMPLATES
 from post_training.tokens.tokenizer import toy_tokenizer
 

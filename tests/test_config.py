@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from post_training import config
-from post_training.base import UserError
-from post_training.config import calculate, compose, diff_from_presets, freeze, load_frozen, parse_override, quote, resolve, typed_form
+from post_training.core.files import UserError
+from post_training.config.overrides import parse_override, quote, typed_form
+from post_training.config.presets import calculate, resolve
+from post_training.config.compose import compose, diff_from_presets, freeze, load_frozen
 
 ACCUMULATION = "training_args.gradient_accumulation_steps"
 

@@ -11,10 +11,11 @@ from datasets import Dataset, DatasetDict, disable_progress_bars, load_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from post_training.base import UserError
+from post_training.core.files import UserError
 from post_training.data.io import load_rows, load_splits, read_json, save_rows
 from post_training.data.messages import CHECKS, MalformedRow, UnsupportedContent, to_messages
-from post_training.data.swissai import as_messages, format_tools, linearise, linearise_dataset, plain_messages, structured, texts_only, tool_list
+from post_training.data.swissai import (
+    as_messages, format_tools, linearise, linearise_dataset, plain_messages, structured, texts_only, tool_list)
 
 disable_progress_bars()
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "linearise.json").read_text())

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from post_training import config
-from post_training import demo as embedded
-from post_training.base import UserError, verify_manifest
+from post_training.demo.data import data as embedded
+from post_training.core.files import UserError, verify_manifest
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -49,7 +49,7 @@ def test_a_folder_of_another_hand_stays(tmp_root):
 
 
 def evaluate(*args):
-    return subprocess.run([sys.executable, "-m", "post_training.evaluation", *map(str, args)], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", "post_training.evaluation.answers", *map(str, args)], capture_output=True, text=True)
 
 
 def test_evaluation_is_a_process(demo, tmp_path):

@@ -5,9 +5,10 @@ import logging
 
 import pytest
 
-from post_training.base import UserError
-from post_training.launch.estimate import (FAMILIES, POLICIES, dense_shape, estimate_of, estimate_rows, flops_per_token, head_memory, layer_activations, memory_per_gpu,
-                                           parameter_counts)
+from post_training.core.files import UserError
+from post_training.launch.model_sizes import FAMILIES, dense_shape, flops_per_token, parameter_counts
+from post_training.launch.estimate import (
+    POLICIES, estimate_of, estimate_rows, head_memory, layer_activations, memory_per_gpu)
 
 SMALL = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=320, head_dim=32, pad_token_id=0)
 
@@ -133,7 +134,8 @@ def test_what_is_no_dense_decoder_is_refused():
 
 def test_presets_on_a_cluster_have_an_estimate():
     "Each model preset that names a published model or a folder: an estimate, or one sentence that says why there is none"
-    from post_training.config import compose, preset_names
+    from post_training.config.presets import preset_names
+    from post_training.config.compose import compose
     found = {}
     for name in preset_names("model"):
         e = estimate_of(compose("train_sft", ["cluster=clariden", "accelerate_config=ds-zero3", "num_nodes=4", "global_batch_size=512", f"model={name}"]).cfg, tokens=1e9)
@@ -146,7 +148,7 @@ def test_presets_on_a_cluster_have_an_estimate():
 
 def test_a_run_is_the_model_of_another(tmp_root):
     "run:RUN is sized by its newest checkpoint's config.json; what cannot be sized stops nothing"
-    from post_training.config import compose
+    from post_training.config.compose import compose
     run_dir, folder = tmp_root / "runs/train_sft/default/tiny-demo-0123abcd", tmp_root / "g1"
     for step, layers in ((5, 2), (10, 3)):
         (folder / f"checkpoint-{step}").mkdir(parents=True)
@@ -168,8 +170,8 @@ def test_a_run_is_the_model_of_another(tmp_root):
 @pytest.mark.parametrize("family, asked", [("apertus", {}), ("llama", dict(lora_r=4, lora_target_modules=["q_proj", "mlp.down_proj"])), ("qwen3", dict(lora_target_modules=[r".*\.(k|o)_proj"])),
                                            ("olmo2", dict(use_dora=True, lora_modules_to_save=["lm_head"])), ("llama", dict(lora_target_modules=[r"model\.layers\.1\..*proj"]))])
 def test_adapters_are_those_of_peft(family, asked):
-    from post_training.launch.estimate import lora_parameters
-    from post_training.trainers.lora import adapter_facts, add_adapters, lora_config
+    from post_training.launch.model_sizes import lora_parameters
+    from post_training.training.lora import adapter_facts, add_adapters, lora_config
     config, written = small_config(family)
     facts = adapter_facts(add_adapters(small_model(config, "cpu"), lora_config(dict(use_peft=True, **asked))))
     counted = lora_parameters(written, asked.get("lora_r", 16), asked.get("lora_target_modules") or ["all-linear"], asked.get("lora_modules_to_save") or (), asked.get("use_dora", False))
@@ -181,8 +183,8 @@ def test_a_frozen_model_is_multiplied_twice():
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from post_training.launch.estimate import lora_parameters
-    from post_training.trainers.lora import add_adapters, lora_config
+    from post_training.launch.model_sizes import lora_parameters
+    from post_training.training.lora import add_adapters, lora_config
     config, written = small_config("llama", hidden_size=256, intermediate_size=704)
     model = add_adapters(small_model(config, "cpu"), lora_config(dict(use_peft=True, lora_r=4)))
     T = 64

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from post_training import config, evaluate, evaluation, run
-from post_training.base import UserError
+from post_training import config
+from post_training.stages import evaluate
+from post_training.evaluation.answers import answers
+from post_training import run
+from post_training.core.files import UserError
 from post_training.cli import main
-from post_training.demo import demo_rows
+from post_training.demo.data import demo_rows
 from post_training.models.load import build_tiny
-from post_training.prepare import quiet
+from post_training.stages.tokenized_data import quiet
 
 quiet()
 
@@ -105,7 +108,7 @@ def test_samples_and_words(place, tmp_root):
     results, _ = measured(*typed(place), "evaluation.samples=3", "evaluation.temperature=1.0", "evaluation.num_prompts=5", "measure=[accuracy]")
     told = results["checkpoints"]["model-0"]
     assert (told["n"], told["answers"]) == (5, 15) and "[wrong" in evaluate.sample_lines(results)
-    assert "<td" in evaluation.show_samples(told) and "wrong" in evaluation.show_samples(told)
+    assert "<td" in answers.show_samples(told) and "wrong" in answers.show_samples(told)
 
 
 @pytest.mark.slow
@@ -131,7 +134,7 @@ def test_a_killed_evaluation_goes_on(place, tmp_root, capsys):
 @pytest.mark.slow
 def test_as_typed(place, tmp_root, capsys):
     "The command twice, with a harness task; the numbers agree, and runs sort by them"
-    from post_training.harness import write_task
+    from post_training.evaluation.lm_eval import write_task
     rows = [dict(question=f"{a} + {b}?", answer=str(a + b), verifier="exact_match") for a in range(2, 8) for b in range(2, 8)]
     write_task(tmp_root / "tasks", "sums", rows, 4)
     words = ["evaluate", *typed(place, rows=write(place / "sums.jsonl", rows)), "lm_eval.tasks=[sums]", f"lm_eval.include_path={tmp_root}/tasks", "lm_eval.apply_chat_template=true"]
@@ -147,7 +150,7 @@ def test_as_typed(place, tmp_root, capsys):
 
 
 def test_documents_of_a_task_named_by_its_file_are_inputs(place, tmp_root):
-    from post_training.harness import write_task
+    from post_training.evaluation.lm_eval import write_task
     task = write_task(tmp_root / "far" / "away", "mine", [dict(question="2 + 2?", answer="4")], 4)
     words = [*typed(place), "measure=[]", f"lm_eval.tasks=[{task}]", "lm_eval.apply_chat_template=true"]
     _, record = measured(*words)

@@ -11,8 +11,12 @@ import torch
 from conftest import BIN, ROOT
 from safetensors.torch import load_file, save_file
 
-from post_training import config, export, run
-from post_training.base import UserError, atomic_dir, verify_manifest, write_manifest
+from post_training import config
+from post_training.stages.export import weights
+from post_training.stages.export import serving
+from post_training.stages import export
+from post_training import run
+from post_training.core.files import UserError, atomic_dir, verify_manifest, write_manifest
 from post_training.tokens.masks import tokenize_chats
 from post_training.tokens.tokenizer import load_tokenizer
 
@@ -37,8 +41,8 @@ def compose(source, *overrides):
 def made(source, folder, *overrides):
     "Export to a folder, without a run"
     cfg = compose(source, *overrides).cfg
-    from post_training.prepare import tokenizer_of
-    with atomic_dir(folder) as tmp: return export.export_checkpoint(cfg, export.find_source(str(source)), tokenizer_of(cfg), tmp, folder.name)
+    from post_training.stages.tokenized_data import tokenizer_of
+    with atomic_dir(folder) as tmp: return export.export_checkpoint(cfg, weights.find_source(str(source)), tokenizer_of(cfg), tmp, folder.name)
 
 
 def refused(source, folder, match, *overrides):
@@ -57,7 +61,7 @@ def test_the_command_twice_and_its_card(tiny, demo, tmp_root):
     assert "ids of 9 dialogues equal, logits off by 0 at most" in first.stdout and "done already" in second.stdout
     run_dir = run.all_runs()[0]
     folder = config.site_path(run.read_record(run_dir)["final"]["output"])
-    assert folder.name == "tiny-chat" and not verify_manifest(folder) and not export.weight_faults(folder) and len(list(folder.glob("*.safetensors"))) > 1
+    assert folder.name == "tiny-chat" and not verify_manifest(folder) and not weights.weight_faults(folder) and len(list(folder.glob("*.safetensors"))) > 1
     texts = "".join(p.read_text() for p in folder.iterdir() if p.suffix in (".md", ".json", ".jinja"))
     assert str(tmp_root) not in texts and str(demo) not in texts and not re.search(rf"\b{re.escape(socket.gethostname())}\b", texts)
     assert run.base_model(f"run:{run_dir.name}")[0] == str(folder)
@@ -138,8 +142,8 @@ def test_tokenizers_that_do_not_belong(tiny, copy, tmp_path):
 def test_a_template_other_than_that_of_training_is_refused(tiny, tmp_path):
     "Where the record is known"
     cfg = compose(tiny, "parity.dialogues=0").cfg
-    from post_training.prepare import tokenizer_of
-    source = export.Source(str(tiny), "tiny", dict(fingerprints=dict(template="0" * 64)))
+    from post_training.stages.tokenized_data import tokenizer_of
+    source = weights.Source(str(tiny), "tiny", dict(fingerprints=dict(template="0" * 64)))
     with pytest.raises(UserError, match="not the one that this run was trained with"), atomic_dir(tmp_path / "out") as tmp:
         export.export_checkpoint(cfg, source, tokenizer_of(cfg), tmp, "out")
     assert not list(tmp_path.iterdir())
@@ -148,7 +152,7 @@ def test_a_template_other_than_that_of_training_is_refused(tiny, tmp_path):
 def test_dtype_and_place(tiny, tmp_path, tmp_root):
     "A narrower dtype within its bound and not beyond; a folder of others is left alone; a push is refused before any work"
     result = made(tiny, tmp_path / "bf16", "dtype=bfloat16", "parity.dialogues=0")
-    assert {h["dtype"] for h in export.header_of(tmp_path / "bf16/model.safetensors")[0].values()} == {"BF16"} and 0 < result.logits["max_difference"] < 0.05 * result.logits["largest"]
+    assert {h["dtype"] for h in weights.header_of(tmp_path / "bf16/model.safetensors")[0].values()} == {"BF16"} and 0 < result.logits["max_difference"] < 0.05 * result.logits["largest"]
     refused(tiny, tmp_path / "tight", "more than", "dtype=bfloat16", "parity.max_difference=1e-6", "parity.dialogues=0")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/mine.txt").write_text("x")
@@ -183,17 +187,17 @@ def test_zero3_checkpoints_of_two_processes(tmp_path, tiny):
     (tmp_path / "cases.json").write_text(json.dumps([case]))
     start_ranks(2, [tmp_path / "cases.json", tmp_path], DEEPSPEED | dict(ACCELERATE_DEEPSPEED_CONFIG_FILE=str(ds)))
     folder = sorted((tmp_path / "zero3").glob("checkpoint-*"))[-1]
-    assert export.weights_kind(folder) == "weights" and export.weights_kind(folder, "master") == "partitions"
+    assert weights.weights_kind(folder) == "weights" and weights.weights_kind(folder, "master") == "partitions"
     saved = load_file(folder / "model.safetensors")
     for kind in ("beside", "alone"):
         if kind == "alone": # a checkpoint whose weights were not gathered
             (folder / "model.safetensors").unlink()
             write_manifest(folder)
-            assert export.weights_kind(folder) == "partitions"
-        model = export.load_partitions(str(folder))
+            assert weights.weights_kind(folder) == "partitions"
+        model = weights.load_partitions(str(folder))
         for name, p in model.named_parameters(): assert torch.equal(p.detach(), saved[name]), name
     (folder / "manifest.json").unlink()
-    with pytest.raises(UserError, match="may run code"): export.weights_kind(folder)
+    with pytest.raises(UserError, match="may run code"): weights.weights_kind(folder)
 
 
 @pytest.mark.slow
@@ -205,13 +209,13 @@ def test_a_server_answers_as_the_library(tiny, tmp_path):
     user = lambda text: dict(role="user", content=text)
     talks = [[user("Hello")], [dict(role="system", content="Be brief."), user("Reverse: abc")], [user("17 + 25?"), dict(role="assistant", content="42"), user("And  \n 8?")], [user("日本 🏔")]]
     tokenizer = load_tokenizer(str(tiny), "apertus", model_eos_token_id=68)
-    with export.serving(folder, "cpu") as url:
-        found = export.serving_parity(url, folder, talks, tokenizer, 24)
+    with serving.serving(folder, "cpu") as url:
+        found = serving.serving_parity(url, folder, talks, tokenizer, 24)
         import openai
         client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
         with pytest.raises(openai.APIStatusError):
             client.chat.completions.create(model=str(folder), messages=talks[0], tools=[dict(type="function", function=dict(name="f", parameters={}))])
     assert all(f["same"] for f in found), found
     assert len({f["server"] for f in found}) > 1, "the prompt matters"
-    with pytest.raises(UserError, match="did not start"), export.serving(tmp_path / "nowhere", "cpu", 60): pass
+    with pytest.raises(UserError, match="did not start"), serving.serving(tmp_path / "nowhere", "cpu", 60): pass
     assert os.environ.get("HF_HUB_OFFLINE") == "1"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from post_training.base import UserError
+from post_training.core.files import UserError
 from post_training.data.messages import MalformedRow
 from post_training.data.swissai import linearise
 from post_training.tokens.masks import completion_of, encoder_for, tokenize_chat

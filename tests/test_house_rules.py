@@ -188,7 +188,8 @@ def test_experiment_asks_and_answers(nb):
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_has_one_name_in_four_places(stage, tmp_root):
     "configs/STAGE.yaml, recipes/STAGE.ipynb, a function or module STAGE, runs/STAGE"
-    from post_training import config, run
+    from post_training import config
+    from post_training import run
     assert (NBS / "recipes" / f"{stage}.ipynb").is_file()
     entry = rf"^def {stage}\b"
     assert (ROOT / "post_training" / f"{stage}.py").is_file() or any(re.search(entry, m.read_text(), re.M) for m in MODULES)
@@ -253,7 +254,7 @@ RECORDS = [p.parent for p in EXAMPLES.rglob("record.json") if "attempts" not in 
 @pytest.mark.parametrize("record", **names(RECORDS))
 def test_record_in_git_is_small_and_redacted(record):
     "At most 300 kB together; no secret, no host, no folder of a machine, no error output"
-    from post_training.base import redact
+    from post_training.core.files import redact
     files = [p for p in record.rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in files) <= 300_000
     for path in files:

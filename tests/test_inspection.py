@@ -10,9 +10,11 @@ import nbformat
 import pytest
 from conftest import ROOT
 
-from post_training import config, inspection, prepare
-from post_training.base import UserError
-from post_training.inspection import inspect_dataset
+from post_training import config
+from post_training.view import dataset as inspection
+from post_training.stages import tokenized_data
+from post_training.core.files import UserError
+from post_training.view.dataset import inspect_dataset
 from post_training.tokens.dataset import check_sample, tokenize_dataset
 from post_training.tokens.ratios import measure, summarise
 from post_training.tokens.templates import CHAT_TEMPLATES, template_text
@@ -52,7 +54,7 @@ def broken(tmp_path):
 def rows(demo):
     "Demo rows and their tokenizer"
     cfg = config.compose("train_sft", SMALL).cfg
-    return inspection.find_rows(cfg), prepare.tokenizer_of(cfg)
+    return inspection.find_rows(cfg), tokenized_data.tokenizer_of(cfg)
 
 
 def tokenized(dataset, tokenizer, **parameters):
@@ -115,7 +117,7 @@ def test_broken_rows_have_their_reasons(broken, demo):
 
 
 def inspect(*argv, cwd=ROOT, **env):
-    return subprocess.run([sys.executable, "-m", "post_training.inspection", *argv], cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-m", "post_training.view.dataset", *argv], cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=120)
 
 
 def test_command_on_the_demo(demo):
@@ -132,7 +134,7 @@ def test_command_writes_to_any_terminal(broken, demo):
     "Characters that a terminal's encoding lacks, and a reader that leaves early"
     done = inspect(broken, "--rows", "9", PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
-    piped = subprocess.run(f"{sys.executable} -m post_training.inspection {broken} --rows 9 | head -1; exit ${{PIPESTATUS[0]}}", shell=True, cwd=ROOT,
+    piped = subprocess.run(f"{sys.executable} -m post_training.view.dataset {broken} --rows 9 | head -1; exit ${{PIPESTATUS[0]}}", shell=True, cwd=ROOT,
                            executable="/bin/bash", capture_output=True, text=True, timeout=120)
     assert piped.returncode == 0 and not piped.stderr.strip(), piped.stderr
 

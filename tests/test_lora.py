@@ -14,7 +14,7 @@ from test_trainer_equivalence import start_ranks, steps
 from trainer_worker import ROWS, adapted, make_model, make_rows, rate
 
 from post_training import run
-from post_training.base import verify_manifest
+from post_training.core.files import verify_manifest
 
 LORA = dict(lora_r=4, lora_alpha=16, lora_dropout=0.0)
 SFT = {"plw": dict(name="plw", prompt_loss_weight=0.1), "irl": dict(name="irl", prompt_loss_weight=0.1, lambda_td=0.3, gamma=0.9)}

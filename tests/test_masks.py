@@ -10,11 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from post_training.base import UserError
+from post_training.core.files import UserError
 from post_training.data.swissai import assistant_blocks, block, developer, structured, user
 from post_training.tokens.collate import PackCollator, PadCollator, best_fit_pack
 from post_training.tokens.dataset import fit
-from post_training.tokens.masks import Refused, carries, completion_of, encoder_for, prompt_ids, tokenize_chat, tokenize_chats
+from post_training.tokens.masks import Refused, carries, completion_of, encoder_for, tokenize_chat, tokenize_chats
+from post_training.tokens.gates import prompt_ids
 from post_training.tokens.templates import CHAT_TEMPLATES, template_text, wants_blocks
 from post_training.tokens.tokenizer import tekken_tokenizer, toy_tokenizer
 

@@ -13,9 +13,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from post_training import config, run
-from post_training import model_merging as mm
-from post_training.base import UserError, verify_manifest
+from post_training import config
+from post_training import run
+from post_training.merging import document as merging_document
+from post_training.merging import sources as merging_sources
+from post_training.merging import merge as merging_merge
+from post_training.stages import model_merging
+from post_training.core.files import UserError, verify_manifest
 
 torch.set_num_threads(1)
 
@@ -28,7 +32,7 @@ def build_llama(folder, tokenizer_from):
     model = LlamaForCausalLM(LlamaConfig(vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1,
                                          tie_word_embeddings=True, bos_token_id=1, eos_token_id=68, pad_token_id=10))
     model.save_pretrained(folder)
-    for name in mm.TOKENIZER_FILES:
+    for name in merging_merge.TOKENIZER_FILES:
         if (Path(tokenizer_from) / name).is_file():
             shutil.copy(Path(tokenizer_from) / name, folder)
 
@@ -39,7 +43,7 @@ def models(demo, tmp_path_factory):
     root, out = tmp_path_factory.mktemp("merging"), {}
     build_llama(root / "llama", demo / "models/tiny")
     for name, base in (("apertus", demo / "models/tiny"), ("llama", root / "llama")):
-        out[name] = dict(base=str(base), **{m: str(mm.write_variant(root / f"{name}-{m}", base, seed)) for seed, m in enumerate("abc")})
+        out[name] = dict(base=str(base), **{m: str(merging_sources.write_variant(root / f"{name}-{m}", base, seed)) for seed, m in enumerate("abc")})
     return out
 
 
@@ -55,7 +59,7 @@ def merge(root, document, *overrides):
     cfg = composed(root, document, *overrides)
     task = run.open_run(cfg)
     try:
-        output, facts = mm.model_merging(task, cfg)
+        output, facts = model_merging.model_merging(task, cfg)
         run.finish_output(task, output, **facts)
     except BaseException:
         run.close_attempt(task.run_dir, task.number, 2)
@@ -154,7 +158,7 @@ def test_presets_are_their_definitions(models, tmp_path):
         cfg = config.compose("model_merging", [f"model_merging={preset}", sources, f"runs_dir={tmp_path}/runs", f"artifacts_dir={tmp_path}/artifacts",
                                                *([] if preset == "linear" else [f"base={m['base']}"])]).cfg
         task = run.open_run(cfg)
-        output, facts = mm.model_merging(task, cfg)
+        output, facts = model_merging.model_merging(task, cfg)
         run.finish_output(task, output, **facts)
         compared = facts["merge"]["result"]["compared"]
         assert compared["off"] == 0 and compared["tensors"] == compared["of"] and compared["largest_difference"] < 1e-6
@@ -225,7 +229,7 @@ def test_pickled_weights_and_adapters_are_sources_too(models, tmp_path):
 
 def spoil(models, tmp_path, how):
     "A copy of a model with one fault"
-    from post_training.base import write_json
+    from post_training.core.files import write_json
     folder = Path(shutil.copytree(models["apertus"]["b"], tmp_path / "spoilt"))
     weights, settings = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
     tensors = load_file(weights)
@@ -300,7 +304,7 @@ def test_faulty_documents_are_refused(models, tmp_path, document, said):
     (["sources=[A,B]", "weights=[1,2,3]"], "3 numbers for 2 sources"), (["model_merging.dtype=int8"], "dtype=int8 is no dtype of weights")])
 def test_short_forms_that_cannot_mean_a_merge_are_refused(overrides, said):
     with pytest.raises(UserError, match=said):
-        mm.check_asked(config.compose("model_merging", overrides).cfg)
+        merging_document.check_asked(config.compose("model_merging", overrides).cfg)
 
 
 @pytest.mark.parametrize("text", ("", "---\n", "# nothing\n---\n"))
@@ -312,7 +316,7 @@ def test_an_empty_file_is_named(tmp_path, text):
 
 @pytest.mark.parametrize("preset", ("linear", "task-arithmetic", "ties"))
 def test_presets_alone_need_no_base(preset):
-    assert len(mm.check_asked(config.compose("model_merging", [f"model_merging={preset}"]).cfg)) == 1
+    assert len(merging_document.check_asked(config.compose("model_merging", [f"model_merging={preset}"]).cfg)) == 1
 
 
 @pytest.mark.slow

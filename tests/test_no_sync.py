@@ -16,9 +16,11 @@ from transformers import ApertusForCausalLM
 from post_training.losses.sft import reduce_parts
 from post_training.models.score import add_score_head, document_starts, scored_places
 from post_training.tokens.collate import PackCollator, PadCollator, PairCollator, empty_pair, empty_row
-from post_training.trainers.order import Rows, StepSampler, make_loader
-from post_training.trainers.preference import pair_objective, with_quantiles
-from post_training.trainers.sft import Objective, SFTTrainer, sft_config
+from post_training.training.data_order import Rows, StepSampler, make_loader
+from post_training.training.preference import pair_objective, with_quantiles
+from post_training.training.arguments import sft_config
+from post_training.training.objective import Objective
+from post_training.training.trainer import SFTTrainer
 
 ASKS = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "masked_scatter", "_unique2", "unique_dim", "unique_consecutive", "equal", "repeat_interleave",
         "lift_fresh"}  # operations that read a number back, have a shape that the numbers decide, or make a tensor of Python's numbers

@@ -14,7 +14,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from post_training.tokens.dataset import tokenize_dataset
-from post_training.tokens.masks import Refused, encoder_for, prompt_ids, tokenize_chats
+from post_training.tokens.masks import Refused, encoder_for, tokenize_chats
+from post_training.tokens.gates import prompt_ids
 from post_training.tokens.templates import render
 
 SPECIAL = ["<unk>", "<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|call|>", "<|inner|>", "<|tool|>", "<think>"]

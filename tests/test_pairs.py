@@ -7,11 +7,11 @@ from datasets import Dataset, disable_progress_bars
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from post_training import shards
-from post_training.align.filter import filter_maker
-from post_training.align.pairs import MODES, diagnostics, pair_features, pairs_maker, pool_columns
-from post_training.align.rows import completion, mix_pairs, row_features, to_preference, to_rows, to_swissai
-from post_training.base import UserError
+from post_training.core import shards
+from post_training.preferences.filter import filter_maker
+from post_training.preferences.pairs import MODES, diagnostics, pair_features, pairs_maker, pool_columns
+from post_training.preferences.rows import completion, mix_pairs, row_features, to_preference, to_rows, to_swissai
+from post_training.core.files import UserError
 from post_training.data.io import load_rows, save_rows
 from post_training.models.verifiers import row_verifier, verify
 

@@ -10,8 +10,10 @@ import pytest
 import slurm_cluster
 from conftest import BIN
 
-from post_training import cli, config, run
-from post_training.base import UserError, write_manifest
+from post_training import cli
+from post_training import config
+from post_training import run
+from post_training.core.files import UserError, write_manifest
 from post_training.launch import plan
 from post_training.launch import runs as launch_runs
 

@@ -10,7 +10,7 @@ from preference_worker import GLOBAL_BATCH, RATE, ROWS, make_pairs, other_model
 from test_trainer_equivalence import start_ranks
 from trainer_worker import make_model
 
-from post_training.trainers.order import row_order
+from post_training.training.data_order import row_order
 
 OBJECTIVES = {
     "qrpo": dict(loss_type="qrpo", beta=0.2),
@@ -172,7 +172,7 @@ def test_the_same_as_trl(tmp_path):
     from post_training.losses.sft import reduce_parts
     from post_training.models.score import add_score_head
     from post_training.tokens.collate import PadCollator, PairCollator
-    from post_training.trainers.preference import pair_objective
+    from post_training.training.preference import pair_objective
 
     rows = [r | dict(chosen_ids=[*r["chosen_ids"], 2], rejected_ids=[*r["rejected_ids"], 2], chosen_scored=[True] * (len(r["chosen_ids"]) + 1),
                      rejected_scored=[True] * (len(r["rejected_ids"]) + 1)) for r in make_pairs()[:4]]
@@ -230,7 +230,8 @@ WRONG = {  # name: rows, overrides, words of the message
 
 @pytest.mark.parametrize("case", WRONG)
 def test_a_mistake_is_told(case, demo, tmp_path, monkeypatch, capfd):
-    from post_training import run, train_preference
+    from post_training import run
+    from post_training import train_preference
     rows, overrides, words = WRONG[case]
     monkeypatch.setenv("POST_TRAINING_RUNS_DIR", str(tmp_path / "runs"))
     data = tmp_path / "pairs.jsonl"
@@ -247,7 +248,8 @@ def test_a_mistake_is_told(case, demo, tmp_path, monkeypatch, capfd):
 
 def test_contents_may_be_parts(demo, tmp_path, capfd):
     "Text parts are text, beside prompts of one text; what stands in a column of tools is not read, and that is told"
-    from post_training import config, train_preference
+    from post_training import config
+    from post_training import train_preference
     made = {}
     for name, content in (("texts", lambda text: text), ("parts", lambda text: [dict(type="text", text=text[:1]), dict(type="text", text=text[1:])])):
         rows = [dict(pair(i), prompt=f"What is {i} + 1?", tools=[dict(name="add")]) for i in range(20)]
@@ -266,9 +268,9 @@ def test_quantiles_among_the_first_references(n):
 
     from datasets import Dataset
 
-    from post_training.align.pairs import pair_row
-    from post_training.align.rows import completion
-    from post_training.trainers.preference import PairObjective, with_quantiles
+    from post_training.preferences.pairs import pair_row
+    from post_training.preferences.rows import completion
+    from post_training.training.preference import PairObjective, with_quantiles
     rng, rows, want = random.Random(n or 0), [], []
     for _ in range(60):
         rewards = [float(rng.randrange(2)) for _ in range(5)]

@@ -8,7 +8,9 @@ import time
 
 import pytest
 
-from post_training import config, preflight, run
+from post_training import config
+from post_training.launch import preflight
+from post_training import run
 
 PAIR = ["cluster=slurm", "cluster.device=cpu", "cluster.gpus_per_node=1", "num_nodes=2", "accelerate_config=ddp"]
 
@@ -36,7 +38,7 @@ def changed(attempt, name, **keys):
 
 
 def start(rank, path, port, seconds=60, nodes=2, address="127.0.0.1", *more):
-    argv = [sys.executable, "-m", "post_training.preflight", path, "--address", address, "--port", port, "--rank", rank, "--nodes", nodes, "--seconds", seconds, *more]
+    argv = [sys.executable, "-m", "post_training.launch.preflight", path, "--address", address, "--port", port, "--rank", rank, "--nodes", nodes, "--seconds", seconds, *more]
     env = os.environ | dict(SLURMD_NODENAME=f"n{rank}", SLURM_JOB_NODELIST="n[0-1]", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
     return subprocess.Popen([str(a) for a in argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
@@ -143,7 +145,7 @@ def test_one_node_alone_ends_at_once(attempt, case):
 
 def test_the_hub_that_does_not_answer(monkeypatch, tmp_path):
     "Another try may help where the network is at fault"
-    code = ("from post_training.preflight import Lost, on_hub\n"
+    code = ("from post_training.launch.preflight import Lost, on_hub\n"
             "try: on_hub('dataset_args.dataset_name', 'an-org/rows', 'dataset', seconds=3)\n"
             "except Lost as e: print(e)\n")
     env = os.environ | dict(HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path), HF_ENDPOINT=f"http://127.0.0.1:{free_port()}")

@@ -8,10 +8,10 @@ import time
 
 import pytest
 from conftest import BIN, ROOT
-from post_training.align import completions as ac
-from post_training.align.rows import completion
-from post_training.base import UserError
-from post_training.shards import make_plan, merge, save_plan, work
+from post_training.preferences import completions as ac
+from post_training.preferences.rows import completion
+from post_training.core.files import UserError
+from post_training.core.shards import make_plan, merge, save_plan, work
 from recorded_endpoint import Endpoint, error, made_up
 
 STOP = range(300, 420)  # of the untrained model below: completions end after some ten tokens
@@ -104,7 +104,7 @@ def test_any_sharding_and_any_interruption_give_the_same_bytes(tmp_path, rows, t
 
 def test_a_trained_turn_comes_back_as_the_tokens_it_was(demo):
     "Structured rows: what the demo's assistants say, given as if it were sampled, is kept as content that is encoded to the same ids; calls are lost"
-    from post_training.align.rows import to_rows
+    from post_training.preferences.rows import to_rows
     from post_training.data.io import load_rows
     from post_training.tokens.completions import EncodedCompletion, encode_completions
     from transformers import AutoTokenizer
@@ -128,7 +128,7 @@ def test_a_trained_turn_comes_back_as_the_tokens_it_was(demo):
 @pytest.mark.parametrize("template", ["tulu", "apertus"])
 def test_a_server_may_leave_the_stop_token_out(template):
     "No token of an answer is lost, whichever control token it stopped at"
-    from post_training.align.completions import answer_content, call_stops
+    from post_training.preferences.completions import answer_content, call_stops
     from post_training.tokens.tokenizer import toy_tokenizer
     tokenizer = toy_tokenizer("bpe", template)
     ids = tokenizer.encode("The answer is 60", add_special_tokens=False)
@@ -261,7 +261,7 @@ def test_completions_that_were_there_stay_in_front(rows, tokenizer):
 
 WAITS = """
 import sys, signal
-from post_training.align.completions import server_backend
+from post_training.preferences.completions import server_backend
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 print("asking", flush=True)
 server_backend(sys.argv[1], "tiny", 8)([[1, 2, 3]], 4, [[1, 2, 3, 4]])

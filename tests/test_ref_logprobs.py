@@ -10,10 +10,12 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from largest_tensor import Largest
-from post_training import shards
-from post_training.align.logprobs import Piece, check_numbers, decide_sharing, logprobs_maker, plan_tokens, probe_sharing, score_plain, score_shared, scoring_lengths
-from post_training.align.rows import completion
-from post_training.base import UserError
+from post_training.core import shards
+from post_training.preferences.reference_logprobs import (
+    Piece, check_numbers, decide_sharing, logprobs_maker, plan_tokens, probe_sharing, score_plain, score_shared,
+    scoring_lengths)
+from post_training.preferences.rows import completion
+from post_training.core.files import UserError
 from post_training.models.generate import left_pad
 from post_training.models.load import quiet_activation, tiny_config
 from post_training.models.score import add_score_head

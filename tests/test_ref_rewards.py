@@ -6,10 +6,13 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from post_training import config, shards
-from post_training.align.rewards import ModelScorer, conversation_ids, load_reward_model, model_scorer, own_bos, reward_lengths, rewards_maker, verifier_scorer
-from post_training.base import UserError
-from post_training.demo import demo_rows
+from post_training import config
+from post_training.core import shards
+from post_training.preferences.rewards import (
+    ModelScorer, conversation_ids, load_reward_model, model_scorer, own_bos, reward_lengths, rewards_maker,
+    verifier_scorer)
+from post_training.core.files import UserError
+from post_training.demo.data import demo_rows
 from post_training.tokens.tokenizer import SAMPLE_TEXT, toy_tokenizer
 
 WORDS = SAMPLE_TEXT.split()
@@ -148,7 +151,7 @@ def test_answers_of_the_demo_are_right():
     "Thoughts, tools, several turns: the verifiers find the answers of rows that are right by construction"
     from datasets import Dataset
 
-    from post_training.align.rows import to_rows
+    from post_training.preferences.rows import to_rows
 
     data, counts = to_rows(Dataset.from_list(demo_rows(n_train=200, n_eval=20)["train"]))
     found = verifier_scorer().score([data[i] for i in range(len(data))])
@@ -168,7 +171,7 @@ def test_presets_compose(name):
 
 @pytest.mark.slow
 def test_the_tiny_reward_model_is_trained(tmp_path):
-    from post_training.align.tiny_reward import build_tiny_reward, pair_accuracy, demo_pairs
+    from post_training.demo.reward_model import build_tiny_reward, demo_pairs, pair_accuracy
 
     build_tiny_reward(tmp_path / "rm")
     folder = tmp_path / "rm"

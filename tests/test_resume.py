@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from post_training import run
-from post_training.base import verify_manifest
+from post_training.core.files import verify_manifest
 
 STEPS = 14
 CONFIG = ["dataset_args.debug_subsample.train=40", "dataset_args.debug_subsample.eval=12", "cluster.device=cpu", "global_batch_size=8", "training_args.max_length=96",

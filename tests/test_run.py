@@ -10,12 +10,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from post_training import config, run
+from post_training import config
+from post_training import run
 
 OPEN = """
 import sys, time
 from post_training import config, run
-from post_training.base import UserError
+from post_training.core.files import UserError
 try: a = run.open_run(config.compose("train_sft", ["cluster.device=cpu"]).cfg)
 except UserError as e: print("refused", flush=True); sys.exit(2)
 print("opened", a.number, flush=True)

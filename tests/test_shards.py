@@ -16,9 +16,11 @@ import shards_worker
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from post_training import shards
-from post_training.base import MANIFEST, UserError, write_json
-from post_training.shards import WorkerFailed, load_plan, make_plan, merge, pack_floats, progress, read_progress, run, save_plan, shard_folder, token_batches, unpack_floats, work
+from post_training.core import shards
+from post_training.core.files import MANIFEST, UserError, write_json
+from post_training.core.shards import (
+    WorkerFailed, load_plan, make_plan, merge, pack_floats, progress, read_progress, run, save_plan, shard_folder,
+    token_batches, unpack_floats, work)
 
 SCRIPT = Path(shards_worker.__file__)
 ROWS = 90
@@ -178,7 +180,7 @@ def test_asked_to_leave_it_saves(tmp_path):
 
 def test_workers_end_with_the_process_that_started_them(tmp_path, expected):
     folder = planned(tmp_path, 4, wait=0.02)
-    code = f"from post_training.shards import run; run({str(folder)!r}, [{sys.executable!r}, {str(SCRIPT)!r}, 'toy'], processes=3, save_batches=1)"
+    code = f"from post_training.core.shards import run; run({str(folder)!r}, [{sys.executable!r}, {str(SCRIPT)!r}, 'toy'], processes=3, save_batches=1)"
     p = subprocess.Popen([sys.executable, "-c", code])
     wait_for(lambda: len(calls(folder)) >= 6)
     p.kill(); p.wait()
@@ -352,7 +354,7 @@ def test_a_mistake_stops_the_others(tmp_path):
 
 def test_a_killed_worker_is_told(tmp_path):
     folder = planned(tmp_path, 1, wait=0.01)
-    code = f"import os, signal\nfrom post_training.shards import main\ndef toy(folder, plan): os.kill(os.getpid(), {int(signal.SIGKILL)})\nmain(dict(toy=toy))"
+    code = f"import os, signal\nfrom post_training.core.shards import main\ndef toy(folder, plan): os.kill(os.getpid(), {int(signal.SIGKILL)})\nmain(dict(toy=toy))"
     with pytest.raises(WorkerFailed, match="was ended by signal 9"): run(folder, [sys.executable, "-c", code, "toy"])
     with pytest.raises(UserError, match=r"There is no 'toyy' to work on. Did you mean 'toy'\?"): run(folder, [sys.executable, SCRIPT, "toyy"])
     with pytest.raises(UserError, match="There is no shard 9"): run(folder, [sys.executable, SCRIPT, "toy"], shards=[0, 9])

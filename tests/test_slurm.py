@@ -11,9 +11,9 @@ import pytest
 import slurm_cluster
 from safetensors.torch import load_file
 
-from post_training.base import sha256
-from post_training.config import quote
-from post_training.run import newest_verified, read_metrics, read_record
+from post_training.core.files import sha256
+from post_training.config.overrides import quote
+from post_training.run.record import newest_verified, read_metrics, read_record
 
 pytestmark = pytest.mark.slow
 # Two CPU processes under ZeRO-2; on the cluster one on each node. Whatever these values hold has to arrive as it is.

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import BIN
 
-from post_training import config, run
+from post_training import config
+from post_training import run
 
 
 def command(*words, **env):
@@ -97,7 +98,7 @@ def test_linearise_then_train_on_the_same_tokens(small, demo):
     out = command("linearise", small)
     assert out.returncode == 0, out.stderr
     record, _ = the_run("linearise")
-    from post_training.prepare import prepare_data
+    from post_training.stages.tokenized_data import prepare_data
     few = ["dataset_args.debug_subsample.train=300", small]
     a = prepare_data(config.compose("tokenize", few).cfg)
     b = prepare_data(config.compose("tokenize", [*few, "dataset=local", f"dataset_args.dataset_name={record['final']['output']}", "dataset_args.train_split.name=train"]).cfg)

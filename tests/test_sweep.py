@@ -12,8 +12,9 @@ import slurm_cluster
 import yaml
 from conftest import ROOT
 
-from post_training import config, run
-from post_training.base import UserError
+from post_training import config
+from post_training import run
+from post_training.core.files import UserError
 from post_training.launch import sweep
 
 TEMPLATE = ROOT / "nbs" / "experiments" / "0-apertus-template.ipynb"

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from post_training import run, tracking
+from post_training import run
+from post_training.run import tracking
 
 CODE = """
 import os, sys, time

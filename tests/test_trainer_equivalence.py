@@ -13,7 +13,7 @@ import torch
 from oracle import oracle
 from trainer_worker import GLOBAL_BATCH, ROWS, make_model, make_rows, rate
 
-from post_training.trainers.order import row_order
+from post_training.training.data_order import row_order
 
 HERE = Path(__file__).parent
 OBJECTIVES = {

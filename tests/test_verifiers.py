@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from post_training.base import UserError
+from post_training.core.files import UserError
 from post_training.models.verifiers import exact_match, final_number, json_match, row_verifier, verify
 
 # what was written, the right answer, whether it is right
@@ -70,7 +70,7 @@ def test_texts_and_calls():
 
 def test_a_pattern_that_takes_too_long_is_the_rows_fault(monkeypatch):
     "It is neither right nor wrong; patterns that Python's own engine never ends with are quick"
-    from post_training.align.rewards import verifier_scorer
+    from post_training.preferences.rewards import verifier_scorer
     from post_training.models import verifiers
     assert verify("regex", "a" * 40 + "b", "(a+)+$") == 0.0
     with pytest.raises(UserError, match="without nested repetition"): verifiers.regex("a" * 60 + "b", "(a|aa)+$", seconds=.1)

@@ -45,7 +45,7 @@ def make_model():
 def adapted(model, case):
     "With adapters where the case asks for them"
     if not case.get("lora"): return model
-    from post_training.trainers.lora import add_adapters, lora_config
+    from post_training.training.lora import add_adapters, lora_config
 
     return add_adapters(model, lora_config(dict(use_peft=True, **case["lora"])), seed=4, base="toy", upcast=False)
 
@@ -78,7 +78,9 @@ def run_case(case, folder):
     from datasets import Dataset
 
     from post_training.tokens.collate import PackCollator, PadCollator, empty_row
-    from post_training.trainers.sft import Objective, SFTTrainer, sft_config
+    from post_training.training.arguments import sft_config
+    from post_training.training.objective import Objective
+    from post_training.training.trainer import SFTTrainer
 
     Watched = watched(SFTTrainer)
     data, lines = Dataset.from_list(make_rows()), []
