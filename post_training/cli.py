@@ -9,7 +9,7 @@ __all__ = ['COMMANDS', 'PREVIEWED', 'split_arguments', 'stage_line', 'print_help
 
 # %% ../nbs/80_entry/3_cli.ipynb #3dc7a4a7
 import os, sys
-from .core.files import UserError, nearest
+from .core.files import UserError, did_you_mean
 
 # %% ../nbs/80_entry/3_cli.ipynb #5f52cfee
 def split_arguments(
@@ -26,7 +26,7 @@ def split_arguments(
         elif name in flags and not equals: options[name] = True
         elif name in values and (equals or left): options[name] = value if equals else left.pop(0)
         elif name in values: raise UserError(f"--{name} needs a value.")
-        else: raise UserError(f"There is no option {word}.{nearest(word, [f'--{o}' for o in (*flags, *values)])} Overrides have no dashes: key=value.")
+        else: raise UserError(f"There is no option {word}.{did_you_mean(word, [f'--{o}' for o in (*flags, *values)])} Overrides have no dashes: key=value.")
     return words, options
 
 # %% ../nbs/80_entry/3_cli.ipynb #069f728f
@@ -51,9 +51,9 @@ def stage_line(
 # %% ../nbs/80_entry/3_cli.ipynb #bce40bc6
 def print_help():
     "The stages and the other commands"
-    from post_training.config.presets import stages
+    from post_training.config.presets import stage_names
     print("post-training STAGE [key=value ...] [--dry-run] [--force]\n\nStages:")
-    for s in stages(): print(f"  {s:18} {stage_line(s)}  [configs/{s}.yaml]")
+    for s in stage_names(): print(f"  {s:18} {stage_line(s)}  [configs/{s}.yaml]")
     print("\nOther commands:")
     for name, text in COMMANDS.items(): print(f"  {name:18} {text}")
     print("\n  --dry-run          print the composed config, the run folder and the batch; start nothing, write nothing"
@@ -66,10 +66,10 @@ def print_stage_help(
 ):
     "A stage's config and the presets it chooses from"
     from post_training.config.schema import CONFIGS
-    from post_training.config.presets import groups, preset_names, stage_name
+    from post_training.config.presets import preset_groups, preset_names, stage_name
     stage = stage_name(stage)
     print(f"post-training {stage} [key=value ...] [--dry-run] [--force]\n\n{stage_line(stage)}\nConfig: {os.path.relpath(CONFIGS/f'{stage}.yaml')}\n")
-    for group, chosen in {**groups(stage), "accelerate_config": "single"}.items():
+    for group, chosen in {**preset_groups(stage), "accelerate_config": "single"}.items():
         names = preset_names("accelerate" if group == "accelerate_config" else group)
         print(f"  {group}=  {', '.join(n + ' (default)' * (n == chosen) for n in names)}")
     print(f"\n`post-training {stage} --dry-run` prints every key with its value. A value with spaces, commas or brackets is quoted twice: 'key=\"a b\"'.")
@@ -81,13 +81,13 @@ PREVIEWED = ("dataset_mixture", "dataset_split") # stages whose result is cheap 
 def preview_of(
     cfg:dict, # composed
 )->str: # empty for stages without a preview
-    "What a data stage would write; its module is loaded by name"
+    "What a data stage would write"
     if cfg["stage"] not in PREVIEWED: return ""
-    import importlib
-    importlib.import_module("post_training.stages.tokenized_data").quiet()
+    from post_training.stages.data import preview_stage
+    from post_training.stages.tokenized_data import quiet_libraries
     from post_training.view.report import as_table
-    parts = importlib.import_module("post_training.stages.data").preview(cfg)
-    return "\n\n".join(f"{title}:\n{as_table(rows)}" for title, rows in parts.items())
+    quiet_libraries()
+    return "\n\n".join(f"{title}:\n{as_table(rows)}" for title, rows in preview_stage(cfg).items())
 
 # %% ../nbs/80_entry/3_cli.ipynb #7f44ce10
 def dry_run(
@@ -100,13 +100,13 @@ def dry_run(
     from post_training.config.schema import TRAINING_STAGES
     from post_training.config.batch import batch_arithmetic
     from post_training.config.compose import compose, diff_from_presets
-    from post_training.launch.recipe import check_asked
+    from post_training.launch.recipe import check_stage_config
     from post_training.launch.slurm import dry_run_parts
     from post_training.view.report import as_table
-    from post_training.run.state import locate
+    from post_training.run.state import locate_run
     composed = compose(stage, overrides)
-    check_asked(composed.cfg)
-    plan = locate(composed)
+    check_stage_config(composed.cfg)
+    plan = locate_run(composed)
     print(yaml.safe_dump(redact(composed.cfg), sort_keys=False, allow_unicode=True), end="")
     differs = [dict(key=k, preset=a, here=b) for k, (a, b) in diff_from_presets(composed).items()]
     chosen = ", ".join(f"{group}={name}" for group, name in composed.choices.items())
@@ -129,7 +129,7 @@ def runs_command(
     words, o = split_arguments(argv, (), ("stage", "status", "text", "sort"))
     actions = dict(list=None, show=1, diff=2, verify=None, keep=None, gc=None)
     action, names = (words[0], words[1:]) if words else ("list", [])
-    if action not in actions: raise UserError(f"There is no `runs {action}`.{nearest(action, actions)} There are {', '.join(actions)}.")
+    if action not in actions: raise UserError(f"There is no `runs {action}`.{did_you_mean(action, actions)} There are {', '.join(actions)}.")
     if actions[action] not in (None, len(names)): raise UserError(f"`runs {action}` takes {actions[action]} run{'s' * (actions[action] > 1)}; {len(names)} given.")
     if action == "keep" and len(names) not in (1, 2): raise UserError("`runs keep` takes a run, and a name for the copy.")
     found = [run.find_run(n) for n in names[:1 if action == "keep" else None]]
@@ -166,20 +166,20 @@ def gc_command(
     argv:list[str], # after `runs gc`
 )->int: # exit code
     "`post-training runs gc ...`: list what would go, ask, delete"
-    from post_training.launch.runs import free, gc_pieces, gc_rows, in_units
+    from post_training.launch.runs import delete_checkpoints, gc_checkpoints, gc_rows, format_bytes
     from post_training.view.report import as_table
     names, o = split_arguments(argv, ("failed", "all-checkpoints", "yes"))
-    pieces, notices = gc_pieces(names, "failed" in o, "all-checkpoints" in o)
+    pieces, notices = gc_checkpoints(names, "failed" in o, "all-checkpoints" in o)
     if pieces: print(as_table(gc_rows(pieces)))
     for n in notices: print(f"! {n}")
     going = [p for p in pieces if not p.keep]
-    total = f"{len(going)} of {len(pieces)} folders go, {in_units(sum(p.bytes for p in going))}"
+    total = f"{len(going)} of {len(pieces)} folders go, {format_bytes(sum(p.bytes for p in going))}"
     print(total if going else "nothing to free", flush=True)
     if not going: return 0
     if "yes" not in o:
         if not sys.stdin.isatty(): raise UserError("Nothing was deleted: there is no terminal to ask at. Add --yes if that is what you want.")
         if input("Delete? [y/N] ").strip().lower() not in ("y", "yes"): print("nothing was deleted"); return 0
-    print(f"{in_units(free(going))} freed")
+    print(f"{format_bytes(delete_checkpoints(going))} freed")
     return 0
 
 # %% ../nbs/80_entry/3_cli.ipynb #3986da94
@@ -208,37 +208,37 @@ def plan_command(
     argv:list[str], # after `plan`
 )->int: # exit code
     "`post-training plan PLAN.yaml ...`: print the whole, then submit it, or run it here"
-    from post_training.launch.plan import carry_out, load_plan, look_up, plan_rows, plan_total
+    from post_training.launch.plan import run_plan, load_plan, find_plan_jobs, plan_rows, plan_total
     from post_training.launch.recipe import shown_path
     from post_training.view.report import as_table
     words, o = split_arguments(argv, ("dry-run",))
     if not words: raise UserError("Name a plan: post-training plan PLAN.yaml [--dry-run] [key=value ...].")
     plan = load_plan(words[0], words[1:])
-    notices = look_up(plan, strict="dry-run" not in o)
+    notices = find_plan_jobs(plan, strict="dry-run" not in o)
     print(f"plan {plan.name}\n{as_table(plan_rows(plan))}\n{plan_total(plan)}", flush=True)
     for n in notices: print(f"! {n}")
     if "dry-run" in o:
         for s in plan.stages: print("\n".join([f"\n{s.name}", *(f"  {shown_path(r.plan.run_dir)}  {r.state}" for r in plan.runs[s.name])]))
         return 0
     print()
-    carry_out(plan)
+    run_plan(plan)
     return 0
 
 # %% ../nbs/80_entry/3_cli.ipynb #65a5a188
 def inspect_command(
     argv:list[str], # after `inspect`
 )->int: # exit code
-    "`post-training inspect DATASET ...`; its module is loaded by name"
-    import importlib
-    return importlib.import_module("post_training.view.dataset").inspect_command(argv)
+    "`post-training inspect DATASET ...`"
+    from post_training.view.dataset import run_inspection
+    return run_inspection(argv)
 
 # %% ../nbs/80_entry/3_cli.ipynb #1a213341
 def chat_command(
     argv:list[str], # after `chat`
 )->int: # exit code
-    "`post-training chat CHECKPOINT ...`; its module is loaded by name"
-    import importlib
-    return importlib.import_module("post_training.view.chat").chat_command(argv)
+    "`post-training chat CHECKPOINT ...`"
+    from post_training.view.chat import run_chat
+    return run_chat(argv)
 
 # %% ../nbs/80_entry/3_cli.ipynb #485cf356
 def sync_command(
@@ -277,9 +277,9 @@ def dispatch(
     if argv[0] in COMMANDS and {"-h", "--help"} & {*argv[1:]}: print(f"post-training {argv[0]}: {COMMANDS[argv[0]]}"); return 0
     called = {"plan": plan_command, "jobs": jobs_command, "runs": runs_command, "wandb-sync": sync_command}
     if argv[0] in called: return called[argv[0]](argv[1:])
-    from post_training.config.presets import stages
-    if argv[0].replace("-", "_") not in stages():
-        raise UserError(f"There is no stage or command {argv[0]!r}.{nearest(argv[0].replace('-', '_'), [*stages(), *COMMANDS])} `post-training --help` lists them.")
+    from post_training.config.presets import stage_names
+    if argv[0].replace("-", "_") not in stage_names():
+        raise UserError(f"There is no stage or command {argv[0]!r}.{did_you_mean(argv[0].replace('-', '_'), [*stage_names(), *COMMANDS])} `post-training --help` lists them.")
     return stage_command(argv[0].replace("-", "_"), argv[1:])
 
 # %% ../nbs/80_entry/3_cli.ipynb #a91b29ff

@@ -31,7 +31,7 @@ def make_pairs():
 def make_trainer(case, folder, data, lines, model=None):
     "The trainer of a case"
     from post_training.tokens.collate import PackCollator, PadCollator, PairCollator, empty_pair
-    from post_training.training.preference import pair_config, pair_objective
+    from post_training.training.preference import preference_config, objective_from_args
     from post_training.training.trainer import SFTTrainer
 
     Watched = watched(SFTTrainer)
@@ -41,8 +41,8 @@ def make_trainer(case, folder, data, lines, model=None):
                 lr_scheduler_type="constant", warmup_steps=0, max_grad_norm=1e9, num_train_epochs=2, logging_steps=1, seed=9, weight_decay=0.0,
                 activation_checkpointing=False, eval_strategy="epoch", per_device_eval_batch_size=case["per_device"], save_strategy="no")
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    objective = pair_objective(case["args"])
-    return Watched(model or adapted(make_model(), case), pair_config(args | case["args"], folder, cpu=True, deepspeed=deepspeed), data, make_tokenizer(), collator, empty_pair, objective,
+    objective = objective_from_args(case["args"])
+    return Watched(model or adapted(make_model(), case), preference_config(args | case["args"], folder, cpu=True, deepspeed=deepspeed), data, make_tokenizer(), collator, empty_pair, objective,
                    eval_dataset=data, bins=bins, eval_bins=bins, write_line=lines.append)
 
 
@@ -59,7 +59,7 @@ def run_case(case, folder):
     "Train one case; losses, rows of every step, the reference and the saved weights are left in `folder`"
     from datasets import Dataset
 
-    from post_training.training.preference import pair_objective, reference_logps, with_quantiles, with_reference
+    from post_training.training.preference import objective_from_args, reference_logps, with_quantiles, with_reference
 
     data, lines = Dataset.from_list(make_pairs()), []
     if case.get("computed"):
@@ -68,7 +68,7 @@ def run_case(case, folder):
         assert (first == again).all()
         data = with_reference(data, first)
         around.accelerator.free_memory()
-    trainer = make_trainer(case, folder, with_quantiles(data, pair_objective(case["args"]), case.get("num_ref_rewards")), lines)
+    trainer = make_trainer(case, folder, with_quantiles(data, objective_from_args(case["args"]), case.get("num_ref_rewards")), lines)
     trainer.train()
     rank = trainer.accelerator.process_index
     (folder / f"seen-{rank}.json").write_text(json.dumps(trainer.seen))

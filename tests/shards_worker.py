@@ -6,7 +6,7 @@ import sys
 import time
 
 from post_training.core.files import UserError
-from post_training.core.shards import main, pack_floats, seed_of
+from post_training.core.shards import run_shard_worker, pack_floats, seed_of
 
 
 def note(folder, batch):
@@ -43,4 +43,4 @@ def mistake(folder, plan):
     raise UserError("There is no model 'tini'.")
 
 
-if __name__ == "__main__": sys.exit(main(dict(toy=toy, fault=fault, mistake=mistake)))
+if __name__ == "__main__": sys.exit(run_shard_worker(dict(toy=toy, fault=fault, mistake=mistake)))

@@ -96,7 +96,7 @@ def test_lines_and_dependencies(apertus):
     assert words[:7] == ["sbatch", "-N", "64", "-p", "large512", "-t", "10:00:00"] and words[8] == str(apertus / "out/apertus-70b-sft-sigmoid-beta5.0-ademamix-pairs1.out")
     assert after == ["prompts-apertus-70b-sft-maxlen4096-Nref10-logprobs-skywork-v2-llama3-8b-heuristic"] and array == ""
     for n, (_, _, w) in told.items(): assert subprocess.run(["bash", "-n", w[-1]]).returncode == 0, n
-    rows = sweep.job_rows(apertus)
+    rows = sweep.sweep_job_rows(apertus)
     assert {r["nodes"] for r in rows if r["stage"] == "train_preference"} == {64} and all(r["node-hours"] > 0 for r in rows)
 
 
@@ -159,7 +159,7 @@ def test_the_tiny_chain_on_a_real_slurm(demo, tmp_path, monkeypatch):
         assert [r["status"] for r in rows] == ["finished"] * len(rows), said()
         trained = sweep.sweep_rows(folder, "train_preference")
         assert [(r["loss"], r["steps"]) for r in trained] == [("qrpo", 2), ("sigmoid", 2)] and all(r["accuracy_after"] is not None for r in trained)
-        assert "Of 2 finished jobs" in sweep.answer(trained, "job", "accuracy_gain", most=True)
+        assert "Of 2 finished jobs" in sweep.sweep_conclusion(trained, "job", "accuracy_gain", maximize=True)
         assert sweep.submit_sweep(folder) == {}
         again = sweep.run_experiment(path)
         assert {(again / f"submitted/{j['name']}").read_text() for j in sweep.read_sweep(again)} == {"done\n"}

@@ -32,8 +32,8 @@ def planned(demo, tmp_root, monkeypatch):
 
     def make(stage, *overrides, name="once"):
         cfg = config.compose(stage, [*STAGES[stage], f"artifacts_subdir={tmp_root.name}-{name}", *overrides]).cfg
-        preference_data.prepare(cfg)
-        return cfg, config.freeze(cfg, tmp_root / f"{stage}-{name}.yaml")
+        preference_data.plan_work(cfg)
+        return cfg, config.save_frozen(cfg, tmp_root / f"{stage}-{name}.yaml")
 
     return make
 
@@ -41,7 +41,7 @@ def planned(demo, tmp_root, monkeypatch):
 def digest(cfg):
     "SHA-256 of what all shards make together"
     out = preference_data.work_folder(cfg) / "merged.jsonl"
-    shards.merge(preference_data.work_folder(cfg), out)
+    shards.merge_shards(preference_data.work_folder(cfg), out)
     return hashlib.sha256(out.read_bytes()).hexdigest()
 
 
@@ -53,7 +53,7 @@ def worker(cfg, frozen):
 
 def kill_midway(cfg, frozen, sent):
     "Stop a worker after its first saved batch and before its last; the batches that it saved"
-    at = shards.shard_folder(preference_data.work_folder(cfg), plan := shards.load_plan(preference_data.work_folder(cfg)), 0)
+    at = shards.shard_folder(preference_data.work_folder(cfg), plan := shards.load_shard_plan(preference_data.work_folder(cfg)), 0)
     of = len(plan.batches)
     assert of > 1
     for _ in range(8):  # a worker that was faster than this process is tried again
@@ -76,11 +76,11 @@ def kill_midway(cfg, frozen, sent):
 @pytest.mark.parametrize("stage", STAGES)
 def test_any_sharding_and_any_kill_give_the_same_bytes(stage, planned):
     cfg, frozen = planned(stage)
-    preference_data.work_on(cfg, frozen)
+    preference_data.work_on_shards(cfg, frozen)
     whole = digest(cfg)
     seven, frozen_7 = planned(stage, "shards.number=7", "num_processes=2", name="seven")
-    preference_data.work_on(seven, frozen_7)
-    assert shards.load_plan(preference_data.work_folder(seven)).shards == min(7, len(shards.load_plan(preference_data.work_folder(cfg)).batches))
+    preference_data.work_on_shards(seven, frozen_7)
+    assert shards.load_shard_plan(preference_data.work_folder(seven)).shards == min(7, len(shards.load_shard_plan(preference_data.work_folder(cfg)).batches))
     assert digest(seven) == whole
     for name, sent in (("killed", signal.SIGKILL), ("asked", signal.SIGTERM)):
         cut, frozen_cut = planned(stage, name=name)
@@ -121,15 +121,15 @@ def test_whole_command_killed(planned, demo, tmp_root):
 
 def test_corrupt_shard_is_named(planned):
     cfg, frozen = planned("pairs")
-    preference_data.work_on(cfg, frozen)
+    preference_data.work_on_shards(cfg, frozen)
     [rows] = preference_data.work_folder(cfg).glob("shards/*/rows.txt")
     data = bytearray(rows.read_bytes())
     data[len(data) // 2] ^= 1
     rows.write_bytes(bytes(data))
     with pytest.raises(UserError, match="0000-of-0001.*SHA-256"):
-        preference_data.merged(cfg)
-    preference_data.work_on(cfg, frozen)  # a shard that does not verify is made again
-    assert preference_data.merged(cfg)[1]["out"] > 300
+        preference_data.collect_output(cfg)
+    preference_data.work_on_shards(cfg, frozen)  # a shard that does not verify is made again
+    assert preference_data.collect_output(cfg)[1]["out"] > 300
 
 
 def test_rows_that_changed_since(planned, tmp_path):
@@ -138,18 +138,18 @@ def test_rows_that_changed_since(planned, tmp_path):
     cfg, frozen = planned("filter", f"dataset_args.dataset_name={rows}", "dataset_args.split=null", "max_seq_len=64")
     rows.write_text(rows.read_text().replace('"5"', '"6"'))
     with pytest.raises(UserError, match="rows.jsonl has changed since this work began"):
-        preference_data.prepare(cfg)
+        preference_data.plan_work(cfg)
 
 
 def test_another_reference_than_the_one_that_sampled(planned, tmp_root, demo):
     "Completions of one model scored by another: refused by name, unless it is meant"
     cfg, frozen = planned("ref_completions", "dataset_args.debug_subsample=3")
     task = run.open_run(cfg)
-    preference_data.carry_out(task, cfg)
+    preference_data.run_annotation(task, cfg)
     written = run.read_record(task.run_dir)["final"]["output"]
     asked = [f"dataset_args.dataset_name={written}", "dataset_args.split=null", "dataset_args.debug_subsample=0"]
     scored, _ = planned("ref_logprobs", *asked, name="same")
-    assert shards.load_plan(preference_data.work_folder(scored)).params["reference"]
+    assert shards.load_shard_plan(preference_data.work_folder(scored)).params["reference"]
     with pytest.raises(UserError, match="another chat template"):
         planned("ref_logprobs", *asked, "tokenizer_args.chat_template_name=tulu", "tokenizer_args.model_eos_token_id=2", name="other")
     planned("ref_logprobs", *asked, "tokenizer_args.chat_template_name=tulu", "tokenizer_args.model_eos_token_id=2", "allow_other_reference=true", name="meant")
@@ -164,15 +164,15 @@ def test_nothing_that_can_be_used(planned, tmp_path):
 
 def test_too_many_rows_lost_stops_the_stage(planned):
     cfg, frozen = planned("filter", "max_drop_fraction=0.01", "min_completions=1", "max_seq_len=40", "dataset_args.debug_subsample=200")
-    preference_data.work_on(cfg, frozen)
+    preference_data.work_on_shards(cfg, frozen)
     with pytest.raises(UserError, match="max_drop_fraction"):
-        preference_data.merged(cfg)
+        preference_data.collect_output(cfg)
 
 
 def test_two_splits_stay_apart(planned):
     cfg, frozen = planned("pairs", "dataset_args.split=null", "dataset_args.debug_subsample=30")
-    preference_data.work_on(cfg, frozen)
-    splits, counts = preference_data.merged(cfg)
+    preference_data.work_on_shards(cfg, frozen)
+    splits, counts = preference_data.collect_output(cfg)
     assert splits.keys() == {"train", "eval"} and counts["in"] == 60
     assert sum(len(set(rows["id"][:])) for rows in splits.values()) == counts["out"]
 
@@ -180,7 +180,7 @@ def test_two_splits_stay_apart(planned):
 def test_a_server_that_nobody_named(planned):
     cfg, frozen = planned("ref_completions", "backend=server")
     with pytest.raises(UserError, match="server.url"):
-        preference_data.work_on(cfg, frozen)
+        preference_data.work_on_shards(cfg, frozen)
 
 
 def test_help_says_how_a_worker_is_called():
@@ -190,16 +190,16 @@ def test_help_says_how_a_worker_is_called():
 
 def test_what_a_model_may_write_or_a_source_may_hold(planned, tmp_path):
     "Numbers that no exact value can be had of, rewards that are none, fields that are always null"
-    from post_training.models.verifiers import verify
+    from post_training.models.verifiers import run_verifier
 
-    assert verify("final_number", "The answer is 1e9999999", "5") == 0.0
+    assert run_verifier("final_number", "The answer is 1e9999999", "5") == 0.0
     talk = [dict(role="assistant", parts=[dict(type="response", content=x, name=None, args=None, answers=None, metadata=None)]) for x in "45"]
     row = dict(system_prompt=None, available_functions=[], initial_prompt=dict(role="user", content="2 + 2 = ?", metadata=None))
     branches = [dict(messages=[talk[0]], label="right", reward=1.0), dict(messages=[talk[1]], label=None, reward=float("nan"))]
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(dict(conversation_id=f"c{i}", conversation_branches=branches, **row)) + "\n" for i in range(3)))
     cfg, frozen = planned("filter", f"dataset_args.dataset_name={rows}", "dataset_args.split=null", "max_seq_len=128")
-    preference_data.work_on(cfg, frozen)
-    splits, counts = preference_data.merged(cfg)
+    preference_data.work_on_shards(cfg, frozen)
+    splits, counts = preference_data.collect_output(cfg)
     [first] = {tuple(c["reward"] for c in found) for found in splits["train"]["completions"][:]}
     assert first == (1.0, None) and counts["lost before"] == {"reward is not finite: left out": 3}

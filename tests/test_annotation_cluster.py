@@ -13,8 +13,8 @@ import slurm_cluster
 
 from post_training.run.identity import run_folder
 from post_training.run.record import read_record
-from post_training.core.files import sha256
-from post_training.config.overrides import quote
+from post_training.core.files import file_sha256
+from post_training.config.overrides import quote_value
 from post_training.config.compose import load_frozen
 
 pytestmark = pytest.mark.slow
@@ -75,8 +75,8 @@ def rows(tmp_path_factory):
 
 
 def shared(root, rows, *more):
-    return ["filter", f"dataset_args.dataset_name={quote(str(rows))}", "max_seq_len=60", "cluster.device=cpu", "shards.save_seconds=0", "max_drop_fraction=0.5",
-            f"artifacts_dir={quote(str(root / 'artifacts'))}", f"runs_dir={quote(str(root / 'runs'))}", *more]
+    return ["filter", f"dataset_args.dataset_name={quote_value(str(rows))}", "max_seq_len=60", "cluster.device=cpu", "shards.save_seconds=0", "max_drop_fraction=0.5",
+            f"artifacts_dir={quote_value(str(root / 'artifacts'))}", f"runs_dir={quote_value(str(root / 'runs'))}", *more]
 
 
 class Job:
@@ -151,7 +151,7 @@ def job(slurm, rows, tmp_path, demo):
 def written(record):
     "The rows that a run wrote, as digests of its files"
     folder = Path(record["final"]["output"])
-    return {str(p.relative_to(folder)): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in ("manifest.json", "state.json")}  # the latter holds a random name
+    return {str(p.relative_to(folder)): file_sha256(p) for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in ("manifest.json", "state.json")}  # the latter holds a random name
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +291,7 @@ def served(job, tmp_path, rows):
     few.write_text("".join(rows.read_text().splitlines(True)[:8]))
 
     def words(*more, third="$(touch x) it's; {tensor_parallel_size}"):
-        command = ",".join(quote(w) for w in (sys.executable, str(script), "{model}", "--port={port}", third))
+        command = ",".join(quote_value(w) for w in (sys.executable, str(script), "{model}", "--port={port}", third))
         own = [w for w in shared(tmp_path, few, *job.on)[1:] if not w.startswith("max_seq_len")]
         return ["ref_completions", *own, "backend=server", "server.model=served", f"server.command=[{command}]", "model_args.model_name_or_path=${artifacts_dir}/models/tiny",
                 "generation.n=2", "generation.max_new_tokens=20", "generation.batch_tokens=400", "max_drop_fraction=1.0", *more]

@@ -47,7 +47,7 @@ def test_plan_with_a_server(tmp_root):
     [step] = [line for line in text.splitlines() if "vllm serve" in line]
     assert "--environment=vllm " in step and "--container-workdir" not in step and '--port "$port" --tensor-parallel-size 1 --data-parallel-size 4 ' in step
     assert text.count("--environment=vllm") == 1 and "step() { srun --export=ALL --cpus-per-task=288 --environment=e " in text
-    assert slurm.tasks_of(cfg) == 8 and slurm.doubts(cfg) == []
+    assert slurm.tasks_of(cfg) == 8 and slurm.config_warnings(cfg) == []
 
 
 def test_container_of_a_server_is_no_part_of_a_run():
@@ -77,17 +77,17 @@ def test_models_that_fit_or_are_not_known(tmp_root, capsys):
         assert cli.main(["ref_logprobs", *LARGE, *more, "--dry-run"]) == 0, more
         assert ("weights of a worker's model" in capsys.readouterr().out) == (more != ["model=apertus-8b-sft"])
     cfg = config.compose("ref_logprobs", [*LARGE, "tensor_parallel_size=2", "shards.number=8"]).cfg
-    assert (slurm.workers_of(cfg), slurm.tasks_of(cfg)) == (2, 4)
+    assert (slurm.shard_workers_of(cfg), slurm.tasks_of(cfg)) == (2, 4)
     quantized = config.compose("ref_completions", [*LARGE, "backend=server", "server.command=[vllm,'{tensor_parallel_size}',--quantization,fp8]"]).cfg
-    assert slurm.worker_weights(quantized) is None
+    assert slurm.shard_worker_weights(quantized) is None
 
 
 def test_reward_model_on_one_gpu(tmp_root):
     words = ["reward_model=skywork-v2-llama3-8b", "dataset_args.dataset_name=rows", *CLARIDEN]
     cfg = config.compose("ref_rewards", [*words, "reward_args.model_name_or_path=meta-llama/Llama-3.1-70B"]).cfg
-    with pytest.raises(UserError, match="A reward model is held by one GPU"): slurm.refuse_large(cfg)
+    with pytest.raises(UserError, match="A reward model is held by one GPU"): slurm.check_weights_fit_gpus(cfg)
     small = config.compose("ref_rewards", [*words, "reward_args.model_name_or_path=meta-llama/Llama-3.1-8B"]).cfg
-    assert slurm.worker_weights(small)["gib"] == pytest.approx((8_030_261_248 - 128256 * 4096) * 2 / 2**30, rel=1e-4)
+    assert slurm.shard_worker_weights(small)["gib"] == pytest.approx((8_030_261_248 - 128256 * 4096) * 2 / 2**30, rel=1e-4)
 
 
 def test_nothing_of_training_where_nothing_is_trained():

@@ -33,7 +33,7 @@ def test_a_mistake_is_told_and_leaves_nothing(case, demo, tmp_path, monkeypatch,
     monkeypatch.setenv("POST_TRAINING_RUNS_DIR", str(tmp_path / "runs"))
     data = tmp_path / "nowhere.jsonl"
     if rows is not None: data.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    code = train_sft.main(["dataset=local", f"dataset_args.dataset_name={data}", f"artifacts_subdir={tmp_path.name}", *SHORT, *overrides])
+    code = train_sft.train_sft_main(["dataset=local", f"dataset_args.dataset_name={data}", f"artifacts_subdir={tmp_path.name}", *SHORT, *overrides])
     err = capfd.readouterr().err
     assert code == 2, err
     for word in words: assert word in err, (word, err)

@@ -5,7 +5,7 @@ from largest_tensor import Largest
 from torch.utils.flop_counter import FlopCounterMode
 
 from post_training.bench.sft import (
-    LAYOUTS, LOSSES, bench_rows, model_numbers, our_trainer, real_masks, step_flops, step_shape, trl_trainer)
+    BATCH_LAYOUTS, BENCH_SFT_LOSSES, bench_sft_rows, model_numbers, our_sft_trainer, real_masks, step_flops, step_shape, trl_sft_trainer)
 from post_training.bench.step import bench_batch, bench_model, full_logits_loss
 
 SIZES = dict(hidden=64, layers=2)
@@ -13,7 +13,7 @@ LINE = 128
 
 
 @pytest.fixture(scope="module")
-def rows(): return bench_rows(10, longest=96, vocab=5000, median=40)
+def rows(): return bench_sft_rows(10, longest=96, vocab=5000, median=40)
 
 
 def quiet(trainer):
@@ -28,7 +28,7 @@ VOCAB = 60_000
 
 
 @pytest.fixture(scope="module")
-def many(): return bench_rows(6, longest=300, vocab=VOCAB, median=200)
+def many(): return bench_sft_rows(6, longest=300, vocab=VOCAB, median=200)
 
 
 def largest_in(trainer):
@@ -37,13 +37,13 @@ def largest_in(trainer):
 
 
 @pytest.mark.parametrize("layout", ["sorted", "packed"])
-@pytest.mark.parametrize("loss", list(LOSSES))
+@pytest.mark.parametrize("loss", list(BENCH_SFT_LOSSES))
 def test_no_tokens_by_vocabulary(many, tmp_path, loss, layout):
     "In a whole optimizer step nothing is half as large as a micro-batch's logits, not even as those of its scored positions"
     model = bench_model(vocab=VOCAB, hidden=32, layers=1)
     per_device = 3
     scored = step_shape(many, loss, layout, per_device=per_device, line=600)["scored"] / 2  # two micro-batches; the larger has at least half
-    assert 0 < largest_in(our_trainer(model, many, tmp_path, layout, 1, per_device, 600, "cpu", loss)) < scored * VOCAB / 2
+    assert 0 < largest_in(our_sft_trainer(model, many, tmp_path, layout, 1, per_device, 600, "cpu", loss)) < scored * VOCAB / 2
 
 
 def test_the_watch_sees_logits():
@@ -59,15 +59,15 @@ def test_no_tokens_by_vocabulary_with_pairs(tmp_path, kind):
     from datasets import Dataset
 
     from post_training.bench.preference import bench_pairs
-    from post_training.bench.sft import plain_tokenizer, step_args
+    from post_training.bench.sft import plain_tokenizer, sft_step_args
     from post_training.tokens.collate import PadCollator, PairCollator, empty_pair
-    from post_training.training.preference import pair_config, pair_objective
+    from post_training.training.preference import preference_config, objective_from_args
     from post_training.training.trainer import SFTTrainer
 
-    pairs, asked = bench_pairs(VOCAB, 2, 200), dict(step_args(2, 1, 1), loss_type=kind, beta=0.1)
+    pairs, asked = bench_pairs(VOCAB, 2, 200), dict(sft_step_args(2, 1, 1), loss_type=kind, beta=0.1)
     data = Dataset.from_list(pairs)
-    trainer = SFTTrainer(bench_model(vocab=VOCAB, hidden=32, layers=1), pair_config(asked, tmp_path, cpu=True), data, plain_tokenizer(), PairCollator(PadCollator(0)), empty_pair,
-                         pair_objective(asked))
+    trainer = SFTTrainer(bench_model(vocab=VOCAB, hidden=32, layers=1), preference_config(asked, tmp_path, cpu=True), data, plain_tokenizer(), PairCollator(PadCollator(0)), empty_pair,
+                         objective_from_args(asked))
     trainer.save_nothing = True
     answers = sum(len(p[f"{s}_ids"]) for p in pairs for s in ("chosen", "rejected"))
     assert 0 < largest_in(trainer) < answers * VOCAB / 2
@@ -85,11 +85,11 @@ def rows_through(trainer):
     return set(seen.values())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", BATCH_LAYOUTS)
 def test_positions_through_the_backbone(rows, tmp_path, layout):
     "As many as the arithmetic says; packed, that is the real tokens and no padding"
     shape = step_shape(rows, "plw 0", layout, line=LINE)
-    trainer = our_trainer(bench_model(vocab=5000, **SIZES), rows, tmp_path, layout, line=LINE)
+    trainer = our_sft_trainer(bench_model(vocab=5000, **SIZES), rows, tmp_path, layout, pack_length=LINE)
     assert rows_through(trainer) == {shape["places"]}
     assert (shape["places"] == shape["real"]) is (layout == "packed")
 
@@ -106,12 +106,12 @@ def counted(trainer):
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("loss, layout", [*[("plw 0", layout) for layout in LAYOUTS], *[(loss, "packed") for loss in LOSSES if loss != "plw 0"]])
+@pytest.mark.parametrize("loss, layout", [*[("plw 0", layout) for layout in BATCH_LAYOUTS], *[(loss, "packed") for loss in BENCH_SFT_LOSSES if loss != "plw 0"]])
 def test_arithmetic_is_what_torch_counts(rows, tmp_path, loss, layout):
     "The formula of the notebook, to a thousandth: what is left out are the angles of the positions"
     model = bench_model(vocab=5000, **SIZES)
     expected = step_flops(step_shape(rows, loss, layout, line=LINE), model_numbers(model))
-    found = counted(our_trainer(model, rows, tmp_path, layout, line=LINE, loss=loss))
+    found = counted(our_sft_trainer(model, rows, tmp_path, layout, pack_length=LINE, loss=loss))
     assert found == pytest.approx(sum(expected.values()), rel=1e-3)
 
 
@@ -124,7 +124,7 @@ def test_scored_positions_are_the_weighted_ones(rows):
         answers += sum(weighted)
         targets += len(mask) - 1
         followed += sum(w or weighted[t - 1] for t, w in enumerate(weighted) if t > 0)
-    found = {loss: step_shape(rows, loss, "packed", line=LINE)["scored"] for loss in LOSSES}
+    found = {loss: step_shape(rows, loss, "packed", line=LINE)["scored"] for loss in BENCH_SFT_LOSSES}
     assert found == {"sft": targets, "plw 0": answers, "plw 0.1": targets, "ln-plw 0.1": targets, "irl": followed}
     assert answers <= followed <= targets and answers < targets
 
@@ -134,7 +134,7 @@ def test_head_follows_the_weighted_positions(rows, tmp_path):
     totals, shapes = {}, {}
     for loss in ("plw 0", "irl", "sft"):
         model = bench_model(vocab=5000, **SIZES)
-        totals[loss], shapes[loss] = counted(our_trainer(model, rows, tmp_path / loss, "packed", line=LINE, loss=loss)), step_shape(rows, loss, "packed", line=LINE)["scored"]
+        totals[loss], shapes[loss] = counted(our_sft_trainer(model, rows, tmp_path / loss, "packed", pack_length=LINE, loss=loss)), step_shape(rows, loss, "packed", line=LINE)["scored"]
     per_position = 8 * SIZES["hidden"] * 5000
     for loss in ("irl", "sft"): assert totals[loss] - totals["plw 0"] == per_position * (shapes[loss] - shapes["plw 0"])
 
@@ -156,8 +156,8 @@ def test_all_ways_train_the_same(rows, tmp_path):
     disable_progress_bars()
     made = lambda make, layout, **kw: first_loss(make(bench_model(vocab=5000, **SIZES), rows, tmp_path / layout, layout, line=LINE, **kw))
     for loss in ("plw 0", "sft"):
-        ours = [made(our_trainer, layout, loss=loss) for layout in LAYOUTS]
-        trl = [made(trl_trainer, layout, loss=loss) for layout in ("random", "group_by_length", "batch_rebalance", "packed")]
+        ours = [made(our_sft_trainer, layout, loss=loss) for layout in BATCH_LAYOUTS]
+        trl = [made(trl_sft_trainer, layout, loss=loss) for layout in ("random", "group_by_length", "batch_rebalance", "packed")]
         assert [*ours, *trl] == pytest.approx([ours[0]] * 8, abs=1e-3)
 
 
@@ -165,4 +165,4 @@ def test_real_conversations(data_dir):
     "Masks of real conversations: both sources, something to learn in each row"
     masks = real_masks(str(data_dir), 12)
     assert len(masks) == 12 and all(m.any() for m in masks)
-    assert max(r["length"] for r in bench_rows(12, 256, folder=str(data_dir))) <= 256
+    assert max(r["length"] for r in bench_sft_rows(12, 256, folder=str(data_dir))) <= 256

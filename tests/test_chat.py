@@ -21,12 +21,12 @@ def tiny(demo):
 
 @pytest.fixture(scope="module")
 def opened(tiny):
-    return chat.open_checkpoint(str(tiny), device="cpu")
+    return chat.load_chat_model(str(tiny), device="cpu")
 
 
 def spoken(opened, lines, capsys, **options):
     talk = chat.Chat(*opened, **dict(dict(max_new_tokens=4), **options))
-    chat.talk(talk, lines)
+    chat.chat_loop(talk, lines)
     return talk, *capsys.readouterr()
 
 
@@ -81,12 +81,12 @@ def test_history_is_messages_and_reset_forgets(opened, capsys):
 
 
 def test_the_seed_decides_and_greedy_is_generate(opened):
-    from post_training.models.generate import generate
+    from post_training.models.generate import generate_completions
     model, tokenizer = opened
-    draw = lambda seed, t: chat.ask(chat.Chat(model, tokenizer, temperature=t, seed=seed, max_new_tokens=12), "Hello")["ids"]
+    draw = lambda seed, t: chat.send_message(chat.Chat(model, tokenizer, temperature=t, seed=seed, max_new_tokens=12), "Hello")["ids"]
     assert draw(1, 1.0) == draw(1, 1.0) != draw(2, 1.0)
-    prompt = chat.rendered(chat.Chat(model, tokenizer), "Hello")
-    assert draw(0, 0.0) == generate(model, tokenizer, [prompt], 12)[0]["ids"]
+    prompt = chat.chat_prompt_ids(chat.Chat(model, tokenizer), "Hello")
+    assert draw(0, 0.0) == generate_completions(model, tokenizer, [prompt], 12)[0]["ids"]
 
 
 def test_a_full_context_is_told(opened, capsys):
@@ -100,22 +100,22 @@ def test_ctrl_c_keeps_what_was_said(opened):
         seen.append(text)
         if len(seen) >= 2: raise KeyboardInterrupt
     seen, talk = [], chat.Chat(*opened, temperature=1.0, seed=5, max_new_tokens=50)
-    out = chat.ask(talk, "Hello", stop)
+    out = chat.send_message(talk, "Hello", stop)
     assert out["finish_reason"] == "interrupted" and len(out["ids"]) < 50
 
 
 def test_base_models_and_wrong_names(tiny, tmp_path, monkeypatch):
     base = shutil.copytree(tiny, tmp_path / "base")
     (base / "chat_template.jinja").unlink()
-    with pytest.raises(UserError, match="--template NAME"): chat.open_checkpoint(str(base))
-    model, tokenizer = chat.open_checkpoint(str(base), "tulu")
-    assert chat.ask(chat.Chat(model, tokenizer, max_new_tokens=3), "Hi")["finish_reason"] in ("length", "stop")
-    with pytest.raises(UserError, match="no config.json"): chat.open_checkpoint(str(tmp_path))
-    with pytest.raises(UserError, match="There is no run"): chat.open_checkpoint("no-such-run")
-    with pytest.raises(UserError, match="There is no run"): chat.open_checkpoint("run:no-such-run")
+    with pytest.raises(UserError, match="--template NAME"): chat.load_chat_model(str(base))
+    model, tokenizer = chat.load_chat_model(str(base), "tulu")
+    assert chat.send_message(chat.Chat(model, tokenizer, max_new_tokens=3), "Hi")["finish_reason"] in ("length", "stop")
+    with pytest.raises(UserError, match="no config.json"): chat.load_chat_model(str(tmp_path))
+    with pytest.raises(UserError, match="There is no run"): chat.load_chat_model("no-such-run")
+    with pytest.raises(UserError, match="There is no run"): chat.load_chat_model("run:no-such-run")
     data = (base / "model.safetensors").read_bytes()
     (base / "model.safetensors").write_bytes(data[:-100])
-    with pytest.raises(UserError, match="Cannot load the model"): chat.open_checkpoint(str(base), "apertus")
+    with pytest.raises(UserError, match="Cannot load the model"): chat.load_chat_model(str(base), "apertus")
 
 
 def test_explore_notebook_on_a_checkpoint(tiny):

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from post_training import config
 from post_training.core.files import UserError
-from post_training.config.overrides import parse_override, quote, typed_form
-from post_training.config.presets import calculate, resolve
-from post_training.config.compose import compose, diff_from_presets, freeze, load_frozen
+from post_training.config.overrides import parse_override, quote_value, quote_override
+from post_training.config.presets import evaluate_arithmetic, resolve_interpolations
+from post_training.config.compose import compose, diff_from_presets, save_frozen, load_frozen
 
 ACCUMULATION = "training_args.gradient_accumulation_steps"
 
@@ -36,14 +36,14 @@ def test_arithmetic_is_pythons(text):
     "What is accepted has the value that Python gives it; what is refused has none"
     try: want = eval(text)
     except ArithmeticError: want = None
-    if want is None or len(text) > 200: pytest.raises(UserError, calculate, text)
-    else: assert calculate(text) == want
+    if want is None or len(text) > 200: pytest.raises(UserError, evaluate_arithmetic, text)
+    else: assert evaluate_arithmetic(text) == want
 
 
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")
 @given(st.text(max_size=60) | st.text(alphabet="()[]{}.,'\"*/+-%_abcdefx0123456789 =:~<>!@^&|\\\n", max_size=60))
 def test_any_text_is_a_number_or_refused(text):
-    try: assert math.isfinite(calculate(text))
+    try: assert math.isfinite(evaluate_arithmetic(text))
     except UserError as e: assert len(str(e).splitlines()) == 1
 
 
@@ -51,8 +51,8 @@ def test_any_text_is_a_number_or_refused(text):
     "min.__class__", "().__class__.__bases__", "9**9**9", "2**65", "(10**17)*100", "True", "1j", "'1'", "f'{1}'", "max", "x:=1", "min()", "9" * 300,
     "(" * 150 + ")" * 150, "-" * 199 + "1" * 1, "1 if 1 else 2", "0x10**64**2", "round(1,ndigits=1)", "max(*[1])", "int('1')", "1_0 and 2"])
 def test_expressions_that_are_refused(text):
-    if text.startswith("-"): assert calculate(text) == -1  # odd, and arithmetic
-    else: pytest.raises(UserError, calculate, text)
+    if text.startswith("-"): assert evaluate_arithmetic(text) == -1  # odd, and arithmetic
+    else: pytest.raises(UserError, evaluate_arithmetic, text)
 
 
 # -- overrides arrive as typed
@@ -65,8 +65,8 @@ HARD = ["a b", " both ", "it's", '"', "a;b", "$(touch x)", "`touch x`", "a=b", "
 
 def check_arrives(value):
     if value == "???": return  # no value, by OmegaConf's convention
-    raw = {"wandb": {"run_name": parse_override(f"wandb.run_name={quote(value)}").value}}
-    assert resolve(raw)["wandb"]["run_name"] == value
+    raw = {"wandb": {"run_name": parse_override(f"wandb.run_name={quote_value(value)}").value}}
+    assert resolve_interpolations(raw)["wandb"]["run_name"] == value
 
 
 @given(text_values)
@@ -77,13 +77,13 @@ def test_quoted_text_arrives(value): check_arrives(value)
 @pytest.mark.parametrize("value", HARD)
 def test_hard_text_arrives_through_a_shell_and_a_frozen_file(value, tmp_path):
     "Typed as the error message says, split by the shell, composed, frozen and read back"
-    (argument,) = shlex.split(typed_form(f"wandb.run_name={value}"))
+    (argument,) = shlex.split(quote_override(f"wandb.run_name={value}"))
     if "$" not in value and "`" not in value and "\\" not in value:  # what the shell itself would do with the double quotes
-        shell = subprocess.run(["bash", "-c", f"printf %s {typed_form(f'wandb.run_name={value}')}"], capture_output=True, text=True, cwd=tmp_path)
+        shell = subprocess.run(["bash", "-c", f"printf %s {quote_override(f'wandb.run_name={value}')}"], capture_output=True, text=True, cwd=tmp_path)
         assert shell.stdout == argument
-    cfg = compose("train_sft", [argument, "wandb.tags=[" + quote(value) + "]"]).cfg
+    cfg = compose("train_sft", [argument, "wandb.tags=[" + quote_value(value) + "]"]).cfg
     assert cfg["wandb"]["run_name"] == value and cfg["wandb"]["tags"] == [value]
-    assert load_frozen(freeze(cfg, tmp_path / "config.yaml")) == cfg
+    assert load_frozen(save_frozen(cfg, tmp_path / "config.yaml")) == cfg
     assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]  # nothing ran
 
 
@@ -151,8 +151,8 @@ def test_objectives_that_are_refused_before_anything_is_submitted(overrides, say
     with pytest.raises(UserError) as e: compose("train_preference", overrides)
     assert says in str(e.value) and len(str(e.value).splitlines()) <= 2, str(e.value)
     fine = plain_preference()
-    for key, value in (parse_override(o).text.split("=", 1) for o in overrides): config.put(fine, key, yaml.safe_load(value))
-    with pytest.raises(UserError): load_frozen(freeze(fine, tmp_path / "config.yaml"))
+    for key, value in (parse_override(o).text.split("=", 1) for o in overrides): config.set_key(fine, key, yaml.safe_load(value))
+    with pytest.raises(UserError): load_frozen(save_frozen(fine, tmp_path / "config.yaml"))
 
 
 def test_unknown_stage():
@@ -344,7 +344,7 @@ def test_every_composed_training_argument_is_accepted_by_trl(tmp_path):
 def test_frozen_file_is_checked(change, says, tmp_path):
     cfg = compose("train_sft").cfg
     change(cfg)
-    with pytest.raises(UserError, match=says): load_frozen(freeze(cfg, tmp_path / "c.yaml"))
+    with pytest.raises(UserError, match=says): load_frozen(save_frozen(cfg, tmp_path / "c.yaml"))
 
 
 def test_frozen_file_that_is_no_yaml(tmp_path):
@@ -353,4 +353,4 @@ def test_frozen_file_that_is_no_yaml(tmp_path):
     (tmp_path / "c.yaml").write_text("a: !!python/object/apply:os.system ['touch x']")
     with pytest.raises(UserError): load_frozen(tmp_path / "c.yaml")
     with pytest.raises(UserError): load_frozen(tmp_path)
-    assert yaml.safe_load(freeze(compose("train_sft").cfg, tmp_path / "c.yaml").read_text())["stage"] == "train_sft"
+    assert yaml.safe_load(save_frozen(compose("train_sft").cfg, tmp_path / "c.yaml").read_text())["stage"] == "train_sft"

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from post_training.core.files import UserError
 from post_training.data.io import load_rows, load_splits, read_json, save_rows
-from post_training.data.messages import CHECKS, MalformedRow, UnsupportedContent, to_messages
+from post_training.data.messages import ROLE_CHECKS, MalformedRow, UnsupportedContent, to_messages
 from post_training.data.swissai import (
-    as_messages, format_tools, linearise, linearise_dataset, plain_messages, structured, texts_only, tool_list)
+    as_messages, format_tools, linearise_branch, linearise_dataset, plain_messages, to_structured, texts_only, tool_list)
 
 disable_progress_bars()
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "linearise.json").read_text())
@@ -66,7 +66,7 @@ def test_raw_rows_survive_saving(kind, tmp_path):
     data = load_rows(lines(tmp_path / "rows.jsonl", ROWS.values()))
     back = saved(data, tmp_path, kind)
     for row, want in zip(back, EXPECTED.values()):
-        if "messages" in want: assert linearise(row) == want["messages"]
+        if "messages" in want: assert linearise_branch(row) == want["messages"]
 
 
 value = st.recursive(st.none() | st.booleans() | st.integers(-2**53, 2**53) | st.text(st.characters(codec="utf-8"), max_size=8) | st.sampled_from(["42", "null", "true", "{}", "[1]", '"q"', "2024-05-01", "1e3"]),
@@ -321,8 +321,8 @@ def test_checks_filter(tmp_path):
     reasons = dict(alternation=["roles do not alternate: user after user", "roles do not alternate: system after assistant"],
                    system_first=["a system message is not the first message"],
                    ends_with_assistant=["the last message is the user's", "the last message is the system's"])
-    for name in CHECKS: assert list(as_messages(data, checks=[name])[1]["dropped"]) == reasons[name]
-    assert as_messages(data, checks=CHECKS)[1]["out"] == 1
+    for name in ROLE_CHECKS: assert list(as_messages(data, checks=[name])[1]["dropped"]) == reasons[name]
+    assert as_messages(data, checks=ROLE_CHECKS)[1]["out"] == 1
 
 
 # -- tools and structure
@@ -395,8 +395,8 @@ def test_two_ways_to_write_a_conversation(system, turns, random):
         messages.append(dict(role="assistant", content=say))
         branch += [dict(role="user", parts=[dict(type="response", content=ask)]), dict(role="assistant", parts=[*parts, dict(type="response", content=say)])]
     row = dict(system_prompt=system and dict(content=system), initial_prompt=dict(content=branch[0]["parts"][0]["content"]), available_functions=[TOOL], conversation_branches=[dict(messages=branch[1:])])
-    want = linearise(row)
-    assert structured(messages, [dict(type="function", function=TOOL)]) == want
+    want = linearise_branch(row)
+    assert to_structured(messages, [dict(type="function", function=TOOL)]) == want
     if any(c for _, steps, _ in turns for _, _, c in steps):
         with pytest.raises(UnsupportedContent): plain_messages(want)
         with pytest.raises(UnsupportedContent): texts_only(messages)
@@ -415,7 +415,7 @@ def test_branches_become_rows():
                       "examples": {"there is no branch 0: the row has 0": "b/0", "empty assistant message": "c/1"}}
     first, counts = linearise_dataset(data)
     assert first["conversation_id"][:] == ["a", "c", None] and first.column_names == ["conversation_id", "language", "messages"] and counts["in"] == 4
-    with pytest.raises(MalformedRow): linearise(data[1])
+    with pytest.raises(MalformedRow): linearise_branch(data[1])
 
 
 REAL = dict(gsm8k_train=7473, gsm8k_test=1319, instruction_seed_tasks=175, sharegpt_conversations=500)

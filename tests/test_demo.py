@@ -6,14 +6,14 @@ import sys
 import pytest
 
 from post_training import config
-from post_training.demo.data import data as embedded
+from post_training.demo import data as embedded
 from post_training.core.files import UserError, verify_manifest
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_no_problem_is_in_both_splits(seed):
     rows = embedded.demo_rows(seed)
-    assert not embedded.overlap(rows["train"], rows["eval"])
+    assert not embedded.shared_problems(rows["train"], rows["eval"])
     assert len(rows["eval"]) >= 300
     for column in ("skill", "language", "source"): assert {r[column] for r in rows["eval"]} == {r[column] for r in rows["train"]}
     assert 0 < sum(bool(r["available_functions"]) for r in rows["train"]) < .05 * len(rows["train"])
@@ -21,18 +21,18 @@ def test_no_problem_is_in_both_splits(seed):
 
 def test_answers_are_right():
     "Every answer passes its own verifier, and every conversation linearises"
-    from post_training.data.swissai import linearise
-    from post_training.models.verifiers import verify
+    from post_training.data.swissai import linearise_branch
+    from post_training.models.verifiers import run_verifier
     for row in embedded.demo_rows()["eval"]:
-        messages = linearise(row)
+        messages = linearise_branch(row)
         blocks = messages[-1]["content"]["blocks"]
         call = next((json.dumps([{c["name"]: json.loads(c["arguments"])} for c in b["calls"]]) for b in blocks if b["type"] == "tool_calls"), None)
-        assert verify(row["verifier"], call or blocks[-1]["text"], row["answer"]) == 1
+        assert run_verifier(row["verifier"], call or blocks[-1]["text"], row["answer"]) == 1
 
 
 def test_built_once(tmp_root):
     "Two processes that find nothing build everything once between them"
-    code = "from post_training import config, demo; print(len(demo.ensure_demo(config.compose('train_sft').cfg)))"
+    code = "from post_training import config; from post_training.demo import data as demo; print(len(demo.ensure_demo(config.compose('train_sft').cfg)))"
     both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     counts = [int(p.communicate()[0].splitlines()[-1]) for p in both]
     assert [p.returncode for p in both] == [0, 0] and sum(counts) == 2
@@ -55,7 +55,7 @@ def evaluate(*args):
 def test_evaluation_is_a_process(demo, tmp_path):
     "It reads a frozen configuration, writes its result, and says the user's mistakes without a traceback"
     cfg = config.compose("train_sft", ["evaluation.max_new_tokens=4"]).cfg
-    config.freeze(cfg, tmp_path / "config.yaml")
+    config.save_frozen(cfg, tmp_path / "config.yaml")
     done = evaluate("--config", tmp_path / "config.yaml", "--out", tmp_path / "out.json", "--num-prompts", 30)
     assert done.returncode == 0, done.stderr
     out = json.loads((tmp_path / "out.json").read_text())

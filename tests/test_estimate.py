@@ -8,7 +8,7 @@ import pytest
 from post_training.core.files import UserError
 from post_training.launch.model_sizes import FAMILIES, dense_shape, flops_per_token, parameter_counts
 from post_training.launch.estimate import (
-    POLICIES, estimate_of, estimate_rows, head_memory, layer_activations, memory_per_gpu)
+    PRECISION_POLICIES, estimate_of, estimate_rows, head_memory, layer_activations, memory_per_gpu)
 
 SMALL = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=320, head_dim=32, pad_token_id=0)
 
@@ -71,7 +71,7 @@ def kept_by_layers(config, policy, batch=3, length=40):
     return (found[1] - found[0])/2/(batch*length)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", PRECISION_POLICIES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_keep_what_is_estimated(family, policy):
     "Counted with hooks on autograd; xIELU under autocast keeps fp32 on a GPU where a CPU keeps bf16 (4 F bytes)"

@@ -12,15 +12,15 @@ import pytest
 
 from post_training import config
 from post_training.stages import evaluate
-from post_training.evaluation.answers import answers
+from post_training.evaluation import answers
 from post_training import run
 from post_training.core.files import UserError
 from post_training.cli import main
 from post_training.demo.data import demo_rows
 from post_training.models.load import build_tiny
-from post_training.stages.tokenized_data import quiet
+from post_training.stages.tokenized_data import quiet_libraries
 
-quiet()
+quiet_libraries()
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_samples_and_words(place, tmp_root):
 def test_a_killed_evaluation_goes_on(place, tmp_root, capsys):
     rows = [dict(question=f"{i} + 1?", answer=str(i + 1)) for i in range(100)]
     asked = [*typed(place, rows=write(place / "many.jsonl", rows))[:2], "evaluation.batch_size=2", "evaluation.max_new_tokens=8", "measure=[accuracy]"]
-    code = "import sys; from post_training import config, evaluate, run; c = config.compose('evaluate', sys.argv[1:]).cfg; evaluate.evaluate(run.open_run(c), c)"
+    code = "import sys; from post_training import config, run; from post_training.stages import evaluate; c = config.compose('evaluate', sys.argv[1:]).cfg; evaluate.evaluate(run.open_run(c), c)"
     p = subprocess.Popen([sys.executable, "-c", code, *asked], start_new_session=True)
     end = time.time() + 60
     while not (kept := list(tmp_root.rglob("answers-0.jsonl"))) or len(kept[0].read_text().split("\n")) < 6:

@@ -12,8 +12,8 @@ from conftest import BIN, ROOT
 from safetensors.torch import load_file, save_file
 
 from post_training import config
-from post_training.stages.export import weights
-from post_training.stages.export import serving
+from post_training.export import weights
+from post_training.export import serving
 from post_training.stages import export
 from post_training import run
 from post_training.core.files import UserError, atomic_dir, verify_manifest, write_manifest
@@ -42,7 +42,7 @@ def made(source, folder, *overrides):
     "Export to a folder, without a run"
     cfg = compose(source, *overrides).cfg
     from post_training.stages.tokenized_data import tokenizer_of
-    with atomic_dir(folder) as tmp: return export.export_checkpoint(cfg, weights.find_source(str(source)), tokenizer_of(cfg), tmp, folder.name)
+    with atomic_dir(folder) as tmp: return export.export_checkpoint(cfg, weights.find_checkpoint_source(str(source)), tokenizer_of(cfg), tmp, folder.name)
 
 
 def refused(source, folder, match, *overrides):
@@ -143,7 +143,7 @@ def test_a_template_other_than_that_of_training_is_refused(tiny, tmp_path):
     "Where the record is known"
     cfg = compose(tiny, "parity.dialogues=0").cfg
     from post_training.stages.tokenized_data import tokenizer_of
-    source = weights.Source(str(tiny), "tiny", dict(fingerprints=dict(template="0" * 64)))
+    source = weights.CheckpointSource(str(tiny), "tiny", dict(fingerprints=dict(template="0" * 64)))
     with pytest.raises(UserError, match="not the one that this run was trained with"), atomic_dir(tmp_path / "out") as tmp:
         export.export_checkpoint(cfg, source, tokenizer_of(cfg), tmp, "out")
     assert not list(tmp_path.iterdir())
@@ -152,7 +152,7 @@ def test_a_template_other_than_that_of_training_is_refused(tiny, tmp_path):
 def test_dtype_and_place(tiny, tmp_path, tmp_root):
     "A narrower dtype within its bound and not beyond; a folder of others is left alone; a push is refused before any work"
     result = made(tiny, tmp_path / "bf16", "dtype=bfloat16", "parity.dialogues=0")
-    assert {h["dtype"] for h in weights.header_of(tmp_path / "bf16/model.safetensors")[0].values()} == {"BF16"} and 0 < result.logits["max_difference"] < 0.05 * result.logits["largest"]
+    assert {h["dtype"] for h in weights.weight_file_header(tmp_path / "bf16/model.safetensors")[0].values()} == {"BF16"} and 0 < result.logits["max_difference"] < 0.05 * result.logits["largest"]
     refused(tiny, tmp_path / "tight", "more than", "dtype=bfloat16", "parity.max_difference=1e-6", "parity.dialogues=0")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/mine.txt").write_text("x")
@@ -209,7 +209,7 @@ def test_a_server_answers_as_the_library(tiny, tmp_path):
     user = lambda text: dict(role="user", content=text)
     talks = [[user("Hello")], [dict(role="system", content="Be brief."), user("Reverse: abc")], [user("17 + 25?"), dict(role="assistant", content="42"), user("And  \n 8?")], [user("日本 🏔")]]
     tokenizer = load_tokenizer(str(tiny), "apertus", model_eos_token_id=68)
-    with serving.serving(folder, "cpu") as url:
+    with serving.temporary_server(folder, "cpu") as url:
         found = serving.serving_parity(url, folder, talks, tokenizer, 24)
         import openai
         client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
@@ -217,5 +217,5 @@ def test_a_server_answers_as_the_library(tiny, tmp_path):
             client.chat.completions.create(model=str(folder), messages=talks[0], tools=[dict(type="function", function=dict(name="f", parameters={}))])
     assert all(f["same"] for f in found), found
     assert len({f["server"] for f in found}) > 1, "the prompt matters"
-    with pytest.raises(UserError, match="did not start"), serving.serving(tmp_path / "nowhere", "cpu", 60): pass
+    with pytest.raises(UserError, match="did not start"), serving.temporary_server(tmp_path / "nowhere", "cpu", 60): pass
     assert os.environ.get("HF_HUB_OFFLINE") == "1"

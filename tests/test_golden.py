@@ -7,9 +7,9 @@ import pytest
 
 from post_training.core.files import UserError
 from post_training.data.messages import MalformedRow
-from post_training.data.swissai import linearise
-from post_training.tokens.masks import completion_of, encoder_for, tokenize_chat
-from post_training.tokens.templates import CHAT_TEMPLATES, render, template_text, wants_blocks
+from post_training.data.swissai import linearise_branch
+from post_training.tokens.masks import completion_mask_of, encoder_for, tokenize_chat
+from post_training.tokens.templates import CHAT_TEMPLATES, render_template, template_text, wants_blocks
 from post_training.tokens.tokenizer import tekken_tokenizer, toy_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -43,7 +43,7 @@ def test_renderings(name):
     assert TEMPLATES["renderings"][name]
     for key, want in TEMPLATES["renderings"][name].items():
         case, what = key.split("|")
-        got = render(template_text(name), TEMPLATES["conversations"][case], what == "gen", **TEMPLATES["special_tokens"])
+        got = render_template(template_text(name), TEMPLATES["conversations"][case], what == "gen", **TEMPLATES["special_tokens"])
         assert got == want, key
 
 
@@ -51,12 +51,12 @@ def test_renderings(name):
 def test_linearised_rows(case):
     want = ROWS["expected"][case]
     if "malformed" in want:
-        with pytest.raises(MalformedRow, match=want["malformed"]): linearise(ROWS["samples"][case])
+        with pytest.raises(MalformedRow, match=want["malformed"]): linearise_branch(ROWS["samples"][case])
         return
-    got = linearise(ROWS["samples"][case])
+    got = linearise_branch(ROWS["samples"][case])
     assert got == want["messages"]
     for what in ("full", "gen"):
-        assert render(template_text("apertus"), got, what == "gen", **TEMPLATES["special_tokens"]) == want[what]
+        assert render_template(template_text("apertus"), got, what == "gen", **TEMPLATES["special_tokens"]) == want[what]
 
 
 def test_every_case_has_its_spans():
@@ -83,7 +83,7 @@ def test_mask_spans(name, kind):
             if m: assert any(a < e and s < b for s, e in want["completion"]), (case, chat.text[a:b])
             else: assert not any(s <= a and b <= e for s, e in want["completion"]), (case, chat.text[a:b])
         _, skeleton, edges = encoder_for(t).verify(messages(name, case), chat.text)
-        assert completion_of(skeleton, edges, chat.spans, chat.offsets).tolist() == chat.completion_mask.tolist()
+        assert completion_mask_of(skeleton, edges, chat.spans, chat.offsets).tolist() == chat.completion_mask.tolist()
         if kind == "char": assert t.decode(chat.input_ids[chat.completion_mask]) == "".join(want["text"])
 
 

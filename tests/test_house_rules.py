@@ -193,8 +193,8 @@ def test_stage_has_one_name_in_four_places(stage, tmp_root):
     assert (NBS / "recipes" / f"{stage}.ipynb").is_file()
     entry = rf"^def {stage}\b"
     assert (ROOT / "post_training" / f"{stage}.py").is_file() or any(re.search(entry, m.read_text(), re.M) for m in MODULES)
-    assert stage in Path(run.locate(config.compose(stage).cfg).run_dir).parts
-    assert stage in config.stages()
+    assert stage in Path(run.locate_run(config.compose(stage).cfg).run_dir).parts
+    assert stage in config.stage_names()
 
 
 def test_recipes_are_stages_or_benchmarks():

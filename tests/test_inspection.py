@@ -16,7 +16,7 @@ from post_training.stages import tokenized_data
 from post_training.core.files import UserError
 from post_training.view.dataset import inspect_dataset
 from post_training.tokens.dataset import check_sample, tokenize_dataset
-from post_training.tokens.ratios import measure, summarise
+from post_training.tokens.ratios import measure_ratios, summarise_ratios
 from post_training.tokens.templates import CHAT_TEMPLATES, template_text
 from post_training.tokens.tokenizer import toy_tokenizer
 
@@ -94,11 +94,11 @@ def test_every_template_can_be_inspected(rows, template):
         seen = inspection.inspect_dataset(dataset, tokenizer, max_length=256)
         for (_, why), reason in zip(BROKEN, seen.numbers.reason, strict=True):
             assert reason.startswith("malformed") == (why == "malformed"), reason
-        assert inspection.notices(seen) is not None
+        assert inspection.training_notices(seen) is not None
         for k in range(len(dataset)):
             text = inspection.view_text(seen, inspection.view_row(seen, k))
             assert "\x1b[2J" not in text and "<script>alert" not in inspection.view_html(seen, inspection.view_row(seen, k))
-        df, counts = measure(dataset, tokenizer, max_length=256, unsupported_roles="drop")
+        df, counts = measure_ratios(dataset, tokenizer, max_length=256, unsupported_roles="drop")
         kept = inspection.inspect_dataset(dataset, tokenizer, max_length=256, unsupported_roles="drop").numbers
         kept = kept[kept.reason == ""]
         assert (df.prompt_tokens + df.completion_tokens).tolist() == kept.kept.tolist() and df.completion_tokens.tolist() == kept.trained.tolist()
@@ -111,7 +111,7 @@ def test_broken_rows_have_their_reasons(broken, demo):
     for (row, why), n in zip(BROKEN, seen.numbers.itertuples(), strict=True):
         assert bool(why) == bool(n.reason) and n.reason.startswith(why), (row["id"], n.reason)
     assert inspection.find_row(seen, "11") == 11 and seen.numbers.row_id[11] == "11"  # a row without an id goes by its index
-    text = "\n".join(inspection.notices(seen))
+    text = "\n".join(inspection.training_notices(seen))
     assert "Training stops at row system" in text and "max_drop_fraction=0.05" in text
     assert "\x1b" not in inspection.as_text(inspection.source_table(seen)) + inspection.as_text(inspection.drop_table(seen))
 
@@ -154,7 +154,7 @@ def test_command_writes_to_any_terminal(broken, demo):
     (["model=tiny"], "Name a dataset: a preset"),
 ])
 def test_mistakes_are_named(argv, says, demo, capsys):
-    assert inspection.main(argv) == 2
+    assert inspection.inspect_main(argv) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and says in err, err
 
@@ -162,14 +162,14 @@ def test_mistakes_are_named(argv, says, demo, capsys):
 @pytest.mark.parametrize("text, says", [("", "empty"), ('{"messages": [\n', ""), ('{"text": "a"}\n', "the dataset has text")])
 def test_files_that_are_no_dataset(text, says, tmp_path, demo, capsys):
     (tmp_path / "rows.jsonl").write_text(text)
-    assert inspection.main([str(tmp_path / "rows.jsonl")]) == 2
+    assert inspection.inspect_main([str(tmp_path / "rows.jsonl")]) == 2
     assert says in capsys.readouterr().err
 
 
 def test_a_name_with_an_equals_sign_or_quotes(tmp_path, demo, capsys):
     path = tmp_path / "it's a=b (1).jsonl"
     path.write_text(json.dumps(chat("hi", "hello")))
-    assert inspection.main([str(path), "--rows", "1"]) == 0
+    assert inspection.inspect_main([str(path), "--rows", "1"]) == 0
     assert "1 rows, messages" in capsys.readouterr().out
 
 
@@ -177,14 +177,14 @@ def test_a_name_with_an_equals_sign_or_quotes(tmp_path, demo, capsys):
 def test_real_rows(name, rows, data_dir, demo):
     "Every row is accounted for, and the ratios are those of the masks"
     seen = inspection.open_inspection(str(data_dir / name), ["training_args.max_length=4096"])
-    assert len(seen.numbers) == rows and not inspection.notices(seen) and len(inspection.drop_table(seen)) == 0
-    df, counts = measure(seen.rows, seen.tokenizer)
+    assert len(seen.numbers) == rows and not inspection.training_notices(seen) and len(inspection.drop_table(seen)) == 0
+    df, counts = measure_ratios(seen.rows, seen.tokenizer)
     assert counts == {"in": rows, "out": rows, "dropped": {}, "first": {}}
     assert (df.prompt_tokens + df.completion_tokens).tolist() == seen.numbers.tokens.tolist()
     assert df.completion_tokens.tolist() == seen.numbers.trained.tolist()
     contents = [sum(len(m["content"]) for m in chat) for chat in (conversation(r) for r in seen.rows)]
     assert (df.first_chars + df.rest_chars).tolist() == contents
-    table = summarise(df)
+    table = summarise_ratios(df)
     assert table.source.tolist() == ["all"] and 0 < table.tokens_q05[0] < table.tokens_median[0] < table.tokens_q95[0]
 
 
@@ -228,7 +228,7 @@ def test_tools_beside_the_messages_are_seen_by_all(template):
     rows = tooled_rows()
     data, counts = tokenize_dataset(rows, tokenizer, unsupported_roles="drop")
     seen = inspect_dataset(rows, tokenizer, unsupported_roles="drop").numbers
-    ratios, measured = measure(rows, tokenizer, unsupported_roles="drop")
+    ratios, measured = measure_ratios(rows, tokenizer, unsupported_roles="drop")
     kept = seen[seen.reason == ""]
     assert kept.kept.tolist() == data["length"][:] and kept.trained.sum() == counts["completion_tokens"]
     assert (ratios.prompt_tokens + ratios.completion_tokens).tolist() == data["length"][:]

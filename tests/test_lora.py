@@ -142,7 +142,7 @@ def finished(stage, *overrides):
     import importlib
 
     from post_training import config
-    assert importlib.import_module(f"post_training.{stage}").main([*QUICK, *overrides]) == 0
+    assert getattr(importlib.import_module(f"post_training.{stage}"), f"{stage}_main")([*QUICK, *overrides]) == 0
     folder = run.run_folder(config.compose(stage, [*QUICK, *overrides]).cfg)
     record = run.read_record(folder)
     return folder, record, run.newest_verified(record["checkpoints_dir"])[0]
@@ -189,7 +189,7 @@ def test_a_mistake_is_told(case, demo, tmp_path, monkeypatch, capfd):
     from post_training import train_sft
     overrides, words = WRONG[case]
     monkeypatch.setenv("POST_TRAINING_RUNS_DIR", str(tmp_path / "runs"))
-    assert train_sft.main([*QUICK, f"artifacts_subdir={tmp_path.name}", *overrides]) == 2
+    assert train_sft.train_sft_main([*QUICK, f"artifacts_subdir={tmp_path.name}", *overrides]) == 2
     err = capfd.readouterr().err
     for word in words: assert word in err, (word, err)
     assert "Traceback" not in err

@@ -11,7 +11,7 @@ import torch
 from oracle import oracle
 from post_training.losses.irl import SFT_LOSSES, scored_tokens
 from post_training.losses.logps import masked_labels
-from post_training.losses.sft import denominators, reduce_parts
+from post_training.losses.sft import loss_denominators, reduce_terms
 from post_training.models import score
 from post_training.models.score import add_score_head
 from transformers import ApertusConfig, ApertusForCausalLM
@@ -71,11 +71,11 @@ def micro_loss(model, name, batch, w, level, total=None):
     out = model(**inputs, labels=labels, score=True, with_values=name == "irl")
     shifted = [m[:, 1:] for m in masks]
     extra = dict(IRL, values_BT=out.state_values) if name == "irl" else {}
-    return reduce_parts(SFT_LOSSES[name](out.log_probs, *shifted, w, level, **extra), total)
+    return reduce_terms(SFT_LOSSES[name](out.log_probs, *shifted, w, level, **extra), total)
 
 
 def count(name, batch, w, level):
-    return denominators(name, *[m[:, 1:] for m in batch[1:]], w, level)
+    return loss_denominators(name, *[m[:, 1:] for m in batch[1:]], w, level)
 
 
 def grads(model):
@@ -126,7 +126,7 @@ def test_lambda_zero_is_ln_plw_through_the_model(model):
         model.zero_grad()
         labels = masked_labels(inputs["input_ids"], scored_tokens(name, *masks, 0.1, 0.0))
         out = model(**inputs, labels=labels, score=True)
-        loss = reduce_parts(SFT_LOSSES[name](out.log_probs, *[m[:, 1:] for m in masks], 0.1, **extra))
+        loss = reduce_terms(SFT_LOSSES[name](out.log_probs, *[m[:, 1:] for m in masks], 0.1, **extra))
         loss.backward()
         found.append((loss, grads(model)))
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])

@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from post_training.core.files import UserError
-from post_training.data.swissai import assistant_blocks, block, developer, structured, user
+from post_training.data.swissai import assistant_blocks, make_block, developer_message, to_structured, user_message
 from post_training.tokens.collate import PackCollator, PadCollator, best_fit_pack
-from post_training.tokens.dataset import fit
-from post_training.tokens.masks import Refused, carries, completion_of, encoder_for, tokenize_chat, tokenize_chats
+from post_training.tokens.dataset import fit_to_length
+from post_training.tokens.masks import Refused, template_supports, completion_mask_of, encoder_for, tokenize_chat, tokenize_chats
 from post_training.tokens.gates import prompt_ids
 from post_training.tokens.templates import CHAT_TEMPLATES, template_text, wants_blocks
 from post_training.tokens.tokenizer import tekken_tokenizer, toy_tokenizer
@@ -92,7 +92,7 @@ def test_the_two_ways_to_a_mask_agree(talk, name, kind):
     t = tokenizer(kind, name)
     chat = tokenize_chat(t, talk)
     _, skeleton, edges = encoder_for(t).verify(talk, chat.text)
-    assert completion_of(skeleton, edges, chat.spans, chat.offsets).tolist() == chat.completion_mask.tolist()
+    assert completion_mask_of(skeleton, edges, chat.spans, chat.offsets).tolist() == chat.completion_mask.tolist()
 
 
 @st.composite
@@ -107,8 +107,8 @@ def structured_talks(draw):
                 parts += [part("function-output", content=draw(texts())) for _ in range(n)]
             elif kind == "answers": parts.append(part("verifiable-responses", answers=["A"]))
             else: parts.append(part(kind, content=draw(texts())))
-        out += [user(draw(texts())), dict(role="assistant", content=dict(blocks=assistant_blocks(parts)))]
-    return [developer([], True), *out]
+        out += [user_message(draw(texts())), dict(role="assistant", content=dict(blocks=assistant_blocks(parts)))]
+    return [developer_message([], True), *out]
 
 
 @quick
@@ -146,31 +146,31 @@ def rounds(draw, name):
         out.append(dict(role="user", content=text("user", given_)))
         turn, args = [], None
         thought = text("thoughts", written) if has["thoughts"] and draw(st.booleans()) else None
-        if thought: turn.append(block("thoughts", thought))
+        if thought: turn.append(make_block("thoughts", thought))
         if has["tool calls"]:
             args = '{"x": "%s"}' % text("tool calls", written)
-            turn.append(block("tool_calls", calls=[("f", args)]))
+            turn.append(make_block("tool_calls", calls=[("f", args)]))
         if has["tool outputs"]:
             if not blocks: out.append(dict(role="assistant", content=text("answer", written)) if not args else dict(role="assistant", content="", tool_calls=[
                 dict(id="call00001", type="function", function=dict(name="f", arguments=args))]))
-            elif not args: turn.append(block("tool_calls", calls=[("f", "{}")]))
+            elif not args: turn.append(make_block("tool_calls", calls=[("f", "{}")]))
             got = text("tool outputs", given_)
             out.append(dict(role="tool", content=got))
-            turn.append(block("tool_outputs", outputs=[("", got)]))
+            turn.append(make_block("tool_outputs", outputs=[("", got)]))
         answer = text("answer", written)
         out.append(dict(role="assistant", content=answer) | (dict(reasoning_content=thought) if thought else {}))
         if blocks:
             while out[-1]["role"] != "user": out.pop()
-            out.append(dict(role="assistant", content=dict(blocks=[*turn, block("response", answer)])))
+            out.append(dict(role="assistant", content=dict(blocks=[*turn, make_block("response", answer)])))
     if blocks:
-        out = [dict(m, content=dict(text=m["content"])) if m["role"] == "system" else user(m["content"]) if m["role"] == "user" else m for m in out]
-        out.insert(int(has["system"]), developer([], has["thoughts"]))
+        out = [dict(m, content=dict(text=m["content"])) if m["role"] == "system" else user_message(m["content"]) if m["role"] == "user" else m for m in out]
+        out.insert(int(has["system"]), developer_message([], has["thoughts"]))
     return out, kinds, written, given_
 
 
 @cache
 def able(name):
-    return carries(tokenizer("bpe", name))
+    return template_supports(tokenizer("bpe", name))
 
 
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
@@ -196,7 +196,7 @@ def test_every_template_and_kind_of_turn(name):
             assert m or not mine
             assert not m or mine or not any(a < at[g][1] and at[g][0] < b for g in given_ if g in at)
         assert (chat.prompt_mask ^ chat.completion_mask).all() and (kind == "char" or t.decode(chat.input_ids) == chat.text)
-        row = fit(chat, length, "truncate")
+        row = fit_to_length(chat, length, "truncate")
         assert isinstance(row, Refused) or row[1][1:].any() and len(row[0]) <= length
     check()
 
@@ -215,7 +215,7 @@ BAD = dict(
 def test_bad_conversations_are_refused_one_by_one(name, case):
     "With a reason, and the good rows of the batch go on; nothing of a bad one is trained on"
     t = tokenizer("bpe", name)
-    good = structured([ASK, SAY]) if name == "apertus" else [ASK, SAY]
+    good = to_structured([ASK, SAY]) if name == "apertus" else [ASK, SAY]
     before, bad, after = tokenize_chats(t, [good, BAD[case], good])
     assert before.input_ids.tolist() == after.input_ids.tolist() == tokenize_chat(t, good).input_ids.tolist()
     if isinstance(bad, Refused): assert bad.reason.split(":")[0] in ("malformed", "template", "unverifiable", "unsupported_roles") and bad.detail
@@ -245,7 +245,7 @@ def test_a_template_that_writes_the_date():
 @given(talks(), st.sampled_from(PLAIN), st.integers(1, 40))
 def test_truncation_leaves_something_to_train_on(talk, name, length):
     chat = tokenize_chat(tokenizer("bpe", name), talk)
-    row = fit(chat, length, "truncate")
+    row = fit_to_length(chat, length, "truncate")
     if isinstance(row, Refused): assert not chat.completion_mask[1:length].any()
     else: assert len(row[0]) == min(length, len(chat)) and row[1][1:].any()
 
@@ -278,7 +278,7 @@ def test_packing_keeps_every_row_once(lengths):
 def test_a_large_message(name):
     "300 kB in one message: the same masks, at once"
     talk = [dict(role="user", content="Bern. " * 50_000), dict(role="assistant", content="Yes.")]
-    chat = tokenize_chat(tokenizer("bpe", name), structured(talk) if name == "apertus" else talk)
+    chat = tokenize_chat(tokenizer("bpe", name), to_structured(talk) if name == "apertus" else talk)
     assert chat.text[slice(*chat.spans[-1])].startswith("Yes.")
 
 

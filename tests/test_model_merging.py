@@ -304,7 +304,7 @@ def test_faulty_documents_are_refused(models, tmp_path, document, said):
     (["sources=[A,B]", "weights=[1,2,3]"], "3 numbers for 2 sources"), (["model_merging.dtype=int8"], "dtype=int8 is no dtype of weights")])
 def test_short_forms_that_cannot_mean_a_merge_are_refused(overrides, said):
     with pytest.raises(UserError, match=said):
-        merging_document.check_asked(config.compose("model_merging", overrides).cfg)
+        merging_document.check_merge_config(config.compose("model_merging", overrides).cfg)
 
 
 @pytest.mark.parametrize("text", ("", "---\n", "# nothing\n---\n"))
@@ -316,7 +316,7 @@ def test_an_empty_file_is_named(tmp_path, text):
 
 @pytest.mark.parametrize("preset", ("linear", "task-arithmetic", "ties"))
 def test_presets_alone_need_no_base(preset):
-    assert len(merging_document.check_asked(config.compose("model_merging", [f"model_merging={preset}"]).cfg)) == 1
+    assert len(merging_document.check_merge_config(config.compose("model_merging", [f"model_merging={preset}"]).cfg)) == 1
 
 
 @pytest.mark.slow

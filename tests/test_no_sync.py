@@ -13,22 +13,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trainer_worker import make_model, make_rows, make_tokenizer
 from transformers import ApertusForCausalLM
 
-from post_training.losses.sft import reduce_parts
-from post_training.models.score import add_score_head, document_starts, scored_places
+from post_training.losses.sft import reduce_terms
+from post_training.models.score import add_score_head, packed_seqlens, find_scored_positions
 from post_training.tokens.collate import PackCollator, PadCollator, PairCollator, empty_pair, empty_row
-from post_training.training.data_order import Rows, StepSampler, make_loader
-from post_training.training.preference import pair_objective, with_quantiles
+from post_training.training.data_order import RowDataset, StepBatchSampler, make_loader
+from post_training.training.preference import objective_from_args, with_quantiles
 from post_training.training.arguments import sft_config
-from post_training.training.objective import Objective
+from post_training.training.objective import SFTObjective
 from post_training.training.trainer import SFTTrainer
 
 ASKS = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "masked_scatter", "_unique2", "unique_dim", "unique_consecutive", "equal", "repeat_interleave",
         "lift_fresh"}  # operations that read a number back, have a shape that the numbers decide, or make a tensor of Python's numbers
 OBJECTIVES = {
-    "sft": Objective("sft"), "plw0": Objective("plw"), "plw": Objective("plw", 0.1), "plw-seq": Objective("plw", 0.1, sequence_level=True),
-    "ln-plw": Objective("ln-plw", 0.3), "irl": Objective("irl", 0.1),
-    "qrpo": pair_objective(dict(loss_type="qrpo")), "qrpo-finite": pair_objective(dict(loss_type="qrpo", partition="finite", transform="log", normalize_beta_by_length=True)),
-    "dpo": pair_objective(dict(loss_type="sigmoid")), "aot-sft-ld": pair_objective(dict(loss_type=["aot", "sft"], loss_weights=[1.0, 0.2], ld_alpha=0.5)),
+    "sft": SFTObjective("sft"), "plw0": SFTObjective("plw"), "plw": SFTObjective("plw", 0.1), "plw-seq": SFTObjective("plw", 0.1, sequence_level=True),
+    "ln-plw": SFTObjective("ln-plw", 0.3), "irl": SFTObjective("irl", 0.1),
+    "qrpo": objective_from_args(dict(loss_type="qrpo")), "qrpo-finite": objective_from_args(dict(loss_type="qrpo", partition="finite", transform="log", normalize_beta_by_length=True)),
+    "dpo": objective_from_args(dict(loss_type="sigmoid")), "aot-sft-ld": objective_from_args(dict(loss_type=["aot", "sft"], loss_weights=[1.0, 0.2], ld_alpha=0.5)),
 }
 LAYOUTS = {"padded": partial(PadCollator, 0), "left": partial(PadCollator, 0, "left"), "packed": PackCollator}
 
@@ -61,7 +61,7 @@ class Waits(TorchDispatchMode):
 def micro_batch(name, layout, rows=(0, 1, 2)):
     "One micro-batch of toy rows, on the host"
     objective, collator = OBJECTIVES[name], LAYOUTS[layout]()
-    if isinstance(objective, Objective):
+    if isinstance(objective, SFTObjective):
         data = make_rows()
         return collator([{**data[i], "row_index": i} for i in rows] or [empty_row()])
     pairs = [{**r, **{f"ref_{s}_logprobs": [r[f"ref_{s}_logprob"] / r[f"{s}_length"]] * r[f"{s}_length"] for s in ("chosen", "rejected")}} for r in make_pairs()]
@@ -72,7 +72,7 @@ def micro_batch(name, layout, rows=(0, 1, 2)):
 def run(objective, batch, model):
     "Forward, loss, metrics and backward, as the trainer does them"
     scored = objective.score(model, batch)
-    loss = reduce_parts(objective.parts(scored, batch))
+    loss = reduce_terms(objective.parts(scored, batch))
     sums = objective.sums(scored, batch)
     loss.backward()
     return loss, sums
@@ -134,7 +134,7 @@ def trainer_of(accumulation, folder, packed=False, workers=0, steps=3):
     data = Dataset.from_list(make_rows())
     args = dict(per_device_train_batch_size=1, gradient_accumulation_steps=accumulation, optim="sgd", learning_rate=1e-3, bf16=False, max_steps=steps, logging_steps=1, seed=9,
                 activation_checkpointing=False, save_strategy="no", dataloader_num_workers=workers)
-    trainer = SFTTrainer(make_model(), sft_config(args, folder, cpu=True), data, make_tokenizer(), PackCollator() if packed else PadCollator(0), empty_row, Objective("plw", 0.1),
+    trainer = SFTTrainer(make_model(), sft_config(args, folder, cpu=True), data, make_tokenizer(), PackCollator() if packed else PadCollator(0), empty_row, SFTObjective("plw", 0.1),
                          bins=[[int(i)] for i in range(len(data))] if packed else None)
     trainer.save_nothing = True
     return trainer
@@ -195,7 +195,7 @@ def test_flash_attention_gets_the_documents():
     ALL_MASK_ATTENTION_FUNCTIONS.register("flash_toy", sdpa_mask)
     batch, objective = micro_batch("plw", "packed"), OBJECTIVES["plw"]
     batch |= objective.known(batch)
-    starts, longest = document_starts(batch["position_ids"])
+    starts, longest = packed_seqlens(batch["position_ids"])
     plain = objective.score(add_score_head(make_model()), batch)[0].log_probs
     model = add_score_head(make_model())
     model.config._attn_implementation = "flash_toy"
@@ -210,9 +210,9 @@ def batches_of(workers, skip=0, plain=False, packed=False):
 
     data = Dataset.from_list(make_rows())
     bins = [[2, 0], [1], [4, 3, 5], [6]] if packed else None
-    rows = Rows([*data] if plain else data, bins)
-    sampler = StepSampler(len(rows), 2, accumulation=2, seed=3)
-    loader = make_loader(rows, sampler, PackCollator() if packed else PadCollator(0), empty_row, num_workers=workers, known=Objective("plw", 0.1).known)
+    rows = RowDataset([*data] if plain else data, bins)
+    sampler = StepBatchSampler(len(rows), 2, accumulation=2, seed=3)
+    loader = make_loader(rows, sampler, PackCollator() if packed else PadCollator(0), empty_row, num_workers=workers, host_inputs=SFTObjective("plw", 0.1).known)
     return list(skip_first_batches(loader, skip) if skip else loader)
 
 
@@ -234,5 +234,5 @@ def test_other_callers_need_no_places():
     model = copy.deepcopy(add_score_head(make_model()))
     ids = torch.tensor([[5, 6, 7]])
     for labels in (ids, torch.full_like(ids, -100)):
-        a, b = (model(input_ids=ids, labels=labels, score=True, places=p).log_probs for p in (None, scored_places(labels)))
+        a, b = (model(input_ids=ids, labels=labels, score=True, places=p).log_probs for p in (None, find_scored_positions(labels)))
         assert torch.equal(a, b) and a.requires_grad

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from post_training.tokens.dataset import tokenize_dataset
 from post_training.tokens.masks import Refused, encoder_for, tokenize_chats
 from post_training.tokens.gates import prompt_ids
-from post_training.tokens.templates import render
+from post_training.tokens.templates import render_template
 
 SPECIAL = ["<unk>", "<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|call|>", "<|inner|>", "<|tool|>", "<think>"]
 quick = settings(max_examples=40, deadline=None)
@@ -120,7 +120,7 @@ def test_spans_are_those_of_the_answer_sheet(name):
     @given(talks(name))
     def check(talk):
         t = tokenizer("byte", name)
-        text, written = answers(render(SHEETS[name], talk, bos_token="<s>", eos_token="</s>"))
+        text, written = answers(render_template(SHEETS[name], talk, bos_token="<s>", eos_token="</s>"))
         chat, = tokenize_chats(t, [talk])
         if isinstance(chat, Refused) and chat.reason == "unverifiable": # an argument whose name or type is a control token
             assert "control token" in chat.detail and name in ("calls", "named", "goes_on", "asks_to_think")
@@ -154,7 +154,7 @@ def test_ids_and_places_are_the_tokenizers_own(kind, name):
     @given(talks(name))
     def check(talk):
         chat, = tokenize_chats(t, [talk])
-        want = renamed.encode(render(template, talk, bos_token=other["<s>"], eos_token=other["</s>"]), add_special_tokens=False)
+        want = renamed.encode(render_template(template, talk, bos_token=other["<s>"], eos_token=other["</s>"]), add_special_tokens=False)
         assert chat.input_ids.tolist() == want.ids
         assert chat.offsets.tolist() == [list(o) for o in want.offsets]
         for (a, b), m in zip(chat.offsets.tolist(), chat.completion_mask):

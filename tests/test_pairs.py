@@ -8,12 +8,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from post_training.core import shards
-from post_training.preferences.filter import filter_maker
-from post_training.preferences.pairs import MODES, diagnostics, pair_features, pairs_maker, pool_columns
-from post_training.preferences.rows import completion, mix_pairs, row_features, to_preference, to_rows, to_swissai
+from post_training.preferences.filter import filter_batch_fn
+from post_training.preferences.pairs import PAIR_MODES, pair_diagnostics, pair_features, pairs_batch_fn, pool_columns
+from post_training.preferences.rows import make_completion, mix_pairs, row_features, to_preference, to_rows, to_swissai
 from post_training.core.files import UserError
 from post_training.data.io import load_rows, save_rows
-from post_training.models.verifiers import row_verifier, verify
+from post_training.models.verifiers import row_verifier, run_verifier
 
 disable_progress_bars()
 few = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -61,7 +61,7 @@ def test_branches_become_rows_and_come_back(row):
 def test_plain_rows_become_branches_and_come_back(asked, answers, system):
     prompt = messages(*([("system", "Be brief.")] if system else []), *(p for t in asked for p in (("user", t), ("assistant", t))))[:-1]
     known = dict(policy="small", token_ids=[1, 2], ref_logprobs=[-.5, -.25], ref_logprob=-.75, seed=2**40)
-    found = [completion(t, reward=r, is_reference_completion=ref, **known) for t, r, ref in answers]
+    found = [make_completion(t, reward=r, is_reference_completion=ref, **known) for t, r, ref in answers]
     rows = Dataset.from_list([dict(id="a", source="s", prompt=prompt, answer="4", verifier=None, completions=found)], features=row_features(False))
     assert to_rows(to_swissai(rows), "plain")[0].select_columns(rows.column_names)[:] == rows[:]
 
@@ -85,7 +85,7 @@ def test_pairs_become_rows_and_come_back(asked, chosen, rejected, whole):
 def test_structured_pairs_are_rows_again(row):
     for i, b in enumerate(row["conversation_branches"]): b["reward"] = float(i)
     rows, _ = to_rows(swissai(row))
-    made = pairs_maker(rows, "best-worst", references="all", min_num_ref_rewards=1)([0])[0].get("rows", [])
+    made = pairs_batch_fn(rows, "best-worst", references="all", min_num_ref_rewards=1)([0])[0].get("rows", [])
     for pair in Dataset.from_list(made, features=pair_features(True)) if made else []:
         again, _ = to_rows(Dataset.from_list([pair], features=pair_features(True)))
         found = {c["reward"]: c["content"] for c in rows[0]["completions"]}
@@ -94,9 +94,9 @@ def test_structured_pairs_are_rows_again(row):
 
 def test_pairs_of_the_pipeline_are_rows_again():
     known = lambda n: dict(reward=float(n), num_tokens=n, prompt_tokens=5, ref_logprob=-n, ref_logprobs=[-1.]*n, is_reference_completion=True)
-    found = [completion("a", policy="x", **known(1)), completion("b", policy="y", **known(2))]
+    found = [make_completion("a", policy="x", **known(1)), make_completion("b", policy="y", **known(2))]
     rows = Dataset.from_list([dict(id="a", source=None, prompt=messages(("user", "q")), answer="4", verifier=None, completions=found)], features=row_features(False))
-    pairs = Dataset.from_list(pairs_maker(rows)([0])[0]["rows"], features=pair_features(False))
+    pairs = Dataset.from_list(pairs_batch_fn(rows)([0])[0]["rows"], features=pair_features(False))
     again, _ = to_rows(pairs)
     want = {c["content"]: c for c in found}
     for c in again[0]["completions"]:
@@ -123,7 +123,7 @@ def test_what_is_no_row_is_dropped_and_counted(prompt, chosen, rejected, why):
 def test_numbers_that_are_none_become_null_and_are_counted(field, bad, tmp_path):
     "In rows that have the form already, and in branches; every stage can keep what comes out"
     whole = dict(reward=1., ref_logprob=-2., ref_logprobs=[-1., -1.], num_tokens=2)
-    made = [dict(id=str(i), source=None, prompt=messages(("user", "q")), answer=None, verifier=None, completions=[completion("a", **whole), completion("b", **{**whole, field: bad})]) for i in range(3)]
+    made = [dict(id=str(i), source=None, prompt=messages(("user", "q")), answer=None, verifier=None, completions=[make_completion("a", **whole), make_completion("b", **{**whole, field: bad})]) for i in range(3)]
     rows = Dataset.from_list(made, features=row_features(False))
     for source in (rows, to_swissai(rows)):
         out, counts = to_rows(source, structure="plain")
@@ -143,20 +143,20 @@ def rows_of(pools):
     made = []
     for i, found in enumerate(pools):
         names = ["chosen", "rejected", *["model"]*8]
-        cs = [completion(t, reward=r, is_reference_completion=ref, finish_reason=f, policy=p) for (r, ref, f, t), p in zip(found, names)]
+        cs = [make_completion(t, reward=r, is_reference_completion=ref, finish_reason=f, policy=p) for (r, ref, f, t), p in zip(found, names)]
         made.append(dict(id=f"p{i}", source=None, prompt=messages(("user", f"q{i}")), answer=None, verifier=None, completions=cs))
     return Dataset.from_list(made, features=row_features(False))
 
 
 @few
-@given(st.lists(pool, min_size=1, max_size=5), st.sampled_from(list(MODES)), st.integers(1, 4), st.sampled_from(["all", "reference", "data"]), st.sampled_from(["sampled", "all"]))
+@given(st.lists(pool, min_size=1, max_size=5), st.sampled_from(list(PAIR_MODES)), st.integers(1, 4), st.sampled_from(["all", "reference", "data"]), st.sampled_from(["sampled", "all"]))
 def test_pairs_are_what_they_say(pools, mode, n, candidates, references):
     import torch
 
     from post_training.losses.qrpo import quantile
     rows = rows_of(pools)
     asked = dict(mode=mode, num_pairs=1 if mode == "offline" else n, candidates=candidates, references=references, min_num_ref_rewards=1)
-    for row, out in zip(rows, pairs_maker(rows, **asked)(range(len(rows)))):
+    for row, out in zip(rows, pairs_batch_fn(rows, **asked)(range(len(rows)))):
         json.dumps(out, allow_nan=False)
         assert ("dropped" in out) != ("rows" in out) and len(out.get("rows", [])) <= asked["num_pairs"]
         seen = [(p["chosen"][0]["content"], p["rejected"][0]["content"], p["chosen_reward"], p["rejected_reward"]) for p in out.get("rows", [])]
@@ -175,13 +175,13 @@ def test_pairs_are_what_they_say(pools, mode, n, candidates, references):
 def merged(rows, folder, n, mode):
     "What the driver makes of rows with so many shards"
     batches = [list(range(i, min(i + 7, len(rows)))) for i in range(0, len(rows), 7)]
-    shards.save_plan(folder, shards.make_plan(rows["id"][:], [1]*len(rows), dict(mode=mode), shards=n, batches=batches))
-    for k in range(shards.load_plan(folder).shards): shards.work(folder, k, lambda *_: pairs_maker(rows, mode, num_pairs=1 if mode == "offline" else 3))
-    counts = shards.merge(folder, folder / "merged.jsonl")
+    shards.save_shard_plan(folder, shards.make_shard_plan(rows["id"][:], [1]*len(rows), dict(mode=mode), shards=n, batches=batches))
+    for k in range(shards.load_shard_plan(folder).shards): shards.run_shard(folder, k, lambda *_: pairs_batch_fn(rows, mode, num_pairs=1 if mode == "offline" else 3))
+    counts = shards.merge_shards(folder, folder / "merged.jsonl")
     return (folder / "merged.jsonl").read_bytes(), counts
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", PAIR_MODES)
 def test_any_number_of_shards_gives_the_same_pairs(mode, tmp_path):
     import random
     rng = random.Random(0)
@@ -190,19 +190,19 @@ def test_any_number_of_shards_gives_the_same_pairs(mode, tmp_path):
     assert one == seven and one and sum(counts["dropped"].values()) + counts["rows"] == 60
 
 
-@pytest.mark.parametrize("mode", [m for m in MODES if m != "heuristic"])
+@pytest.mark.parametrize("mode", [m for m in PAIR_MODES if m != "heuristic"])
 def test_rows_without_references_say_which_key_keeps_them(mode, tmp_path):
     from post_training.data.messages import check_dropped
     rows = rows_of([[(1., False, "stop", "a"), (0., False, "stop", "b")]] * 4)
     _, counts = merged(rows, tmp_path / "none", 1, mode)
     with pytest.raises(UserError, match="All 4 rows were dropped .*first row p0; min_num_ref_rewards=0 keeps them"): check_dropped({"in": 4, "out": counts["rows"], **counts})
-    assert len(pairs_maker(rows, mode, min_num_ref_rewards=0)([0])[0]["rows"]) == 1
+    assert len(pairs_batch_fn(rows, mode, min_num_ref_rewards=0)([0])[0]["rows"]) == 1
 
 
 def test_equal_texts_are_counted():
     rows = rows_of([[(1., True, "stop", "a"), (0., True, "stop", "a"), (.5, True, "stop", "b")]])
-    pairs = Dataset.from_list(pairs_maker(rows)([0])[0]["rows"], features=pair_features(False))
-    assert diagnostics(pairs, rows)["ties"] == [dict(prompts=1, all_tied=0, equal_rewards=0., equal_texts=pytest.approx(1 / 3))]
+    pairs = Dataset.from_list(pairs_batch_fn(rows)([0])[0]["rows"], features=pair_features(False))
+    assert pair_diagnostics(pairs, rows)["ties"] == [dict(prompts=1, all_tied=0, equal_rewards=0., equal_texts=pytest.approx(1 / 3))]
 
 
 def test_mixed_sets_have_one_reference(tmp_path):
@@ -232,14 +232,14 @@ def test_real_solutions_become_branches_rewards_and_pairs(solutions):
     assert all(len(b) == 4 for b in branches["conversation_branches"])
     back, _ = to_rows(branches, "plain")
     assert back[:] == rows[:]
-    scores = [[verify(row_verifier(r), c["content"], r["answer"]) for c in r["completions"]] for r in back]
+    scores = [[run_verifier(row_verifier(r), c["content"], r["answer"]) for c in r["completions"]] for r in back]
     assert scores == [[c["reward"] for c in r["completions"]] for r in back] and sum(map(len, scores)) == 5276
-    done = pairs_maker(back, "best-worst", references="all")(range(len(back)))
+    done = pairs_batch_fn(back, "best-worst", references="all")(range(len(back)))
     pairs = [p for out in done for p in out.get("rows", [])]
     differ = sum(0 < sum(s) < 4 for s in scores)
     assert len(pairs) == differ > 500 and {out.get("dropped") for out in done} == {None, "all rewards are the same"}
     assert all(p["chosen_quantile_reward"] == 1 and p["rejected_quantile_reward"] == p["ref_rewards"].count(0.) / 4 for p in pairs)
-    tables = diagnostics(Dataset.from_list(pairs, features=pair_features(False)), back)
+    tables = pair_diagnostics(Dataset.from_list(pairs, features=pair_features(False)), back)
     rate = {r["policy"]: r["win_rate"] for r in tables["policies"]}
     assert max(rate, key=rate.get) == "175b_verification" and tables["ties"][0]["all_tied"] == 1319 - differ
     assert len(pool_columns(back)["reward"]) == 5276
@@ -249,7 +249,7 @@ def test_real_solutions_become_branches_rewards_and_pairs(solutions):
 def test_real_solutions_are_filtered_by_tokens(solutions, demo):
     from post_training.tokens.tokenizer import load_tokenizer
     rows, tokenizer = solutions[0].select(range(200)), load_tokenizer(str(demo / "models" / "tiny"))
-    out = filter_maker(rows, tokenizer, 400, 2)(range(200))
+    out = filter_batch_fn(rows, tokenizer, 400, 2)(range(200))
     kept = [c for o in out for c in o.get("completions", [])]
     assert kept and all(c["num_tokens"] + c["prompt_tokens"] <= 400 for c in kept)
     assert sum(sum(o["lost"].values()) for o in out) + len(kept) + sum(4 - sum(o["lost"].values()) for o in out if "dropped" in o) == 800

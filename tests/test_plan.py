@@ -86,7 +86,7 @@ def test_shipped_plans_compose(path, where, tmp_root, capsys):
     stages = plan.read_plan(path)[1]
     assert all(f"\n{s.name}\n  " in out for s in stages) and os.listdir(tmp_root) == []
     assert ("node-hours at most" in out) == (where is CPU)
-    assert "plan" not in config.stages() and path.stem not in config.stages()
+    assert "plan" not in config.stage_names() and path.stem not in config.stage_names()
 
 
 @pytest.mark.slow
@@ -180,7 +180,7 @@ def test_gc_of_failed_runs_parents_and_earlier_generations(tmp_root, capsys):
     trained("child", steps=(1,), parents=[dict(run=run.read_record(bad)["id"], hash="x", checkpoint="checkpoint-2")])
     trained("other", steps=(1,), config=dict(resume_from=str(kept / "checkpoint-1")))
     again = run.open_run(config.compose("train_sft", ["job_subdir=bad"]).cfg, force=True)  # another generation, with nothing in it
-    with pytest.raises(UserError, match="at work now"): launch_runs.gc_pieces([str(bad)])
+    with pytest.raises(UserError, match="at work now"): launch_runs.gc_checkpoints([str(bad)])
     run.close_attempt(bad, again.number, 1)
     (gone / ".tmp-checkpoint-9").mkdir()
     assert cli.main(["runs", "gc", "--failed", "--yes"]) == 0

@@ -169,10 +169,10 @@ def test_the_same_as_trl(tmp_path):
     "Loss and gradient of each loss of DPO, LD-DPO and a divergence"
     from datasets import Dataset
 
-    from post_training.losses.sft import reduce_parts
+    from post_training.losses.sft import reduce_terms
     from post_training.models.score import add_score_head
     from post_training.tokens.collate import PadCollator, PairCollator
-    from post_training.training.preference import pair_objective
+    from post_training.training.preference import objective_from_args
 
     rows = [r | dict(chosen_ids=[*r["chosen_ids"], 2], rejected_ids=[*r["rejected_ids"], 2], chosen_scored=[True] * (len(r["chosen_ids"]) + 1),
                      rejected_scored=[True] * (len(r["rejected_ids"]) + 1)) for r in make_pairs()[:4]]
@@ -180,9 +180,9 @@ def test_the_same_as_trl(tmp_path):
     todo += [("ld", dict(loss_type=["sigmoid"], beta=0.3, ld_alpha=0.4)), ("js", dict(loss_type=["sigmoid", "sft"], loss_weights=[0.7, 0.2], f_divergence_type="js_divergence"))]
     reference, batch = add_score_head(other_model()), PairCollator(PadCollator(0))([{**r, "row_index": i} for i, r in enumerate(Dataset.from_list(rows))])
     for name, args in todo:
-        objective, model = pair_objective(args), add_score_head(make_model())
+        objective, model = objective_from_args(args), add_score_head(make_model())
         with torch.no_grad(): batch["ref_logps"] = objective.logps(objective.score(reference, batch), batch)[0].double()
-        loss = reduce_parts(objective.parts(objective.score(model, batch), batch))
+        loss = reduce_terms(objective.parts(objective.score(model, batch), batch))
         loss.backward()
         theirs, grads = trl_step(rows, other_model(), args, tmp_path)
         assert abs(loss.item() - theirs) < 2e-5 * max(1, abs(theirs)), (name, loss.item(), theirs)
@@ -236,7 +236,7 @@ def test_a_mistake_is_told(case, demo, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("POST_TRAINING_RUNS_DIR", str(tmp_path / "runs"))
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    code = train_preference.main([*SHORT, f"dataset_args.dataset_name={data}", f"artifacts_subdir={tmp_path.name}", *overrides])
+    code = train_preference.train_preference_main([*SHORT, f"dataset_args.dataset_name={data}", f"artifacts_subdir={tmp_path.name}", *overrides])
     err = capfd.readouterr().err
     assert code == 2, err
     for word in words: assert word in err, (word, err)
@@ -255,7 +255,7 @@ def test_contents_may_be_parts(demo, tmp_path, capfd):
         rows = [dict(pair(i), prompt=f"What is {i} + 1?", tools=[dict(name="add")]) for i in range(20)]
         for r in rows: r |= {s: [dict(role="assistant", content=content(r[s][0]["content"] + " !"))] for s in ("chosen", "rejected")}
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-        made[name] = train_preference.prepare_pairs(config.compose("train_preference", [*SHORT, f"dataset_args.dataset_name={tmp_path / name}.jsonl", f"artifacts_subdir={tmp_path.name}"]).cfg)
+        made[name] = train_preference.load_tokenized_pairs(config.compose("train_preference", [*SHORT, f"dataset_args.dataset_name={tmp_path / name}.jsonl", f"artifacts_subdir={tmp_path.name}"]).cfg)
     texts, parts = made["texts"].train, made["parts"].train
     assert len(parts) == 20 and parts["chosen_ids"][:] == texts["chosen_ids"][:] and parts["rejected_ids"][:] == texts["rejected_ids"][:]
     assert "20 of 20 pairs have tools" in made["parts"].notices[0]
@@ -269,18 +269,18 @@ def test_quantiles_among_the_first_references(n):
     from datasets import Dataset
 
     from post_training.preferences.pairs import pair_row
-    from post_training.preferences.rows import completion
-    from post_training.training.preference import PairObjective, with_quantiles
+    from post_training.preferences.rows import make_completion
+    from post_training.training.preference import PreferenceObjective, with_quantiles
     rng, rows, want = random.Random(n or 0), [], []
     for _ in range(60):
         rewards = [float(rng.randrange(2)) for _ in range(5)]
-        row = dict(id="r", prompt=[], completions=[completion(str(i), reward=r, is_reference_completion=True) for i, r in enumerate(rewards)])
+        row = dict(id="r", prompt=[], completions=[make_completion(str(i), reward=r, is_reference_completion=True) for i, r in enumerate(rewards)])
         sides = rng.sample(range(5), 2)
         others = [[r for j, r in enumerate(rewards[:n]) if j != i] for i in sides]
         made = pair_row(row, *sides, list(range(5)))
         rows.append(dict(made, ref_rewards=made["ref_rewards"]))
         want.append([(sum(r <= rewards[i] for r in o) / len(o), len(o)) for i, o in zip(sides, others)])
     keep = [f"{s}_{k}" for s in ("chosen", "rejected") for k in ("reward", "is_reference", "reference")] + ["ref_rewards"]
-    data = with_quantiles(Dataset.from_list([{k: r[k] for k in keep} for r in rows]), PairObjective(partition="finite"), n)
+    data = with_quantiles(Dataset.from_list([{k: r[k] for k in keep} for r in rows]), PreferenceObjective(partition="finite"), n)
     found = [[(r[f"{s}_quantile"], r[f"{s}_n_refs"]) for s in ("chosen", "rejected")] for r in data]
     assert [[(pytest.approx(q), k) for q, k in w] for w in want] == found

@@ -33,8 +33,8 @@ def attempt(demo, tmp_path, monkeypatch):
 def changed(attempt, name, **keys):
     "The attempt's config with other values, beside it"
     cfg = config.load_frozen(attempt.config_path)
-    for key, value in keys.items(): config.put(cfg, key.replace("__", "."), value)
-    return config.freeze(cfg, attempt.attempt_dir / name)
+    for key, value in keys.items(): config.set_key(cfg, key.replace("__", "."), value)
+    return config.save_frozen(cfg, attempt.attempt_dir / name)
 
 
 def start(rank, path, port, seconds=60, nodes=2, address="127.0.0.1", *more):
@@ -109,14 +109,14 @@ def test_a_folder_that_is_not_shared(attempt, tmp_path):
     (tmp_path / "local").mkdir()
     other = changed(attempt, "other.yaml", resuming_dir=str(tmp_path / "local"))
     task = start(0, other, port)
-    node = preflight.Node(config.load_frozen(attempt.config_path), attempt.attempt_dir, "127.0.0.1", port, 1, 2, 60., None, time.monotonic())
-    store = preflight.meet(node)
+    node = preflight.JobNode(config.load_frozen(attempt.config_path), attempt.attempt_dir, "127.0.0.1", port, 1, 2, 60., None, time.monotonic())
+    store = preflight.open_store(node)
     mine = dict(rank=1, name="n1", seconds={}, told={}, problems=[])
-    marks = preflight.exchange(store, node, "checks", mine, 0.7)[0]["marks"]
-    assert len(marks) == 3 and not preflight.marks_seen(marks)
-    seen = preflight.marks_seen({f"{tmp_path}/elsewhere{path}": token for path, token in marks.items()}, 0.1)
-    preflight.exchange(store, node, "folders", dict(mine, problems=seen[:1]), 0.8)
-    preflight.part(store, node)
+    marks = preflight.exchange_reports(store, node, "checks", mine, 0.7)[0]["marks"]
+    assert len(marks) == 3 and not preflight.check_markers(marks)
+    seen = preflight.check_markers({f"{tmp_path}/elsewhere{path}": token for path, token in marks.items()}, 0.1)
+    preflight.exchange_reports(store, node, "folders", dict(mine, problems=seen[:1]), 0.8)
+    preflight.close_store(store, node)
     codes, _, _ = ended(task)
     assert codes == [2] and "it is not the folder that node 0 writes to" in error_of(attempt)[1]
 
@@ -145,9 +145,9 @@ def test_one_node_alone_ends_at_once(attempt, case):
 
 def test_the_hub_that_does_not_answer(monkeypatch, tmp_path):
     "Another try may help where the network is at fault"
-    code = ("from post_training.launch.preflight import Lost, on_hub\n"
+    code = ("from post_training.launch.preflight import TransientError, on_hub\n"
             "try: on_hub('dataset_args.dataset_name', 'an-org/rows', 'dataset', seconds=3)\n"
-            "except Lost as e: print(e)\n")
+            "except TransientError as e: print(e)\n")
     env = os.environ | dict(HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path), HF_ENDPOINT=f"http://127.0.0.1:{free_port()}")
     said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
     assert "dataset_args.dataset_name=an-org/rows is not in the local cache, and the hub does not answer from there" in said.stdout, said.stderr
@@ -155,8 +155,8 @@ def test_the_hub_that_does_not_answer(monkeypatch, tmp_path):
 
 def test_a_check_that_hangs_is_left_behind(attempt, monkeypatch):
     "A file system that does not answer costs half of the time at most, and the others hear of it"
-    monkeypatch.setitem(preflight.CHECKS, "dataset", lambda n: time.sleep(30))
-    node = preflight.Node(config.load_frozen(attempt.config_path), attempt.attempt_dir, "127.0.0.1", free_port(), 0, 2, 4., None, time.monotonic())
+    monkeypatch.setitem(preflight.PREFLIGHT_CHECKS, "dataset", lambda n: time.sleep(30))
+    node = preflight.JobNode(config.load_frozen(attempt.config_path), attempt.attempt_dir, "127.0.0.1", free_port(), 0, 2, 4., None, time.monotonic())
     report = preflight.local_report(node)
     assert [(p["check"], p["kind"]) for p in report["problems"]] == [("dataset", "lost")] and "did not end within" in report["problems"][0]["message"]
     assert time.monotonic() - node.start < 4 and "gpus" in report["told"]
@@ -164,7 +164,7 @@ def test_a_check_that_hangs_is_left_behind(attempt, monkeypatch):
 
 def test_checkpoints_that_are_there_need_no_room(attempt):
     "A run that has two checkpoints needs room for one more; the model's headers say how large"
-    node = preflight.Node(config.load_frozen(attempt.config_path), attempt.attempt_dir, "127.0.0.1", 1, 0, 2, 60., None, time.monotonic())
+    node = preflight.JobNode(config.load_frozen(attempt.config_path), attempt.attempt_dir, "127.0.0.1", 1, 0, 2, 60., None, time.monotonic())
     assert "2 checkpoints of" in preflight.check_artifacts(node)
     for step in (1, 2): (attempt.checkpoints_dir / f"checkpoint-{step}").mkdir()
     assert "1 checkpoint of" in preflight.check_artifacts(node)

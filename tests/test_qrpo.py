@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from post_training.losses import qrpo
-from post_training.losses.sft import reduce_parts
+from post_training.losses.sft import reduce_terms
 
 NAN = float("nan")
 NAMES = sorted(qrpo.TRANSFORMS)
@@ -197,7 +197,7 @@ def test_any_layout_and_any_micro_batches(layout, cuts):
             total = sum(qrpo.completion_count(args[3]) for args, *_ in batches)
             transform, partition, by_beta, by_loss, bound = choice
             outs = [qrpo.qrpo_loss(*args, beta, transform, partition, n, atoms if tied else None, by_beta, by_loss, bound) for args, n, atoms in batches]
-            got = sum(reduce_parts(o.parts, total) for o in outs)
+            got = sum(reduce_terms(o.parts, total) for o in outs)
             grad = torch.cat(torch.autograd.grad(got, leaves))
             assert abs(got - want) < 1e-12 * max(1, abs(want.item())), choice
             assert (grad - want_grad).norm() < 1e-11 * want_grad.norm(), choice
@@ -214,8 +214,8 @@ def test_a_pair_is_two_completions():
     "The mean over completions is the mean over pairs of the mean of chosen and rejected"
     rows = make_completions()
     args, n, _ = micro_batch(rows, "right", 0)
-    whole = reduce_parts(qrpo.qrpo_loss(*args, 0.1).parts)
-    pairs = [reduce_parts(qrpo.qrpo_loss(*[a[i:i + 2] for a in args], 0.1).parts) for i in range(0, 8, 2)]
+    whole = reduce_terms(qrpo.qrpo_loss(*args, 0.1).parts)
+    pairs = [reduce_terms(qrpo.qrpo_loss(*[a[i:i + 2] for a in args], 0.1).parts) for i in range(0, 8, 2)]
     assert torch.allclose(whole, torch.stack(pairs).mean())
 
 
@@ -248,7 +248,7 @@ def test_extreme_betas_in_fp32(beta, choice):
     lp = torch.tensor([-7.0, -5.0, -6.0], requires_grad=True)
     out = qrpo.qrpo_loss(**flat(logps_S=lp, beta=beta), transform=transform, partition=partition, n_refs_S=torch.tensor([5, 5, 4]),
                          normalize_beta_by_length=by_beta, normalize_loss_by_length=by_loss, max_effective_beta=bound)
-    loss = reduce_parts(out.parts)
+    loss = reduce_terms(out.parts)
     grad, = torch.autograd.grad(loss, lp)
     assert loss.isfinite() and grad.isfinite().all()
 
@@ -271,4 +271,4 @@ def test_bad_input(change, told):
 
 def test_nan_in_a_used_slot_is_seen():
     "Only slots without tokens are left out; a missing reference log-probability does not vanish"
-    assert reduce_parts(qrpo.qrpo_loss(**flat(ref_logps_S=torch.tensor([NAN, -5.0, -2.0]))).parts).isnan()
+    assert reduce_terms(qrpo.qrpo_loss(**flat(ref_logps_S=torch.tensor([NAN, -5.0, -2.0]))).parts).isnan()

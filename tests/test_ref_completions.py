@@ -9,9 +9,9 @@ import time
 import pytest
 from conftest import BIN, ROOT
 from post_training.preferences import completions as ac
-from post_training.preferences.rows import completion
+from post_training.preferences.rows import make_completion
 from post_training.core.files import UserError
-from post_training.core.shards import make_plan, merge, save_plan, work
+from post_training.core.shards import make_shard_plan, merge_shards, save_shard_plan, run_shard
 from recorded_endpoint import Endpoint, error, made_up
 
 STOP = range(300, 420)  # of the untrained model below: completions end after some ten tokens
@@ -79,7 +79,7 @@ def test_sharing_the_reading_of_a_prompt_changes_nothing(name, attention, tokeni
 @pytest.mark.parametrize("top_p", [1., .8])
 def test_any_sharding_and_any_interruption_give_the_same_bytes(tmp_path, rows, tokenizer, model, top_p):
     backend = ac.transformers_backend(model, tokenizer, 16, top_p=top_p, extra_stop=STOP)
-    make = ac.completions_maker(rows, tokenizer, backend, "tiny", 3, 0, 80, 16)
+    make = ac.completions_batch_fn(rows, tokenizer, backend, "tiny", 3, 0, 80, 16)
     lengths = ac.plan_lengths(ac.prompt_lengths(rows, tokenizer), 3, 16, 80)
     merged = {}
     def maker(folder, plan):
@@ -89,14 +89,14 @@ def test_any_sharding_and_any_interruption_give_the_same_bytes(tmp_path, rows, t
                 raise KeyboardInterrupt
             return make(batch)
         return once
-    failing = {make_plan(rows["id"], lengths, {}, budget=300).batches[2][0]}
+    failing = {make_shard_plan(rows["id"], lengths, {}, budget=300).batches[2][0]}
     for name, shards in dict(one=1, seven=7, cut=1).items():
-        plan = save_plan(tmp_path / name, make_plan(rows["id"], lengths, dict(n=3), budget=300, shards=shards))
+        plan = save_shard_plan(tmp_path / name, make_shard_plan(rows["id"], lengths, dict(n=3), budget=300, shards=shards))
         assert len(plan.batches) > 7
         for k in range(plan.shards):
-            try: work(tmp_path / name, k, maker)
-            except KeyboardInterrupt: work(tmp_path / name, k, maker)
-        merge(tmp_path / name, tmp_path / f"{name}.jsonl")
+            try: run_shard(tmp_path / name, k, maker)
+            except KeyboardInterrupt: run_shard(tmp_path / name, k, maker)
+        merge_shards(tmp_path / name, tmp_path / f"{name}.jsonl")
         merged[name] = (tmp_path / f"{name}.jsonl").read_bytes()
     assert merged["one"] == merged["seven"] == merged["cut"] and not failing
     assert merged["one"].count(b'"is_reference_completion"') > 8
@@ -114,7 +114,7 @@ def test_a_trained_turn_comes_back_as_the_tokens_it_was(demo):
     encoded = encode_completions(tokenizer, source["prompt"], [[c["content"] for c in cs] for cs in source["completions"]])
     answers = [dict(ids=e.completions[0].ids, text="", finish_reason="stop") for e in encoded]
     by_prompt = {tuple(e.prompt_ids): a for e, a in zip(encoded, answers)}
-    make = ac.completions_maker(source, tokenizer, lambda prompts, n, seeds: [[by_prompt[tuple(p)]]*n for p in prompts], "demo", 1, 0, None, 64, keep_existing=False)
+    make = ac.completions_batch_fn(source, tokenizer, lambda prompts, n, seeds: [[by_prompt[tuple(p)]]*n for p in prompts], "demo", 1, 0, None, 64, keep_existing=False)
     made, same, calls = make(list(range(len(source)))), 0, 0
     for row, m in zip(source, made):
         if "dropped" in m: calls += m["lost"] == {"calls a tool": 1}; continue
@@ -146,7 +146,7 @@ def test_a_prompt_that_leaves_no_room_costs_nothing(rows, tokenizer):
         return [[dict(ids=[200, 2], text="a", finish_reason="stop")]*n for _ in prompts]
     lengths = ac.prompt_lengths(rows, tokenizer)
     limit = sorted(lengths)[11] + 8
-    made = ac.completions_maker(rows, tokenizer, complete, "m", 2, 0, limit, 8)(list(range(len(rows))))
+    made = ac.completions_batch_fn(rows, tokenizer, complete, "m", 2, 0, limit, 8)(list(range(len(rows))))
     assert [m.get("dropped") for m in made] == ["prompt too long" if n + 8 > limit else None for n in lengths]
     assert len(asked) == sum(n + 8 <= limit for n in lengths)
     assert [k for k, n in enumerate(ac.plan_lengths(lengths, 2, 8, limit)) if not n] == [k for k, m in enumerate(made) if "dropped" in m]
@@ -246,16 +246,16 @@ def test_both_backends_write_the_same_rows(rows, tokenizer, model):
     "Where the server holds the same model: the same completions, losses, seeds and reasons"
     here = ac.transformers_backend(model, tokenizer, 16, extra_stop=STOP)
     def write(prompt, seed, room): return here([prompt], 1, [[seed]])[0][0]["ids"]
-    wanted = ac.completions_maker(rows, tokenizer, here, "tiny", 3, 0, 80, 16)(list(range(8)))
+    wanted = ac.completions_batch_fn(rows, tokenizer, here, "tiny", 3, 0, 80, 16)(list(range(8)))
     with Endpoint(write=write, decode=tokenizer.decode, stop=[*STOP, model.generation_config.eos_token_id]) as e:
-        got = ac.completions_maker(rows, tokenizer, server(e, 16), "tiny", 3, 0, 80, 16)(list(range(8)))
+        got = ac.completions_batch_fn(rows, tokenizer, server(e, 16), "tiny", 3, 0, 80, 16)(list(range(8)))
     assert got == wanted and any(m.get("completions") for m in got)
 
 
 def test_completions_that_were_there_stay_in_front(rows, tokenizer):
-    old = [dict(r, completions=[completion("mine", policy="chosen")]) for r in rows.select(range(2))]
+    old = [dict(r, completions=[make_completion("mine", policy="chosen")]) for r in rows.select(range(2))]
     with Endpoint() as e:
-        made = ac.completions_maker(old, tokenizer, server(e, 16), "tiny", 2, 0, None, 16)([0, 1])
+        made = ac.completions_batch_fn(old, tokenizer, server(e, 16), "tiny", 2, 0, None, 16)([0, 1])
     assert all(m["completions"][0] == old[0]["completions"][0] and all(c["is_reference_completion"] for c in m["completions"][1:]) for m in made)
 
 
@@ -294,8 +294,8 @@ def test_transformers_serve_is_refused_with_the_reason(demo, tmp_path):
             except OSError: time.sleep(.5)
         for fields, says in ((ac.VLLM_FIELDS, "does not take vLLM's fields"), ({}, "takes no token ids as a prompt")):
             with pytest.raises(UserError, match=says): ac.server_backend(url, name, 4, fields=fields)([[1, 2, 3]], 1, [[0]])
-        with pytest.raises(UserError, match="does not serve 'other'"): ac.ask(url, "/v1/completions", dict(model="other", prompt="hello"), asked="other")
-        text = ac.ask(url, "/v1/completions", dict(model=name, prompt="hello", n=3, max_tokens=4, seed=1, temperature=1., top_p=1.))
+        with pytest.raises(UserError, match="does not serve 'other'"): ac.request_with_retries(url, "/v1/completions", dict(model="other", prompt="hello"), error_facts="other")
+        text = ac.request_with_retries(url, "/v1/completions", dict(model=name, prompt="hello", n=3, max_tokens=4, seed=1, temperature=1., top_p=1.))
         assert len(text["choices"]) == 1 and "token_ids" not in text["choices"][0]
     finally:
         serve.terminate()

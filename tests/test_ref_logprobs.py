@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from largest_tensor import Largest
 from post_training.core import shards
 from post_training.preferences.reference_logprobs import (
-    Piece, check_numbers, decide_sharing, logprobs_maker, plan_tokens, probe_sharing, score_plain, score_shared,
+    ScoringPiece, score_plain_checked, decide_sharing, logprobs_batch_fn, plan_tokens, probe_sharing, score_plain, score_shared,
     scoring_lengths)
-from post_training.preferences.rows import completion
+from post_training.preferences.rows import make_completion
 from post_training.core.files import UserError
 from post_training.models.generate import left_pad
 from post_training.models.load import quiet_activation, tiny_config
@@ -41,7 +41,7 @@ def made_pieces(lengths, seed=0):
     r = random.Random(seed)
     ids = lambda n: [r.randrange(V) for _ in range(n)]
     prompts = [ids(n) for n, _ in lengths]
-    return [Piece(i, k, prompts[i], ids(n), [True] + [r.random() < .9 for _ in range(n - 1)]) for i, (_, ns) in enumerate(lengths) for k, n in enumerate(ns)]
+    return [ScoringPiece(i, k, prompts[i], ids(n), [True] + [r.random() < .9 for _ in range(n - 1)]) for i, (_, ns) in enumerate(lengths) for k, n in enumerate(ns)]
 
 
 PIECES = made_pieces([(40, [3, 30, 17]), (12, [25, 1]), (2, [9, 9]), (25, [40])])
@@ -101,7 +101,7 @@ LLAMA = build(MODELS["llama"]())
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_bf16_is_within_its_rounding(attention):
     model = build(MODELS["apertus"](), attention).to(torch.bfloat16)
-    gap, why = probe_sharing(model, PIECES, check_numbers(model, PIECES, 60), 60)
+    gap, why = probe_sharing(model, PIECES, score_plain_checked(model, PIECES, 60), 60)
     assert not why and gap < .02
     assert decide_sharing(model, PIECES, 60, True)
 
@@ -160,7 +160,7 @@ def text(r, n): return " ".join(r.choice(WORDS) for _ in range(n))
 def made_rows(n=30, seed=0):
     r = random.Random(seed)
     return Dataset.from_list([dict(id=f"r{i}", prompt=[dict(role="user", content=text(r, r.randint(3, 30)))],
-                                   completions=[completion(text(r, r.randint(1, 20)), policy="toy", is_reference_completion=k > 1, ref_logprob=1.) for k in range(4)])
+                                   completions=[make_completion(text(r, r.randint(1, 20)), policy="toy", is_reference_completion=k > 1, ref_logprob=1.) for k in range(4)])
                               for i in range(n)])
 
 
@@ -173,18 +173,18 @@ def test_any_sharding_gives_the_same_bytes(reference_model, tmp_path):
     rows, merged = made_rows(), []
     for n in (1, 7):
         folder = tmp_path/str(n)
-        plan = shards.make_plan(rows["id"], scoring_lengths(rows), dict(stage="ref_logprobs"), plan_tokens(30), shards=n)
-        shards.save_plan(folder, plan)
+        plan = shards.make_shard_plan(rows["id"], scoring_lengths(rows), dict(stage="ref_logprobs"), plan_tokens(30), shards=n)
+        shards.save_shard_plan(folder, plan)
         for k in range(plan.shards): # each worker with a probe of its own
-            shards.work(folder, k, lambda folder, plan: logprobs_maker(rows, TOKENIZER, reference_model, 100, probe_rows=plan.batches[0]))
-        shards.merge(folder, folder/"out.jsonl")
+            shards.run_shard(folder, k, lambda folder, plan: logprobs_batch_fn(rows, TOKENIZER, reference_model, 100, probe_rows=plan.batches[0]))
+        shards.merge_shards(folder, folder/"out.jsonl")
         merged.append((folder/"out.jsonl").read_bytes())
     assert plan.shards == 7 and merged[0] == merged[1] and merged[0].count(b"\n") == 30
 
 
 def test_rows_hold_what_the_model_says(reference_model):
     rows = made_rows(5)
-    found = logprobs_maker(rows, TOKENIZER, reference_model, 100)(range(5))
+    found = logprobs_batch_fn(rows, TOKENIZER, reference_model, 100)(range(5))
     for row, result in zip(rows, found):
         assert set(result) == {"completions", "lost"} and result["lost"] == {}
         for c, before in zip(result["completions"], row["completions"], strict=True):
@@ -194,7 +194,7 @@ def test_rows_hold_what_the_model_says(reference_model):
             chat = TOKENIZER.apply_chat_template([*row["prompt"], dict(role="assistant", content=c["content"])], tokenize=False)
             ids = TOKENIZER(chat, add_special_tokens=False).input_ids
             n = c["prompt_tokens"]
-            piece = Piece(0, 0, ids[:n], ids[n:n + len(logps)], [True]*len(logps))
+            piece = ScoringPiece(0, 0, ids[:n], ids[n:n + len(logps)], [True]*len(logps))
             assert piece.ids[-1] == TOKENIZER.eos_token_id
             np.testing.assert_allclose(logps, alone(reference_model, piece), atol=1e-5)
 
@@ -202,10 +202,10 @@ def test_rows_hold_what_the_model_says(reference_model):
 def test_bad_rows_are_dropped_with_reasons(reference_model):
     ask, r = [dict(role="user", content="Name a city.")], random.Random(0)
     rows = Dataset.from_list([
-        dict(id="good", prompt=ask, completions=[completion("Bern"), completion(""), completion(text(r, 400))]),
-        dict(id="empty", prompt=ask, completions=[completion(" ")]), dict(id="none", prompt=ask, completions=[]),
-        dict(id="long", prompt=[dict(role="user", content=text(r, 400))], completions=[completion("Bern")])])
-    good, *bad = logprobs_maker(rows, TOKENIZER, reference_model)(range(4))
+        dict(id="good", prompt=ask, completions=[make_completion("Bern"), make_completion(""), make_completion(text(r, 400))]),
+        dict(id="empty", prompt=ask, completions=[make_completion(" ")]), dict(id="none", prompt=ask, completions=[]),
+        dict(id="long", prompt=[dict(role="user", content=text(r, 400))], completions=[make_completion("Bern")])])
+    good, *bad = logprobs_batch_fn(rows, TOKENIZER, reference_model)(range(4))
     assert good["lost"] == {"empty completion": 1, "longer than the model's 256 positions": 1} and [c["content"] for c in good["completions"]] == ["Bern"]
     assert [b["dropped"] for b in bad] == ["no completion can be scored", "no completions", "the prompt fills the model's 256 positions"]
 
@@ -215,10 +215,10 @@ def test_numbers_that_are_not_finite(reference_model):
     rows = made_rows(3)
     broken = build(reference_model.config)
     with torch.no_grad(): broken.lm_head.weight[:] = torch.nan
-    with pytest.raises(UserError, match="not finite"): logprobs_maker(rows, TOKENIZER, broken)
+    with pytest.raises(UserError, match="not finite"): logprobs_batch_fn(rows, TOKENIZER, broken)
     word = rows[1]["completions"][0]["content"].split()[-1]
-    odd = Dataset.from_list([rows[0], dict(rows[1], completions=[completion(f"{word} ~")]), rows[2]])
-    make = logprobs_maker(odd, TOKENIZER, reference_model)
+    odd = Dataset.from_list([rows[0], dict(rows[1], completions=[make_completion(f"{word} ~")]), rows[2]])
+    make = logprobs_batch_fn(odd, TOKENIZER, reference_model)
     tilde = TOKENIZER(" ~", add_special_tokens=False).input_ids[-1]
     keep = reference_model.get_input_embeddings().weight[tilde].clone()
     try:
@@ -231,7 +231,7 @@ def test_numbers_that_are_not_finite(reference_model):
 
 def test_the_training_forward_agrees(demo):
     "The numbers are those of a batch as training makes it, for the demo's model, tokenizer and template"
-    from post_training.data.swissai import structured
+    from post_training.data.swissai import to_structured
     from post_training.models.load import load_model
     from post_training.tokens.collate import PadCollator
     from post_training.tokens.masks import tokenize_chats
@@ -239,8 +239,8 @@ def test_the_training_forward_agrees(demo):
     folder = str(demo/"models"/"tiny")
     tokenizer, model = load_tokenizer(folder, model_eos_token_id=68), load_model(folder)
     rows = made_rows(4)
-    found = logprobs_maker(rows, tokenizer, model, 200, True)(range(4))
-    chats = tokenize_chats(tokenizer, [structured([*r["prompt"], dict(role="assistant", content=c["content"])]) for r in rows for c in r["completions"]])
+    found = logprobs_batch_fn(rows, tokenizer, model, 200, True)(range(4))
+    chats = tokenize_chats(tokenizer, [to_structured([*r["prompt"], dict(role="assistant", content=c["content"])]) for r in rows for c in r["completions"]])
     batch = PadCollator(tokenizer.pad_token_id, "right")([
         dict(input_ids=c.input_ids.tolist(), completion_mask=c.completion_mask.tolist(), length=len(c.input_ids), row_id=str(i), source="") for i, c in enumerate(chats)])
     ids, mask = batch["input_ids"], batch["completion_mask"].bool()

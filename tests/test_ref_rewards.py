@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from post_training import config
 from post_training.core import shards
 from post_training.preferences.rewards import (
-    ModelScorer, conversation_ids, load_reward_model, model_scorer, own_bos, reward_lengths, rewards_maker,
+    ModelScorer, conversation_ids, load_reward_model, model_scorer, own_bos, reward_lengths, rewards_batch_fn,
     verifier_scorer)
 from post_training.core.files import UserError
 from post_training.demo.data import demo_rows
@@ -34,11 +34,11 @@ def rows(n=24, **more):
 def made(folder, scorer, count):
     "Merged results of so many shards"
     data = rows()
-    plan = shards.make_plan([r["id"] for r in data], reward_lengths(data, scorer), dict(stage="rewards"), budget=400, shards=count)
-    shards.save_plan(folder, plan)
+    plan = shards.make_shard_plan([r["id"] for r in data], reward_lengths(data, scorer), dict(stage="rewards"), budget=400, shards=count)
+    shards.save_shard_plan(folder, plan)
     for k in range(plan.shards):
-        shards.work(folder, k, lambda *_: rewards_maker(data, scorer))
-    told = shards.merge(folder, folder / "out.jsonl")
+        shards.run_shard(folder, k, lambda *_: rewards_batch_fn(data, scorer))
+    told = shards.merge_shards(folder, folder / "out.jsonl")
     return (folder / "out.jsonl").read_bytes(), told, plan.shards
 
 
@@ -156,7 +156,7 @@ def test_answers_of_the_demo_are_right():
     data, counts = to_rows(Dataset.from_list(demo_rows(n_train=200, n_eval=20)["train"]))
     found = verifier_scorer().score([data[i] for i in range(len(data))])
     assert len(found) == len(data) >= 190 and all(v == [1.] for v in found)
-    results = rewards_maker(data, verifier_scorer())(range(len(data)))
+    results = rewards_batch_fn(data, verifier_scorer())(range(len(data)))
     assert all(c["reward"] == 1 for r in results for c in r["completions"])
 
 

@@ -21,10 +21,10 @@ CONFIG = ["dataset_args.debug_subsample.train=40", "dataset_args.debug_subsample
           "training_args.logging_steps=2", "training_args.save_total_limit=2", "training_args.optim=ademamix", "trainer=ln-plw", "plw_args.prompt_loss_weight=0.1"]
 LAUNCH = """import sys
 from post_training import config, run
-from post_training.launch.accelerate import launch_worker
+from post_training.launch.accelerate import launch_ranks
 c = config.compose("train_sft", sys.argv[1:])
 task = run.open_run(c.cfg, origins=c.origins, overrides=sys.argv[1:])
-launch_worker("post_training.train_sft", task)
+launch_ranks("post_training.train_sft", task)
 run.close_attempt(task.run_dir, task.number, 0)
 """
 COMMANDS = {"single": [sys.executable, "-m", "post_training.train_sft", *CONFIG],

@@ -25,7 +25,7 @@ time.sleep(float(sys.argv[1]))
 # The recipe of these tests: open (or join) the run, then a worker of its own process that says who it is and waits.
 RECIPE = [
     "overrides: list = []\nforce: bool = False\nattempt: int = 0",
-    "from post_training import config, run\nfrom post_training.launch.accelerate import launch_worker, run_module\n"
+    "from post_training import config, run\nfrom post_training.launch.accelerate import launch_ranks, run_module\n"
     "task = run.open_run(config.compose('train_sft', overrides).cfg, attempt=attempt, force=force)",
     "{start}",
 ]
@@ -111,7 +111,7 @@ def test_a_killed_recipe_takes_its_worker_along(checkout):
     below = [c.pid for c in psutil.Process(p.pid).children(recursive=True)]
     [folder] = (checkout / "runs/train_sft/default").iterdir()
     assert pids[0] in below and run.run_status(folder) == "running"
-    assert run.locate(config.compose("train_sft", ["cluster.device=cpu"])).why.startswith("attempt 1 is at work now")
+    assert run.locate_run(config.compose("train_sft", ["cluster.device=cpu"])).why.startswith("attempt 1 is at work now")
     p.kill()
     p.wait()
     assert gone(below)
@@ -135,7 +135,7 @@ def test_a_terminated_recipe_cleans_up(checkout):
 @pytest.mark.slow
 def test_a_killed_recipe_takes_two_ranks_along(checkout):
     "The same through accelerate's launcher, whose ranks are in sessions of their own"
-    p = start_recipe(checkout, "launch_worker('toy_worker', task)", "accelerate_config=ddp")
+    p = start_recipe(checkout, "launch_ranks('toy_worker', task)", "accelerate_config=ddp")
     pids = workers(checkout, 2, p)
     below = [c.pid for c in psutil.Process(p.pid).children(recursive=True)]
     assert set(pids) <= set(below)
@@ -162,4 +162,4 @@ def test_a_second_checkout_agrees_and_does_not_share(tmp_path, monkeypatch):
     os.rename(tmp_path / "shared", tmp_path / "moved")
     monkeypatch.setenv("POST_TRAINING_ARTIFACTS_DIR", str(tmp_path / "moved"))
     cfg = config.compose("train_sft", ["cluster.device=cpu"]).cfg
-    assert run.locate(cfg).checkpoints_dir == tmp_path / "moved" / Path(b.checkpoints_dir).relative_to(tmp_path / "shared")
+    assert run.locate_run(cfg).checkpoints_dir == tmp_path / "moved" / Path(b.checkpoints_dir).relative_to(tmp_path / "shared")

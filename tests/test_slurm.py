@@ -11,8 +11,8 @@ import pytest
 import slurm_cluster
 from safetensors.torch import load_file
 
-from post_training.core.files import sha256
-from post_training.config.overrides import quote
+from post_training.core.files import file_sha256
+from post_training.config.overrides import quote_value
 from post_training.run.record import newest_verified, read_metrics, read_record
 
 pytestmark = pytest.mark.slow
@@ -129,12 +129,12 @@ def same(job, reference):
     mine = job.weights()
     assert mine.name == weights.name
     assert load_file(mine / "model.safetensors").keys() == load_file(weights / "model.safetensors").keys()
-    assert sha256(mine / "model.safetensors") == sha256(weights / "model.safetensors")
+    assert file_sha256(mine / "model.safetensors") == file_sha256(weights / "model.safetensors")
 
 
 def test_two_nodes(job, slurm, uncut, tmp_path):
     "Emit, submit, finish; the record, its attempt and its notebook; the metrics and weights of a local run; nothing that was typed is run"
-    job.submit(f"wandb.run_name={quote(NASTY)}", "job_subdir='a %j b/c'", f"cluster.env.SAID={quote(NASTY)}", f"cluster.directives.comment={quote(NASTY)}")
+    job.submit(f"wandb.run_name={quote_value(NASTY)}", "job_subdir='a %j b/c'", f"cluster.env.SAID={quote_value(NASTY)}", f"cluster.directives.comment={quote_value(NASTY)}")
     twice = job.command("train_sft", *SHARED, *ON_SLURM, "job_subdir='a %j b/c'", check=False)
     assert twice.returncode == 2 and f"Job {job.id} is already at" in twice.stderr
     record = job.end("COMPLETED")
@@ -149,7 +149,7 @@ def test_two_nodes(job, slurm, uncut, tmp_path):
     notebook = json.loads((job.run_dir / "train_sft.ipynb").read_text())
     assert not [c for c in notebook["cells"] if any(o.get("ename") for o in c.get("outputs", []))]
     assert {"stdout.log", "stderr.log", "preflight.log", "train_sft.ipynb"} <= {p.name for p in (job.run_dir / "attempts/1").iterdir()}
-    assert job.command("train_sft", *SHARED, *ON_SLURM, "job_subdir='a %j b/c'", f"wandb.run_name={quote(NASTY)}").stdout.startswith("done already")
+    assert job.command("train_sft", *SHARED, *ON_SLURM, "job_subdir='a %j b/c'", f"wandb.run_name={quote_value(NASTY)}").stdout.startswith("done already")
     same(job, uncut())
 
 

@@ -98,10 +98,10 @@ def test_linearise_then_train_on_the_same_tokens(small, demo):
     out = command("linearise", small)
     assert out.returncode == 0, out.stderr
     record, _ = the_run("linearise")
-    from post_training.stages.tokenized_data import prepare_data
+    from post_training.stages.tokenized_data import load_tokenized_data
     few = ["dataset_args.debug_subsample.train=300", small]
-    a = prepare_data(config.compose("tokenize", few).cfg)
-    b = prepare_data(config.compose("tokenize", [*few, "dataset=local", f"dataset_args.dataset_name={record['final']['output']}", "dataset_args.train_split.name=train"]).cfg)
+    a = load_tokenized_data(config.compose("tokenize", few).cfg)
+    b = load_tokenized_data(config.compose("tokenize", [*few, "dataset=local", f"dataset_args.dataset_name={record['final']['output']}", "dataset_args.train_split.name=train"]).cfg)
     assert a.train["input_ids"][:] == b.train["input_ids"][:] and a.train["completion_mask"][:] == b.train["completion_mask"][:]
 
 

@@ -82,7 +82,7 @@ def test_the_seeds_command(size, apertus):
     assert run.config_hash(ours) == run.config_hash(seed) == job["hash"]
     typed = {k: str(v) for k, v in (o.split("=", 1) for o in words)}  # and every option of it, one by one
     for key in typed.keys() - {"dataset", "model", "accelerate_config", "wandb.tags"}:
-        assert config.get(ours, key) == config.parse_override(f"{key}={typed[key]}").value, key
+        assert config.get_key(ours, key) == config.parse_override(f"{key}={typed[key]}").value, key
     assert (ours["accelerate_config"], ours["num_nodes"], ours["global_batch_size"]) == (f"ds-zero{SIZES[size]['Z']}", 64, 512)
     assert ours["wandb"]["tags"] == ["prod", "plw", "default", "0-apertus-template"] and ours["dataset_name"] == "apertus-sft-mixture-1"
 

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from post_training import run
+from post_training.core.files import UserError, write_atomic
 from post_training.run import tracking
 
 CODE = """
 import os, sys, time
-from post_training import run, tracking
+from post_training import run
+from post_training.run import tracking
 folder, first, last, end = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 run.truncate_metrics(folder, first - 1)
 t = tracking.Tracker(folder, dict(project="demo", run_name="a run", tags=["x"]), dict(learning_rate=1e-3, hub_token="hf_abcdefghijklmnopqrst")).start()
@@ -87,6 +89,6 @@ def test_disabled_writes_nothing(folder, monkeypatch):
 
 def test_sending_needs_credentials(folder):
     "post-training wandb-sync without an account says what to do"
-    run.write_atomic(folder / "config.yaml", "wandb: {}\n")
-    with pytest.raises(run.UserError, match="wandb login"):
+    write_atomic(folder / "config.yaml", "wandb: {}\n")
+    with pytest.raises(UserError, match="wandb login"):
         tracking.wandb_sync([folder])

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from post_training.core.files import UserError
-from post_training.models.verifiers import exact_match, final_number, json_match, row_verifier, verify
+from post_training.models.verifiers import exact_match, final_number, json_match, row_verifier, run_verifier
 
 # what was written, the right answer, whether it is right
 NUMBERS = [
@@ -60,7 +60,7 @@ def test_a_right_solution_is_right(data_dir):
     ("final_number", None, "without an answer"), ("final_number", "none", "holds no number"), ("regex", "(", "no regular expression"),
     ("json_match", "{", "no JSON"), ("length", "short", "MIN-MAX"), ("exactmatch", "x", "Did you mean 'exact_match'")])
 def test_a_row_that_cannot_be_checked_is_an_error(name, answer, said):
-    with pytest.raises(UserError, match=said): verify(name, "1", answer)
+    with pytest.raises(UserError, match=said): run_verifier(name, "1", answer)
 
 
 def test_texts_and_calls():
@@ -72,9 +72,9 @@ def test_a_pattern_that_takes_too_long_is_the_rows_fault(monkeypatch):
     "It is neither right nor wrong; patterns that Python's own engine never ends with are quick"
     from post_training.preferences.rewards import verifier_scorer
     from post_training.models import verifiers
-    assert verify("regex", "a" * 40 + "b", "(a+)+$") == 0.0
-    with pytest.raises(UserError, match="without nested repetition"): verifiers.regex("a" * 60 + "b", "(a|aa)+$", seconds=.1)
-    monkeypatch.setitem(verifiers.VERIFIERS, "regex", lambda text, answer: verifiers.regex(text, answer, seconds=.1))
+    assert run_verifier("regex", "a" * 40 + "b", "(a+)+$") == 0.0
+    with pytest.raises(UserError, match="without nested repetition"): verifiers.regex_match("a" * 60 + "b", "(a|aa)+$", seconds=.1)
+    monkeypatch.setitem(verifiers.VERIFIERS, "regex", lambda text, answer: verifiers.regex_match(text, answer, seconds=.1))
     row = dict(id="slow", prompt=[], answer="(a|aa)+$", verifier="regex", completions=[dict(content="a" * 60 + "b")] * 50)
     [found] = verifier_scorer().score([row])
     assert found.reason == "regex cannot use the answer"
@@ -84,5 +84,5 @@ def test_a_pattern_that_takes_too_long_is_the_rows_fault(monkeypatch):
 def test_odd_long_texts_take_no_time(text):
     import time
     start = time.perf_counter()
-    verify("final_number", text, "5")
+    run_verifier("final_number", text, "5")
     assert time.perf_counter() - start < 60  # milliseconds; a pattern that goes back and forth would take hours

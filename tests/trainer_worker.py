@@ -79,7 +79,7 @@ def run_case(case, folder):
 
     from post_training.tokens.collate import PackCollator, PadCollator, empty_row
     from post_training.training.arguments import sft_config
-    from post_training.training.objective import Objective
+    from post_training.training.objective import SFTObjective
     from post_training.training.trainer import SFTTrainer
 
     Watched = watched(SFTTrainer)
@@ -91,7 +91,7 @@ def run_case(case, folder):
                 activation_checkpointing=False, eval_strategy="epoch", per_device_eval_batch_size=case["per_device"], save_strategy="no")
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     trainer = Watched(adapted(make_model(), case), sft_config(args | case.get("args", {}), folder, cpu=True, deepspeed=deepspeed), data, make_tokenizer(), collator, empty_row,
-                      Objective(**case["objective"]), eval_dataset=data, bins=bins, eval_bins=bins, write_line=lines.append,
+                      SFTObjective(**case["objective"]), eval_dataset=data, bins=bins, eval_bins=bins, write_line=lines.append,
                       drop_last=case.get("drop_last", False))
     trainer.train(case.get("resume"))
     rank = trainer.accelerator.process_index

@@ -8,9 +8,9 @@ __all__ = ['accelerate_file', 'accelerate_preset', 'world_size', 'batch_arithmet
 # %% ../../nbs/10_config/5_batch.ipynb #9de09f9d
 import contextlib, yaml
 from pathlib import Path
-from ..core.files import UserError, nearest
+from ..core.files import UserError, did_you_mean
 from .schema import CONFIGS
-from .presets import _first_line, preset_names, site_path
+from .presets import first_error_line, preset_names, site_path
 
 # %% ../../nbs/10_config/5_batch.ipynb #0b643d15
 def accelerate_file(
@@ -23,7 +23,7 @@ def accelerate_file(
     with contextlib.suppress(UserError): # outside a checkout there is no root to look below
         if site_path(path).is_file(): return site_path(path)
     if path.parts[-3:-1] == ("configs", "accelerate") and path.stem in known: return CONFIGS/"accelerate"/path.name
-    raise UserError(f"accelerate_config={name} is neither a preset nor a file.{nearest(path.stem, known)} Presets: {', '.join(known)}.")
+    raise UserError(f"accelerate_config={name} is neither a preset nor a file.{did_you_mean(path.stem, known)} Presets: {', '.join(known)}.")
 
 # %% ../../nbs/10_config/5_batch.ipynb #869133d9
 def accelerate_preset(
@@ -32,7 +32,7 @@ def accelerate_preset(
     "An accelerate preset, read"
     path = accelerate_file(name)
     try: preset = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as e: raise UserError(f"accelerate_config={name} cannot be read: {_first_line(e)}") from None
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as e: raise UserError(f"accelerate_config={name} cannot be read: {first_error_line(e)}") from None
     if not isinstance(preset, dict): raise UserError(f"accelerate_config={name} is no file of accelerate's format: it holds no keys.")
     return preset
 

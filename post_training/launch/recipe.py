@@ -4,22 +4,22 @@
 
 # %% auto #0
 __all__ = ['recipe_parameters', 'check_parameters', 'recipe_path', 'own_kernel', 'load_papermill', 'execute_notebook',
-           'closing_line', 'shown_path', 'print_done', 'followed', 'keep_final', 'hand_to_cluster', 'open_task',
-           'rooted', 'check_asked', 'run_recipe', 'execute_run']
+           'closing_line', 'shown_path', 'print_done', 'progress_thread', 'keep_final', 'hand_to_cluster', 'open_task',
+           'absolute_overrides', 'check_stage_config', 'run_recipe', 'execute_run']
 
 # %% ../../nbs/70_launch/7_recipe.ipynb #ae0b6a97
 import ast, contextlib, importlib, json, logging, os, shlex, sys, tempfile, threading
 from pathlib import Path
 from . import slurm
-from ..core.files import UserError, importing, nearest, write_atomic, write_json
+from ..core.files import UserError, gc_paused, did_you_mean, write_atomic, write_json
 from ..core.processes import this_job
-from ..config.overrides import parse_override, quote
-from ..config.presets import groups, project_root, site_path, stage_name
-from ..config.compose import Composed, compose
+from ..config.overrides import parse_override, quote_value
+from ..config.presets import preset_groups, project_root, site_path, stage_name
+from ..config.compose import ComposedConfig, compose
 from ..run.record import final_checkpoint, read_metrics, read_record
 from ..run.attempt import HANDED_OVER, Attempt, close_attempt, open_run
 from .device import visible_gpus
-from .accelerate import HandedOver, JobFailed, preflight, progress, raise_on_sigterm, stop_tree
+from .accelerate import HandedOver, JobFailed, check_launch, show_progress, raise_on_sigterm, stop_tree
 
 # %% ../../nbs/70_launch/7_recipe.ipynb #b9feddda
 def recipe_parameters(
@@ -38,12 +38,12 @@ def recipe_parameters(
 # %% ../../nbs/70_launch/7_recipe.ipynb #01d3cc9f
 def check_parameters(
     path, # a recipe notebook
-    given:dict, # name -> value
+    parameters:dict, # name -> value
 ):
     "Refuse a parameter that the recipe does not have, and a list that was given as text"
     known = recipe_parameters(path)
-    for name, value in given.items():
-        if name not in known: raise UserError(f"{Path(path).name} has no parameter {name!r}.{nearest(name, known)} It has {', '.join(known)}.")
+    for name, value in parameters.items():
+        if name not in known: raise UserError(f"{Path(path).name} has no parameter {name!r}.{did_you_mean(name, known)} It has {', '.join(known)}.")
         if isinstance(known[name], list) and not isinstance(value, (list, tuple)):
             raise UserError(f"{name} is a list and came as {type(value).__name__}. With papermill use -y '{name}: [...]', not -p.")
 
@@ -56,7 +56,7 @@ def recipe_path(
     folder = Path(root or project_root())/"nbs/recipes"
     path = folder/f"{stage}.ipynb"
     known = [p.stem for p in folder.glob("*.ipynb")]
-    if not path.is_file(): raise UserError(f"Stage {stage} has no recipe {path}.{nearest(stage, known)}")
+    if not path.is_file(): raise UserError(f"Stage {stage} has no recipe {path}.{did_you_mean(stage, known)}")
     return path
 
 # %% ../../nbs/70_launch/7_recipe.ipynb #3f6ab4f6
@@ -81,7 +81,7 @@ def load_papermill():
     "The module papermill"
     kept = sys.modules.get("rfc3987_syntax")
     sys.modules.setdefault("rfc3987_syntax", None) # an import of it fails, and `jsonschema` does without
-    with importing(): import papermill
+    with gc_paused(): import papermill
     if kept is None: sys.modules.pop("rfc3987_syntax", None)
     return papermill
 
@@ -150,12 +150,12 @@ def print_done(
 
 # %% ../../nbs/70_launch/7_recipe.ipynb #3e778cf5
 @contextlib.contextmanager
-def followed(run_dir):
+def progress_thread(run_dir):
     "Show the progress of a run from a thread, while this one waits for the notebook"
     if not sys.stderr.isatty(): yield; return
     over = threading.Event()
     def follow():
-        with progress(run_dir) as tick:
+        with show_progress(run_dir) as tick:
             while not over.wait(0.5): tick()
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
@@ -174,15 +174,15 @@ def keep_final(
 
 # %% ../../nbs/70_launch/7_recipe.ipynb #ab95514b
 def hand_to_cluster(
-    composed:Composed, # with cluster.launcher=slurm
+    composed:ComposedConfig, # with cluster.launcher=slurm
     force:bool=False, # begin a finished run anew, from step 0
-)->slurm.Emitted:
+)->slurm.EmittedJob:
     "Make a run's folder and its batch script, submit it where `submit` says so, and print what there is"
-    if composed.cfg["submit"]: slurm.slurm("sbatch", "--version") # nothing is made where nothing can be submitted
+    if composed.cfg["submit"]: slurm.run_slurm("sbatch", "--version") # nothing is made where nothing can be submitted
     made = slurm.emit(composed, force)
     if made.status == "done": print_done(made.run_dir, made.plan.checkpoints_dir); return made
-    for fact in slurm.arithmetic(composed.cfg): print(f"{fact['what']}: {fact['value']}")
-    for doubt in slurm.doubts(composed.cfg): print(f"look again: {doubt}")
+    for fact in slurm.job_arithmetic(composed.cfg): print(f"{fact['what']}: {fact['value']}")
+    for doubt in slurm.config_warnings(composed.cfg): print(f"look again: {doubt}")
     print(f"run {shown_path(made.run_dir)} ({made.status})")
     if composed.cfg["submit"]:
         job, array = slurm.submit(made), slurm.array_of(read_record(made.run_dir))
@@ -196,7 +196,7 @@ def hand_to_cluster(
 
 # %% ../../nbs/70_launch/7_recipe.ipynb #cf2445b3
 def open_task(
-    composed:Composed, # as the recipe composed it
+    composed:ComposedConfig, # as the recipe composed it
     force:bool=False, # begin a finished run anew, from step 0
     attempt:int=0, # join this attempt, which a command opened; 0 opens one
 )->Attempt:
@@ -207,29 +207,30 @@ def open_task(
     return open_run(composed.cfg, origins=composed.origins, overrides=composed.overrides, force=force, attempt=attempt)
 
 # %% ../../nbs/70_launch/7_recipe.ipynb #3ca2e157
-def rooted(
+def absolute_overrides(
     stage:str, # a stage's name
     overrides, # as typed
 )->list[str]: # the same with paths of preset files that are good in the project's folder
     "Overrides that mean the same from the project's folder"
     if isinstance(overrides, str): return overrides # `compose` refuses it
-    known, out = groups(stage_name(stage)), []
+    known, out = preset_groups(stage_name(stage)), []
     for text in map(str, overrides):
         alone = "=" not in text and text.endswith((".yaml", ".yml"))
         typed = None if alone else parse_override(text)
         value = text if alone else typed.value if typed.key in known else ""
         file = Path(value).expanduser() if isinstance(value, str) and value.endswith((".yaml", ".yml")) else None
         if file and file.is_file() and file.resolve() != site_path(value).resolve():
-            text = str(file.resolve()) if alone else f"{typed.key}={quote(str(file.resolve()))}"
+            text = str(file.resolve()) if alone else f"{typed.key}={quote_value(str(file.resolve()))}"
         out.append(text)
     return out
 
 # %% ../../nbs/70_launch/7_recipe.ipynb #24c5163b
-def check_asked(
+def check_stage_config(
     cfg:dict, # composed
 ):
     "Refuse what a stage's own check refuses without a kernel; the stage's module is loaded by name"
-    if cfg["stage"] == "model_merging": importlib.import_module("post_training.stages.model_merging").check_asked(cfg)
+    from post_training.merging.document import check_merge_config
+    if cfg["stage"] == "model_merging": check_merge_config(cfg)
 
 # %% ../../nbs/70_launch/7_recipe.ipynb #ab2e702a
 def run_recipe(
@@ -239,22 +240,22 @@ def run_recipe(
     command:list[str]=None, # as typed, for the record
 )->int: # exit code: 0; faults and mistakes raise
     "Run a stage by its recipe, or hand it to the cluster that its config names, and print where the record is"
-    overrides = rooted(stage, overrides)
+    overrides = absolute_overrides(stage, overrides)
     composed = compose(stage, overrides)
-    check_asked(composed.cfg)
+    check_stage_config(composed.cfg)
     if composed.cfg["cluster"]["launcher"] != "local" and not this_job(): hand_to_cluster(composed, force); return 0
     return execute_run(composed, overrides, force, command)
 
 # %% ../../nbs/70_launch/7_recipe.ipynb #b6a84ed6
 def execute_run(
-    composed:Composed,
+    composed:ComposedConfig,
     overrides, # what the recipe composes anew: as typed, or a frozen file
     force:bool=False, # begin a finished run anew, from step 0
     command:list[str]=None, # as typed, for the record
     opened=lambda attempt: None, # told of the attempt once it is open
 )->int: # exit code: 0; faults and mistakes raise
     "Execute a recipe here, as an attempt of its run"
-    preflight(composed.cfg)
+    check_launch(composed.cfg)
     recipe = recipe_path(composed.stage)
     attempt = open_run(composed.cfg, command, composed.origins, composed.overrides, force)
     if attempt.status == "done": print_done(attempt.run_dir, attempt.checkpoints_dir); return 0
@@ -272,7 +273,7 @@ def _execute_attempt(attempt:Attempt, recipe:Path, parameters:dict):
     "Execute the recipe, then close the attempt with the exit code that its end deserves"
     out, code, said = attempt.attempt_dir/recipe.name, 1, {}
     try:
-        with followed(attempt.run_dir): execute_notebook(recipe, out, parameters)
+        with progress_thread(attempt.run_dir): execute_notebook(recipe, out, parameters)
         keep_final(attempt, out)
         code = 0
     except UserError as e: code, said = 2, dict(error=str(e)); raise

@@ -8,7 +8,7 @@ __all__ = ['SFT_LOSSES', 'has_successor', 'next_values', 'value_mask', 'scored_t
 # %% ../../nbs/05_losses/3_irl.ipynb #4fc03bca
 import torch
 from .logps import at_least_fp32
-from .sft import LOSSES, Part, length_normalised, ln_plw, weights
+from .sft import NLL_LOSSES, LossTerm, length_normalised, ln_plw, token_weights
 
 # %% ../../nbs/05_losses/3_irl.ipynb #72a3b436
 def has_successor(
@@ -47,7 +47,7 @@ def scored_tokens(
     lambda_td:float=0.5, # without the temporal-difference term irl needs no values
 )->torch.Tensor: # bool: tokens whose log-probability (and value) the loss reads
     "What the forward has to score for a loss; everything else can be left out of the head"
-    w_BT = weights(name, prompt_mask_BT, completion_mask_BT, prompt_loss_weight)
+    w_BT = token_weights(name, prompt_mask_BT, completion_mask_BT, prompt_loss_weight)
     return value_mask(w_BT, sequence_BT) if name == "irl" and lambda_td else w_BT > 0
 
 # %% ../../nbs/05_losses/3_irl.ipynb #f4860357
@@ -72,7 +72,7 @@ def irl(
     values_BT:torch.Tensor|None=None, # logsumexp of the logits, where `value_mask` says; needed unless lambda_td is 0
     lambda_td:float=0.5, # weight of the temporal-difference term
     gamma:float=1., # discount
-)->list[Part]: # two parts: prompt, completion
+)->list[LossTerm]: # two parts: prompt, completion
     "Temporal-difference regularised maximum likelihood, normalised as LN-PLW"
     rest = prompt_mask_BT, completion_mask_BT, sequence_BT, prompt_loss_weight, sequence_level
     if lambda_td < 0: raise ValueError(f"lambda_td is {lambda_td}; it must be 0 (plain LN-PLW) or above.")
@@ -81,4 +81,4 @@ def irl(
     return length_normalised(lambda_td*td_terms(logps_BT, values_BT, sequence_BT, gamma) - logps_BT, *rest)
 
 # %% ../../nbs/05_losses/3_irl.ipynb #b80e2b1a
-SFT_LOSSES = {**LOSSES, "irl": irl} # every value that the key `trainer` may have
+SFT_LOSSES = {**NLL_LOSSES, "irl": irl} # every value that the key `trainer` may have

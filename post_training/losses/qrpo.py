@@ -6,14 +6,14 @@
 __all__ = ['TRANSFORMS', 'compared_references', 'quantile', 'mid_rank', 'beta_log_z', 'power_beta_log_z', 'log_beta_log_z',
            'normal_beta_log_z', 'Transform', 'uniform_atoms', 'tied_atoms', 'finite_beta_log_z', 'completion_sums',
            'completion_count', 'effective_beta', 'transform_of', 'check_quantiles', 'rewards_of', 'partition_of',
-           'QRPO', 'qrpo_loss']
+           'QRPOOutput', 'qrpo_loss']
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #da74a5ec
 import math, torch
 from collections.abc import Callable
 from typing import NamedTuple
 from .logps import at_least_fp32, sequence_sums
-from .sft import Part
+from .sft import LossTerm
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #8b63ed5e
 def compared_references(
@@ -116,11 +116,11 @@ TRANSFORMS = { # every value that `transform` may have
 def uniform_atoms(
     n_S:torch.Tensor, # references each completion is compared with
     dtype:torch.dtype=torch.float32, # of the result
-    most:int|None=None, # the largest of `n_S`, where the host knows it; None asks the device
+    max_refs:int|None=None, # the largest of `n_S`, where the host knows it; None asks the device
 )->tuple: # quantiles_SK and weights_SK, with K = max(n) + 1
     "The quantiles k/n, each with probability 1/(n+1): what chance gives where no two rewards are equal"
     n_S1 = n_S[..., None].to(dtype)
-    k_K = torch.arange(int(n_S.max() if most is None else most) + 1, device=n_S.device, dtype=dtype)
+    k_K = torch.arange(int(n_S.max() if max_refs is None else max_refs) + 1, device=n_S.device, dtype=dtype)
     return (k_K/n_S1).clamp(max=1.), torch.where(k_K <= n_S1, 1/(n_S1 + 1), 0.)
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #8e3fa082
@@ -224,17 +224,17 @@ def partition_of(
     partition:str="continuous", # continuous (a uniform quantile) or finite (one of the atoms)
     n_S:torch.Tensor|None=None, # references compared with; needed by finite
     atoms:tuple|None=None, # quantiles_SK and weights_SK of `tied_atoms`; without them finite takes `uniform_atoms`
-    most:int|None=None, # as for `uniform_atoms`: nothing is then read back from the device
+    max_refs:int|None=None, # as for `uniform_atoms`: nothing is then read back from the device
 )->torch.Tensor: # beta log Z of each completion
     "beta log Z by the name of the partition"
     if partition == "continuous": return transform_of(transform).beta_log_z(beta_S)
     if partition != "finite": raise ValueError(f"unknown partition '{partition}'; there are continuous, finite.")
     if n_S is None: raise ValueError("partition 'finite' needs n_refs_S, the references behind each quantile.")
-    quantiles_SK, weights_SK = (x.to(beta_S.dtype) for x in (atoms or uniform_atoms(n_S, beta_S.dtype, most)))
-    return finite_beta_log_z(beta_S, rewards_of(quantiles_SK, transform, n_S[..., None], checked=most is not None), weights_SK)
+    quantiles_SK, weights_SK = (x.to(beta_S.dtype) for x in (atoms or uniform_atoms(n_S, beta_S.dtype, max_refs)))
+    return finite_beta_log_z(beta_S, rewards_of(quantiles_SK, transform, n_S[..., None], checked=max_refs is not None), weights_SK)
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #a561984c
-class QRPO(NamedTuple):
+class QRPOOutput(NamedTuple):
     "The loss of a micro-batch, and what it was made of (without gradient; 0 in slots that are not used)"
     parts: list # one Part: sum over completions, their number
     used_S: torch.Tensor # bool: the slot holds a completion
@@ -258,8 +258,8 @@ def qrpo_loss(
     normalize_beta_by_length:bool=False, # beta/|y|, in every term
     normalize_loss_by_length:bool=False, # loss/|y|
     max_effective_beta:float|None=None, # bound on beta after normalisation
-    most_refs:int|None=None, # the largest of `n_refs_S`, from a host that has checked the quantiles too: nothing is then read back from the device
-)->QRPO: # parts and metrics
+    max_refs:int|None=None, # the largest of `n_refs_S`, from a host that has checked the quantiles too: nothing is then read back from the device
+)->QRPOOutput: # parts and metrics
     "(f(q) - beta log Z - beta (log pi - log pi_ref))^2, summed over completions"
     used_S, logps_S = lengths_S > 0, at_least_fp32(logps_S)
     log_ratio_S = torch.where(used_S, logps_S - ref_logps_S.to(logps_S.dtype), 0.)
@@ -267,10 +267,10 @@ def qrpo_loss(
     if n_refs_S is not None: n_refs_S = torch.where(used_S, n_refs_S, 1)
     if atoms is not None: atoms = tuple(torch.where(used_S[:, None], x, 1.) for x in atoms)
     beta_S, clamped = effective_beta(beta, lengths_S, normalize_beta_by_length, max_effective_beta, logps_S.dtype)
-    reward_S = rewards_of(quantiles_S, transform, n_refs_S, checked=most_refs is not None)
-    log_z_S = partition_of(beta_S, transform, partition, n_refs_S, atoms, most_refs)
+    reward_S = rewards_of(quantiles_S, transform, n_refs_S, checked=max_refs is not None)
+    log_z_S = partition_of(beta_S, transform, partition, n_refs_S, atoms, max_refs)
     loss_S = (reward_S - log_z_S - beta_S*log_ratio_S)**2
     if normalize_loss_by_length: loss_S = loss_S/lengths_S.clamp(min=1)
-    part = Part(torch.where(used_S, loss_S, 0.).sum(), completion_count(lengths_S)[0], 1.)
+    part = LossTerm(torch.where(used_S, loss_S, 0.).sum(), completion_count(lengths_S)[0], 1.)
     told = [torch.where(used_S, x.detach(), 0.) for x in (reward_S - log_z_S, log_ratio_S, log_z_S + beta_S*log_ratio_S, beta_S)]
-    return QRPO([part], used_S, *told, clamped)
+    return QRPOOutput([part], used_S, *told, clamped)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TURN_MARKS', 'VLLM_FIELDS', 'KEY_VARIABLE', 'prompts_as_ids', 'prompt_lengths', 'plan_lengths', 'too_long',
            'call_stops', 'written_blocks', 'answer_content', 'sample_seeds', 'check_sampling', 'transformers_backend',
-           'ServerFailed', 'base_url', 'is_local', 'http_json', 'refusal', 'ask', 'served_model', 'checked_choices',
-           'in_threads', 'server_backend', 'token_rate', 'kept_completions', 'completions_maker']
+           'ServerFailed', 'base_url', 'is_local', 'http_json', 'request_error', 'request_with_retries', 'served_model',
+           'checked_choices', 'in_threads', 'server_backend', 'token_rate', 'kept_completions', 'completions_batch_fn']
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #88d49fcb
 import ipaddress, json, os, queue, re, threading, time, urllib.error, urllib.parse, urllib.request
@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 from http.client import HTTPException
 from ..core.files import UserError, redact
 from ..core.shards import seed_of
-from ..data.swissai import block, is_structured
+from ..data.swissai import make_block, is_structured
 from ..tokens.templates import wants_blocks
 from ..tokens.masks import Refused, encoder_for
 from ..tokens.completions import encode_completions
-from .rows import completion, text_content
+from .rows import make_completion, text_content
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #3b70df7d
 def prompts_as_ids(
@@ -102,7 +102,7 @@ def answer_content(
     ends = marked or bool(ids) and tokenizer.decode(ids[:-1], skip_special_tokens=True) == answer["text"] # a server may leave the stop token out
     found = written_blocks(tokenizer, ids[:-1] if ends else ids)
     if isinstance(found, str): return None, found
-    if blocks: return dict(blocks=[block(kind, text) for kind, text in found]), None
+    if blocks: return dict(blocks=[make_block(kind, text) for kind, text in found]), None
     if any(kind == "thoughts" for kind, _ in found): return None, "thoughts in a plain row"
     return "".join(text for _, text in found), None
 
@@ -140,8 +140,8 @@ def transformers_backend(
     share_prompts:bool=True, # read each prompt once for all its samples
 )->Callable: # complete(prompts, n, seeds)
     "Completions by a model in this process"
-    from post_training.models.generate import check_prompts, complete_batch, row_noise, stop_ids
-    stop, pad = stop_ids(model.eval(), call_stops(tokenizer) if extra_stop is None else extra_stop), tokenizer.pad_token_id
+    from post_training.models.generate import check_prompts, complete_batch, row_noise, model_stop_ids
+    stop, pad = model_stop_ids(model.eval(), call_stops(tokenizer) if extra_stop is None else extra_stop), tokenizer.pad_token_id
     def complete(prompts, n, seeds):
         check_sampling(n, max_new_tokens, temperature, top_p)
         check_prompts(model, prompts, max_new_tokens)
@@ -206,11 +206,11 @@ def http_json(
     except ValueError: return status, text
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #0a1f1e3c
-def refusal(
+def request_error(
     status:int, # 4xx, or a redirect
     answer, # of the server
     url:str, # base address
-    asked:str="", # model that was asked for
+    requested_model:str="", # model that was asked for
     tokens:int=0, # of the prompt
     max_new_tokens:int=0,
     secret:str|None=None, # removed from what is shown
@@ -226,14 +226,14 @@ def refusal(
     if re.search(r"prompt\W+(must|should) be a (valid )?string|string_type", low):
         return UserError(f"{at} takes no token ids as a prompt. Use one that does, such as vllm serve, or backend=transformers. {said}")
     if re.search(r"model\b.*(does not exist|not found)|pinned to|unknown model", low):
-        return UserError(f"{at} does not serve {asked!r}. Set server.model to a name that it lists. {said}")
+        return UserError(f"{at} does not serve {requested_model!r}. Set server.model to a name that it lists. {said}")
     if status in (404, 405) or 300 <= status < 400: return UserError(f"{at} has no /v1/completions: server.url is the address before /v1. {said}")
     if re.search(r"unexpected field|extra (fields|inputs)|unrecognized", low):
         return UserError(f"{at} does not take vLLM's fields of a request. Use vllm serve, or backend=transformers. {said}")
     return UserError(f"{at} refuses a request. {said}")
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #b003a0c2
-def ask(
+def request_with_retries(
     url:str, # base address
     path:str, # below it
     body:dict|None=None, # to post; None: get
@@ -241,7 +241,7 @@ def ask(
     timeout:float=1800., # seconds for one answer
     retries:int=6, # after the first try
     pause:float=1., # seconds before the second try; doubled each time, up to 30
-    **asked, # of `refusal`
+    **asked, # of `request_error`
 )->dict: # the answer
     "Ask a server, again where it could not answer"
     for k in range(retries + 1):
@@ -250,7 +250,7 @@ def ask(
         except (OSError, HTTPException) as e: problem = f"{type(e).__name__}: {getattr(e, 'reason', None) or e}"; continue
         if status == 200 and isinstance(answer, dict): return answer
         problem = f"it says ({status}) {str(answer)[:200]}"
-        if 300 <= status < 500 and status not in (408, 409, 425, 429): raise refusal(status, answer, url, secret=key, **asked)
+        if 300 <= status < 500 and status not in (408, 409, 425, 429): raise request_error(status, answer, url, secret=key, **asked)
     problem = redact(problem.replace(key, "[redacted]") if key else problem)
     raise ServerFailed(f"The server at {url} did not answer {path} in {retries + 1} tries: {problem}. Look at its log. What is saved is kept.")
 
@@ -259,10 +259,10 @@ def served_model(
     url:str, # base address
     model:str|None=None, # its name; None: the only one that the server lists
     max_seq_len:int|None=None, # tokens of prompt and completion that it has to take
-    **tries, # timeout, retries and pause of `ask`
+    **tries, # timeout, retries and pause of `request_with_retries`
 )->str: # the name to ask for
     "The name of the model that a server has, checked"
-    try: found = ask(url, "/v1/models", key=os.environ.get(KEY_VARIABLE), **{"timeout": 60., "retries": 3, **tries})
+    try: found = request_with_retries(url, "/v1/models", key=os.environ.get(KEY_VARIABLE), **{"timeout": 60., "retries": 3, **tries})
     except ServerFailed as e: raise UserError(f"No server answers at {url}: start it, or set server.url. {e}") from e
     except UserError as e: raise UserError(str(e).replace("/v1/completions", "/v1/models")) from e
     cards = {c["id"]: c for c in found.get("data") or [] if isinstance(c, dict) and isinstance(c.get("id"), str)}
@@ -324,14 +324,14 @@ def server_backend(
     concurrency:int=64, # requests at a time
     samples_per_request:int=1,
     fields:dict=VLLM_FIELDS, # beside those of OpenAI's interface
-    **tries, # timeout, retries and pause of `ask`
+    **tries, # timeout, retries and pause of `request_with_retries`
 )->Callable: # complete(prompts, n, seeds)
     "Completions by an OpenAI-compatible server that takes token ids"
     url, key = base_url(url), os.environ.get(KEY_VARIABLE)
     fixed = dict(model=model, max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, **fields, **({"stop_token_ids": list(stop)} if stop else {}))
     def one(job):
         prompt, seed, k = job
-        answer = ask(url, "/v1/completions", dict(fixed, prompt=list(prompt), n=k, seed=seed), key, **tries, asked=model, tokens=len(prompt), max_new_tokens=max_new_tokens)
+        answer = request_with_retries(url, "/v1/completions", dict(fixed, prompt=list(prompt), n=k, seed=seed), key, **tries, error_facts=model, tokens=len(prompt), max_new_tokens=max_new_tokens)
         return [dict(c, seed=seed) for c in checked_choices(answer, k, len(prompt), url)]
     def complete(prompts, n, seeds):
         check_sampling(n, max_new_tokens, temperature, top_p)
@@ -369,12 +369,12 @@ def kept_completions(
     for answer, seed in zip(answers, seeds):
         content, why = answer_content(tokenizer, answer, blocks)
         if why: lost[why] += 1; continue
-        out.append(completion(content, policy=policy, is_reference_completion=True, finish_reason=answer["finish_reason"], token_ids=answer["ids"],
+        out.append(make_completion(content, policy=policy, is_reference_completion=True, finish_reason=answer["finish_reason"], token_ids=answer["ids"],
                               seed=answer.get("seed", seed), prompt_tokens=len(prompt)))
     return out, dict(sorted(lost.items()))
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #c2498ff1
-def completions_maker(
+def completions_batch_fn(
     rows, # in row form; `rows[i]` is a row
     tokenizer, # with a chat template
     complete:Callable, # of `transformers_backend` or `server_backend`

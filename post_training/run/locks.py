@@ -9,7 +9,7 @@ __all__ = ['is_live', 'hold_run', 'release_run', 'join_run']
 import fcntl, os
 from pathlib import Path
 from ..core.files import UserError
-from ..core.processes import _try_lock, die_with_parent
+from ..core.processes import try_lock, die_with_parent
 
 # %% ../../nbs/15_run/4_locks.ipynb #5a9c6d5c
 _HELD = {} # run folder -> open lock file of this process
@@ -34,8 +34,8 @@ def hold_run(
     "Keep other attempts out for as long as this process lives, or raise where one is at work"
     run_dir = Path(run_dir)
     release_run(run_dir)
-    lock = _try_lock(run_dir/".lock", fcntl.LOCK_EX)
-    workers = lock and _try_lock(run_dir/".workers", fcntl.LOCK_EX)
+    lock = try_lock(run_dir/".lock", fcntl.LOCK_EX)
+    workers = lock and try_lock(run_dir/".workers", fcntl.LOCK_EX)
     if workers: workers.close()
     else:
         if lock: lock.close()
@@ -57,6 +57,6 @@ def join_run(
     "What a training process calls first: die with its launcher, and keep other attempts out until then"
     if "POST_TRAINING_ATTEMPT" in os.environ or "LOCAL_RANK" in os.environ: die_with_parent()
     run_dir, first = Path(run_dir), os.environ.get("RANK", "0") == "0"
-    locks = [_try_lock(run_dir/".workers", fcntl.LOCK_SH, 5.)] + ([_try_lock(run_dir/".worker0", fcntl.LOCK_EX, 5.)] if first else [])
+    locks = [try_lock(run_dir/".workers", fcntl.LOCK_SH, 5.)] + ([try_lock(run_dir/".worker0", fcntl.LOCK_EX, 5.)] if first else [])
     if not all(locks): raise UserError(f"Another attempt is at work on {run_dir}. Wait for it or stop it.")
     _HELD[f"{run_dir} (worker)"] = locks

@@ -9,7 +9,7 @@ __all__ = ['rows_hash', 'written_by', 'check_output', 'write_rows', 'write_table
 import json, shutil
 from pathlib import Path
 from .. import config, run
-from ..core.files import MANIFEST, UserError, locked
+from ..core.files import MANIFEST, UserError, file_lock
 
 # %% ../../nbs/65_stages/1_output.ipynb #d07f238a
 def rows_hash(
@@ -53,7 +53,7 @@ def write_rows(
     if task.status == "done": return str(run.read_record(task.run_dir)["final"]["output"])
     where = check_output(cfg)
     if where.startswith("hub:"): return save_rows(DatasetDict(splits), where)
-    with locked(Path(where).parent/f".{Path(where).name}.lock"):
+    with file_lock(Path(where).parent/f".{Path(where).name}.lock"):
         check_output(cfg) # another run may have come first
         for left in Path(where).parent.glob(f".tmp-{Path(where).name}-*"): shutil.rmtree(left, ignore_errors=True) # of a killed save: the lock is ours
         facts |= dict(run_hash=task.hash, rows_hash=rows_hash(cfg), stage=cfg["stage"], rows={k: len(v) for k, v in splits.items()})

@@ -10,9 +10,9 @@ __all__ = ['EncodedCompletion', 'EncodedRow', 'chat_for', 'prompt_chats', 'cut_c
 from dataclasses import dataclass
 import numpy as np
 from ..data.messages import MalformedRow, UnsupportedContent, content_text, plain_text
-from ..data.swissai import plain_messages, structured
+from ..data.swissai import plain_messages, to_structured
 from .templates import wants_blocks
-from .masks import Refused, encoder_for, options_of, tokenize_chats
+from .masks import Refused, encoder_for, template_options, tokenize_chats
 
 # %% ../../nbs/25_tokens/10_completions.ipynb #5d50e390
 @dataclass
@@ -37,7 +37,7 @@ def chat_for(
 )->list[dict]|Refused: # in the format that the template takes
     "A conversation in the format of a tokenizer's template"
     try:
-        if wants_blocks(tokenizer.chat_template): return structured(messages)
+        if wants_blocks(tokenizer.chat_template): return to_structured(messages)
         return [dict(m, content=plain_text(m["content"])) for m in plain_messages(messages)]
     except MalformedRow as e: return Refused(f"malformed: {e}", str(e))
     except UnsupportedContent as e: return Refused(f"unsupported_roles: {e}", f"{e}; the chat template takes plain texts only")
@@ -50,7 +50,7 @@ def prompt_chats(
     allow_control_tokens_in_content:bool=False, # as for `tokenize_chats`
 )->list: # list of ids, or a `Refused`, for each
     "The ids that a model is given for each prompt"
-    self, options = encoder_for(tokenizer), options_of(ask=True)
+    self, options = encoder_for(tokenizer), template_options(add_generation_prompt=True)
     out = [self.verify(c, t, False, options) for c, t in zip(chats, self.render(chats, add_generation_prompt=True))]
     at = [i for i, v in enumerate(out) if not isinstance(v, Refused)]
     for i, v in zip(at, self.finish([out[i] for i in at], allow_control_tokens_in_content)): out[i] = v

@@ -12,7 +12,7 @@ import hashlib, json, weakref
 from functools import lru_cache
 from pathlib import Path
 from ..core.files import UserError
-from ..data.swissai import structured
+from ..data.swissai import to_structured
 from .templates import template_text, wants_blocks
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #97f3cb0c
@@ -140,7 +140,7 @@ def sample_messages(
     "A short conversation to try a template with"
     out = [dict(role="user", content="Name a city."), dict(role="assistant", content="Bern.")]
     if system: out.insert(0, dict(role="system", content="Be brief."))
-    return structured(out) if wants_blocks(tokenizer.chat_template) else out
+    return to_structured(out) if wants_blocks(tokenizer.chat_template) else out
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #b813d847
 def check_bos(
