@@ -18,7 +18,9 @@ def split_arguments(
     values:tuple=(), # options with a value
 )->tuple[list[str], dict]: # words, option -> value (True for a flag)
     "Separate words from options; an unknown option is refused with the nearest"
-    words, options, left = [], {}, list(argv)
+    words = []
+    options = {}
+    left = list(argv)
     while left:
         word = left.pop(0)
         name, equals, value = word.removeprefix("--").partition("=")
@@ -26,7 +28,9 @@ def split_arguments(
         elif name in flags and not equals: options[name] = True
         elif name in values and (equals or left): options[name] = value if equals else left.pop(0)
         elif name in values: raise UserError(f"--{name} needs a value.")
-        else: raise UserError(f"There is no option {word}.{did_you_mean(word, [f'--{o}' for o in (*flags, *values)])} Overrides have no dashes: key=value.")
+        else:
+            raise UserError(f"There is no option {word}.{did_you_mean(word, [f'--{o}' for o in (*flags, *values)])} "
+                            "Overrides have no dashes: key=value.")
     return words, options
 
 # %% ../nbs/80_entry/3_cli.ipynb #069f728f
@@ -68,11 +72,13 @@ def print_stage_help(
     from post_training.config.schema import CONFIGS
     from post_training.config.presets import preset_groups, preset_names, stage_name
     stage = stage_name(stage)
-    print(f"post-training {stage} [key=value ...] [--dry-run] [--force]\n\n{stage_line(stage)}\nConfig: {os.path.relpath(CONFIGS/f'{stage}.yaml')}\n")
+    print(f"post-training {stage} [key=value ...] [--dry-run] [--force]\n\n{stage_line(stage)}\nConfig: "
+          f"{os.path.relpath(CONFIGS/f'{stage}.yaml')}\n")
     for group, chosen in {**preset_groups(stage), "accelerate_config": "single"}.items():
         names = preset_names("accelerate" if group == "accelerate_config" else group)
         print(f"  {group}=  {', '.join(n + ' (default)' * (n == chosen) for n in names)}")
-    print(f"\n`post-training {stage} --dry-run` prints every key with its value. A value with spaces, commas or brackets is quoted twice: 'key=\"a b\"'.")
+    print(f"\n`post-training {stage} --dry-run` prints every key with its value. A value with spaces, commas or "
+          "brackets is quoted twice: 'key=\"a b\"'.")
 
 # %% ../nbs/80_entry/3_cli.ipynb #c557cffa
 PREVIEWED = ("dataset_mixture", "dataset_split") # stages whose result is cheap enough to be shown before
@@ -110,9 +116,11 @@ def dry_run(
     print(yaml.safe_dump(redact(composed.cfg), sort_keys=False, allow_unicode=True), end="")
     differs = [dict(key=k, preset=a, here=b) for k, (a, b) in diff_from_presets(composed).items()]
     chosen = ", ".join(f"{group}={name}" for group, name in composed.choices.items())
-    parts = {"notices": "\n".join(composed.notices), "presets": chosen, "differs from the presets": as_table(differs) if differs else "nothing",
+    parts = {"notices": "\n".join(composed.notices), "presets": chosen,
+             "differs from the presets": as_table(differs) if differs else "nothing",
              "run": f"{plan.run_dir}\n{plan.status}: {plan.why}\ncheckpoints {plan.checkpoints_dir}",
-             "batch": ", ".join(f"{k} {v}" for k, v in batch_arithmetic(composed.cfg).items()) if composed.stage in TRAINING_STAGES else "",
+             "batch": ", ".join(
+        f"{k} {v}" for k, v in batch_arithmetic(composed.cfg).items()) if composed.stage in TRAINING_STAGES else "",
              "preview": preview_of(composed.cfg), **dry_run_parts(composed)}
     for title, text in parts.items():
         if text: print("\n".join([f"\n# {title}", *(f"#   {line}" for line in text.split("\n"))]))
@@ -129,11 +137,16 @@ def runs_command(
     words, o = split_arguments(argv, (), ("stage", "status", "text", "sort"))
     actions = dict(list=None, show=1, diff=2, verify=None, keep=None, gc=None)
     action, names = (words[0], words[1:]) if words else ("list", [])
-    if action not in actions: raise UserError(f"There is no `runs {action}`.{did_you_mean(action, actions)} There are {', '.join(actions)}.")
-    if actions[action] not in (None, len(names)): raise UserError(f"`runs {action}` takes {actions[action]} run{'s' * (actions[action] > 1)}; {len(names)} given.")
-    if action == "keep" and len(names) not in (1, 2): raise UserError("`runs keep` takes a run, and a name for the copy.")
+    if action not in actions:
+        raise UserError(f"There is no `runs {action}`.{did_you_mean(action, actions)} There are {', '.join(actions)}.")
+    if actions[action] not in (None, len(names)):
+        raise UserError(f"`runs {action}` takes {actions[action]} run{'s' * (actions[action] > 1)}; {len(names)} "
+                        "given.")
+    if action == "keep" and len(names) not in (1, 2):
+        raise UserError("`runs keep` takes a run, and a name for the copy.")
     found = [run.find_run(n) for n in names[:1 if action == "keep" else None]]
-    shown = list(dict.fromkeys(["run", "stage", "job_subdir", "status", "attempts", "started", "loss", "accuracy", *([o["sort"].lstrip("-")] if "sort" in o else [])]))
+    shown = list(dict.fromkeys(["run", "stage", "job_subdir", "status", "attempts", "started", "loss", "accuracy",
+                                *([o["sort"].lstrip("-")] if "sort" in o else [])]))
     if action == "list": print(report.as_table(report.runs_table(**o), shown))
     if action == "show": show_command(found[0])
     if action == "diff": print(report.as_table(report.diff_runs(*found)))
@@ -177,7 +190,8 @@ def gc_command(
     print(total if going else "nothing to free", flush=True)
     if not going: return 0
     if "yes" not in o:
-        if not sys.stdin.isatty(): raise UserError("Nothing was deleted: there is no terminal to ask at. Add --yes if that is what you want.")
+        if not sys.stdin.isatty():
+            raise UserError("Nothing was deleted: there is no terminal to ask at. Add --yes if that is what you want.")
         if input("Delete? [y/N] ").strip().lower() not in ("y", "yes"): print("nothing was deleted"); return 0
     print(f"{format_bytes(delete_checkpoints(going))} freed")
     return 0
@@ -191,7 +205,8 @@ def jobs_command(
     from post_training.view.report import as_table
     from post_training.run.find import find_run
     names, o = split_arguments(argv, ("all",), ("lines",))
-    if not str(o.get("lines", 20)).isdigit(): raise UserError(f"--lines {o['lines']}: it takes a whole number from 0 on.")
+    if not str(o.get("lines", 20)).isdigit():
+        raise UserError(f"--lines {o['lines']}: it takes a whole number from 0 on.")
     rows, notice = job_rows(names, "all" in o)
     if notice: print(notice)
     if not rows: print("no job of a run here waits or runs; --all lists those that ended"); return 0
@@ -200,7 +215,8 @@ def jobs_command(
         told = [r["why"], "" if names else r["line"]]
         if any(told): print("\n".join([f"\n{r['job']} {r['run']}", *(f"  {t}" for t in told if t)]))
     for n in names:
-        for name, lines in job_tails(find_run(n), int(o.get("lines", 20))).items(): print("\n".join([f"\n== {name} of {find_run(n).name}", *lines]))
+        for name, lines in job_tails(find_run(n), int(o.get("lines", 20))).items():
+            print("\n".join([f"\n== {name} of {find_run(n).name}", *lines]))
     return 0
 
 # %% ../nbs/80_entry/3_cli.ipynb #039e1ec6
@@ -218,7 +234,9 @@ def plan_command(
     print(f"plan {plan.name}\n{as_table(plan_rows(plan))}\n{plan_total(plan)}", flush=True)
     for n in notices: print(f"! {n}")
     if "dry-run" in o:
-        for s in plan.stages: print("\n".join([f"\n{s.name}", *(f"  {shown_path(r.plan.run_dir)}  {r.state}" for r in plan.runs[s.name])]))
+        for s in plan.stages:
+            print("\n".join([f"\n{s.name}",
+                             *(f"  {shown_path(r.plan.run_dir)}  {r.state}" for r in plan.runs[s.name])]))
         return 0
     print()
     run_plan(plan)
@@ -274,12 +292,15 @@ def dispatch(
         print(__version__); return 0
     own_help = dict(inspect=inspect_command, chat=chat_command)
     if argv[0] in own_help: return own_help[argv[0]](argv[1:])
-    if argv[0] in COMMANDS and {"-h", "--help"} & {*argv[1:]}: print(f"post-training {argv[0]}: {COMMANDS[argv[0]]}"); return 0
+    if argv[0] in COMMANDS and {"-h", "--help"} & {*argv[1:]}:
+        print(f"post-training {argv[0]}: {COMMANDS[argv[0]]}"); return 0
     called = {"plan": plan_command, "jobs": jobs_command, "runs": runs_command, "wandb-sync": sync_command}
     if argv[0] in called: return called[argv[0]](argv[1:])
     from post_training.config.presets import stage_names
     if argv[0].replace("-", "_") not in stage_names():
-        raise UserError(f"There is no stage or command {argv[0]!r}.{did_you_mean(argv[0].replace('-', '_'), [*stage_names(), *COMMANDS])} `post-training --help` lists them.")
+        raise UserError("There is no stage or command "
+                        f"{argv[0]!r}.{did_you_mean(argv[0].replace('-', '_'), [*stage_names(), *COMMANDS])} "
+                        "`post-training --help` lists them.")
     return stage_command(argv[0].replace("-", "_"), argv[1:])
 
 # %% ../nbs/80_entry/3_cli.ipynb #a91b29ff

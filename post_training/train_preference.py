@@ -15,8 +15,8 @@ from pathlib import Path
 from . import config, run
 from .core.files import UserError, atomic_dir, exit_fast, file_lock, write_manifest
 from .stages.tokenized_data import TokenizedData, load_tokenized_data
-from .stages.training import (
-    TrainingStage, RankContext, collator_of, load_base, load_policy, run_training_stage as work, from_rank0, trainer_options, trl_args)
+from .stages.training import (TrainingStage, RankContext, collator_of, load_base, load_policy,
+                                           run_training_stage as work, from_rank0, trainer_options, trl_args)
 
 # %% ../nbs/80_entry/2_train_preference.ipynb #7e7349bc
 def demo_pair(
@@ -30,10 +30,12 @@ def demo_pair(
     rewards = [b["reward"] for b in student]
     if len({*rewards}) < 2: return None
     good, bad = (next(b for b in student if b["reward"] == r) for r in (1., 0.))
-    sides = dict(chosen=[dict(role="assistant", content=said(good))], rejected=[dict(role="assistant", content=said(bad))])
+    sides = dict(chosen=[dict(role="assistant", content=said(good))],
+                 rejected=[dict(role="assistant", content=said(bad))])
     known = {k: row[k] for k in ("source", "answer", "verifier", "skill")}
-    return dict(known, id=row["conversation_id"], prompt=prompt, **sides, chosen_reward=1., rejected_reward=0., ref_rewards=rewards, chosen_is_reference=True,
-                rejected_is_reference=True, chosen_quantile_reward=1., rejected_quantile_reward=rewards.count(0.)/len(rewards))
+    return dict(known, id=row["conversation_id"], prompt=prompt, **sides, chosen_reward=1., rejected_reward=0.,
+                ref_rewards=rewards, chosen_is_reference=True, rejected_is_reference=True, chosen_quantile_reward=1.,
+                rejected_quantile_reward=rewards.count(0.)/len(rewards))
 
 # %% ../nbs/80_entry/2_train_preference.ipynb #f8e7b3cf
 def ensure_pairs(
@@ -80,7 +82,8 @@ def chosen_chats(
             prompt, chosen, _ = pair_messages(raw[i])
             talk = [*prompt, dict(role="assistant", content=chosen)]
             if check_messages(talk): continue # among others contents of several types, which Arrow does not take
-        except (MalformedRow, UnsupportedContent, KeyError, TypeError, AttributeError): continue # counted when it is tokenized
+        except (MalformedRow, UnsupportedContent, KeyError, TypeError, AttributeError):
+            continue # counted when it is tokenized
         out.append(dict(messages=talk))
     return Dataset.from_list(out)
 
@@ -91,7 +94,8 @@ def unused_columns(
     "What the rows bring that pairs have no place for"
     if "tools" not in raw.column_names: return []
     n = sum(tools not in (None, "", "[]", []) for tools in raw["tools"][:])
-    return [f"{n} of {len(raw)} pairs have tools in a column of their own, which is not read: prompts are rendered without them. Put them into a developer message."]*bool(n)
+    return [f"{n} of {len(raw)} pairs have tools in a column of their own, which is not read: prompts are "
+            "rendered without them. Put them into a developer message."]*bool(n)
 
 # %% ../nbs/80_entry/2_train_preference.ipynb #beb90b26
 def load_tokenized_pairs(
@@ -102,7 +106,10 @@ def load_tokenized_pairs(
     ensure_pairs(cfg)
     o, notices = preference_objective(cfg), []
     def chats(raw): notices.extend(unused_columns(raw)); return chosen_chats(raw)
-    data = load_tokenized_data(cfg, partial(cached_pairs, reference=o.needs_reference and cfg["training_args"]["ref_logprobs_from_dataset"], rewards=o.qrpo), chats)
+    data = load_tokenized_data(cfg,
+                               partial(cached_pairs,
+                                       reference=o.needs_reference and cfg["training_args"][
+        "ref_logprobs_from_dataset"], rewards=o.qrpo), chats)
     data.notices += notices
     return data
 
@@ -115,8 +122,9 @@ def pair_examples(
     from post_training.tokens.collate import pair_sides
     from post_training.tokens.colours import token_runs
     rows = data.train.select(range(min(n, len(data.train))))
-    return [dict(row_id=f"{r['row_id']} {side}", source=r.get("source"), runs=token_runs(data.tokenizer, s["input_ids"], s["completion_mask"]))
-            for r in rows for side, s in zip(("chosen", "rejected"), pair_sides(r))]
+    return [dict(row_id=f"{r['row_id']} {side}", source=r.get("source"),
+                 runs=token_runs(data.tokenizer, s["input_ids"], s["completion_mask"])) for r in rows
+            for side, s in zip(("chosen", "rejected"), pair_sides(r))]
 
 # %% ../nbs/80_entry/2_train_preference.ipynb #faccead9
 def reference_key(
@@ -128,7 +136,8 @@ def reference_key(
     "What identifies computed log-probabilities of a split"
     name = reference_name(w.cfg)
     weights = run.path_fingerprint(name) if Path(name).is_dir() else name
-    what = [data.paths[split].rsplit("/", 1)[-1], data.fingerprints, weights, auto, preference_objective(w.cfg).ld_alpha, w.cfg["training_args"].get("packing")]
+    what = [data.paths[split].rsplit("/", 1)[-1], data.fingerprints, weights, auto,
+            preference_objective(w.cfg).ld_alpha, w.cfg["training_args"].get("packing")]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 # %% ../nbs/80_entry/2_train_preference.ipynb #a37c90ad
@@ -136,7 +145,8 @@ def reference_name(
     cfg:dict, # composed
 )->str: # a folder or a hub name
     "The reference model: the one that is named, else the one that training begins with"
-    return run.base_model(cfg["ref_model_args"]["model_name_or_path"] or cfg["model_args"]["model_name_or_path"], cfg["runs_dir"])[0]
+    return run.base_model(cfg["ref_model_args"]["model_name_or_path"] or cfg["model_args"]["model_name_or_path"],
+                          cfg["runs_dir"])[0]
 
 # %% ../nbs/80_entry/2_train_preference.ipynb #ab8a536a
 def adapters_off(
@@ -158,20 +168,28 @@ def compute_reference(
     from post_training.training.trainer import SFTTrainer
     splits = [s for s in ("train", "eval") if getattr(data, s) is not None]
     files = {s: w.checkpoints_dir/f"reference-{s}.npz" for s in splits}
-    keys = from_rank0(dict(world_size=w.world_size, rank=w.rank), lambda: {s: reference_key(w, data, auto, s) for s in splits})
+    keys = from_rank0(dict(world_size=w.world_size, rank=w.rank),
+                      lambda: {s: reference_key(w, data, auto, s) for s in splits})
     def kept(s):
         try: return str(np.load(files[s])["key"]) == keys[s]
         except (OSError, ValueError, KeyError): return False
-    if from_rank0(dict(world_size=w.world_size, rank=w.rank), lambda: all(map(kept, splits))): return {s: np.load(files[s])["logps"] for s in splits}
+    if from_rank0(dict(world_size=w.world_size, rank=w.rank), lambda: all(map(kept, splits))):
+        return {s: np.load(files[s])["logps"] for s in splits}
     with tempfile.TemporaryDirectory() as d:
         args = trl_args(PREFERENCE_STAGE, w, auto)
-        args.output_dir, args.eval_strategy, args.eval_on_start = d, "no", False
-        model = load_policy(w, auto, data.tokenizer) if adapters_off(w.cfg) else load_base(w, auto, data.tokenizer, w.cfg["ref_model_args"]["model_name_or_path"])
-        trainer = SFTTrainer(model, args, data.train, data.tokenizer, PairCollator(collator_of(w.cfg, data.tokenizer)), empty_pair, preference_objective(w.cfg))
-        with model.disable_adapter() if adapters_off(w.cfg) else contextlib.nullcontext(): found = {s: reference_logps(trainer, getattr(data, s)) for s in splits}
+        args.output_dir = d
+        args.eval_strategy = "no"
+        args.eval_on_start = False
+        model = (load_policy(w, auto, data.tokenizer) if adapters_off(w.cfg)
+                 else load_base(w, auto, data.tokenizer, w.cfg["ref_model_args"]["model_name_or_path"]))
+        trainer = SFTTrainer(model, args, data.train, data.tokenizer, PairCollator(collator_of(w.cfg, data.tokenizer)),
+                             empty_pair, preference_objective(w.cfg))
+        with model.disable_adapter() if adapters_off(w.cfg) else contextlib.nullcontext():
+            found = {s: reference_logps(trainer, getattr(data, s)) for s in splits}
         trainer.accelerator.free_memory()
     if w.main: save_reference(files, keys, found)
-    if adapters_off(w.cfg) and w.zero_stage != 3: w.model = model # to be trained; ZeRO-3 has cut it into parts for another engine
+    if adapters_off(w.cfg) and w.zero_stage != 3:
+        w.model = model # to be trained; ZeRO-3 has cut it into parts for another engine
     del trainer, model
     gc.collect()
     return found
@@ -202,12 +220,15 @@ def add_reference_and_quantiles(
     splits, facts = [s for s in ("train", "eval") if getattr(data, s) is not None], {}
     if not o.needs_reference: facts["reference"] = "none: the loss asks for none"
     elif not t["ref_logprobs_from_dataset"]:
-        for s, logps in compute_reference(w, data, auto).items(): setattr(data, s, with_reference(getattr(data, s), logps))
-        facts["reference"] = f"computed by {Path(reference_name(w.cfg)).name}" + ", its adapters off"*adapters_off(w.cfg)
+        for s, logps in compute_reference(w, data, auto).items():
+            setattr(data, s, with_reference(getattr(data, s), logps))
+        facts[
+            "reference"] = f"computed by {Path(reference_name(w.cfg)).name}" + ", its adapters off"*adapters_off(w.cfg)
     else:
         facts["reference"] = "log-probabilities of the data"
         if o.ld_alpha is not None and not all(data.train["ref_chosen_logprobs"][:]):
-            raise UserError("training_args.ld_alpha needs the reference's log-probability of each token: the data has sums only (no ref_chosen_logprobs).")
+            raise UserError("training_args.ld_alpha needs the reference's log-probability of each token: the data has "
+                            "sums only (no ref_chosen_logprobs).")
     for s in splits: setattr(data, s, with_quantiles(getattr(data, s), o, t["num_ref_rewards"]))
     quantiles = quantile_facts(data.train, o, t["num_ref_rewards"])
     return facts | (dict(quantiles=quantiles) if quantiles else {})
@@ -218,7 +239,9 @@ def before_training_checks(
 )->list: # what the trainer does before step 0
     "The canary, with its result in the record; where the reference is another model by intent there is nothing to compare"
     from post_training.training.preference import check_reference_at_step0
-    other = not w.cfg["training_args"]["ref_logprobs_from_dataset"] and reference_name(w.cfg) != run.base_model(w.cfg["model_args"]["model_name_or_path"], w.cfg["runs_dir"])[0]
+    other = (not w.cfg["training_args"]["ref_logprobs_from_dataset"]
+             and reference_name(w.cfg) != run.base_model(w.cfg["model_args"]["model_name_or_path"],
+                                                         w.cfg["runs_dir"])[0])
     def check(trainer, model):
         off = check_reference_at_step0(trainer, model)
         if w.main: run.update_record(w.run_dir, canary=off)
@@ -237,11 +260,15 @@ def make_preference_trainer(
     from trl.trainer.utils import disable_dropout_in_model
     from post_training.tokens.collate import PairCollator, empty_pair
     from post_training.training.trainer import SFTTrainer
-    t, model, o = w.cfg["training_args"], w.model or load_policy(w, auto, data.tokenizer), preference_objective(w.cfg)
+    t = w.cfg["training_args"]
+    model = w.model or load_policy(w, auto, data.tokenizer)
+    o = preference_objective(w.cfg)
     w.model = None
     if t.get("disable_dropout", True): disable_dropout_in_model(model)
-    collator = PairCollator(collator_of(w.cfg, data.tokenizer), o.ld_alpha if t["ref_logprobs_from_dataset"] else None) # computed ones are weighed already
-    return SFTTrainer(model, args, data.train, data.tokenizer, collator, empty_pair, o, order=order, write_line=write_line, before=before_training_checks(w),
+    # computed ones are weighed already
+    collator = PairCollator(collator_of(w.cfg, data.tokenizer), o.ld_alpha if t["ref_logprobs_from_dataset"] else None)
+    return SFTTrainer(model, args, data.train, data.tokenizer, collator, empty_pair, o, order=order,
+                      write_line=write_line, before=before_training_checks(w),
                       **trainer_options(w, data, sequences_per_row=2))
 
 # %% ../nbs/80_entry/2_train_preference.ipynb #30b0a271
@@ -255,7 +282,8 @@ def preference_arguments(
     return preference_config(training_args, output_dir, **kwargs)
 
 # %% ../nbs/80_entry/2_train_preference.ipynb #65523815
-PREFERENCE_STAGE = TrainingStage("train_preference", load_tokenized_pairs, preference_arguments, make_preference_trainer, pair_examples, add_reference_and_quantiles)
+PREFERENCE_STAGE = TrainingStage("train_preference", load_tokenized_pairs, preference_arguments,
+                                 make_preference_trainer, pair_examples, add_reference_and_quantiles)
 
 # %% ../nbs/80_entry/2_train_preference.ipynb #f678b691
 def train_preference_main(

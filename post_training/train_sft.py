@@ -31,7 +31,8 @@ def make_sft_trainer(
     "A trainer for this worker"
     from post_training.tokens.collate import empty_row
     from post_training.training.trainer import SFTTrainer
-    return SFTTrainer(load_policy(w, auto, data.tokenizer), args, data.train, data.tokenizer, collator_of(w.cfg, data.tokenizer), empty_row, sft_objective(w.cfg), order=order,
+    return SFTTrainer(load_policy(w, auto, data.tokenizer), args, data.train, data.tokenizer,
+                      collator_of(w.cfg, data.tokenizer), empty_row, sft_objective(w.cfg), order=order,
                       write_line=write_line, **trainer_options(w, data))
 
 # %% ../nbs/80_entry/1_train_sft.ipynb #bd6cbe13

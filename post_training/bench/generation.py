@@ -28,7 +28,8 @@ def bench_generation_model(
     from post_training.models.load import quiet_activation, tiny_config
     with quiet_activation(), torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = ApertusForCausalLM(tiny_config(vocab, **GENERATION_MODEL_SIZES[size])).to(device, getattr(torch, dtype)).eval()
+        model = ApertusForCausalLM(tiny_config(vocab,
+                                               **GENERATION_MODEL_SIZES[size])).to(device, getattr(torch, dtype)).eval()
     stops = list(range(100, 100 + max(1, vocab//mean_new)))
     model.generation_config = GenerationConfig(bos_token_id=1, pad_token_id=10, eos_token_id=stops)
     return model
@@ -63,9 +64,11 @@ def plain_generate(
     stop, out = set(model.generation_config.eos_token_id), []
     for k in range(0, len(prompts), batch):
         ids_BT, mask_BT = (x.to(model.device) for x in left_pad(prompts[k:k + batch], 10))
-        sampling = dict(do_sample=True, temperature=1., top_k=0, top_p=1., num_return_sequences=n, max_new_tokens=max_new_tokens)
+        sampling = dict(do_sample=True, temperature=1., top_k=0, top_p=1., num_return_sequences=n,
+                        max_new_tokens=max_new_tokens)
         with torch.no_grad(): done = model.generate(input_ids=ids_BT, attention_mask=mask_BT, **sampling)
-        for row in done[:, ids_BT.shape[1]:].tolist(): out.append(next((i + 1 for i, t in enumerate(row) if t in stop), len(row)))
+        for row in done[:, ids_BT.shape[1]:].tolist():
+            out.append(next((i + 1 for i, t in enumerate(row) if t in stop), len(row)))
     return out
 
 # %% ../../nbs/90_bench/4_generation.ipynb #ec8d0576
@@ -109,13 +112,16 @@ def continuous_generate(
     from transformers import ContinuousBatchingConfig, GenerationConfig
     torch.manual_seed(seed)
     c = model.generation_config
-    wanted = GenerationConfig(eos_token_id=c.eos_token_id, pad_token_id=c.pad_token_id, do_sample=True, temperature=1., top_k=0, top_p=1., max_new_tokens=max_new_tokens)
+    wanted = GenerationConfig(eos_token_id=c.eos_token_id, pad_token_id=c.pad_token_id, do_sample=True, temperature=1.,
+                              top_k=0, top_p=1., max_new_tokens=max_new_tokens)
     room = ContinuousBatchingConfig(max_memory_percent=.05) if model.device.type == "cpu" else None
-    done = model.generate_batch([p for p in prompts for _ in range(n)], generation_config=wanted, continuous_batching_config=room, progress_bar=False)
+    done = model.generate_batch([p for p in prompts for _ in range(n)], generation_config=wanted,
+                                continuous_batching_config=room, progress_bar=False)
     return [len(r.generated_tokens) for r in done.values()]
 
 # %% ../../nbs/90_bench/4_generation.ipynb #10abc15e
-GENERATION_VARIANTS = {"generate": plain_generate, "unshared": unshared_backend, "this": planned_backend, "continuous": continuous_generate}
+GENERATION_VARIANTS = {"generate": plain_generate, "unshared": unshared_backend, "this": planned_backend,
+                       "continuous": continuous_generate}
 
 # %% ../../nbs/90_bench/4_generation.ipynb #eb89220a
 def measure_generation(
@@ -142,12 +148,14 @@ def measure_generation(
                 start, cpu = time.perf_counter(), time.process_time()
                 tokens = sum(GENERATION_VARIANTS[way](model, given, n, max_new_tokens, batch, seed=k))
                 took = dict(seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - cpu)
-                runs.append(dict(size=size, way=way, tokens=tokens, per_second=tokens/took["seconds"], per_cpu_second=tokens/took["cpu_seconds"]))
+                runs.append(dict(size=size, way=way, tokens=tokens, per_second=tokens/took["seconds"],
+                                 per_cpu_second=tokens/took["cpu_seconds"]))
     groups = pd.DataFrame(runs).groupby(["size", "way"], sort=False)
     table = groups.median()
     table["spread"] = groups.per_second.max() - groups.per_second.min()
     first = table.xs(variants[0], level="way").reindex(table.index.get_level_values("size"))
-    for name, column in dict(faster="per_second", faster_cpu="per_cpu_second").items(): table[name] = table[column].values/first[column].values
+    for name, column in dict(faster="per_second", faster_cpu="per_cpu_second").items():
+        table[name] = table[column].values/first[column].values
     return table
 
 # %% ../../nbs/90_bench/4_generation.ipynb #8e4d7b2e
@@ -157,8 +165,10 @@ def plot_generation(
     "New tokens per second as bars, by the wall clock and by processor time"
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 2, figsize=(7, 2.6), dpi=70)
-    for ax, column, label in zip(axes, ("per_second", "per_cpu_second"), ("new tokens per second", "new tokens per processor second")):
-        table[column].unstack("way")[list(dict.fromkeys(table.index.get_level_values("way")))].plot.bar(ax=ax, rot=0, legend=column == "per_second")
+    for ax, column, label in zip(axes, ("per_second", "per_cpu_second"),
+                                 ("new tokens per second", "new tokens per processor second")):
+        table[column].unstack("way")[list(dict.fromkeys(table.index.get_level_values(
+            "way")))].plot.bar(ax=ax, rot=0, legend=column == "per_second")
         ax.set(xlabel="", ylabel=label)
     fig.tight_layout()
     return fig

@@ -45,7 +45,8 @@ def logprobs_row_by_row(
     for some in by_row.values():
         ids_BT = right_pad([p.prompt + p.ids for p in some], 0).to(model.device)
         mask_BT = right_pad([[1]*p.total for p in some], 0).to(model.device)
-        with torch.no_grad(): logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits[:, :-1]
+        with torch.no_grad():
+            logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits[:, :-1]
         logps_BT = logits_BTV.float().log_softmax(-1).gather(-1, ids_BT[:, 1:, None])[:, :, 0].cpu()
         out += [x[len(p.prompt) - 1:p.total - 1].numpy() for p, x in zip(some, logps_BT)]
     return out
@@ -89,8 +90,11 @@ def one_logprob_pass(
     from post_training.bench.step import bench_model, process_memory
     if threads: torch.set_num_threads(threads)
     model, pieces = bench_model(data.get("vocab", 131_072), hidden, layers, dtype, device).eval(), bench_pieces(**data)
-    LOGPROB_VARIANTS[variant](model, bench_pieces(data.get("vocab", 131_072), 2, 2, 8, 8), tokens) # libraries load and choose their kernels
-    before, start, cpu = process_memory(device=device), time.perf_counter(), time.process_time()
+    # libraries load and choose their kernels
+    LOGPROB_VARIANTS[variant](model, bench_pieces(data.get("vocab", 131_072), 2, 2, 8, 8), tokens)
+    before = process_memory(device=device)
+    start = time.perf_counter()
+    cpu = time.process_time()
     found = np.concatenate(LOGPROB_VARIANTS[variant](model, pieces, tokens))
     took = dict(seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - cpu)
     return took | dict(peak=process_memory(True, device) - before, scored=len(found), mean=float(found.mean()))
@@ -111,15 +115,19 @@ def measure_logprobs(
 ):# DataFrame with a row per vocabulary and way: medians
     "All ways at all vocabularies, repetition by repetition"
     import pandas as pd
-    runs = [dict(vocabulary=v, way=way) | fresh_logprob_pass(way=way, vocab=v, rows=n, **args) for _ in range(repetitions) for v, n in zip(vocabs, rows) for way in LOGPROB_VARIANTS]
+    runs = [dict(vocabulary=v, way=way) | fresh_logprob_pass(way=way, vocab=v, rows=n, **args)
+            for _ in range(repetitions) for v, n in zip(vocabs, rows) for way in LOGPROB_VARIANTS]
     groups = pd.DataFrame(runs).groupby(["vocabulary", "way"], sort=False)
     table = groups.median()
     table.insert(1, "spread", groups.seconds.max() - groups.seconds.min())
     table["tokens_per_s"] = table.scored/table.seconds
     base = table.xs("row by row", level="way").reindex(table.index.get_level_values("vocabulary"))
-    if ((table["mean"] - base["mean"].values).abs() > 0.01).any(): raise RuntimeError(f"The ways disagree:\n{table['mean']}")
-    for name, column in dict(faster="seconds", cpu_faster="cpu_seconds").items(): table[name] = base[column].values/table[column]
-    return table.assign(memory=table.peak/base.peak.values, peak=table.peak/2**20, scored=table.scored.astype(int)).rename(columns=dict(peak="peak_MiB")).drop(columns="mean")
+    if ((table["mean"] - base["mean"].values).abs() > 0.01).any():
+        raise RuntimeError(f"The ways disagree:\n{table['mean']}")
+    for name, column in dict(faster="seconds", cpu_faster="cpu_seconds").items():
+        table[name] = base[column].values/table[column]
+    return table.assign(memory=table.peak/base.peak.values, peak=table.peak/2**20,
+                        scored=table.scored.astype(int)).rename(columns=dict(peak="peak_MiB")).drop(columns="mean")
 
 # %% ../../nbs/90_bench/5_logprobs.ipynb #827689de
 def plot_logprobs(
@@ -128,8 +136,10 @@ def plot_logprobs(
     "Tokens per second and peak memory as bars, one group per vocabulary, on scales of powers of ten"
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 2, figsize=(7, 2.6), dpi=70)
-    for ax, column, label in zip(axes, ("tokens_per_s", "peak_MiB"), ("scored tokens per second", "peak above the model, MiB")):
-        table[column].unstack("way")[list(LOGPROB_VARIANTS)].plot.bar(ax=ax, rot=0, legend=column == "peak_MiB", logy=True)
+    for ax, column, label in zip(axes, ("tokens_per_s", "peak_MiB"),
+                                 ("scored tokens per second", "peak above the model, MiB")):
+        table[column].unstack("way")[list(LOGPROB_VARIANTS)].plot.bar(
+            ax=ax, rot=0, legend=column == "peak_MiB", logy=True)
         ax.set(xlabel="ids in the vocabulary", ylabel=label)
     fig.tight_layout()
     return fig

@@ -85,9 +85,11 @@ def real_chats(
 )->dict[str, list]: # name: conversations
     "Conversations as people wrote them: one question and its answer, and several turns"
     lines = (Path(folder)/"gsm8k_train.jsonl").read_text().splitlines()
-    found = dict(gsm8k=[json.loads(line) for line in lines[:rows]], sharegpt=json.loads((Path(folder)/"sharegpt_conversations.json").read_text())[:rows])
+    found = dict(gsm8k=[json.loads(line) for line in lines[:rows]],
+                 sharegpt=json.loads((Path(folder)/"sharegpt_conversations.json").read_text())[:rows])
     out = {name: [c for c in map(to_messages, rows) if not check_messages(c)] for name, rows in found.items()}
-    return {name: [to_structured(c) for c in chats] if wants_blocks(tokenizer.chat_template) else chats for name, chats in out.items()}
+    return {name: [to_structured(c) for c in chats] if wants_blocks(tokenizer.chat_template) else chats
+            for name, chats in out.items()}
 
 # %% ../../nbs/90_bench/3_masks.ipynb #e1573713
 @contextmanager
@@ -129,7 +131,8 @@ def reencoding_factor(
     "How many times the tokens of the conversations the prefix-by-prefix way encodes"
     def n(messages, **kwargs): return len(tokenizer.apply_chat_template(messages, return_dict=False, **kwargs))
     once = sum(map(n, chats))
-    again = sum(n(c[:i], add_generation_prompt=True) + n(c[:i+1]) for c in chats for i, m in enumerate(c) if m["role"] == "assistant")
+    again = sum(n(c[:i], add_generation_prompt=True) + n(c[:i+1]) for c in chats for i, m in enumerate(c)
+                if m["role"] == "assistant")
     return (once + again)/once
 
 # %% ../../nbs/90_bench/3_masks.ipynb #d1f3d327
@@ -140,16 +143,19 @@ def measure_chats(
 )->dict: # one row of the table
     "Conversations per second of the prefix-by-prefix way, of the masks in one pass and of the bound, their ratios, and the largest spread of the three"
     texts = tokenizer.apply_chat_template(chats, tokenize=False)
-    ways = {"prefix by prefix": lambda: prefix_by_prefix(tokenizer, chats), "one pass": lambda: tokenize_chats(tokenizer, chats),
+    ways = {"prefix by prefix": lambda: prefix_by_prefix(tokenizer, chats),
+            "one pass": lambda: tokenize_chats(tokenizer, chats),
             "bound": lambda: batched_tokenizer_call(tokenizer, texts)}
     with tokenizer_threads(False): one = time_interleaved(ways, repeats, time.process_time)
     with tokenizer_threads(True): wall = time_interleaved(ways, repeats)
     tokens = sum(map(len, batched_tokenizer_call(tokenizer, texts).input_ids))/len(chats)
-    out = dict(rows=len(chats), messages=round(sum(map(len, chats))/len(chats), 1), tokens=round(tokens), encoded_again=round(reencoding_factor(tokenizer, chats[:20]), 1))
+    out = dict(rows=len(chats), messages=round(sum(map(len, chats))/len(chats), 1), tokens=round(tokens),
+               encoded_again=round(reencoding_factor(tokenizer, chats[:20]), 1))
     for name, times in (("one thread", one), ("all cores", wall)):
         s = {k: median(t) for k, t in times.items()}
         out |= {(name, k): round(len(chats)/v) for k, v in s.items()}
-        out |= {(name, "times faster"): round(s["prefix by prefix"]/s["one pass"], 1), (name, "of the bound"): round(s["bound"]/s["one pass"], 2),
+        out |= {(name, "times faster"): round(s["prefix by prefix"]/s["one pass"], 1),
+                (name, "of the bound"): round(s["bound"]/s["one pass"], 2),
                 (name, "spread"): round(max(map(relative_spread, times.values())), 2)}
     return out
 
@@ -186,7 +192,8 @@ def plot_masks(
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(6, 3), dpi=70)
     for name, colour in (("prefix by prefix", "tab:red"), ("one pass", "tab:green"), ("bound", "tab:gray")):
-        ax.plot(range(len(table)), table[clock, name].astype(float), marker="o", linestyle=":", color=colour, label=name)
+        ax.plot(range(len(table)), table[clock, name].astype(float), marker="o", linestyle=":", color=colour,
+                label=name)
     ax.set(yscale="log", ylabel="conversations per second", title=clock)
     ax.set_xticks(range(len(table)), table.index)
     ax.legend()
@@ -208,9 +215,12 @@ def cost_of_rows(
     pairs = questions_and_answers(max(sizes), folder)
     data = Dataset.from_dict(dict(question=[q for q, _ in pairs], answer=[a for _, a in pairs]))
     tokenize_dataset(data.select(range(min(sizes))), tokenizer, num_proc=1) # warm
-    with tokenizer_threads(False): s = time_interleaved({n: lambda n=n: tokenize_dataset(data.select(range(n)), tokenizer, num_proc=1) for n in sizes}, repeats, time.process_time)
+    with tokenizer_threads(False):
+        s = time_interleaved({n: lambda n=n: tokenize_dataset(data.select(range(n)), tokenizer, num_proc=1)
+                              for n in sizes}, repeats, time.process_time)
     mid = [median(s[n]) for n in sizes]
-    return pd.DataFrame(dict(rows=sizes, seconds=[round(m, 3) for m in mid], microseconds_per_row=[round(1e6*m/n, 1) for m, n in zip(mid, sizes)],
+    return pd.DataFrame(dict(rows=sizes, seconds=[round(m, 3) for m in mid],
+                             microseconds_per_row=[round(1e6*m/n, 1) for m, n in zip(mid, sizes)],
                              spread=[round(relative_spread(s[n]), 2) for n in sizes]))
 
 # %% ../../nbs/90_bench/3_masks.ipynb #6a0477b7
@@ -220,7 +230,8 @@ def fit_line(
     "A straight line through cost against rows, by least relative squares"
     x, y = table["rows"].to_numpy(float), table["seconds"].to_numpy(float)
     (start, slope), *_ = np.linalg.lstsq(np.stack([1/y, x/y], 1), np.ones(len(y)), rcond=None)
-    return dict(start_s=float(start), us_per_row=float(1e6*slope), largest_residual=float(np.abs((start + slope*x)/y - 1).max()),
+    return dict(start_s=float(start), us_per_row=float(1e6*slope),
+                largest_residual=float(np.abs((start + slope*x)/y - 1).max()),
                 exponent=float(np.polyfit(np.log(x), np.log(y), 1)[0]))
 
 # %% ../../nbs/90_bench/3_masks.ipynb #9da730b6
@@ -258,7 +269,10 @@ def process_speedup(
     disable_progress_bars()
     pairs = questions_and_answers(rows, folder)
     data = Dataset.from_dict(dict(question=[q for q, _ in pairs], answer=[a for _, a in pairs]))
-    with tokenizer_threads(False): s = time_interleaved({n: lambda n=n: tokenize_dataset(data, tokenizer, num_proc=n) for n in counts}, repeats)
+    with tokenizer_threads(False):
+        s = time_interleaved({n: lambda n=n: tokenize_dataset(data, tokenizer, num_proc=n) for n in counts}, repeats)
     mid, cores = {n: median(s[n]) for n in counts}, len(os.sched_getaffinity(0))
-    return pd.DataFrame(dict(seconds=mid, rows_per_s={n: round(rows/m) for n, m in mid.items()}, predicted={n: min(n, cores)/min(counts[0], cores) for n in counts},
-                             measured={n: mid[counts[0]]/m for n, m in mid.items()}, spread={n: relative_spread(s[n]) for n in counts})).rename_axis("processes")
+    return pd.DataFrame(dict(seconds=mid, rows_per_s={n: round(rows/m) for n, m in mid.items()},
+                             predicted={n: min(n, cores)/min(counts[0], cores) for n in counts},
+                             measured={n: mid[counts[0]]/m for n, m in mid.items()},
+                             spread={n: relative_spread(s[n]) for n in counts})).rename_axis("processes")

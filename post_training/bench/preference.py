@@ -21,12 +21,18 @@ def bench_pairs(
 )->list[dict]: # tokenized rows, as the trainer takes them
     "Pairs of random tokens"
     import random
-    rng, rows, n = random.Random(seed), [], max(1, int(prompt_share*tokens))
+    rng = random.Random(seed)
+    rows = []
+    n = max(1, int(prompt_share*tokens))
     def draw(k): return [rng.randrange(100, vocab) for _ in range(k)]
     for i in range(pairs):
-        ids = {s: [*draw((tokens if i == 0 and s == "chosen" else rng.randint(tokens//2, tokens)) - n - 1), 2] for s in ("chosen", "rejected")}
-        row = dict(row_id=f"r{i}", source="bench", prompt_ids=draw(n), length=2*n + sum(map(len, ids.values())), chosen_quantile=1., rejected_quantile=0.25)
-        for s in ids: row |= {f"{s}_ids": ids[s], f"{s}_scored": [True]*len(ids[s]), f"{s}_length": len(ids[s]), f"ref_{s}_logprob": 0., f"ref_{s}_logprobs": [], f"{s}_n_refs": 4}
+        ids = {s: [*draw((tokens if i == 0 and s == "chosen" else rng.randint(tokens//2, tokens)) - n - 1), 2]
+               for s in ("chosen", "rejected")}
+        row = dict(row_id=f"r{i}", source="bench", prompt_ids=draw(n), length=2*n + sum(map(len, ids.values())),
+                   chosen_quantile=1., rejected_quantile=0.25)
+        for s in ids:
+            row |= {f"{s}_ids": ids[s], f"{s}_scored": [True]*len(ids[s]), f"{s}_length": len(ids[s]),
+                    f"ref_{s}_logprob": 0., f"ref_{s}_logprobs": [], f"{s}_n_refs": 4}
         rows.append(row)
     return rows
 
@@ -57,8 +63,9 @@ def preference_step_args(
     checkpointing:bool=True, # recompute activations in the backward pass
 )->dict: # arguments that both trainers know
     "What both trainers are told"
-    return dict(per_device_train_batch_size=pairs, gradient_accumulation_steps=1, max_steps=steps, learning_rate=1e-5, lr_scheduler_type="constant", optim="adamw_torch",
-                warmup_steps=0, logging_steps=1, save_strategy="no", seed=0, bf16=device != "cpu", max_length=None, activation_checkpointing=checkpointing)
+    return dict(per_device_train_batch_size=pairs, gradient_accumulation_steps=1, max_steps=steps, learning_rate=1e-5,
+                lr_scheduler_type="constant", optim="adamw_torch", warmup_steps=0, logging_steps=1, save_strategy="no",
+                seed=0, bf16=device != "cpu", max_length=None, activation_checkpointing=checkpointing)
 
 # %% ../../nbs/90_bench/7_preference.ipynb #51d57bb0
 def trl_dpo_trainer(
@@ -73,9 +80,11 @@ def trl_dpo_trainer(
     "TRL's trainer as its documentation says"
     import copy, trl
     from datasets import Dataset
-    config = trl.DPOConfig(output_dir=str(folder), use_cpu=cpu, report_to="none", beta=0.1, precompute_ref_log_probs=precompute, disable_tqdm=True, **args)
+    config = trl.DPOConfig(output_dir=str(folder), use_cpu=cpu, report_to="none", beta=0.1,
+                           precompute_ref_log_probs=precompute, disable_tqdm=True, **args)
     reference = None if precompute else copy.deepcopy(model) # TRL loads a copy by the model's name; this one has none
-    return trl.DPOTrainer(model=model, ref_model=reference, args=config, processing_class=tokenizer, train_dataset=Dataset.from_list([row_to_text(r) for r in rows]))
+    return trl.DPOTrainer(model=model, ref_model=reference, args=config, processing_class=tokenizer,
+                          train_dataset=Dataset.from_list([row_to_text(r) for r in rows]))
 
 # %% ../../nbs/90_bench/7_preference.ipynb #5f57fdd7
 def our_preference_trainer(
@@ -93,13 +102,17 @@ def our_preference_trainer(
     from post_training.training.preference import preference_config, objective_from_args, reference_logps, with_reference
     from post_training.training.trainer import SFTTrainer
     asked, data = dict(args, loss_type=loss, beta=0.1), Dataset.from_list(rows)
-    def make(data): return SFTTrainer(model, preference_config(asked, folder, cpu=cpu), data, tokenizer, PairCollator(PadCollator(0)), empty_pair, objective_from_args(asked))
+    def make(data):
+        return SFTTrainer(model, preference_config(asked, folder, cpu=cpu), data, tokenizer,
+                          PairCollator(PadCollator(0)), empty_pair, objective_from_args(asked))
     trainer = make(with_reference(data, reference_logps(make(data), data)))
     trainer.save_nothing = True
     return trainer
 
 # %% ../../nbs/90_bench/7_preference.ipynb #7f7c1060
-PREFERENCE_VARIANTS = {"trl": (trl_dpo_trainer, {}), "trl-precomputed": (trl_dpo_trainer, dict(precompute=True)), "dpo": (our_preference_trainer, dict(loss="sigmoid")), "qrpo": (our_preference_trainer, dict(loss="qrpo"))}
+PREFERENCE_VARIANTS = {"trl": (trl_dpo_trainer, {}), "trl-precomputed": (trl_dpo_trainer, dict(precompute=True)),
+                       "dpo": (our_preference_trainer, dict(loss="sigmoid")),
+                       "qrpo": (our_preference_trainer, dict(loss="qrpo"))}
 
 # %% ../../nbs/90_bench/7_preference.ipynb #ddb5e14e
 def watch_steps(
@@ -108,7 +121,9 @@ def watch_steps(
     "Seconds and gradient norm of each optimizer step"
     from transformers import TrainerCallback
     class Watch(TrainerCallback):
-        seconds, norms, since = (), (), 0.
+        seconds = ()
+        norms = ()
+        since = 0.
         def now(self):
             if cuda:
                 import torch
@@ -138,15 +153,18 @@ def one_preference_run(
     make, more = PREFERENCE_VARIANTS[variant]
     vocab, cpu = model_args.get("vocab", 131_072), device == "cpu"
     rows, tokenizer = bench_pairs(vocab, pairs, tokens, prompt_share), word_tokenizer(vocab)
-    for library in ("trl.trainer.dpo_trainer", "post_training.training.preference"): importlib.import_module(library) # not part of the peak
+    for library in ("trl.trainer.dpo_trainer", "post_training.training.preference"):
+        importlib.import_module(library) # not part of the peak
     before, watch = process_memory(device=device), watch_steps(not cpu)
     model = bench_model(device=device, **model_args)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make(model, rows, tokenizer, folder, preference_step_args(pairs, steps + 1, device, checkpointing), cpu, **more)
+        trainer = make(model, rows, tokenizer, folder, preference_step_args(pairs, steps + 1, device, checkpointing),
+                       cpu, **more)
         trainer.add_callback(watch)
         trainer.train()
     seconds = statistics.median(watch.seconds[1:])
-    return dict(seconds=seconds, tokens_per_s=sum(r["length"] for r in rows)/seconds, peak=process_memory(True, device) - before, norm=watch.norms[0])
+    return dict(seconds=seconds, tokens_per_s=sum(r["length"] for r in rows)/seconds,
+                peak=process_memory(True, device) - before, norm=watch.norms[0])
 
 # %% ../../nbs/90_bench/7_preference.ipynb #0ad6c7db
 def fresh_preference_run(
@@ -163,10 +181,12 @@ def measure_preference(
 ): # DataFrame with a row per way
     "All ways, repetition by repetition, so that a busy moment of the machine hits all of them"
     import pandas as pd
-    groups = pd.DataFrame([dict(way=way) | fresh_preference_run(way=way, **args) for _ in range(repetitions) for way in variants]).groupby("way", sort=False)
+    groups = pd.DataFrame([dict(way=way) | fresh_preference_run(way=way, **args) for _ in range(repetitions)
+                           for way in variants]).groupby("way", sort=False)
     table = groups.median()
     table.insert(1, "spread", groups.seconds.max() - groups.seconds.min())
-    table = table.assign(speed_ratio=table.tokens_per_s/table.tokens_per_s["trl"], memory_ratio=table.peak/table.peak["trl"], peak=table.peak/2**30)
+    table = table.assign(speed_ratio=table.tokens_per_s/table.tokens_per_s["trl"],
+                         memory_ratio=table.peak/table.peak["trl"], peak=table.peak/2**30)
     return table.rename(columns=dict(peak="peak_GiB"))
 
 # %% ../../nbs/90_bench/7_preference.ipynb #639fef54

@@ -42,7 +42,8 @@ def verdict(
     for name, x in measured.items():
         what, sign, bound = TARGETS.get(name, (name, "", math.nan))
         met = None if not sign or math.isnan(x) else bool(x >= bound if sign == ">=" else x <= bound)
-        rows[name] = dict(what=what, wanted=f"{sign} {bound:g}" if sign else "", found=round(float(x), 3), met={True: "yes", False: "no", None: ""}[met])
+        rows[name] = dict(what=what, wanted=f"{sign} {bound:g}" if sign else "", found=round(float(x), 3),
+                          met={True: "yes", False: "no", None: ""}[met])
     return pd.DataFrame.from_dict(rows, orient="index", columns=["what", "wanted", "found", "met"])
 
 # %% ../../nbs/90_bench/1_records.ipynb #11fb2c3e
@@ -50,11 +51,13 @@ def machine_facts(
     device:str="cpu", # cpu or cuda
 )->dict:
     "Where a benchmark ran: date, processor or GPU, cores, load, versions"
-    here, v = host_facts(), stack_versions(("torch", "transformers", "trl", "accelerate", "deepspeed", "tokenizers", "post_training"))
+    here, v = host_facts(), stack_versions(("torch", "transformers", "trl", "accelerate", "deepspeed", "tokenizers",
+                                            "post_training"))
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     gpu = dict(gpu=here["gpus"][0] if here["gpus"] else "none visible") if device == "cuda" else {}
-    return dict(date=time.strftime("%Y-%m-%d %H:%M"), device=device, **gpu, processor=name, cores=here["cpus"], memory_gb=here["memory_gb"], load=round(os.getloadavg()[0], 1), **v)
+    return dict(date=time.strftime("%Y-%m-%d %H:%M"), device=device, **gpu, processor=name, cores=here["cpus"],
+                memory_gb=here["memory_gb"], load=round(os.getloadavg()[0], 1), **v)
 
 # %% ../../nbs/90_bench/1_records.ipynb #2cfedf46
 def save_record(
@@ -66,7 +69,8 @@ def save_record(
 ): # `pandas.DataFrame`, of `verdict`
     "Write what a benchmark found, and show it beside what was wanted"
     folder, judged = Path(folder or os.environ.get("POST_TRAINING_BENCH_DIR") or runs_root()/"bench"), verdict(measured)
-    tables = {k: json.loads(t.reset_index().to_json(orient="records", double_precision=6)) for k, t in (tables or {}).items()}
+    tables = {k: json.loads(t.reset_index().to_json(orient="records", double_precision=6))
+              for k, t in (tables or {}).items()}
     measured = {k: float(x) if math.isfinite(x) else None for k, x in measured.items()}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder/f"{name}.json", dict(recipe=name, machine=machine_facts(device), found=measured, tables=tables))
@@ -81,7 +85,8 @@ def add_run_info(
 ):
     "Add to a record what it was asked for"
     r = json.loads(Path(path).read_text())
-    write_json(path, r | dict(parameters=parameters, seconds=round(seconds, 1), full=full, commit=git_state()["commit"]))
+    write_json(path,
+               r | dict(parameters=parameters, seconds=round(seconds, 1), full=full, commit=git_state()["commit"]))
 
 # %% ../../nbs/90_bench/1_records.ipynb #491240a5
 def load_record(
@@ -90,9 +95,12 @@ def load_record(
     "A record, or an error that names its file"
     try:
         r = json.loads(Path(path).read_text())
-        return dict(full=False) | r | dict(found={k: math.nan if x is None else float(x) for k, x in r["found"].items()}, recipe=str(r["recipe"]), machine=dict(r["machine"]))
+        return dict(full=False) | r | dict(found={k: math.nan if x is None else float(x)
+                                                  for k, x in r["found"].items()}, recipe=str(r["recipe"]),
+                                           machine=dict(r["machine"]))
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{path} is no record of a benchmark ({type(e).__name__}: {e}). Delete it, or run the benchmark again.") from None
+        raise UserError(f"{path} is no record of a benchmark ({type(e).__name__}: {e}). Delete it, or run "
+                        "the benchmark again.") from None
 
 # %% ../../nbs/90_bench/1_records.ipynb #7a6b37ee
 def load_records(
@@ -105,7 +113,8 @@ def load_records(
         r = load_record(path)
         table, m = verdict(r["found"]), r["machine"]
         if not r["full"]: table = table.assign(wanted="", met="")
-        out.append(table.assign(recipe=r["recipe"], device=m.get("gpu") or m.get("device"), date=m.get("date"), load=m.get("load"), seconds=r.get("seconds")))
+        out.append(table.assign(recipe=r["recipe"], device=m.get("gpu") or m.get("device"), date=m.get("date"),
+                                load=m.get("load"), seconds=r.get("seconds")))
     return pd.concat([t for t in out if len(t)] or out[:1])
 
 # %% ../../nbs/90_bench/1_records.ipynb #327325cf
@@ -115,7 +124,8 @@ def newest_records(
     "The folder whose records are to be shown"
     if folder: return Path(folder)
     own = runs_root()/"bench"
-    return own if any(load_record(p)["full"] for p in own.glob("bench_*.json")) else project_root()/"runs/examples/bench"
+    return (own if any(load_record(p)["full"] for p in own.glob("bench_*.json"))
+            else project_root()/"runs/examples/bench")
 
 # %% ../../nbs/90_bench/1_records.ipynb #80e0a2fc
 def plot_targets(
@@ -124,7 +134,8 @@ def plot_targets(
     "How far each ratio is from what was wanted: above 1 is met"
     import matplotlib.pyplot as plt
     shown = table[(table.wanted != "") & table.found.notna()]
-    margin = [row.found/TARGETS[name][2] if TARGETS[name][1] == ">=" else TARGETS[name][2]/max(row.found, 1e-9) for name, row in shown.iterrows()]
+    margin = [row.found/TARGETS[name][2] if TARGETS[name][1] == ">=" else TARGETS[name][2]/max(row.found, 1e-9)
+              for name, row in shown.iterrows()]
     fig, ax = plt.subplots(figsize=(7, 1.1 + .3*len(shown)), dpi=70, layout="constrained")
     ax.barh(range(len(shown)), margin, color=["tab:green" if m >= 1 else "tab:red" for m in margin])
     ax.axvline(1, color="black", lw=1)
@@ -134,34 +145,43 @@ def plot_targets(
     return fig
 
 # %% ../../nbs/90_bench/1_records.ipynb #4c009bd7
-BENCH_SIZES = {"cpu": {
-    "bench_data": dict(sizes=[1000, 3000, 10000, 30000, 100000], repeats=1),
-    "bench_masks": dict(rows=400, repeats=5),
-    "bench_sft": dict(model=dict(vocab=131072, hidden=256, layers=4, threads=1), rows=dict(number=8, longest=384, median=200, folder=""), batches=dict(per_device=2, line=768),
-                      step_tokens=1024, positions=512, others=True, repetitions=2),
-    "bench_logprobs": dict(rows=[24, 1], completions=10, prompt_tokens=100, completion_tokens=100, repetitions=3),
-    "bench_rewards": dict(rows=60),
-    "bench_generation": dict(prompts=8, samples=8, max_new_tokens=48, mean_new=16, repetitions=2),
-    "bench_preference": dict(tokens=256, hidden=128, repetitions=2),
-    "bench_training": dict(repetitions=2, inputs=dict(rows=120, held_out=16, vocab="tekken", hidden=64, layers=2, median=20, longest=250), starts=[],
-                           how=dict(max_length=512, per_device=4, accumulation=2, steps=4, learning_rate=1e-3), recipe=["training_args.max_steps=5", "evaluation.num_prompts=12"]),
-    "bench_scale": dict(model=dict(hidden=256, layers=2, vocab=131072, tokens=512, dtype="float32"), memory=dict(hidden=[128, 256], tokens=[512, 1024], loss=["plw", "qrpo"]),
-                        batches=dict(gib=1.7, most=16), lengths=dict(cost=[128, 512, 2048, 4096], attention=[256, 1024, 2048]),
-                        peak_model=dict(hidden=512, layers=4, vocab=8192, rows=2, tokens=512, steps=2))},
- "cuda": {
-    "bench_sft": dict(model=dict(vocab=131072, hidden=2048, layers=16, threads=0), rows=dict(number=128, longest=4096, median=800, folder=""),
-                      batches=dict(per_device=8, line=8192), weights=[0.1, 0.], step_tokens=4096, others=True, repetitions=3, device="cuda", dtype="bfloat16"),
-    "bench_logprobs": dict(device="cuda", dtype="bfloat16", rows=[200, 100], completions=10, prompt_tokens=300, completion_tokens=500, repetitions=3, hidden=2048, layers=16),
+BENCH_SIZES = {"cpu": {"bench_data": dict(sizes=[1000, 3000, 10000, 30000, 100000], repeats=1),
+                       "bench_masks": dict(rows=400, repeats=5),
+                       "bench_sft": dict(
+    model=dict(vocab=131072, hidden=256, layers=4, threads=1), rows=dict(number=8, longest=384, median=200, folder=""),
+    batches=dict(per_device=2, line=768), step_tokens=1024, positions=512, others=True, repetitions=2),
+                       "bench_logprobs": dict(rows=[24, 1], completions=10, prompt_tokens=100, completion_tokens=100,
+                                              repetitions=3), "bench_rewards": dict(rows=60),
+                       "bench_generation": dict(prompts=8, samples=8, max_new_tokens=48, mean_new=16, repetitions=2),
+                       "bench_preference": dict(tokens=256, hidden=128, repetitions=2),
+                       "bench_training": dict(
+    repetitions=2, inputs=dict(rows=120, held_out=16, vocab="tekken", hidden=64, layers=2, median=20, longest=250),
+    starts=[], how=dict(max_length=512, per_device=4, accumulation=2, steps=4, learning_rate=1e-3),
+    recipe=["training_args.max_steps=5", "evaluation.num_prompts=12"]),
+                       "bench_scale": dict(
+    model=dict(hidden=256, layers=2, vocab=131072, tokens=512, dtype="float32"),
+    memory=dict(hidden=[128, 256], tokens=[512, 1024], loss=["plw", "qrpo"]), batches=dict(gib=1.7, most=16),
+    lengths=dict(cost=[128, 512, 2048, 4096], attention=[256, 1024, 2048]),
+    peak_model=dict(hidden=512, layers=4, vocab=8192, rows=2, tokens=512, steps=2))},
+               "cuda": {
+    "bench_sft": dict(model=dict(vocab=131072, hidden=2048, layers=16, threads=0),
+                      rows=dict(number=128, longest=4096, median=800, folder=""), batches=dict(per_device=8, line=8192),
+                      weights=[0.1, 0.], step_tokens=4096, others=True, repetitions=3, device="cuda", dtype="bfloat16"),
+    "bench_logprobs": dict(device="cuda", dtype="bfloat16", rows=[200, 100], completions=10, prompt_tokens=300,
+                           completion_tokens=500, repetitions=3, hidden=2048, layers=16),
     "bench_rewards": dict(device="cuda", dtype="bfloat16", rows=400, hidden=2048, layers=16, batch_tokens=32768),
     "bench_generation": dict(device="cuda", prompts=64, samples=8, max_new_tokens=512, mean_new=200, repetitions=3),
-    "bench_preference": dict(device="cuda", dtype="bfloat16", pairs=8, tokens=4096, hidden=2048, layers=16, repetitions=3),
-    "bench_training": dict(device="cuda", dtype="bfloat16", ways=["this", "trl", "this, packed", "trl, packed"], repetitions=2, threads=0, starts=[],
-                           inputs=dict(rows=2000, held_out=50, vocab="tekken", hidden=1024, layers=12, median=300, longest=4000),
-                           how=dict(max_length=4096, per_device=8, accumulation=2, steps=50, learning_rate=1e-4)),
-    "bench_scale": dict(device="cuda", model=dict(hidden=2048, layers=16, vocab=131072, tokens=4096, dtype="bfloat16"),
-                        memory=dict(hidden=[1024, 2048], tokens=[4096], loss=["plw", "qrpo"]),
-                        batches=dict(gib=60, most=64), ways=[], lengths=dict(cost=[1024, 4096, 16384], attention=[2048, 8192]), compiled=True,
-                        peak_model=dict(hidden=2048, layers=16, vocab=131072, rows=4, tokens=4096, steps=5, threads=0))}}
+    "bench_preference": dict(device="cuda", dtype="bfloat16", pairs=8, tokens=4096, hidden=2048, layers=16,
+                             repetitions=3),
+    "bench_training": dict(
+    device="cuda", dtype="bfloat16", ways=["this", "trl", "this, packed", "trl, packed"], repetitions=2, threads=0,
+    starts=[], inputs=dict(rows=2000, held_out=50, vocab="tekken", hidden=1024, layers=12, median=300, longest=4000),
+    how=dict(max_length=4096, per_device=8, accumulation=2, steps=50, learning_rate=1e-4)),
+    "bench_scale": dict(
+    device="cuda", model=dict(hidden=2048, layers=16, vocab=131072, tokens=4096, dtype="bfloat16"),
+    memory=dict(hidden=[1024, 2048], tokens=[4096], loss=["plw", "qrpo"]), batches=dict(gib=60, most=64), ways=[],
+    lengths=dict(cost=[1024, 4096, 16384], attention=[2048, 8192]), compiled=True,
+    peak_model=dict(hidden=2048, layers=16, vocab=131072, rows=4, tokens=4096, steps=5, threads=0))}}
 
 # %% ../../nbs/90_bench/1_records.ipynb #cba4173b
 def select_recipes(
@@ -174,7 +194,8 @@ def select_recipes(
     able = [n for n in known if device == "cpu" or n in BENCH_SIZES[device]]
     names = [n if n.startswith("bench_") else f"bench_{n}" for n in names]
     for n in names:
-        if n not in known: raise UserError(f"There is no benchmark {n}.{did_you_mean(n, known)} Known: {', '.join(known)}.")
+        if n not in known:
+            raise UserError(f"There is no benchmark {n}.{did_you_mean(n, known)} Known: {', '.join(known)}.")
         if n not in able: raise UserError(f"Nothing of {n} runs on a GPU. On {device}: {', '.join(able)}.")
     return names or able
 
@@ -204,11 +225,16 @@ def bench_main(
     p = argparse.ArgumentParser(prog="python -m post_training.bench.records", description=bench_main.__doc__)
     p.add_argument("names", nargs="*", help="recipes, such as masks or bench_sft; none: all")
     p.add_argument("--device", default="cpu", help="cpu or cuda")
-    p.add_argument("--small", action="store_true", help="with the recipes' own small defaults: shows that they run, and gives no verdict")
-    a, failed, done, since = p.parse_args(argv), [], [], time.perf_counter()
+    p.add_argument("--small", action="store_true",
+                   help="with the recipes' own small defaults: shows that they run, and gives no verdict")
+    a = p.parse_args(argv)
+    failed = []
+    done = []
+    since = time.perf_counter()
     try:
         names = select_recipes(a.names, a.device)
-        if a.device == "cuda" and not visible_gpus(): raise UserError("No GPU is visible to this process; --device cpu is what is left.")
+        if a.device == "cuda" and not visible_gpus():
+            raise UserError("No GPU is visible to this process; --device cpu is what is left.")
     except UserError as e: print(e, file=sys.stderr); return 2
     for name in names:
         try: print(f"{name}: {run_benchmark(name, a.device, a.small):.0f} s", flush=True); done.append(name)
@@ -216,7 +242,8 @@ def bench_main(
         except Exception as e: failed.append(name); print(f"{name} failed: {e}", file=sys.stderr, flush=True)
     folder = runs_root()/"bench"/("small" if a.small else "")
     print_targets(load_records(folder))
-    print(f"{len(done)} of {len(names)} benchmarks in {(time.perf_counter() - since)/60:.1f} min; records in {folder}" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    print(f"{len(done)} of {len(names)} benchmarks in {(time.perf_counter() - since)/60:.1f} min; records in {folder}"
+          + (f"; failed: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 130 if len(done) < len(names) else 0
 
 # %% ../../nbs/90_bench/1_records.ipynb #5def2008

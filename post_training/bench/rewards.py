@@ -24,7 +24,8 @@ def bench_reward_rows(
     def text(n): return " ".join(rng.choices(BENCH_WORDS, k=n))
     def length(): return max(1, min(longest, round(rng.lognormvariate(3.5, 1.))))
     def prompt(): return [dict(role="user", content=text(rng.randint(10, 60)))]
-    return [dict(id=str(i), prompt=prompt(), completions=[dict(content=text(length())) for _ in range(completions)]) for i in range(rows)]
+    return [dict(id=str(i), prompt=prompt(), completions=[dict(content=text(length())) for _ in range(completions)])
+            for i in range(rows)]
 
 # %% ../../nbs/90_bench/6_rewards.ipynb #563c7c3e
 def bench_scorer(
@@ -41,8 +42,10 @@ def bench_scorer(
     from post_training.tokens.tokenizer import toy_tokenizer
     tokenizer = toy_tokenizer("bpe", "zephyr", texts=[" ".join(BENCH_WORDS)])
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=4*hidden, num_hidden_layers=layers, num_attention_heads=max(1, hidden//64),
-                         num_key_value_heads=max(1, hidden//64), max_position_embeddings=8192, num_labels=1, pad_token_id=tokenizer.pad_token_id)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=4*hidden,
+                         num_hidden_layers=layers, num_attention_heads=max(1, hidden//64),
+                         num_key_value_heads=max(1, hidden//64), max_position_embeddings=8192, num_labels=1,
+                         pad_token_id=tokenizer.pad_token_id)
     with torch.device(device): model = LlamaForSequenceClassification(config).to(getattr(torch, dtype))
     return ModelScorer(model, tokenizer, batch_tokens=batch_tokens)
 
@@ -55,9 +58,11 @@ def rewards_row_by_row(
     import torch
     out, t = [], scorer.tokenizer
     for r in rows:
-        texts = [t.apply_chat_template([*r["prompt"], dict(role="assistant", content=c["content"])], tokenize=False) for c in r["completions"]]
+        texts = [t.apply_chat_template([*r["prompt"], dict(role="assistant", content=c["content"])], tokenize=False)
+                 for c in r["completions"]]
         batch = t(texts, add_special_tokens=False, padding=True, return_tensors="pt").to(scorer.model.device)
-        with torch.inference_mode(): scores = scorer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        with torch.inference_mode():
+            scores = scorer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         out.append(scores[:, 0].float().tolist())
     return out
 
@@ -92,16 +97,20 @@ def measure_rewards(
     "Both ways on the same rows: seconds (of the processor on a CPU, of the wall clock on a GPU), conversations and tokens per second, padding"
     import pandas as pd
     lengths = [[len(ids) for ids in row] for row in scorer.encode(rows)]
-    clock = time.process_time if scorer.model.device.type == "cpu" else time.perf_counter # a busy machine's wall clock says little
+    # a busy machine's wall clock says little
+    clock = time.process_time if scorer.model.device.type == "cpu" else time.perf_counter
     flat, at = [n for row in lengths for n in row], []
     for batch in token_batches([sum(row) for row in lengths], PLANNED_BATCH_FACTOR*scorer.batch_tokens):
         mine = [n for i in batch for n in lengths[i]]
         at += [[mine[i] for i in b] for b in token_batches(mine, scorer.batch_tokens)]
-    times = time_interleaved({"row by row": lambda: rewards_row_by_row(scorer, rows), "planned": lambda: rewards_in_planned_batches(scorer, rows)}, repeats, clock)
+    times = time_interleaved({"row by row": lambda: rewards_row_by_row(scorer, rows),
+                              "planned": lambda: rewards_in_planned_batches(scorer, rows)}, repeats, clock)
     seconds = {way: median(t) for way, t in times.items()}
     pads = {"row by row": padding_share(lengths), "planned": padding_share(at)}
-    return pd.DataFrame({way: {"seconds": round(s, 2), "conversations/s": round(len(flat)/s, 1), "tokens/s": round(sum(flat)/s), "padding": round(pads[way], 2),
-                               "times": round(seconds["row by row"]/s, 2), "spread": round(relative_spread(times[way]), 2)} for way, s in seconds.items()}).T
+    return pd.DataFrame({way: {"seconds": round(s, 2), "conversations/s": round(len(flat)/s, 1),
+                               "tokens/s": round(sum(flat)/s), "padding": round(pads[way], 2),
+                               "times": round(seconds["row by row"]/s, 2),
+                               "spread": round(relative_spread(times[way]), 2)} for way, s in seconds.items()}).T
 
 # %% ../../nbs/90_bench/6_rewards.ipynb #7595658a
 def plot_rewards(

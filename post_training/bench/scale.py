@@ -29,8 +29,9 @@ def apertus_config(
     mlp:int|None=None, # MLP size; None: four times `hidden`
 )->dict: # of a config.json
     "An Apertus of these sizes"
-    return dict(model_type="apertus", vocab_size=vocab, hidden_size=hidden, intermediate_size=mlp or 4*hidden, num_hidden_layers=layers,
-                num_attention_heads=max(1, hidden//64), num_key_value_heads=max(1, hidden//256))
+    return dict(model_type="apertus", vocab_size=vocab, hidden_size=hidden, intermediate_size=mlp or 4*hidden,
+                num_hidden_layers=layers, num_attention_heads=max(1, hidden//64),
+                num_key_value_heads=max(1, hidden//256))
 
 # %% ../../nbs/90_bench/10_scale.ipynb #f3f85541
 def build_bench_model(
@@ -46,7 +47,8 @@ def build_bench_model(
     torch.manual_seed(0)
     kind = getattr(torch, dtype)
     with torch.device(device), quiet_activation():
-        made = ApertusConfig(**{k: v for k, v in config.items() if k != "model_type"}, dtype=kind, pad_token_id=0, bos_token_id=1, eos_token_id=2, attn_implementation=attention)
+        made = ApertusConfig(**{k: v for k, v in config.items() if k != "model_type"}, dtype=kind, pad_token_id=0,
+                             bos_token_id=1, eos_token_id=2, attn_implementation=attention)
         return ApertusForCausalLM(made).to(kind).train()
 
 # %% ../../nbs/90_bench/10_scale.ipynb #0f567f7a
@@ -66,10 +68,15 @@ def scale_rows(
     def one(i):
         n = tokens if i == 0 or not mixed else rng.randint(tokens//8, tokens)
         p = max(1, int(prompt_share*n))
-        if loss != "qrpo": return dict(row_id=f"r{i}", source="bench", input_ids=draw(n), completion_mask=[0]*p + [1]*(n - p), length=n)
+        if loss != "qrpo":
+            return dict(row_id=f"r{i}", source="bench", input_ids=draw(n), completion_mask=[0]*p + [1]*(n - p),
+                        length=n)
         sides = {s: dict(ids=draw(n - p), scored=[True]*(n - p), length=n - p) for s in ("chosen", "rejected")}
-        row = dict(row_id=f"r{i}", source="bench", prompt_ids=draw(p), length=2*n, chosen_quantile=1., rejected_quantile=0.25)
-        for s, side in sides.items(): row |= {f"{s}_{k}": v for k, v in side.items()} | {f"ref_{s}_logprob": -10., f"ref_{s}_logprobs": [], f"{s}_n_refs": 4}
+        row = dict(row_id=f"r{i}", source="bench", prompt_ids=draw(p), length=2*n, chosen_quantile=1.,
+                   rejected_quantile=0.25)
+        for s, side in sides.items():
+            row |= {f"{s}_{k}": v for k, v in side.items()} | {
+                f"ref_{s}_logprob": -10., f"ref_{s}_logprobs": [], f"{s}_n_refs": 4}
         return row
     return [one(i) for i in range(rows)]
 
@@ -98,14 +105,17 @@ def scale_trainer(
     from post_training.training.arguments import sft_config
     from post_training.training.objective import SFTObjective
     from post_training.training.trainer import SFTTrainer
-    data, tokenizer, deepspeed = Dataset.from_list(rows), word_tokenizer(8), os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    data, tokenizer, deepspeed = Dataset.from_list(rows), word_tokenizer(8), os.environ.get(
+        "ACCELERATE_USE_DEEPSPEED") == "true"
     collator = PackCollator() if packs else PadCollator(0)
     if loss == "qrpo":
         asked = args | SCALE_LOSSES[loss]
-        trainer = SFTTrainer(model, preference_config(asked, folder, cpu=cpu, deepspeed=deepspeed), data, tokenizer, PairCollator(collator), empty_pair, objective_from_args(asked))
+        trainer = SFTTrainer(model, preference_config(asked, folder, cpu=cpu, deepspeed=deepspeed), data, tokenizer,
+                             PairCollator(collator), empty_pair, objective_from_args(asked))
     else:
         objective = SFTObjective(**table_entry(SCALE_LOSSES, loss, "loss"))
-        trainer = SFTTrainer(model, sft_config(args, folder, cpu=cpu, deepspeed=deepspeed), data, tokenizer, collator, empty_row, objective, bins=packs)
+        trainer = SFTTrainer(model, sft_config(args, folder, cpu=cpu, deepspeed=deepspeed), data, tokenizer, collator,
+                             empty_row, objective, bins=packs)
     trainer.save_nothing = True
     return trainer
 
@@ -118,12 +128,17 @@ def step_meter(
     import torch
     from transformers import TrainerCallback
     class Meter(TrainerCallback):
-        seconds, cpu_seconds, norms, profiler, since = (), (), (), None, None
+        seconds = ()
+        cpu_seconds = ()
+        norms = ()
+        profiler = None
+        since = None
         def now(self):
             if device != "cpu": torch.cuda.synchronize()
             return time.perf_counter(), time.process_time()
         def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step + 1 == profile_step: self.profiler = torch.profiler.profile(); self.profiler.__enter__()
+            if state.global_step + 1 == profile_step:
+                self.profiler = torch.profiler.profile(); self.profiler.__enter__()
             self.since = self.now()
         def on_step_end(self, args, state, control, **kwargs):
             clock, cpu = (b - a for a, b in zip(self.since, self.now()))
@@ -141,7 +156,8 @@ def limit_memory(
     "More than this cannot be had: what asks for it fails, as it would on a smaller machine"
     import resource
     if device == "cpu":
-        with open("/proc/self/status") as f: held = next(int(line.split()[1]) for line in f if line.startswith("VmData"))*1024
+        with open("/proc/self/status") as f:
+            held = next(int(line.split()[1]) for line in f if line.startswith("VmData"))*1024
         return resource.setrlimit(resource.RLIMIT_DATA, (held + int(gib*2**30),)*2)
     import torch
     torch.cuda.set_per_process_memory_fraction(min(1., gib*2**30/torch.cuda.mem_get_info()[1]))
@@ -175,7 +191,8 @@ def expected_memory(
     sequences = rows*(1 + (loss == "qrpo"))
     policy = "bf16" if dtype == "bfloat16" else "float32" if device == "cpu" else "autocast"
     here = cpu_memory_options(sequences*tokens, "adamw_torch") if device == "cpu" else dict(reserve=0.)
-    return memory_per_gpu(config, zero_stage, world_size, sequences, tokens, accumulation, policy, recompute=checkpointing, **here)
+    return memory_per_gpu(config, zero_stage, world_size, sequences, tokens, accumulation, policy,
+                          recompute=checkpointing, **here)
 
 # %% ../../nbs/90_bench/10_scale.ipynb #bfa0d96f
 def scale_step_args(
@@ -187,8 +204,9 @@ def scale_step_args(
     dtype:str="float32", # of the weights; on a GPU float32 weights work under bf16 autocast
 )->dict:
     "Training arguments of a measurement"
-    return dict(per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulation, max_steps=steps, learning_rate=1e-5, lr_scheduler_type="constant",
-                optim="adamw_torch", warmup_steps=0, logging_steps=1, save_strategy="no", seed=0, bf16=device != "cpu" and dtype == "float32", max_length=None,
+    return dict(per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulation, max_steps=steps,
+                learning_rate=1e-5, lr_scheduler_type="constant", optim="adamw_torch", warmup_steps=0, logging_steps=1,
+                save_strategy="no", seed=0, bf16=device != "cpu" and dtype == "float32", max_length=None,
                 activation_checkpointing=checkpointing)
 
 # %% ../../nbs/90_bench/10_scale.ipynb #992df7a7
@@ -214,23 +232,26 @@ def train_steps(
     import statistics, torch
     from post_training.tokens.collate import best_fit_pack
     if threads: torch.set_num_threads(threads)
-    world, zero, config = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 0)), apertus_config(**shape)
+    world, zero, config = int(os.environ.get("WORLD_SIZE", 1)), int(
+        os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 0)), apertus_config(**shape)
     data = scale_rows(config["vocab_size"], rows*accumulation*world, tokens, loss, mixed)
     bins = best_fit_pack([r["length"] for r in data], tokens) if packed else None
     if limit_gib: limit_memory(limit_gib, device)
     held, meter = start_peak(device), step_meter(device, steps + 1 if profiled else None)
     model = build_bench_model(config, attention, dtype, device)
     if compiled: model.model.compile()
-    args = scale_step_args(1 if bins else rows, len(bins) if bins else accumulation, steps + 1, checkpointing, device, dtype)
+    args = scale_step_args(1 if bins else rows, len(bins) if bins else accumulation, steps + 1, checkpointing, device,
+                           dtype)
     with tempfile.TemporaryDirectory() as folder:
         trainer = scale_trainer(model, loss, data, folder, args, device == "cpu", bins)
         trainer.add_callback(meter)
         trainer.train()
     peak, seconds = process_memory(True, device) - held, statistics.median(meter.seconds[1:])
     guess = expected_memory(config, rows, tokens, loss, accumulation, checkpointing, dtype, device, zero, world)
-    return dict(seconds=seconds, cpu_seconds=statistics.median(meter.cpu_seconds[1:]), first=meter.seconds[0], spread=max(meter.seconds[1:]) - min(meter.seconds[1:]),
-                tokens_per_s=sum(r["length"] for r in data)/seconds, peak_gib=peak/2**30, estimated_gib=guess["total"], norm=meter.norms[0], world=world,
-                operations=top_operations(meter.profiler) if profiled else None)
+    return dict(seconds=seconds, cpu_seconds=statistics.median(meter.cpu_seconds[1:]), first=meter.seconds[0],
+                spread=max(meter.seconds[1:]) - min(meter.seconds[1:]),
+                tokens_per_s=sum(r["length"] for r in data)/seconds, peak_gib=peak/2**30, estimated_gib=guess["total"],
+                norm=meter.norms[0], world=world, operations=top_operations(meter.profiler) if profiled else None)
 
 # %% ../../nbs/90_bench/10_scale.ipynb #4d9fc92f
 def top_operations(
@@ -242,10 +263,12 @@ def top_operations(
     cuda = any(e.self_device_time_total for e in events)
     times = {e.key: (e.self_device_time_total if cuda else e.self_cpu_time_total, e.count) for e in events}
     total = sum(t for t, _ in times.values()) or 1
-    return [dict(operation=k[:60], share=t/total, calls=n) for k, (t, n) in sorted(times.items(), key=lambda x: -x[1][0])[:top]]
+    return [dict(operation=k[:60], share=t/total, calls=n)
+            for k, (t, n) in sorted(times.items(), key=lambda x: -x[1][0])[:top]]
 
 # %% ../../nbs/90_bench/10_scale.ipynb #1baee683
-PRELOADED_MODULES = ("datasets", "deepspeed", "trl.trainer.sft_trainer", "transformers.models.apertus.modeling_apertus", "post_training.training.preference", "post_training.bench.scale")
+PRELOADED_MODULES = ("datasets", "deepspeed", "trl.trainer.sft_trainer", "transformers.models.apertus.modeling_apertus",
+                     "post_training.training.preference", "post_training.bench.scale")
 
 # %% ../../nbs/90_bench/10_scale.ipynb #3dd696d2
 def start_forkserver(): # a context of multiprocessing
@@ -279,7 +302,8 @@ def fresh_train_steps(
     context = start_forkserver() if args.get("device", "cpu") == "cpu" else multiprocessing.get_context("spawn")
     with tempfile.NamedTemporaryFile() as log, ProcessPoolExecutor(1, mp_context=context) as pool:
         try: return pool.submit(train_quietly, log.name, args).result()
-        except BrokenProcessPool: return dict(failed=f"The process was ended. {Path(log.name).read_text(errors='replace')[-2000:]}")
+        except BrokenProcessPool:
+            return dict(failed=f"The process was ended. {Path(log.name).read_text(errors='replace')[-2000:]}")
 
 # %% ../../nbs/90_bench/10_scale.ipynb #9a08cabd
 def checked_train_steps(
@@ -300,8 +324,11 @@ def memory_table(
     rows = []
     for case in cases:
         args = common | case
-        found, n = checked_train_steps(**args), parameter_counts(apertus_config(**{k: args[k] for k in ("vocab", "hidden", "layers", "mlp") if k in args}))["total"]
-        rows.append(case | dict(million=n/1e6, measured_gib=found["peak_gib"], estimated_gib=found["estimated_gib"], ratio=found["estimated_gib"]/found["peak_gib"]))
+        found, n = checked_train_steps(**args), parameter_counts(
+            apertus_config(**{k: args[k] for k in ("vocab", "hidden", "layers", "mlp") if k in args}))["total"]
+        rows.append(case
+                    | dict(million=n/1e6, measured_gib=found["peak_gib"], estimated_gib=found["estimated_gib"],
+                           ratio=found["estimated_gib"]/found["peak_gib"]))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/90_bench/10_scale.ipynb #a756c630
@@ -312,14 +339,17 @@ def plot_memory_fit(
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(4, 3.2), dpi=70, layout="constrained")
     for loss, t in table.groupby("loss", sort=False): ax.scatter(t.estimated_gib, t.measured_gib, label=loss, s=25)
-    low, high = table[["measured_gib", "estimated_gib"]].min().min()*.8, table[["measured_gib", "estimated_gib"]].max().max()*1.2
-    for share, style in ((1, "-"), (1.2, ":"), (0.8, ":")): ax.plot([low, high], [low*share, high*share], style, color="grey", lw=1)
+    low, high = table[["measured_gib",
+                       "estimated_gib"]].min().min()*.8, table[["measured_gib", "estimated_gib"]].max().max()*1.2
+    for share, style in ((1, "-"), (1.2, ":"), (0.8, ":")):
+        ax.plot([low, high], [low*share, high*share], style, color="grey", lw=1)
     ax.set(xlabel="estimated, GiB", ylabel="measured, GiB", xscale="log", yscale="log")
     ax.legend(fontsize=8)
     return fig
 
 # %% ../../nbs/90_bench/10_scale.ipynb #58336299
-OUT_OF_MEMORY_WORDS = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "memoryerror", "unable to mmap") # in lower case
+OUT_OF_MEMORY_WORDS = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory",
+                       "bad_alloc", "memoryerror", "unable to mmap") # in lower case
 
 # %% ../../nbs/90_bench/10_scale.ipynb #db67c5f7
 def fits_in_memory(
@@ -353,12 +383,17 @@ def largest_batch(
     "The largest batch by trying, and by the estimate"
     import pandas as pd
     tries, shape = [], {k: args[k] for k in ("vocab", "hidden", "layers", "mlp") if k in args}
-    def expect(n): return expected_memory(apertus_config(**shape), n, **{k: args[k] for k in ("tokens", "loss", "checkpointing", "dtype", "device") if k in args})["total"]
+    def expect(n):
+        return expected_memory(apertus_config(**shape), n,
+                               **{k: args[k] for k in ("tokens", "loss", "checkpointing", "dtype", "device")
+                                  if k in args})["total"]
     def attempt(n):
         found = fresh_train_steps(rows=n, limit_gib=gib, **args | dict(steps=1))
-        tries.append(dict(rows=n, fits=fits_in_memory(found), measured_gib=found.get("peak_gib", math.nan), estimated_gib=expect(n)))
+        tries.append(dict(rows=n, fits=fits_in_memory(found), measured_gib=found.get("peak_gib", math.nan),
+                          estimated_gib=expect(n)))
         return tries[-1]["fits"]
-    by_estimate = next((n - 1 for n in range(1, max_rows + 1) if expect(n) > gib), max_rows) # one by one: the estimate steps down where a tensor leaves the heap
+    # one by one: the estimate steps down where a tensor leaves the heap
+    by_estimate = next((n - 1 for n in range(1, max_rows + 1) if expect(n) > gib), max_rows)
     return bisect_largest(attempt, max_rows), by_estimate, pd.DataFrame(tries)
 
 # %% ../../nbs/90_bench/10_scale.ipynb #dda4afe5
@@ -371,13 +406,18 @@ def distributed_train_steps(
     import yaml
     from post_training.config.compose import compose
     from post_training.launch.accelerate import launch_command, launch_env, launch_settings
-    cfg = compose("train_sft", [f"accelerate_config={engine}", f"num_processes={processes}", f"cluster.device={args.get('device', 'cpu')}"]).cfg
+    cfg = compose("train_sft",
+                  [f"accelerate_config={engine}", f"num_processes={processes}",
+                   f"cluster.device={args.get('device', 'cpu')}"]).cfg
     with tempfile.TemporaryDirectory() as d:
         asked, settings = Path(d)/"args.json", Path(d)/"accelerate.yaml"
         write_json(asked, args)
         settings.write_text(yaml.safe_dump(launch_settings(cfg)))
-        run = subprocess.run(launch_command("post_training.bench.scale", asked, settings, processes), env=launch_env(cfg, 0), capture_output=True, text=True)
-        if run.returncode: raise RuntimeError(f"{processes} processes under {engine} ended with exit code {run.returncode}: {run.stderr[-800:]}")
+        run = subprocess.run(launch_command("post_training.bench.scale", asked, settings, processes),
+                             env=launch_env(cfg, 0), capture_output=True, text=True)
+        if run.returncode:
+            raise RuntimeError(f"{processes} processes under {engine} ended with exit code {run.returncode}: "
+                               f"{run.stderr[-800:]}")
         return json.loads((Path(d)/"found.json").read_text())
 
 # %% ../../nbs/90_bench/10_scale.ipynb #584f6704
@@ -401,8 +441,11 @@ def scaling_table(
 ): # `pandas.DataFrame`: processes, engine, seconds, processor seconds, tokens per second, efficiency, peak of a process
     "Weak scaling"
     import pandas as pd
-    runs = [dict(processes=n, engine=engine) | (checked_train_steps(**args) if n == 1 else distributed_train_steps(n, engine, **args)) for _ in range(repetitions) for n, engine in [(1, "none"), *variants]]
-    table = pd.DataFrame(runs).groupby(["processes", "engine"], sort=False)[["seconds", "cpu_seconds", "tokens_per_s", "peak_gib", "estimated_gib"]].median().reset_index()
+    runs = [dict(processes=n, engine=engine)
+            | (checked_train_steps(**args) if n == 1 else distributed_train_steps(n, engine, **args))
+            for _ in range(repetitions) for n, engine in [(1, "none"), *variants]]
+    table = pd.DataFrame(runs).groupby(["processes", "engine"], sort=False)[
+        ["seconds", "cpu_seconds", "tokens_per_s", "peak_gib", "estimated_gib"]].median().reset_index()
     table.insert(5, "efficiency", table.tokens_per_s/table.processes/table.tokens_per_s[0])
     return table
 
@@ -416,11 +459,14 @@ def cost_of_length(
     "Cost of a token in rows of several lengths"
     import pandas as pd
     config = apertus_config(**{k: args[k] for k in ("vocab", "hidden", "layers", "mlp") if k in args})
-    runs = [dict(tokens=n, rows=budget//n) | checked_train_steps(rows=budget//n, tokens=n, **args) for _ in range(repetitions) for n in lengths]
-    each = pd.DataFrame(runs).assign(us=lambda t: 1e6*t.seconds/(t.rows*t.tokens), us_cpu=lambda t: 1e6*t.cpu_seconds/(t.rows*t.tokens))
+    runs = [dict(tokens=n, rows=budget//n) | checked_train_steps(rows=budget//n, tokens=n, **args)
+            for _ in range(repetitions) for n in lengths]
+    each = pd.DataFrame(runs).assign(us=lambda t: 1e6*t.seconds/(t.rows*t.tokens),
+                                     us_cpu=lambda t: 1e6*t.cpu_seconds/(t.rows*t.tokens))
     groups = each.groupby(["tokens", "rows"])[["us", "us_cpu"]]
     table = groups.median().assign(spread=(groups.max() - groups.min()).us_cpu).reset_index()
-    return table.assign(mflop=[flops_per_token(config, n, args.get("checkpointing", False), 0.5)/1e6 for n in table.tokens])
+    return table.assign(mflop=[flops_per_token(config, n, args.get("checkpointing", False), 0.5)/1e6
+                               for n in table.tokens])
 
 # %% ../../nbs/90_bench/10_scale.ipynb #a72e985b
 def fit_length(
@@ -431,7 +477,8 @@ def fit_length(
     import numpy as np
     x, y = table.tokens.to_numpy(float), table[column].to_numpy(float)
     (a, b), *_ = np.linalg.lstsq(np.stack([1/y, x/y], 1), np.ones(len(y)), rcond=None)
-    return dict(a=float(a), b_per_1k=float(1000*b), largest_residual=float(np.abs((a + b*x)/y - 1).max()), half_at=float(a/b) if b > 0 else math.inf)
+    return dict(a=float(a), b_per_1k=float(1000*b), largest_residual=float(np.abs((a + b*x)/y - 1).max()),
+                half_at=float(a/b) if b > 0 else math.inf)
 
 # %% ../../nbs/90_bench/10_scale.ipynb #2ff0fa49
 def plot_length(
@@ -472,8 +519,10 @@ def attention_table(
         for layout in layouts:
             for n in lengths:
                 for backend in backends or attention_backends(device):
-                    found = fresh_train_steps(rows=max(2, budget//n), tokens=n, mixed=True, packed=layout == "packed", attention=backend, **args)
-                    rows.append(dict(layout=layout, tokens=n, backend=backend, seconds=found.get("cpu_seconds" if device == "cpu" else "seconds", math.nan),
+                    found = fresh_train_steps(rows=max(2, budget//n), tokens=n, mixed=True, packed=layout == "packed",
+                                              attention=backend, **args)
+                    rows.append(dict(layout=layout, tokens=n, backend=backend,
+                                     seconds=found.get("cpu_seconds" if device == "cpu" else "seconds", math.nan),
                                      peak_gib=found.get("peak_gib", math.nan), failed=found.get("failed", "")[:100]))
     groups = pd.DataFrame(rows).groupby(["layout", "tokens", "backend"], sort=False)
     return groups[["seconds", "peak_gib"]].median().join(groups[["failed"]].first()).reset_index()
@@ -491,7 +540,8 @@ def chosen_backend(
     rows = []
     for (layout, n), t in table.groupby(["layout", "tokens"], sort=False):
         seconds = t.dropna(subset="seconds").set_index("backend").seconds
-        rows.append(dict(device=device, layout=layout, tokens=n, fastest=seconds.idxmin(), chosen=chosen, slower=seconds[chosen]/seconds.min()))
+        rows.append(dict(device=device, layout=layout, tokens=n, fastest=seconds.idxmin(), chosen=chosen,
+                         slower=seconds[chosen]/seconds.min()))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/90_bench/10_scale.ipynb #c2bc2c96
@@ -535,13 +585,15 @@ def peak_flops(
     if device == "cpu":
         before = torch.get_num_threads()
         torch.set_num_threads(threads or before)
-        try: return best_matmul(), f"the fastest fp32 product of {threads or before} thread{'s'*((threads or before) > 1)}"
+        try:
+            return best_matmul(), f"the fastest fp32 product of {threads or before} thread{'s'*((threads or before) > 1)}"
         finally: torch.set_num_threads(before)
     name = name or torch.cuda.get_device_name()
     words = name.lower().replace("-", " ").split()
     known = next((k for k in ("gh200", "h200", "h100") if k in words), "a100" if "a100" in name.lower() else None)
     if {"pcie", "nvl"} & set(words): known = None # slower ones of the same name
-    return (DEVICES[known]["bf16"], f"data sheet of {known}, bf16") if known else (best_matmul(device, "bfloat16", 8192), f"fastest bf16 product of {name}")
+    return ((DEVICES[known]["bf16"], f"data sheet of {known}, bf16") if known
+            else (best_matmul(device, "bfloat16", 8192), f"fastest bf16 product of {name}"))
 
 # %% ../../nbs/90_bench/10_scale.ipynb #e75873ce
 def measure_utilization(
@@ -550,12 +602,14 @@ def measure_utilization(
 )->dict: # million parameters, tokens per second, mfu, hfu, peak and estimate in GiB, operations of a step
     "Share of the peak of one process, with the profile of a step"
     args = dict(loss="sft") | args
-    shape, recompute = apertus_config(**{k: args[k] for k in ("vocab", "hidden", "layers", "mlp") if k in args}), args.get("checkpointing", False)
+    shape, recompute = apertus_config(**{k: args[k] for k in ("vocab", "hidden", "layers", "mlp")
+                                         if k in args}), args.get("checkpointing", False)
     found = checked_train_steps(**args)
     profile = checked_train_steps(**args | dict(steps=1, profiled=True))["operations"]
-    mfu, hfu = (found["tokens_per_s"]*flops_per_token(shape, args["tokens"], again)/peak for again in (False, recompute))
-    return dict(million=parameter_counts(shape)["total"]/1e6, tokens_per_s=found["tokens_per_s"], mfu=mfu, hfu=hfu, peak_gib=found["peak_gib"],
-                estimated_gib=found["estimated_gib"], operations=profile)
+    mfu, hfu = (found["tokens_per_s"]*flops_per_token(shape, args["tokens"], again)/peak
+                for again in (False, recompute))
+    return dict(million=parameter_counts(shape)["total"]/1e6, tokens_per_s=found["tokens_per_s"], mfu=mfu, hfu=hfu,
+                peak_gib=found["peak_gib"], estimated_gib=found["estimated_gib"], operations=profile)
 
 # %% ../../nbs/90_bench/10_scale.ipynb #b9a0fbd3
 PROJECTION_DEFAULTS = dict( # not measured here: put in your own
@@ -600,13 +654,15 @@ def project_training(
 )->dict: # a row of a table
     "A projection, not a measurement"
     accumulation = max(1, global_rows//(gpus*per_device))
-    e = estimate(model, device, max(1, gpus//gpus_per_node), min(gpus, gpus_per_node), zero_stage, per_device, accumulation, tokens, utilization=utilization, recompute=recompute)
+    e = estimate(model, device, max(1, gpus//gpus_per_node), min(gpus, gpus_per_node), zero_stage, per_device,
+                 accumulation, tokens, utilization=utilization, recompute=recompute)
     sent, seconds = zero_communication(e["parameters"], zero_stage, gpus, accumulation, gpus_per_node, nvlink, network)
     compute = e["step_seconds"]
     step = compute + seconds - min(overlap*seconds, compute)
     rate = gpus*accumulation*per_device*tokens/step
-    return dict(gpus=gpus, zero=zero_stage, accumulation=accumulation, memory_gib=e["memory"]["total"], fits=e["fits"], compute_s=compute, communication_s=seconds,
-                sent_gb=sent/1e9, tokens_per_s_per_gpu=rate/gpus, mfu=rate/gpus*flops_per_token(model, tokens)/DEVICES[device]["bf16"], days_per_1e9=1e9/rate/86400)
+    return dict(gpus=gpus, zero=zero_stage, accumulation=accumulation, memory_gib=e["memory"]["total"], fits=e["fits"],
+                compute_s=compute, communication_s=seconds, sent_gb=sent/1e9, tokens_per_s_per_gpu=rate/gpus,
+                mfu=rate/gpus*flops_per_token(model, tokens)/DEVICES[device]["bf16"], days_per_1e9=1e9/rate/86400)
 
 # %% ../../nbs/90_bench/10_scale.ipynb #d49a4b49
 def project_table(
@@ -616,7 +672,8 @@ def project_table(
 ): # `pandas.DataFrame`
     "Projections side by side"
     import pandas as pd
-    return pd.DataFrame([dict(model=name) | project_training(model, n, stage, **args) for name, (model, stage) in models.items() for n in gpus])
+    return pd.DataFrame([dict(model=name) | project_training(model, n, stage, **args)
+                         for name, (model, stage) in models.items() for n in gpus])
 
 # %% ../../nbs/90_bench/10_scale.ipynb #4c4efb2f
 def plot_projection(
@@ -625,10 +682,12 @@ def plot_projection(
     "Tokens per second of a GPU and days per 1e9 tokens; hollow where memory does not suffice"
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 2, figsize=(7.5, 2.8), dpi=70, layout="constrained")
-    for ax, column, label in zip(axes, ("tokens_per_s_per_gpu", "days_per_1e9"), ("tokens/s of a GPU (projected)", "days for 1e9 tokens (projected)")):
+    for ax, column, label in zip(axes, ("tokens_per_s_per_gpu", "days_per_1e9"),
+                                 ("tokens/s of a GPU (projected)", "days for 1e9 tokens (projected)")):
         for i, (name, t) in enumerate(table.groupby("model", sort=False)):
             ax.plot(t.gpus, t[column], color=f"C{i}", lw=1, label=name)
-            for ok, face in ((True, f"C{i}"), (False, "white")): ax.plot(t.gpus[t.fits == ok], t[column][t.fits == ok], "o", ms=5, color=f"C{i}", markerfacecolor=face)
+            for ok, face in ((True, f"C{i}"), (False, "white")):
+                ax.plot(t.gpus[t.fits == ok], t[column][t.fits == ok], "o", ms=5, color=f"C{i}", markerfacecolor=face)
         ax.set(xscale="log", yscale="log", xlabel="GPUs", ylabel=label)
         ax.set_xticks(t.gpus.tolist(), t.gpus.tolist(), fontsize=7); ax.minorticks_off()
     axes[0].legend(fontsize=7)

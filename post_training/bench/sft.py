@@ -28,7 +28,8 @@ def real_masks(
     each = [tokenize_chats(tokenizer, chats) for chats in real_chats(tokenizer, folder, max(pool, num_rows)).values()]
     each = [[r.completion_mask for r in found if not isinstance(r, Refused)] for found in each]
     draw = np.random.default_rng(seed)
-    return [m for pair in zip(*([found[i] for i in draw.permutation(len(found))] for found in each)) for m in pair][:num_rows]
+    return [m for pair in zip(*([found[i] for i in draw.permutation(len(found))] for found in each))
+            for m in pair][:num_rows]
 
 # %% ../../nbs/90_bench/8_sft.ipynb #d55f572b
 def drawn_masks(
@@ -59,7 +60,9 @@ def bench_sft_rows(
     for i in draw.permutation(len(masks)):
         mask = masks[i][:longest].astype(int).copy()
         if mask[1:].sum() == 0: mask[-1] = 1
-        rows.append(dict(row_id=f"r{i}", source="bench", length=len(mask), input_ids=draw.integers(min(100, vocab//2), vocab, len(mask)).tolist(), completion_mask=mask.tolist()))
+        rows.append(dict(row_id=f"r{i}", source="bench", length=len(mask),
+                         input_ids=draw.integers(min(100, vocab//2), vocab, len(mask)).tolist(),
+                         completion_mask=mask.tolist()))
     return rows
 
 # %% ../../nbs/90_bench/8_sft.ipynb #1ed8df82
@@ -68,10 +71,12 @@ BENCH_SFT_LOSSES = { # name -> what `SFTObjective` takes
     "ln-plw 0.1": dict(name="ln-plw", prompt_loss_weight=.1), "irl": dict(name="irl")}
 
 # %% ../../nbs/90_bench/8_sft.ipynb #290b0b96
-BATCH_LAYOUTS = ("all", "random", "sorted", "packed") # padded in random order with every position through the head; padded in random order; padded, sorted inside a step; packed
+# padded in random order with every position through the head; padded in random order; padded, sorted inside a step; packed
+BATCH_LAYOUTS = ("all", "random", "sorted", "packed")
 
 # %% ../../nbs/90_bench/8_sft.ipynb #a5a5c982
-MODEL_8B = dict(linear=32*(2*4096*4096 + 2*4096*1024 + 2*4096*21504), layers=32, query=4096, hidden=4096, vocab=131_072) # a model of eight billion parameters
+# a model of eight billion parameters
+MODEL_8B = dict(linear=32*(2*4096*4096 + 2*4096*1024 + 2*4096*21504), layers=32, query=4096, hidden=4096, vocab=131_072)
 
 # %% ../../nbs/90_bench/8_sft.ipynb #c816f9cc
 def model_numbers(
@@ -82,7 +87,8 @@ def model_numbers(
     c = model.config
     linear = sum(m.weight.numel() for m in model.base_model.modules() if isinstance(m, torch.nn.Linear))
     head_dim = getattr(c, "head_dim", None) or c.hidden_size//c.num_attention_heads
-    return dict(linear=linear, layers=c.num_hidden_layers, query=c.num_attention_heads*head_dim, hidden=c.hidden_size, vocab=c.vocab_size)
+    return dict(linear=linear, layers=c.num_hidden_layers, query=c.num_attention_heads*head_dim, hidden=c.hidden_size,
+                vocab=c.vocab_size)
 
 # %% ../../nbs/90_bench/8_sft.ipynb #f29118ad
 def micro_batches(
@@ -98,7 +104,8 @@ def micro_batches(
     lengths = [r["length"] for r in rows]
     if layout == "packed": return best_fit_pack(lengths, pack_length)
     accumulation = -(-len(rows)//per_device)
-    dealt = micro_batches_for_rank(row_order(len(rows), seed, 0), per_device, accumulation, 1, 0, lengths if layout == "sorted" else None)
+    dealt = micro_batches_for_rank(row_order(len(rows), seed, 0), per_device, accumulation, 1, 0,
+                                   lengths if layout == "sorted" else None)
     return [[i for i in b if i >= 0] for b in dealt.tolist()]
 
 # %% ../../nbs/90_bench/8_sft.ipynb #cdb94c92
@@ -112,10 +119,12 @@ def step_shape(
     from post_training.tokens.collate import PackCollator
     from post_training.training.objective import SFTObjective
     batches = micro_batches(rows, layout, **sizes)
-    shapes = [(1, sum(rows[i]["length"] for i in b)) if layout == "packed" else (len(b), max(rows[i]["length"] for i in b)) for b in batches]
+    shapes = [(1, sum(rows[i]["length"] for i in b)) if layout == "packed"
+              else (len(b), max(rows[i]["length"] for i in b)) for b in batches]
     labels_1T = SFTObjective(**BENCH_SFT_LOSSES[loss]).labels(PackCollator()(rows))
     scored = sum(B*(T - 1) for B, T in shapes) if layout == "all" else int((labels_1T[:, 1:] != -100).sum())
-    return dict(real=sum(r["length"] for r in rows), places=sum(B*T for B, T in shapes), squares=sum(B*T*T for B, T in shapes), scored=scored)
+    return dict(real=sum(r["length"] for r in rows), places=sum(B*T for B, T in shapes),
+                squares=sum(B*T*T for B, T in shapes), scored=scored)
 
 # %% ../../nbs/90_bench/8_sft.ipynb #76d60c99
 def step_flops(
@@ -125,7 +134,8 @@ def step_flops(
 )->dict: # backbone, attention, head
     "FLOPs of forward and backward, by part; attention over the whole square"
     n, s = numbers, shape
-    return dict(backbone=6*n["linear"]*s["places"], attention=12*n["layers"]*n["query"]*s["squares"], head=head*n["hidden"]*n["vocab"]*s["scored"])
+    return dict(backbone=6*n["linear"]*s["places"], attention=12*n["layers"]*n["query"]*s["squares"],
+                head=head*n["hidden"]*n["vocab"]*s["scored"])
 
 # %% ../../nbs/90_bench/8_sft.ipynb #4f3f9e08
 def sft_step_args(
@@ -135,9 +145,10 @@ def sft_step_args(
     device:str="cpu", # cpu or cuda
 )->dict: # arguments that both trainers know
     "What both trainers are told"
-    return dict(per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulation, num_train_epochs=epochs, learning_rate=1e-4, lr_scheduler_type="constant",
-                optim="adamw_torch_fused", warmup_steps=0, logging_steps=1, save_strategy="no", seed=0, bf16=device != "cpu", activation_checkpointing=False,
-                dataloader_pin_memory=device != "cpu")
+    return dict(per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulation,
+                num_train_epochs=epochs, learning_rate=1e-4, lr_scheduler_type="constant", optim="adamw_torch_fused",
+                warmup_steps=0, logging_steps=1, save_strategy="no", seed=0, bf16=device != "cpu",
+                activation_checkpointing=False, dataloader_pin_memory=device != "cpu")
 
 # %% ../../nbs/90_bench/8_sft.ipynb #f33ce4a6
 def plain_tokenizer(): # `PreTrainedTokenizerFast`
@@ -164,9 +175,12 @@ def trl_sft_trainer(
     import trl
     from datasets import Dataset
     packed = layout == "packed" # an epoch is one step: accumulation may be more than there are lines
-    args = sft_step_args(1 if packed else per_device, len(rows) if packed else -(-len(rows)//per_device), epochs, device)
-    config = trl.SFTConfig(output_dir=str(folder), use_cpu=device == "cpu", report_to="none", disable_tqdm=True, completion_only_loss=loss != "sft", packing=packed,
-                           max_length=pack_length if packed else None, train_sampling_strategy="random" if packed else layout, **args)
+    args = sft_step_args(1 if packed else per_device, len(rows) if packed else -(-len(rows)//per_device), epochs,
+                         device)
+    config = trl.SFTConfig(output_dir=str(folder), use_cpu=device == "cpu", report_to="none", disable_tqdm=True,
+                           completion_only_loss=loss != "sft", packing=packed,
+                           max_length=pack_length if packed else None,
+                           train_sampling_strategy="random" if packed else layout, **args)
     data = Dataset.from_list([{k: r[k] for k in ("input_ids", "completion_mask")} for r in rows])
     return trl.SFTTrainer(model, config, train_dataset=data, processing_class=plain_tokenizer())
 
@@ -191,8 +205,12 @@ def our_sft_trainer(
     bins, batches = None, micro_batches(rows, layout, per_device, pack_length)
     if layout == "packed": bins, per_device = batches, 1
     config = sft_config(sft_step_args(per_device, len(batches), epochs, device), folder, cpu=device == "cpu")
-    kind = type("EveryPosition", (SFTObjective,), dict(labels=lambda self, batch, everything=False: batch["input_ids"])) if layout == "all" else SFTObjective
-    trainer = SFTTrainer(model, config, Dataset.from_list(rows), plain_tokenizer(), PackCollator() if bins else PadCollator(0), empty_row, kind(**BENCH_SFT_LOSSES[loss]), bins=bins)
+    kind = (type("EveryPosition", (SFTObjective,),
+                 dict(labels=lambda self, batch, everything=False: batch["input_ids"])) if layout == "all"
+            else SFTObjective)
+    trainer = SFTTrainer(model, config, Dataset.from_list(rows), plain_tokenizer(),
+                         PackCollator() if bins else PadCollator(0), empty_row, kind(**BENCH_SFT_LOSSES[loss]),
+                         bins=bins)
     if layout in ("all", "random"):
         made = trainer.sampler
         def unsorted(*args, **kwargs):
@@ -214,7 +232,10 @@ def watch_epochs(
     import torch
     from transformers import TrainerCallback
     class Watch(TrainerCallback):
-        since, held, peak, losses = None, None, None, ()
+        since = None
+        held = None
+        peak = None
+        losses = ()
         def now(self):
             if device != "cpu": torch.cuda.synchronize()
             return time.perf_counter(), time.process_time()
@@ -225,7 +246,8 @@ def watch_epochs(
             self.held, self.since = process_memory(device=device), self.now()
         def on_pre_optimizer_step(self, *args, **kwargs):
             if self.peak is None: self.peak = process_memory(True, device) - self.held
-        def on_step_end(self, *args, **kwargs): self.seconds, self.cpu_seconds = (b - a for a, b in zip(self.since, self.now()))
+        def on_step_end(self, *args, **kwargs):
+            self.seconds, self.cpu_seconds = (b - a for a, b in zip(self.since, self.now()))
         def on_log(self, args, state, control, logs=None, **kwargs):
             if "loss" in (logs or {}): self.losses += (float(logs["loss"]),)
     return Watch()
@@ -260,7 +282,8 @@ def one_sft_run(
         trainer.add_callback(watch)
         trainer.train()
     tokens = epochs*sum(r["length"] for r in rows)
-    return dict(seconds=watch.seconds, cpu_seconds=watch.cpu_seconds, tokens=tokens, peak=watch.peak, first_loss=watch.losses[0], steps=len(watch.losses))
+    return dict(seconds=watch.seconds, cpu_seconds=watch.cpu_seconds, tokens=tokens, peak=watch.peak,
+                first_loss=watch.losses[0], steps=len(watch.losses))
 
 # %% ../../nbs/90_bench/8_sft.ipynb #8769a631
 def fresh_sft_run(
@@ -270,10 +293,12 @@ def fresh_sft_run(
     return call_fresh("post_training.bench.sft", "one_sft_run", args)
 
 # %% ../../nbs/90_bench/8_sft.ipynb #86d1937f
-CORE_CASES = [("this", "plw 0", layout) for layout in BATCH_LAYOUTS] + [("trl", "plw 0", layout) for layout in ("random", "batch_rebalance", "packed")] # (library, loss, layout)
+CORE_CASES = [("this", "plw 0", layout) for layout in BATCH_LAYOUTS] + [
+    ("trl", "plw 0", layout) for layout in ("random", "batch_rebalance", "packed")] # (library, loss, layout)
 
 # %% ../../nbs/90_bench/8_sft.ipynb #ec688b96
-OTHER_CASES = [("this", loss, layout) for loss in BENCH_SFT_LOSSES if loss != "plw 0" for layout in ("random", "sorted", "packed")]
+OTHER_CASES = [("this", loss, layout) for loss in BENCH_SFT_LOSSES if loss != "plw 0"
+               for layout in ("random", "sorted", "packed")]
 
 # %% ../../nbs/90_bench/8_sft.ipynb #6d8ef31e
 def measure_sft(
@@ -284,11 +309,13 @@ def measure_sft(
     "All cases, repetition by repetition, so that a busy moment of the machine hits all of them"
     import pandas as pd
     names = ["library", "loss", "layout"]
-    runs = [dict(zip(names, c)) | fresh_sft_run(**dict(zip(names, c)), **args) for _ in range(repetitions) for c in map(tuple, cases)]
+    runs = [dict(zip(names, c)) | fresh_sft_run(**dict(zip(names, c)), **args) for _ in range(repetitions)
+            for c in map(tuple, cases)]
     groups = pd.DataFrame(runs).groupby(names, sort=False)
     t = groups.median()
     t["spread"] = (groups.seconds.max() - groups.seconds.min())/t.seconds
-    return t.assign(speed=t.tokens/t.seconds, cpu_speed=t.tokens/t.cpu_seconds, peak_MiB=t.peak/2**20)[["speed", "cpu_speed", "seconds", "spread", "peak_MiB", "first_loss"]]
+    return t.assign(speed=t.tokens/t.seconds, cpu_speed=t.tokens/t.cpu_seconds,
+                    peak_MiB=t.peak/2**20)[["speed", "cpu_speed", "seconds", "spread", "peak_MiB", "first_loss"]]
 
 # %% ../../nbs/90_bench/8_sft.ipynb #572646a6
 def compare_with_trl(
@@ -300,7 +327,8 @@ def compare_with_trl(
     ours, trl = speed["this", "plw 0"], speed["trl", "plw 0"]
     best = trl.drop("packed").max() # of its padded orders
     return {"trl-padded": ours["sorted"]/best, "trl-padded-default": ours["sorted"]/trl["random"],
-            "trl-packed": ours["packed"]/trl["packed"], "packed-trl-padded": ours["packed"]/best, "best-trl-best": ours.max()/trl.max()}
+            "trl-packed": ours["packed"]/trl["packed"], "packed-trl-padded": ours["packed"]/best,
+            "best-trl-best": ours.max()/trl.max()}
 
 # %% ../../nbs/90_bench/8_sft.ipynb #b96ac8aa
 def plot_sft(
@@ -342,8 +370,11 @@ def head_variants(
     from post_training.losses.logps import tiled_logps
     from post_training.models.score import tile_columns
     draw = torch.Generator().manual_seed(seed)
-    h_NH, w_VH = ((scale*torch.randn(n, hidden, generator=draw)).requires_grad_() for n, scale in ((positions, 1.), (vocab, .02)))
-    labels_N, cached, wide = torch.randint(0, vocab, (positions,), generator=draw), tile_columns(positions), 32768
+    h_NH, w_VH = ((scale*torch.randn(n, hidden, generator=draw)).requires_grad_()
+                  for n, scale in ((positions, 1.), (vocab, .02)))
+    labels_N = torch.randint(0, vocab, (positions,), generator=draw)
+    cached = tile_columns(positions)
+    wide = 32768
     def run(columns=cached, values=0.): # values: weight of the value in the loss
         logps_N, values_N, _ = tiled_logps(h_NH, w_VH, labels_N, columns=columns)
         torch.autograd.grad((logps_N.sum() + values*values_N.sum()), (h_NH, w_VH))
@@ -353,7 +384,8 @@ def head_variants(
     def value():
         run()
         torch.autograd.grad(tiled_logps(h_NH, w_VH, labels_N, columns=cached)[1].sum(), (h_NH, w_VH))
-    return {"as it is": run, "with values": lambda: run(values=.5), "wide tiles": lambda: run(wide), "top-1 by itself": top1, "values by themselves": value}
+    return {"as it is": run, "with values": lambda: run(values=.5), "wide tiles": lambda: run(wide),
+            "top-1 by itself": top1, "values by themselves": value}
 
 # %% ../../nbs/90_bench/8_sft.ipynb #1f3e039c
 def machine_rates(
@@ -385,7 +417,9 @@ def head_gains(
     **sizes, # of `head_variants`
 )->dict: # improvement -> (predicted, measured)
     "What the improvements inside the head should gain in processor time, and what they gained"
-    ways, seconds, n = head_variants(**sizes), {}, dict(vocab=131_072, hidden=256, positions=1024) | sizes
+    ways = head_variants(**sizes)
+    seconds = {}
+    n = dict(vocab=131_072, hidden=256, positions=1024) | sizes
     for f in ways.values(): f()
     for _ in range(repetitions):
         for name, f in ways.items():
@@ -393,8 +427,10 @@ def head_gains(
             f()
             seconds.setdefault(name, []).append(time.process_time() - start)
     took, r = {k: statistics.median(v) for k, v in seconds.items()}, machine_rates(n["hidden"], n["positions"])
-    product, numbers = 8*n["hidden"]*n["positions"]*n["vocab"]*r["flop"], 2*n["positions"]*n["vocab"] # a pass forward and one backward
-    return {"tiles of the cache's size": ((product + numbers*r["memory"])/(product + numbers*r["cached"]), took["wide tiles"]/took["as it is"]),
+    # a pass forward and one backward
+    product, numbers = 8*n["hidden"]*n["positions"]*n["vocab"]*r["flop"], 2*n["positions"]*n["vocab"]
+    return {"tiles of the cache's size": ((product + numbers*r["memory"])/(product + numbers*r["cached"]),
+                                          took["wide tiles"]/took["as it is"]),
             "top-1 in the same pass": (10/8, took["top-1 by itself"]/took["as it is"]),
             "values in the same pass": (16/8, took["values by themselves"]/took["with values"])}
 
@@ -409,7 +445,8 @@ def gain_table(
     "Each improvement: the gain that was computed and the one that came"
     import pandas as pd
     speed = table[column].sort_index()["this", "plw 0"]
-    found = {k: dict(predicted=predicted[k], measured=speed[b]/speed[a], predicted_8b=large[k]) for k, (a, b) in IMPROVEMENTS.items()}
+    found = {k: dict(predicted=predicted[k], measured=speed[b]/speed[a], predicted_8b=large[k])
+             for k, (a, b) in IMPROVEMENTS.items()}
     found |= {k: dict(predicted=p, measured=m) for k, (p, m) in inside.items()}
     return pd.DataFrame.from_dict(found, orient="index")
 

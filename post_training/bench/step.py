@@ -25,8 +25,10 @@ def bench_model(
     from post_training.models.score import add_score_head
     torch.manual_seed(seed)
     config = ApertusConfig(vocab_size=vocab, hidden_size=hidden, intermediate_size=4*hidden, num_hidden_layers=layers,
-                           num_attention_heads=max(1, hidden//64), num_key_value_heads=max(1, hidden//128), dtype=getattr(torch, dtype))
-    with quiet_activation(), torch.device(device): return add_score_head(ApertusForCausalLM(config).to(getattr(torch, dtype)).train())
+                           num_attention_heads=max(1, hidden//64), num_key_value_heads=max(1, hidden//128),
+                           dtype=getattr(torch, dtype))
+    with quiet_activation(), torch.device(device):
+        return add_score_head(ApertusForCausalLM(config).to(getattr(torch, dtype)).train())
 
 # %% ../../nbs/90_bench/2_step.ipynb #e26b6312
 def bench_batch(
@@ -121,8 +123,11 @@ def one_step(
         from trl.trainer.utils import add_fused_lm_head
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     for p in model.parameters(): p.grad = torch.zeros_like(p).fill_(0.)
-    STEP_VARIANTS[variant](model, tuple(x[:1, :8] for x in batch), 1.).backward() # libraries load and choose their kernels
-    before, start, cpu = process_memory(device=device), time.perf_counter(), time.process_time()
+    # libraries load and choose their kernels
+    STEP_VARIANTS[variant](model, tuple(x[:1, :8] for x in batch), 1.).backward()
+    before = process_memory(device=device)
+    start = time.perf_counter()
+    cpu = time.process_time()
     loss = STEP_VARIANTS[variant](model, batch, prompt_loss_weight)
     loss.backward()
     if device.startswith("cuda"): torch.cuda.synchronize()
@@ -130,7 +135,8 @@ def one_step(
     return took | dict(peak=process_memory(True, device) - before, loss=loss.item())
 
 # %% ../../nbs/90_bench/2_step.ipynb #5b1325e4
-LIBRARIES = ["trl.trainer.sft_trainer", "trl.trainer.utils", "transformers.models.apertus.modeling_apertus", "post_training.models.score", "post_training.training.trainer"]
+LIBRARIES = ["trl.trainer.sft_trainer", "trl.trainer.utils", "transformers.models.apertus.modeling_apertus",
+             "post_training.models.score", "post_training.training.trainer"]
 
 # %% ../../nbs/90_bench/2_step.ipynb #575b8435
 def quiet_call(
@@ -140,7 +146,8 @@ def quiet_call(
     "A call whose prints, warnings and logs go nowhere; what it raises is raised"
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(
+            io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             return function(**args)
     finally: logging.disable(logging.NOTSET)
@@ -156,7 +163,9 @@ def call_fresh(
     from concurrent.futures import ProcessPoolExecutor
     context = multiprocessing.get_context("spawn" if args.get("device", "cpu") != "cpu" else "forkserver")
     context.set_forkserver_preload(LIBRARIES)
-    named = [getattr(importlib.import_module(m), n) for m, n in (("post_training.bench.step", "quiet_call"), (module, name))] # not a notebook's own: a child imports them
+    # not a notebook's own: a child imports them
+    named = [getattr(importlib.import_module(m), n)
+             for m, n in (("post_training.bench.step", "quiet_call"), (module, name))]
     with ProcessPoolExecutor(1, mp_context=context) as pool: return pool.submit(*named, args).result()
 
 # %% ../../nbs/90_bench/2_step.ipynb #46cec271
@@ -192,7 +201,8 @@ def plot_step(
     "Tokens per second and peak memory as bars, one group per weight"
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 2, figsize=(7, 2.6), dpi=70)
-    for ax, column, label in zip(axes, ("tokens_per_s", "peak_GiB"), ("tokens per second", "peak above the model, GiB")):
+    for ax, column, label in zip(axes, ("tokens_per_s", "peak_GiB"),
+                                 ("tokens per second", "peak above the model, GiB")):
         table[column].unstack("way")[list(STEP_VARIANTS)].plot.bar(ax=ax, rot=0, legend=False)
         ax.set(xlabel="prompt loss weight", ylabel=label)
     ax.legend(loc="center left", bbox_to_anchor=(1.02, .5), frameon=False)

@@ -30,7 +30,8 @@ def mixed_length_chats(
     def said(): return " ".join(draw.choice(CHAT_WORDS, max(2, int(median*np.exp(.8*draw.standard_normal())))))
     while len(out) < num_chats:
         turns = [said() for _ in range(2*draw.integers(1, 4))]
-        if len(" ".join(turns).split()) <= longest: out.append([dict(role=("user", "assistant")[i % 2], content=t) for i, t in enumerate(turns)])
+        if len(" ".join(turns).split()) <= longest:
+            out.append([dict(role=("user", "assistant")[i % 2], content=t) for i, t in enumerate(turns)])
     return [dict(messages=m) for m in out]
 
 # %% ../../nbs/90_bench/9_training.ipynb #5cab1ce4
@@ -43,8 +44,11 @@ def real_rows(
     from post_training.bench.masks import real_chats
     from post_training.tokens.tokenizer import toy_tokenizer
     found = real_chats(toy_tokenizer(template="tulu"), folder, 4*num_rows).values()
-    fits = [[c for c in chats if c[-1]["role"] == "assistant" and len(" ".join(m["content"] for m in c).split()) <= longest] for chats in found]
-    return [dict(messages=[dict(role=m["role"], content=m["content"]) for m in c]) for pair in zip(*fits) for c in pair][:num_rows]
+    fits = [[c for c in chats
+             if c[-1]["role"] == "assistant" and len(" ".join(m["content"] for m in c).split()) <= longest]
+            for chats in found]
+    return [dict(messages=[dict(role=m["role"], content=m["content"]) for m in c]) for pair in zip(*fits)
+            for c in pair][:num_rows]
 
 # %% ../../nbs/90_bench/9_training.ipynb #716ed671
 def marked_template()->str: # Jinja source
@@ -53,7 +57,9 @@ def marked_template()->str: # Jinja source
     answer = "{{- '<|assistant|>\\n' + message['content'] + eos_token -}}"
     text = template_text("tulu")
     if text.count(answer) != 1: raise RuntimeError("The tulu template has changed: its answer is not found.")
-    return text.replace(answer, "{{- '<|assistant|>\\n' -}}{%- generation -%}{{- message['content'] + eos_token -}}{%- endgeneration -%}")
+    return text.replace(answer,
+                        "{{- '<|assistant|>\\n' -}}{%- generation -%}{{- message['content'] + eos_token -}}{%- "
+                        "endgeneration -%}")
 
 # %% ../../nbs/90_bench/9_training.ipynb #e96de807
 def write_inputs(
@@ -78,7 +84,8 @@ def write_inputs(
     model = bench_model(vocab=len(tokenizer), hidden=hidden, layers=layers)
     for name in ("eos_token_id", "pad_token_id", "bos_token_id"): setattr(model.config, name, getattr(tokenizer, name))
     for x in (model, tokenizer): x.save_pretrained(folder/"model")
-    return dict(rows=len(chats) - held_out, words=sum(len(m["content"].split()) for r in chats[held_out:] for m in r["messages"]))
+    return dict(rows=len(chats) - held_out,
+                words=sum(len(m["content"].split()) for r in chats[held_out:] for m in r["messages"]))
 
 # %% ../../nbs/90_bench/9_training.ipynb #1140a7a3
 class Phases:
@@ -118,11 +125,15 @@ def trl_side(
     tokenizer = AutoTokenizer.from_pretrained(f"{inputs}/model")
     model = AutoModelForCausalLM.from_pretrained(f"{inputs}/model", dtype=torch.float32)
     phases("model")
-    args = SFTConfig(output_dir=out, assistant_only_loss=True, packing=options["packing"], max_length=options["max_length"], per_device_train_batch_size=options["per_device"],
-                     gradient_accumulation_steps=options["accumulation"], max_steps=options["steps"], learning_rate=options["learning_rate"], lr_scheduler_type="constant",
-                     gradient_checkpointing=False, save_strategy="steps", save_steps=options["steps"], logging_steps=1, report_to="none", disable_tqdm=True, seed=42,
-                     use_cpu=options["device"] == "cpu", bf16=options["dtype"] == "bfloat16")
-    trainer = SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer, callbacks=[phases.steps()])
+    args = SFTConfig(output_dir=out, assistant_only_loss=True, packing=options["packing"],
+                     max_length=options["max_length"], per_device_train_batch_size=options["per_device"],
+                     gradient_accumulation_steps=options["accumulation"], max_steps=options["steps"],
+                     learning_rate=options["learning_rate"], lr_scheduler_type="constant", gradient_checkpointing=False,
+                     save_strategy="steps", save_steps=options["steps"], logging_steps=1, report_to="none",
+                     disable_tqdm=True, seed=42, use_cpu=options["device"] == "cpu",
+                     bf16=options["dtype"] == "bfloat16")
+    trainer = SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer,
+                         callbacks=[phases.steps()])
     phases("tokens")
     trainer.train()
 
@@ -132,12 +143,17 @@ def our_overrides(
     options:dict, # as for `trl_side`
 )->list[str]: # key=value
     "What the same run is called here"
-    t = dict(max_length=options["max_length"], per_device_train_batch_size=options["per_device"], max_steps=options["steps"], learning_rate=options["learning_rate"],
-             lr_scheduler_type="constant", warmup_steps=0, gradient_checkpointing=False, save_steps=options["steps"], bf16=options["dtype"] == "bfloat16", packing=options["packing"])
-    own = dict(model=None, dataset="local", trainer="plw") | {"dataset_args.dataset_name": f"{inputs}/rows.jsonl", "model_args.model_name_or_path": f"{inputs}/model",
-        "tokenizer_args.tokenizer_name_or_path": f"{inputs}/model", "plw_args.prompt_loss_weight": 0, "global_batch_size": options["per_device"]*options["accumulation"],
-        "cluster.device": options["device"], "wandb.mode": "disabled", "evaluation.num_prompts": 0}
-    return [f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in (own | {f"training_args.{k}": v for k, v in t.items()}).items() if v is not None]
+    t = dict(max_length=options["max_length"], per_device_train_batch_size=options["per_device"],
+             max_steps=options["steps"], learning_rate=options["learning_rate"], lr_scheduler_type="constant",
+             warmup_steps=0, gradient_checkpointing=False, save_steps=options["steps"],
+             bf16=options["dtype"] == "bfloat16", packing=options["packing"])
+    own = dict(model=None, dataset="local", trainer="plw") | {
+        "dataset_args.dataset_name": f"{inputs}/rows.jsonl", "model_args.model_name_or_path": f"{inputs}/model",
+        "tokenizer_args.tokenizer_name_or_path": f"{inputs}/model", "plw_args.prompt_loss_weight": 0,
+        "global_batch_size": options["per_device"]*options["accumulation"], "cluster.device": options["device"],
+        "wandb.mode": "disabled", "evaluation.num_prompts": 0}
+    return [f"{k}={str(v).lower() if isinstance(v, bool) else v}"
+            for k, v in (own | {f"training_args.{k}": v for k, v in t.items()}).items() if v is not None]
 
 # %% ../../nbs/90_bench/9_training.ipynb #96277d21
 def our_side(
@@ -157,7 +173,9 @@ def our_side(
         made.add_callback(phases.steps())
         phases("model")
         return made
-    if code := training.run_training_stage(replace(train_sft.SFT_STAGE, prepare=prepare, trainer=trainer), our_overrides(inputs, options)): raise SystemExit(code)
+    if code := training.run_training_stage(replace(train_sft.SFT_STAGE, prepare=prepare, trainer=trainer),
+                                           our_overrides(inputs, options)):
+        raise SystemExit(code)
 
 # %% ../../nbs/90_bench/9_training.ipynb #7c56b8be
 BENCH_SIDES = dict(this=our_side, trl=trl_side)
@@ -206,13 +224,16 @@ def one_training_run(
     threads:int=1, # of each process
 )->dict: # seconds, cpu_seconds, to_first_step, and the seconds of each of `PHASES`
     "A run in a process of its own, with caches of its own"
-    env = dict(HF_HOME=f"{out}/hf", HF_HUB_OFFLINE="1", OMP_NUM_THREADS=str(threads), WANDB_MODE="disabled", TOKENIZERS_PARALLELISM="false", DS_ACCELERATOR=options["device"])
+    env = dict(HF_HOME=f"{out}/hf", HF_HUB_OFFLINE="1", OMP_NUM_THREADS=str(threads), WANDB_MODE="disabled",
+               TOKENIZERS_PARALLELISM="false", DS_ACCELERATOR=options["device"])
     since = time.time()
-    took, cpu = run_child([sys.executable, "-m", "post_training.bench.training", json.dumps(dict(side=side, inputs=inputs, out=out, since=since, how=options))], env)
+    took, cpu = run_child([sys.executable, "-m", "post_training.bench.training",
+                           json.dumps(dict(side=side, inputs=inputs, out=out, since=since, how=options))], env)
     found = [*json.loads(Path(out, "phases.json").read_text()), ("end", since + took)]
     spent = {p: 0. for p in PHASES}
     for (_, a), (name, b) in zip(found, found[1:]): spent[name] += b - a
-    return dict(seconds=took, cpu_seconds=cpu, to_first_step=next(t for n, t in found if n == "first step") - since, **spent)
+    return dict(seconds=took, cpu_seconds=cpu, to_first_step=next(t for n, t in found if n == "first step") - since,
+                **spent)
 
 # %% ../../nbs/90_bench/9_training.ipynb #a700806d
 def held_out_loss(
@@ -227,7 +248,8 @@ def held_out_loss(
     tokenizer = AutoTokenizer.from_pretrained(f"{inputs}/model")
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     total = count = 0
-    for row in tokenize_chats(tokenizer, [json.loads(line)["messages"] for line in Path(inputs, "held_out.jsonl").read_text().splitlines()]):
+    for row in tokenize_chats(
+        tokenizer, [json.loads(line)["messages"] for line in Path(inputs, "held_out.jsonl").read_text().splitlines()]):
         ids_T, mask_T = (torch.as_tensor(x)[:max_length] for x in (list(row.input_ids), list(row.completion_mask)))
         with torch.no_grad(): logps_TV = model(input_ids=ids_T[None]).logits[0, :-1].float().log_softmax(-1)
         kept_T = mask_T[1:].bool()
@@ -236,7 +258,8 @@ def held_out_loss(
     return total/count
 
 # %% ../../nbs/90_bench/9_training.ipynb #a876d5bf
-TRAINING_VARIANTS = {"this": ("this", False), "trl": ("trl", False), "this, packed": ("this", True), "trl, packed": ("trl", True)}
+TRAINING_VARIANTS = {"this": ("this", False), "trl": ("trl", False), "this, packed": ("this", True),
+                     "trl, packed": ("trl", True)}
 
 # %% ../../nbs/90_bench/9_training.ipynb #ee7526b3
 def measure_run(
@@ -256,8 +279,11 @@ def measure_run(
                 side, packing = TRAINING_VARIANTS[way]
                 out = Path(home, f"{i}-{n}")
                 out.mkdir()
-                found.append(dict(way=way, **one_training_run(side, home, str(out), dict(how, packing=packing), threads)))
-                if i == 0: losses[way] = held_out_loss(max(out.rglob("checkpoint-*"), key=lambda p: p.is_dir()), home, how["max_length"])
+                found.append(dict(way=way,
+                                  **one_training_run(side, home, str(out), dict(how, packing=packing), threads)))
+                if i == 0:
+                    losses[way] = held_out_loss(max(out.rglob("checkpoint-*"), key=lambda p: p.is_dir()), home,
+                                                how["max_length"])
         before = held_out_loss(f"{home}/model", home, how["max_length"])
     groups = pd.DataFrame(found).groupby("way", sort=False)
     table = groups.median()
@@ -281,14 +307,21 @@ def plot_phases(
 def start_commands()->dict[str, list[str]]: # what is typed -> argument list
     "What one types, or imports, and what one would type instead"
     own, python = str(Path(sys.executable).parent/"post-training"), sys.executable
-    kernel = "from jupyter_client.manager import start_new_kernel as s; m, c = s(kernel_name='python3'); c.execute_interactive('1'); c.stop_channels(); m.shutdown_kernel(now=True)"
-    return {"python -c pass": [python, "-c", "pass"], "import post_training": [python, "-c", "import post_training"], "post-training --help": [own, "--help"],
-            "post-training train_sft --dry-run": [own, "train_sft", "--dry-run"], "post-training evaluate --help": [own, "evaluate", "--help"],
-            "post-training runs": [own, "runs"], "trl --help": [str(Path(python).parent/"trl"), "--help"], "a kernel": [python, "-c", kernel],
-            "papermill": [python, "-c", "import papermill"], "papermill, as here": [python, "-c", "from post_training.launch.recipe import load_papermill as p; p()"],
-            "import torch": [python, "-c", "import torch"], "from trl import SFTTrainer": [python, "-c", "from trl import SFTTrainer"],
+    kernel = ("from jupyter_client.manager import start_new_kernel as s; m, c = s(kernel_name='python3'); "
+              "c.execute_interactive('1'); c.stop_channels(); m.shutdown_kernel(now=True)")
+    return {"python -c pass": [python, "-c", "pass"], "import post_training": [python, "-c", "import post_training"],
+            "post-training --help": [own, "--help"],
+            "post-training train_sft --dry-run": [own, "train_sft", "--dry-run"],
+            "post-training evaluate --help": [own, "evaluate", "--help"], "post-training runs": [own, "runs"],
+            "trl --help": [str(Path(python).parent/"trl"), "--help"], "a kernel": [python, "-c", kernel],
+            "papermill": [python, "-c", "import papermill"],
+            "papermill, as here": [python, "-c", "from post_training.launch.recipe import load_papermill as p; p()"],
+            "import torch": [python, "-c", "import torch"],
+            "from trl import SFTTrainer": [python, "-c", "from trl import SFTTrainer"],
             "our trainer": [python, "-c", "import post_training.training.trainer"],
-            "our trainer, as the worker": [python, "-c", "from post_training.core.files import importing, leave\nwith importing(): import post_training.training.trainer\nleave(0)"]}
+            "our trainer, as the worker": [python, "-c",
+                                           "from post_training.core.files import importing, leave\nwith importing(): "
+                                           "import post_training.training.trainer\nleave(0)"]}
 
 # %% ../../nbs/90_bench/9_training.ipynb #bc04349d
 def measure_starts(
@@ -299,8 +332,10 @@ def measure_starts(
     import pandas as pd
     known = start_commands()
     with tempfile.TemporaryDirectory() as home:
-        env = dict(POST_TRAINING_RUNS_DIR=f"{home}/runs", POST_TRAINING_ARTIFACTS_DIR=f"{home}/artifacts", HF_HUB_OFFLINE="1", JUPYTER_PLATFORM_DIRS="1")
-        found = [dict(zip(("command", "seconds", "cpu_seconds"), (name, *run_child(known[name], env)))) for _ in range(repetitions) for name in names or known]
+        env = dict(POST_TRAINING_RUNS_DIR=f"{home}/runs", POST_TRAINING_ARTIFACTS_DIR=f"{home}/artifacts",
+                   HF_HUB_OFFLINE="1", JUPYTER_PLATFORM_DIRS="1")
+        found = [dict(zip(("command", "seconds", "cpu_seconds"), (name, *run_child(known[name], env))))
+                 for _ in range(repetitions) for name in names or known]
     groups = pd.DataFrame(found).groupby("command", sort=False)
     return groups.median().assign(spread=groups.seconds.max() - groups.seconds.min())
 
@@ -311,10 +346,13 @@ def recipe_cells(
     "Seconds of the recipe's cells, from the record that it leaves"
     import pandas as pd
     with tempfile.TemporaryDirectory() as home:
-        env = dict(POST_TRAINING_RUNS_DIR=f"{home}/runs", POST_TRAINING_ARTIFACTS_DIR=f"{home}/artifacts", HF_HUB_OFFLINE="1", WANDB_MODE="offline")
+        env = dict(POST_TRAINING_RUNS_DIR=f"{home}/runs", POST_TRAINING_ARTIFACTS_DIR=f"{home}/artifacts",
+                   HF_HUB_OFFLINE="1", WANDB_MODE="offline")
         took, cpu = run_child([str(Path(sys.executable).parent/"post-training"), "train_sft", *overrides], env)
         cells = json.loads(next(Path(home, "runs/train_sft").rglob("attempts/*/train_sft.ipynb")).read_text())["cells"]
-    cells = [("".join(c["source"]).split("\n")[0][:60], c["metadata"]["papermill"]["duration"]) for c in cells if c["cell_type"] == "code"]
+    cells = [("".join(c["source"]).split("\n")[0][:60], c["metadata"]["papermill"]["duration"]) for c in cells
+             if c["cell_type"] == "code"]
     told = [(source, seconds) for source, seconds in cells if seconds]
-    return pd.DataFrame([*told, ("the command, papermill and the kernel", took - sum(s for _, s in told)), ("all", took), ("all, of the processors", cpu)],
+    return pd.DataFrame([*told, ("the command, papermill and the kernel", took - sum(s for _, s in told)),
+                         ("all", took), ("all, of the processors", cpu)],
                         columns=["cell", "seconds"]).set_index("cell")

@@ -23,7 +23,8 @@ def accelerate_file(
     with contextlib.suppress(UserError): # outside a checkout there is no root to look below
         if site_path(path).is_file(): return site_path(path)
     if path.parts[-3:-1] == ("configs", "accelerate") and path.stem in known: return CONFIGS/"accelerate"/path.name
-    raise UserError(f"accelerate_config={name} is neither a preset nor a file.{did_you_mean(path.stem, known)} Presets: {', '.join(known)}.")
+    raise UserError(f"accelerate_config={name} is neither a preset nor a file.{did_you_mean(path.stem, known)} "
+                    f"Presets: {', '.join(known)}.")
 
 # %% ../../nbs/10_config/5_batch.ipynb #869133d9
 def accelerate_preset(
@@ -32,8 +33,10 @@ def accelerate_preset(
     "An accelerate preset, read"
     path = accelerate_file(name)
     try: preset = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as e: raise UserError(f"accelerate_config={name} cannot be read: {first_error_line(e)}") from None
-    if not isinstance(preset, dict): raise UserError(f"accelerate_config={name} is no file of accelerate's format: it holds no keys.")
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"accelerate_config={name} cannot be read: {first_error_line(e)}") from None
+    if not isinstance(preset, dict):
+        raise UserError(f"accelerate_config={name} is no file of accelerate's format: it holds no keys.")
     return preset
 
 # %% ../../nbs/10_config/5_batch.ipynb #d97fc684
@@ -43,13 +46,15 @@ def world_size(
     "The number of processes of a run"
     preset = accelerate_preset(cfg["accelerate_config"])
     if cfg["cluster"]["launcher"] == "local":
-        if cfg["num_nodes"] != 1: raise UserError(f"num_nodes={cfg['num_nodes']}: cluster=local is one node. Choose another cluster preset.")
+        if cfg["num_nodes"] != 1:
+            raise UserError(f"num_nodes={cfg['num_nodes']}: cluster=local is one node. Choose another cluster preset.")
         world = cfg["num_processes"] or int(preset.get("num_processes") or 1)
     else:
         per_node = cfg["cluster"]["processes_per_node"] or cfg["cluster"]["gpus_per_node"] or 1
         world = cfg["num_nodes"] * per_node
         if cfg["num_processes"] not in (None, world):
-            raise UserError(f"num_processes={cfg['num_processes']}, but {cfg['num_nodes']} nodes of {per_node} processes are {world}: leave num_processes out.")
+            raise UserError(f"num_processes={cfg['num_processes']}, but {cfg['num_nodes']} nodes of {per_node} "
+                            f"processes are {world}: leave num_processes out.")
     if world < 1: raise UserError(f"{world} processes train nothing: num_processes and num_nodes are at least 1.")
     if world > 1 and str(preset.get("distributed_type", "NO")).upper() in ("NO", "FALSE"):
         raise UserError(f"accelerate_config={cfg['accelerate_config']} starts one process, and {world} are asked for: "
@@ -61,8 +66,10 @@ def _indivisible(total:int, world:int, rows:int)->UserError:
     "The error of a global batch that does not divide, with the nearest that do"
     step = world * rows
     near = [b for b in (total // step * step, -(-total // step) * step) if b]
-    fits = sorted((r for r in range(1, total // world + 1) if total % (world * r) == 0), key=lambda r: abs(r - rows))[:2]
-    text = f"global_batch_size={total} does not divide by {world} process{'es' * (world > 1)} x {rows} row{'s' * (rows > 1)} = {step}."
+    fits = sorted((r for r in range(1, total // world + 1) if total % (world * r) == 0),
+                  key=lambda r: abs(r - rows))[:2]
+    text = (f"global_batch_size={total} does not divide by {world} process{'es' * (world > 1)} x {rows} "
+            f"row{'s' * (rows > 1)} = {step}.")
     text += f"\nNearest that do: global_batch_size={' or '.join(map(str, near))}"
     if fits: text += f"; or training_args.per_device_train_batch_size={' or '.join(map(str, sorted(fits)))}"
     return UserError(text + ".")
@@ -80,7 +87,8 @@ def batch_arithmetic(
         if n is not None and n < 1: raise UserError(f"{name}={n}: it is at least 1.")
     if total and steps and total != world * rows * steps:
         if "global_batch_size" in typed and key in typed:
-            raise UserError(f"global_batch_size={total} and {key}={steps} disagree: {world} processes x {rows} rows x {steps} = {world * rows * steps}.\n"
+            raise UserError(f"global_batch_size={total} and {key}={steps} disagree: {world} processes x {rows} rows x "
+                            f"{steps} = {world * rows * steps}.\n"
                             "Leave one of the two out: it is derived from the other.")
         if key in typed: total = None
         else: steps = None

@@ -10,9 +10,8 @@ import json, re, yaml
 from dataclasses import dataclass, field
 from pathlib import Path
 from ..core.files import UserError, did_you_mean, redact, write_atomic
-from .schema import (
-    CONFIGS, RANGES, SHARD_STAGES, STAGE_KEYS, TRAINING_STAGES, NOTHING, unknown_key_hint, check_config, flatten, get_key,
-    known_keys, pop_key, set_key)
+from .schema import (CONFIGS, RANGES, SHARD_STAGES, STAGE_KEYS, TRAINING_STAGES, NOTHING,
+                                         unknown_key_hint, check_config, flatten, get_key, known_keys, pop_key, set_key)
 from .overrides import ParsedOverride, translate_key, old_names, parse_override, translate_presets
 from .presets import (
     first_error_line, compose_presets, preset_groups, preset_file, preset_names, resolve_interpolations, stage_name)
@@ -34,18 +33,24 @@ class ComposedConfig:
 # %% ../../nbs/10_config/6_compose.ipynb #9952b48e
 def _sort_overrides(stage:str, overrides, keys:dict, config_dir=None)->tuple: # (group -> preset, list of Typed)
     "Parse overrides and tell presets from values; presets that do not exist raise with the nearest"
-    if isinstance(overrides, str): raise UserError(f"Overrides are a list of texts like key=value, not one text: [{overrides!r}]")
-    choices, values, known = {}, [], preset_groups(stage)
+    if isinstance(overrides, str):
+        raise UserError(f"Overrides are a list of texts like key=value, not one text: [{overrides!r}]")
+    choices = {}
+    values = []
+    known = preset_groups(stage)
     roots = {k.split(".")[0] for k in [*keys, *old_names(keys)]}
     for t in map(parse_override, overrides):
         if t.key in known:
             names, file = preset_names(t.key, config_dir), preset_file(t.key, t.value)
             if file is None and t.value not in names:
-                raise UserError(f"There is no preset {t.text.lstrip('+')}.{did_you_mean(str(t.value), names)} Presets of {t.key}: {', '.join(names)}.")
+                raise UserError(f"There is no preset {t.text.lstrip('+')}.{did_you_mean(str(t.value), names)} Presets "
+                                f"of {t.key}: {', '.join(names)}.")
             choices[t.key] = t.value if file is None else file
         elif t.key == "accelerate": values.append(ParsedOverride("accelerate_config", t.value, t.text))
-        elif (CONFIGS/t.key).is_dir(): raise UserError(f"{stage} takes no preset of {t.key}. Its groups: {', '.join(known)}.")
-        elif t.key.split(".")[0] not in roots: raise UserError(f"Unknown key {t.key}.{unknown_key_hint(t.key, [*known, *keys])}")
+        elif (CONFIGS/t.key).is_dir():
+            raise UserError(f"{stage} takes no preset of {t.key}. Its groups: {', '.join(known)}.")
+        elif t.key.split(".")[0] not in roots:
+            raise UserError(f"Unknown key {t.key}.{unknown_key_hint(t.key, [*known, *keys])}")
         else: values.append(t)
     return choices, values
 
@@ -60,10 +65,13 @@ def _as_text(key:str, value, t:ParsedOverride, keys:dict):
 # %% ../../nbs/10_config/6_compose.ipynb #ad8229b3
 def _apply(raw:dict, values:list, keys:dict)->tuple: # (dotted key -> the override that set it, notices)
     "Apply overrides of values to a raw configuration, in place; old names are translated"
-    typed, notices, names = {}, [], old_names(keys)
+    typed = {}
+    notices = []
+    names = old_names(keys)
     for t in values:
         if t.value is NOTHING:
-            if pop_key(raw, t.key) is NOTHING: raise UserError(f"{t.text}: there is no key {t.key} to remove.{unknown_key_hint(t.key, flatten(raw))}")
+            if pop_key(raw, t.key) is NOTHING:
+                raise UserError(f"{t.text}: there is no key {t.key} to remove.{unknown_key_hint(t.key, flatten(raw))}")
             continue
         for old,v in flatten({t.key: t.value}).items():
             k, v = translate_key(old, v, names)
@@ -72,7 +80,8 @@ def _apply(raw:dict, values:list, keys:dict)->tuple: # (dotted key -> the overri
             v = _as_text(k, v, t, keys)
             if k != old: notices.append(f"{old} is called {k} now: taken as {k}={json.dumps(v)}.")
             before = typed.get(k)
-            if before and before[1] != old and get_key(raw, k) != v: raise UserError(f"{before[0]} and {t.text} set the same key, {k}: leave one out.")
+            if before and before[1] != old and get_key(raw, k) != v:
+                raise UserError(f"{before[0]} and {t.text} set the same key, {k}: leave one out.")
             typed[k] = (t.text, old); set_key(raw, k, v)
     return {k: text for k,(text,_) in typed.items()}, notices
 
@@ -91,14 +100,19 @@ def _trust(cfg:dict, origin, typed)->list[str]: # notices; `cfg` is changed in p
 # %% ../../nbs/10_config/6_compose.ipynb #3893368c
 def _check_values(cfg:dict, keys:dict, origin:str=""):
     "What types do not say: own keys are all there, numbers are in range, folders stay below the folder they belong to, losses have a meaning"
-    lost = [k for k in keys if not k.startswith(("training_args.", "model_args.", "model_merging.")) and get_key(cfg, k, NOTHING) is NOTHING]
+    lost = [k for k in keys
+            if not k.startswith(("training_args.", "model_args.", "model_merging."))
+            and get_key(cfg, k, NOTHING) is NOTHING]
     if lost: raise UserError(f"{lost[0]} is missing{origin}: it may have another value but not be removed.")
     for key,(low,high) in RANGES.items():
-        if key in keys and get_key(cfg, key, None) is not None and not low <= get_key(cfg, key) <= high: raise UserError(f"{key}={get_key(cfg, key)}{origin}: it lies between {low} and {high}.")
+        if key in keys and get_key(cfg, key, None) is not None and not low <= get_key(cfg, key) <= high:
+            raise UserError(f"{key}={get_key(cfg, key)}{origin}: it lies between {low} and {high}.")
     for key in ("job_subdir", "artifacts_subdir"):
         path = Path(cfg[key])
-        if not path.parts or path.is_absolute() or ".." in path.parts: raise UserError(f"{key}={cfg[key]}{origin}: give a folder name below the outputs, like A/B.")
-    if cfg["stage"] == "train_preference": check_preference_args(cfg["training_args"], cfg["ref_model_args"]["model_name_or_path"])
+        if not path.parts or path.is_absolute() or ".." in path.parts:
+            raise UserError(f"{key}={cfg[key]}{origin}: give a folder name below the outputs, like A/B.")
+    if cfg["stage"] == "train_preference":
+        check_preference_args(cfg["training_args"], cfg["ref_model_args"]["model_name_or_path"])
 
 # %% ../../nbs/10_config/6_compose.ipynb #2414ac42
 def history_name(
@@ -107,8 +121,10 @@ def history_name(
     "The name of the rows that a stage reads, and what the stage adds to it"
     tail = lambda path: re.sub(r"\.(jsonl?|parquet)$", "", str(path).rstrip("/").split("/")[-1])
     model = cfg.get("model_name") or tail(get_key(cfg, "model_args.model_name_or_path", "")).removeprefix("run:")
-    mine = "" if f"-{model}-" in f"-{tail(cfg['dataset_args']['dataset_name'])}-" else f"{model}-" # said already where the same model filtered
-    added = {"filter": lambda: f"{model}-maxlen{cfg['max_seq_len']}", "ref_completions": lambda: f"{mine}Nref{cfg['generation']['n']}",
+    # said already where the same model filtered
+    mine = "" if f"-{model}-" in f"-{tail(cfg['dataset_args']['dataset_name'])}-" else f"{model}-"
+    added = {"filter": lambda: f"{model}-maxlen{cfg['max_seq_len']}",
+             "ref_completions": lambda: f"{mine}Nref{cfg['generation']['n']}",
              "ref_logprobs": lambda: f"{mine}logprobs", "ref_rewards": lambda: cfg["reward_args"]["name"],
              "pairs": lambda: cfg["mode"] + (f"-x{cfg['num_pairs']}" if cfg["num_pairs"] > 1 else "")}
     return re.sub(r"[^\w.-]+", "-", f"{tail(cfg['dataset_args']['dataset_name'])}-{added[cfg['stage']]()}")
@@ -117,22 +133,27 @@ def history_name(
 def _named(cfg:dict)->dict: # dotted key -> value
     "Where an annotation stage writes, if nothing was said about it"
     name = cfg["dataset_name"] or history_name(cfg)
-    return {"dataset_name": name, "save_data_dir": cfg["save_data_dir"] or f"{cfg['artifacts_dir']}/{cfg['artifacts_subdir']}/datasets/{name}"}
+    return {"dataset_name": name,
+            "save_data_dir": cfg["save_data_dir"]
+            or f"{cfg['artifacts_dir']}/{cfg['artifacts_subdir']}/datasets/{name}"}
 
 # %% ../../nbs/10_config/6_compose.ipynb #a3c5713d
 def _without_others(raw:dict, origins:dict, keys:dict):
     "Leave out, in place, what the preset of a model or a data set says to other stages only"
-    foreign = [k for k, where in origins.items() if where.startswith(("preset model=", "preset dataset=")) and k not in keys]
+    foreign = [k for k, where in origins.items()
+               if where.startswith(("preset model=", "preset dataset=")) and k not in keys]
     for key in [k for k in foreign if any(k in known_keys(s) for s in STAGE_KEYS)]:
         pop_key(raw, key); origins.pop(key)
-        while (key := key.rpartition(".")[0]) and get_key(raw, key) == {}: pop_key(raw, key) # sections that held nothing else
+        while (key := key.rpartition(".")[0]) and get_key(raw, key) == {}:
+            pop_key(raw, key) # sections that held nothing else
 
 # %% ../../nbs/10_config/6_compose.ipynb #2fe4f1e2
 def _packed(cfg:dict, packs:int)->str:
     "What a batch is made of where rows are packed"
     what, tokens = ("pairs", 2) if cfg["stage"] == "train_preference" else ("rows", 1)
     places = tokens*(cfg["training_args"]["max_length"] or 0) or "the longest row's"
-    return (f"training_args.packing=true: a step takes {packs} pack{'s'*(packs > 1)}, each of as many {what} as fit into {places} places, not {packs} {what}. "
+    return (f"training_args.packing=true: a step takes {packs} pack{'s'*(packs > 1)}, each of as many {what} as fit "
+            f"into {places} places, not {packs} {what}. "
             f"Divide global_batch_size by the {what} of a pack to keep their number.")
 
 # %% ../../nbs/10_config/6_compose.ipynb #1e45f09e
@@ -152,7 +173,8 @@ def _finish(raw:dict, keys:dict, origin, typed=(), holes_ok:bool=False)->tuple: 
     if cfg["stage"] not in TRAINING_STAGES: return cfg, derived, notices
     batch = batch_arithmetic(cfg, typed)
     if cfg["training_args"].get("packing"): notices.append(_packed(cfg, batch["global_batch"]))
-    derived = {"global_batch_size": batch["global_batch"], "training_args.gradient_accumulation_steps": batch["accumulation"]}
+    derived = {"global_batch_size": batch["global_batch"],
+               "training_args.gradient_accumulation_steps": batch["accumulation"]}
     derived = {k: v for k,v in derived.items() if get_key(cfg, k) != v}
     for k,v in derived.items():
         if get_key(cfg, k) is not None: notices.append(f"{k}={get_key(cfg, k)}{origin(k)} gives way: {k} is {v}.")
@@ -168,8 +190,10 @@ def compose(
     config_dir=None, # a further folder of presets, laid out like `configs`
 )->ComposedConfig:
     "Compose a stage with presets and overrides into one checked configuration"
-    stage, overrides, typed = stage_name(stage), overrides if isinstance(overrides, str) else [str(o) if isinstance(o, Path) else o for o in overrides], {}
-    if len(overrides) == 1 and isinstance(overrides[0], str) and overrides[0].endswith((".yaml", ".yml")) and "=" not in overrides[0]:
+    stage, overrides, typed = stage_name(stage), overrides if isinstance(overrides, str) else [
+        str(o) if isinstance(o, Path) else o for o in overrides], {}
+    if len(overrides) == 1 and isinstance(overrides[0],
+                                          str) and overrides[0].endswith((".yaml", ".yml")) and "=" not in overrides[0]:
         if (frozen := compose_frozen(overrides[0])).stage == stage: return frozen
         raise UserError(f"{overrides[0]} is a config of stage {frozen.stage}, not {stage}.")
     keys = known_keys(stage)
@@ -187,8 +211,10 @@ def compose(
     applied, more = _apply(raw, values, keys)
     typed.update(applied)
     cfg, derived, late = _finish(raw, keys, origin, typed)
-    where = {k: "derived" if k in derived else "override" if k in typed else origins.get(k, "default") for k in flatten(cfg)}
-    return ComposedConfig(stage, overrides, cfg, where, presets, notices + more + late, preset_groups(stage) | {g: str(c) for g,c in choices.items()})
+    where = {k: "derived" if k in derived else "override" if k in typed else origins.get(k, "default")
+             for k in flatten(cfg)}
+    return ComposedConfig(stage, overrides, cfg, where, presets, notices + more + late,
+                          preset_groups(stage) | {g: str(c) for g,c in choices.items()})
 
 # %% ../../nbs/10_config/6_compose.ipynb #d0428ac4
 def diff_from_presets(
@@ -214,9 +240,13 @@ def load_frozen(
 )->dict: # the configuration, checked
     "Read a frozen configuration; keys, types and choices are checked as in `compose`"
     try: cfg = yaml.safe_load(Path(path).read_text())
-    except OSError as e: raise UserError(f"{path} cannot be read: {e.strerror}. Give a frozen config.yaml or overrides key=value.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise UserError(f"{path} is not YAML: {first_error_line(e)}") from None
-    if not isinstance(cfg, dict) or "stage" not in cfg: raise UserError(f"{path} is no frozen configuration: it names no stage.")
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror}. Give a frozen config.yaml or overrides "
+                        "key=value.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} is not YAML: {first_error_line(e)}") from None
+    if not isinstance(cfg, dict) or "stage" not in cfg:
+        raise UserError(f"{path} is no frozen configuration: it names no stage.")
     keys = known_keys(stage_name(str(cfg["stage"])))
     cfg = check_config(cfg, keys, lambda key: f" ({path})")
     _check_values(cfg, keys, f" ({path})")
@@ -234,6 +264,10 @@ def compose_frozen(
         told = [f"The presets no longer compose; the values are those of {Path(path).name}."]
         return ComposedConfig(cfg["stage"], typed, cfg, dict.fromkeys(flatten(cfg), "frozen"), cfg, told)
     a, b = flatten(cfg), flatten(now.cfg)
-    later = [k for k in {**a, **b} if a.get(k) != b.get(k) and k not in ("run_dir", "resuming_dir", "resuming_hash", "runs_dir", "artifacts_dir")]
-    told = [f"Frozen before the presets changed: {', '.join(f'{k}={a.get(k)} (now {b.get(k)})' for k in later[:8])}."] if later else []
-    return ComposedConfig(now.stage, typed, cfg, {k: now.origins.get(k, "frozen") for k in a}, now.presets, now.notices + told, now.choices)
+    later = [k for k in {**a, **b}
+             if a.get(k) != b.get(k)
+             and k not in ("run_dir", "resuming_dir", "resuming_hash", "runs_dir", "artifacts_dir")]
+    told = ([f"Frozen before the presets changed: {', '.join(f'{k}={a.get(k)} (now {b.get(k)})' for k in later[:8])}."]
+            if later else [])
+    return ComposedConfig(now.stage, typed, cfg, {k: now.origins.get(k, "frozen") for k in a}, now.presets,
+                          now.notices + told, now.choices)

@@ -48,23 +48,28 @@ def parse_override(
     if "=" not in text and not text.startswith("~"): raise UserError(f"{text} is not an override: write key=value.")
     try: o = OverridesParser.create().parse_override(text)
     except (HydraException, RecursionError) as e:
-        raise UserError(f"Hydra's grammar cannot read {text} ({str(e).splitlines()[0]}).\nQuote the value: {quote_override(text)}") from None
+        raise UserError(f"Hydra's grammar cannot read {text} ({str(e).splitlines()[0]}).\nQuote the value: "
+                        f"{quote_override(text)}") from None
     if not o.key_or_group: raise UserError(f"{text} names no key: write key=value.")
     if o.package is not None: raise UserError(f"{text}: a package (@) is not taken. Write key=value or group=preset.")
     if o.is_sweep_override():
-        raise UserError(f"{text} is a sweep and a run takes one value.\nOne text with a comma: {quote_override(text)}; a list: "
+        raise UserError(f"{text} is a sweep and a run takes one value.\nOne text with a comma: {quote_override(text)}; "
+                        "a list: "
                         f"{text.split('=')[0]}=[{text.partition('=')[2]}]; a grid is an experiment notebook's work.")
     return ParsedOverride(o.key_or_group, NOTHING if o.is_delete() else o.value(), text)
 
 # %% ../../nbs/10_config/3_overrides.ipynb #f8650045
 OLD_NAMES = {"training_args.max_seq_length": "training_args.max_length", "model_args.torch_dtype": "model_args.dtype",
-    "training_args.warmup_ratio": "training_args.warmup_steps", "training_args.evaluation_strategy": "training_args.eval_strategy",
-    "training_args.gradient_checkpointing_kwargs": "training_args.activation_checkpointing_kwargs",
-    "training_args.gradient_checkpointing": "training_args.activation_checkpointing",
-    "tokenizer_args.pad_token_id": "tokenizer_args.model_pad_token_id", "tokenizer_args.eos_token_id": "tokenizer_args.model_eos_token_id",
-    "dataset_args.shuffle": "training_args.train_sampling_strategy", "seed": "training_args.seed", "dataset_mixer": "sources",
-    "dataset_args.output_path": "save_data_dir"}
-OLD_SECTIONS = ("model_vllm_config", "model_generation_config", "script_args", "preset") # of presets; nothing here reads them
+             "training_args.warmup_ratio": "training_args.warmup_steps",
+             "training_args.evaluation_strategy": "training_args.eval_strategy",
+             "training_args.gradient_checkpointing_kwargs": "training_args.activation_checkpointing_kwargs",
+             "training_args.gradient_checkpointing": "training_args.activation_checkpointing",
+             "tokenizer_args.pad_token_id": "tokenizer_args.model_pad_token_id",
+             "tokenizer_args.eos_token_id": "tokenizer_args.model_eos_token_id",
+             "dataset_args.shuffle": "training_args.train_sampling_strategy", "seed": "training_args.seed",
+             "dataset_mixer": "sources", "dataset_args.output_path": "save_data_dir"}
+# of presets; nothing here reads them
+OLD_SECTIONS = ("model_vllm_config", "model_generation_config", "script_args", "preset")
 
 # %% ../../nbs/10_config/3_overrides.ipynb #e0d9ee19
 def _is_known(key:str, keys)->bool:
@@ -88,7 +93,8 @@ def translate_key(
     old = next((o for o in names if key == o or key.startswith(o + ".")), None)
     if old is None: return key, value
     if old == "training_args.warmup_ratio" and not (isinstance(value, (int, float)) and 0 <= value < 1):
-        raise UserError(f"{key}={value}: a warm-up ratio is at least 0 and below 1. For a number of steps set training_args.warmup_steps.")
+        raise UserError(f"{key}={value}: a warm-up ratio is at least 0 and below 1. For a number of steps set "
+                        "training_args.warmup_steps.")
     if old == "dataset_args.shuffle": value = {True: "random", False: "sequential"}.get(value, value)
     return OLD_NAMES[old] + key[len(old):], value
 
@@ -101,7 +107,8 @@ def translate_presets(
     "Translate old names in composed presets and drop the sections that only an earlier code base read"
     notices = []
     for section in OLD_SECTIONS:
-        if pop_key(raw, section) is not NOTHING: notices.append(f"The section {section} of a preset is not read here and was left out.")
+        if pop_key(raw, section) is not NOTHING:
+            notices.append(f"The section {section} of a preset is not read here and was left out.")
     for old in names:
         if (value := pop_key(raw, old)) is NOTHING: continue
         where = next((origins.pop(k) for k in list(origins) if k == old or k.startswith(old + ".")), "default")

@@ -11,8 +11,9 @@ import math
 from ..core.files import UserError, did_you_mean
 
 # %% ../../nbs/10_config/1_preference_losses.ipynb #fea32147
-DPO_LOSSES = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft",
-    "sigmoid_norm") # the names that TRL's DPOTrainer knows; sft: the chosen answer's mean negative log-probability per token
+# the names that TRL's DPOTrainer knows; sft: the chosen answer's mean negative log-probability per token
+DPO_LOSSES = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
+              "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm")
 
 # %% ../../nbs/10_config/1_preference_losses.ipynb #1cd4829a
 LOSS_CHOICES = { # argument: what it may be
@@ -20,9 +21,11 @@ LOSS_CHOICES = { # argument: what it may be
     "f_divergence_type": ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")}
 
 # %% ../../nbs/10_config/1_preference_losses.ipynb #a8e85391
-DIVERGENCE_LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft") # those that a divergence other than reverse_kl is defined for
+# those that a divergence other than reverse_kl is defined for
+DIVERGENCE_LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
 PER_TOKEN_LOSSES = ("ipo", "sigmoid_norm", "sft") # divide by lengths themselves
-LABEL_SMOOTHING_RANGES = {"exo_pair": (1e-12, 1.), "robust": (0., 0.5), "aot": (0., 1.), "aot_unpaired": (0., 1.)} # loss_type: label_smoothing from, and below
+# loss_type: label_smoothing from, and below
+LABEL_SMOOTHING_RANGES = {"exo_pair": (1e-12, 1.), "robust": (0., 0.5), "aot": (0., 1.), "aot_unpaired": (0., 1.)}
 
 # %% ../../nbs/10_config/1_preference_losses.ipynb #19c7acbd
 def losses_of(
@@ -32,11 +35,16 @@ def losses_of(
     names = training_args.get("loss_type", "qrpo")
     names = names if isinstance(names, (list, tuple)) else [names]
     weights = training_args.get("loss_weights") or [1.]*len(names)
-    if len(weights) != len(names): raise UserError(f"training_args.loss_weights has {len(weights)} values for {len(names)} losses: {', '.join(map(str, names))}.")
-    if len({*map(str, names)}) != len(names): raise UserError(f"training_args.loss_type names a loss twice: {', '.join(map(str, names))}.")
+    if len(weights) != len(names):
+        raise UserError(f"training_args.loss_weights has {len(weights)} values for {len(names)} losses: "
+                        f"{', '.join(map(str, names))}.")
+    if len({*map(str, names)}) != len(names):
+        raise UserError(f"training_args.loss_type names a loss twice: {', '.join(map(str, names))}.")
     for w in weights:
-        if not _is_number(w) or w < 0: raise UserError(f"training_args.loss_weights={list(weights)}: a weight is a number, 0 or above.")
-    if names and not any(weights): raise UserError(f"training_args.loss_weights={list(weights)}: with all weights 0 nothing would be trained.")
+        if not _is_number(w) or w < 0:
+            raise UserError(f"training_args.loss_weights={list(weights)}: a weight is a number, 0 or above.")
+    if names and not any(weights):
+        raise UserError(f"training_args.loss_weights={list(weights)}: with all weights 0 nothing would be trained.")
     return dict(zip(map(str, names), map(float, weights)))
 
 # %% ../../nbs/10_config/1_preference_losses.ipynb #ae40625a
@@ -56,9 +64,11 @@ def check_pairwise(
         raise UserError(f"training_args.loss_type: {name!r} is not defined with f_divergence_type={f_divergence_type}.")
     low, high = LABEL_SMOOTHING_RANGES.get(name, (0., math.inf))
     if not low <= label_smoothing < high:
-        raise UserError(f"training_args.label_smoothing={label_smoothing}: loss_type={name} takes {'more than' if low else 'at least'} 0 and below {high}.")
+        raise UserError(f"training_args.label_smoothing={label_smoothing}: loss_type={name} takes "
+                        f"{'more than' if low else 'at least'} 0 and below {high}.")
     if normalize_beta_by_length and name in PER_TOKEN_LOSSES:
-        raise UserError(f"training_args.normalize_beta_by_length: loss_type={name} divides by the lengths already, this would do it twice.")
+        raise UserError(f"training_args.normalize_beta_by_length: loss_type={name} divides by the lengths already, "
+                        "this would do it twice.")
 
 # %% ../../nbs/10_config/1_preference_losses.ipynb #e0001862
 POSITIVE_ARGS = ("beta", "max_effective_beta", "discopop_tau") # numbers without a meaning at 0
@@ -71,16 +81,24 @@ def check_losses(
     "Refuse unknown losses and what they are not defined for"
     known, a = ("qrpo", *DPO_LOSSES), arguments
     for name in losses:
-        if name not in known: raise UserError(f"training_args.loss_type: unknown loss {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}.")
+        if name not in known:
+            raise UserError(f"training_args.loss_type: unknown loss {name!r}.{did_you_mean(name, known)} Known: "
+                            f"{', '.join(known)}.")
     if not losses: raise UserError(f"training_args.loss_type is empty. Known: {', '.join(known)}.")
     for key in POSITIVE_ARGS:
-        if a.get(key) is not None and not (_is_number(a[key]) and a[key] > 0): raise UserError(f"training_args.{key}={a[key]}: it must be above 0 and finite.")
+        if a.get(key) is not None and not (_is_number(a[key]) and a[key] > 0):
+            raise UserError(f"training_args.{key}={a[key]}: it must be above 0 and finite.")
     for key, choices in LOSS_CHOICES.items():
-        if key in a and a[key] not in choices: raise UserError(f"training_args.{key}={a[key]}: there are {', '.join(choices)}.{did_you_mean(str(a[key]), choices)}")
-    if a.get("ld_alpha") is not None and not 0 <= a["ld_alpha"] <= 1: raise UserError(f"training_args.ld_alpha={a['ld_alpha']}: it lies between 0 and 1.")
+        if key in a and a[key] not in choices:
+            raise UserError(f"training_args.{key}={a[key]}: there are "
+                            f"{', '.join(choices)}.{did_you_mean(str(a[key]), choices)}")
+    if a.get("ld_alpha") is not None and not 0 <= a["ld_alpha"] <= 1:
+        raise UserError(f"training_args.ld_alpha={a['ld_alpha']}: it lies between 0 and 1.")
     if a.get("ld_alpha") is not None and "qrpo" in losses:
-        raise UserError("training_args.ld_alpha weighs the answers of a pair by each other's length: QRPO, which scores each alone, has no place for it.")
-    given = {k: a[k] for k in ("f_divergence_type", "label_smoothing", "normalize_beta_by_length") if a.get(k) is not None}
+        raise UserError("training_args.ld_alpha weighs the answers of a pair by each other's length: QRPO, which "
+                        "scores each alone, has no place for it.")
+    given = {k: a[k] for k in ("f_divergence_type", "label_smoothing", "normalize_beta_by_length")
+             if a.get(k) is not None}
     for name in losses:
         if name != "qrpo": check_pairwise(name, **given)
 
@@ -102,10 +120,13 @@ def check_preference_args(
     check_losses(losses_of(t), t)
     for key, (fine, instead) in UNSUPPORTED_PAIR_ARGS.items():
         if key in t and t[key] not in fine: raise UserError(f"training_args.{key}={t[key]}: {instead}.")
-    if t.get("num_ref_rewards") is not None and t["num_ref_rewards"] < 1: raise UserError(f"training_args.num_ref_rewards={t['num_ref_rewards']}: it is at least 1.")
+    if t.get("num_ref_rewards") is not None and t["num_ref_rewards"] < 1:
+        raise UserError(f"training_args.num_ref_rewards={t['num_ref_rewards']}: it is at least 1.")
     if t.get("precompute_ref_log_probs") and t.get("ref_logprobs_from_dataset"):
-        raise UserError("training_args.precompute_ref_log_probs and ref_logprobs_from_dataset are both true: the reference's log-probabilities come from the data "
-                        "or are computed, not both.")
+        raise UserError("training_args.precompute_ref_log_probs and ref_logprobs_from_dataset are both true: the "
+                        "reference's log-probabilities come from the data " "or are computed, not both.")
     if reference and t.get("ref_logprobs_from_dataset"):
-        raise UserError(f"ref_model_args.model_name_or_path={reference} would not be read: training_args.ref_logprobs_from_dataset=true takes the reference's log-probabilities "
-                        "from the data. Set training_args.ref_logprobs_from_dataset=false, or leave ref_model_args out.")
+        raise UserError(f"ref_model_args.model_name_or_path={reference} would not be read: "
+                        "training_args.ref_logprobs_from_dataset=true takes the reference's log-probabilities "
+                        "from the data. Set training_args.ref_logprobs_from_dataset=false, or leave ref_model_args "
+                        "out.")

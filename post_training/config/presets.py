@@ -14,8 +14,9 @@ from .schema import CONFIGS, SECTION_GROUPS, STAGE_KEYS, flatten
 from .overrides import quote_value
 
 # %% ../../nbs/10_config/4_presets.ipynb #3fb460b9
-_OPS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv,
-        ast.Mod: operator.mod, ast.Pow: operator.pow, ast.USub: operator.neg, ast.UAdd: operator.pos}
+_OPS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+        ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow, ast.USub: operator.neg,
+        ast.UAdd: operator.pos}
 
 # %% ../../nbs/10_config/4_presets.ipynb #99725c24
 _FUNCTIONS = dict(min=min, max=max, abs=abs, round=round, int=int, float=float, ceil=math.ceil, floor=math.floor)
@@ -28,12 +29,17 @@ def _walk(node:ast.AST)->int|float:
     elif isinstance(node, ast.UnaryOp) and type(node.op) in _OPS: value = _OPS[type(node.op)](_walk(node.operand))
     elif isinstance(node, ast.BinOp) and type(node.op) in _OPS:
         a, b = _walk(node.left), _walk(node.right)
-        if isinstance(node.op, ast.Pow) and abs(b) > 64: raise UserError("an exponent above 64 is refused in an expression")
+        if isinstance(node.op, ast.Pow) and abs(b) > 64:
+            raise UserError("an exponent above 64 is refused in an expression")
         value = _OPS[type(node.op)](a, b)
-    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS and not node.keywords:
+    elif isinstance(node, ast.Call) and isinstance(node.func,
+                                                   ast.Name) and node.func.id in _FUNCTIONS and not node.keywords:
         value = _FUNCTIONS[node.func.id](*map(_walk, node.args))
-    else: raise UserError(f"only arithmetic of numbers is evaluated ({' '.join(_FUNCTIONS)}, + - * / // % **), no {type(node).__name__}")
-    if isinstance(value, complex) or not abs(value) < 1e18: raise UserError("a value in the expression is too large or not a real number")
+    else:
+        raise UserError(f"only arithmetic of numbers is evaluated ({' '.join(_FUNCTIONS)}, + - * / // % **), no "
+                        f"{type(node).__name__}")
+    if isinstance(value, complex) or not abs(value) < 1e18:
+        raise UserError("a value in the expression is too large or not a real number")
     return value
 
 # %% ../../nbs/10_config/4_presets.ipynb #90f5f5b6
@@ -58,7 +64,8 @@ def project_root(
     start = Path(start or ".").resolve()
     for folder in (start, *start.parents):
         if (folder/"settings.ini").is_file() and "post_training" in (folder/"settings.ini").read_text(): return folder
-    raise UserError(f"{start} is not inside a checkout of this project (no settings.ini above it). Go to one, or set POST_TRAINING_ROOT.")
+    raise UserError(f"{start} is not inside a checkout of this project (no settings.ini above it). Go to one, or set "
+                    "POST_TRAINING_ROOT.")
 
 # %% ../../nbs/10_config/4_presets.ipynb #57f93530
 def site_path(
@@ -75,7 +82,8 @@ _LOCK = threading.RLock() # Hydra and OmegaConf keep global tables
 # %% ../../nbs/10_config/4_presets.ipynb #b7cdacab
 def _env(name:str, *default):
     "An environment variable, but never one that is named like a secret: configurations are recorded"
-    if redact({name: "x"})[name] != "x": raise UserError(f"the variable {name} is named like a secret; a configuration would record it")
+    if redact({name: "x"})[name] != "x":
+        raise UserError(f"the variable {name} is named like a secret; a configuration would record it")
     if name in os.environ: return os.environ[name]
     if default: return default[0]
     raise UserError(f"the environment variable {name} is not set")
@@ -100,7 +108,8 @@ def _raw_yaml(path:Path)->dict:
     "A preset file as a plain dictionary, nothing resolved"
     from omegaconf import OmegaConf
     raw = OmegaConf.load(path)
-    if not OmegaConf.is_dict(raw): raise UserError(f"{path.name} holds no keys: a preset is a mapping of keys to values.")
+    if not OmegaConf.is_dict(raw):
+        raise UserError(f"{path.name} holds no keys: a preset is a mapping of keys to values.")
     return OmegaConf.to_container(raw, resolve=False)
 
 # %% ../../nbs/10_config/4_presets.ipynb #463e93a8
@@ -119,7 +128,8 @@ def _folders(config_dir=None)->list[Path]:
     "The folders of presets: the package's, the one given, the one that POST_TRAINING_CONFIGS names"
     more = [p for p in (config_dir, os.environ.get("POST_TRAINING_CONFIGS")) if p]
     for p in more:
-        if not Path(p).expanduser().is_dir(): raise UserError(f"There is no folder {p} of presets (POST_TRAINING_CONFIGS).")
+        if not Path(p).expanduser().is_dir():
+            raise UserError(f"There is no folder {p} of presets (POST_TRAINING_CONFIGS).")
     return [CONFIGS, *dict.fromkeys(Path(p).expanduser().resolve() for p in more)]
 
 # %% ../../nbs/10_config/4_presets.ipynb #39abcfd2
@@ -128,7 +138,8 @@ def preset_names(
     config_dir=None, # a further folder of presets
 )->list[str]: # sorted names
     "The presets of a group"
-    return sorted({str(p.relative_to(d/group).with_suffix("")) for d in _folders(config_dir) for p in (d/group).rglob("*.yaml")})
+    return sorted({str(p.relative_to(d/group).with_suffix("")) for d in _folders(config_dir)
+                   for p in (d/group).rglob("*.yaml")})
 
 # %% ../../nbs/10_config/4_presets.ipynb #4204f830
 def preset_file(
@@ -139,7 +150,8 @@ def preset_file(
     path = Path(str(value)).expanduser()
     if path.suffix not in (".yaml", ".yml"): return None
     found = next((p for p in (path, site_path(path)) if p.is_file()), None)
-    if found is None: raise UserError(f"{group}={value}: there is no such file. Give a preset's name or the path of a YAML file.")
+    if found is None:
+        raise UserError(f"{group}={value}: there is no such file. Give a preset's name or the path of a YAML file.")
     return found
 
 # %% ../../nbs/10_config/4_presets.ipynb #d6fa73c8
@@ -151,10 +163,12 @@ def _origins(config, dirs:list, choices:dict)->dict: # dotted key -> "default" o
         group, _, name = d.config_path.partition("/")
         where = f"preset {group}={name}" if name else "default"
         path = next(p for base in dirs if (p := base/f"{d.config_path}.yaml").is_file())
-        if d.package and group not in SECTION_GROUPS: raise UserError(f"{path.name} has to begin with the line: # @package _global_")
+        if d.package and group not in SECTION_GROUPS:
+            raise UserError(f"{path.name} has to begin with the line: # @package _global_")
         keys = {k: v for k,v in _raw_yaml(path).items() if k != "defaults"}
         if d.package and name: keys = {group: keys}
-        if "hydra" in keys: raise UserError(f"{path.name} sets keys of hydra itself, which nothing here reads: remove them.")
+        if "hydra" in keys:
+            raise UserError(f"{path.name} sets keys of hydra itself, which nothing here reads: remove them.")
         out |= {k: where for k in flatten(keys)}
     return out
 
@@ -171,14 +185,17 @@ def compose_presets(
     from hydra.types import RunMode
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    overrides, shown = [f"{g}={quote_value(str(c))}" for g,c in choices.items() if not isinstance(c, Path)], f"{stage} {choices or ''}".strip()
+    overrides, shown = [f"{g}={quote_value(str(c))}" for g,c in choices.items()
+                        if not isinstance(c, Path)], f"{stage} {choices or ''}".strip()
     try:
-        with _isolated_hydra(), tempfile.TemporaryDirectory() as own, initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        with _isolated_hydra(), tempfile.TemporaryDirectory() as own, initialize_config_dir(
+            str(CONFIGS), version_base="1.3"):
             dirs = [*_folders(config_dir), Path(own)]
             for g,file in choices.items():
                 if isinstance(file, Path): overrides.append(f"{g}={quote_value(_as_preset(g, file, Path(own)))}")
             overrides.append(f"hydra.searchpath=[{','.join(quote_value(f'file://{d}') for d in dirs[1:])}]")
-            defaults = GlobalHydra.instance().config_loader().compute_defaults_list(stage, overrides, RunMode.RUN).defaults
+            defaults = GlobalHydra.instance().config_loader().compute_defaults_list(
+                stage, overrides, RunMode.RUN).defaults
             raw = OmegaConf.to_container(hydra_compose(stage, overrides), resolve=False)
             return raw, _origins(defaults, dirs, choices)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as e:
@@ -189,7 +206,8 @@ def _one_document(text:str, origin:str="The file")->str:
     "YAML of several documents as one, with the list of them under `stage_names`; a single one stays as it is"
     docs = [d for d in yaml.safe_load_all(text) if d is not None]
     if not docs: raise UserError(f"{origin} has no document of YAML with keys in it: it is empty.")
-    if wrong := [d for d in docs if not isinstance(d, dict)]: raise UserError(f"{origin} has {str(wrong[0])[:60]!r} where a mapping is meant, key: value.")
+    if wrong := [d for d in docs if not isinstance(d, dict)]:
+        raise UserError(f"{origin} has {str(wrong[0])[:60]!r} where a mapping is meant, key: value.")
     return text if len(docs) == 1 else yaml.safe_dump({"stages": docs}, sort_keys=False)
 
 # %% ../../nbs/10_config/4_presets.ipynb #f45443f3
@@ -255,5 +273,7 @@ def stage_name(
 )->str: # one of `stage_names()`
     "The name of a stage as files and folders have it"
     name = stage.replace("-", "_")
-    if name not in stage_names(): raise UserError(f"There is no stage {stage}.{did_you_mean(name, stage_names())} Stages: {', '.join(stage_names())}.")
+    if name not in stage_names():
+        raise UserError(f"There is no stage {stage}.{did_you_mean(name, stage_names())} Stages: "
+                        f"{', '.join(stage_names())}.")
     return name

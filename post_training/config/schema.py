@@ -74,70 +74,86 @@ CONFIGS = Path(importlib.util.find_spec("post_training").origin).parent/"configs
 
 # %% ../../nbs/10_config/2_schema.ipynb #271df926
 SHARED_KEYS = {"artifacts_dir": "str", "artifacts_subdir": "str", "runs_dir": "str", "job_subdir": "str",
-    "run_dir": "str|null", "resuming_dir": "str|null", "resuming_hash": "str|null", "resume_from": "str|null",
-    "resuming.resume": "bool", "resuming.use_commit": "bool", "resuming.ignore_keys": "list", "submit": "bool",
-    "num_nodes": "int", "num_processes": "int|null", "accelerate_config": "str", "max_drop_fraction": "float",
-    "cluster.name": "str", "cluster.launcher": "=local|=slurm", "cluster.device": "=auto|=cpu|=cuda",
-    **{f"cluster.{k}": "str|null" for k in ("gpu", "partition", "account", "qos", "reservation", "constraint", "exclude", "nodelist", "time", "memory", "setup",
-                                            "environment", "container_image", "python")},
-    **{f"cluster.{k}": "int|null" for k in ("gpus_per_node", "processes_per_node", "cpus_per_task")},
-    **{f"cluster.{k}": "int" for k in ("max_retries", "signal_seconds", "preflight_seconds")}, "cluster.exclusive": "bool", "cluster.requeue": "bool",
-    "cluster.directives": "dict", "cluster.env": "dict", "cluster.container_mounts": "list", "cluster.container_options": "list",
-    "wandb.project": "str", "wandb.entity": "str|null", "wandb.run_name": "str|null", "wandb.group": "str|null",
-    "wandb.tags": "list", "wandb.mode": "=online|=offline|=disabled|=off|null"}
+               "run_dir": "str|null", "resuming_dir": "str|null", "resuming_hash": "str|null",
+               "resume_from": "str|null", "resuming.resume": "bool", "resuming.use_commit": "bool",
+               "resuming.ignore_keys": "list", "submit": "bool", "num_nodes": "int", "num_processes": "int|null",
+               "accelerate_config": "str", "max_drop_fraction": "float", "cluster.name": "str",
+               "cluster.launcher": "=local|=slurm", "cluster.device": "=auto|=cpu|=cuda",
+               **{f"cluster.{k}": "str|null"
+                  for k in ("gpu", "partition", "account", "qos", "reservation", "constraint", "exclude", "nodelist",
+                            "time", "memory", "setup", "environment", "container_image", "python")},
+               **{f"cluster.{k}": "int|null" for k in ("gpus_per_node", "processes_per_node", "cpus_per_task")},
+               **{f"cluster.{k}": "int" for k in ("max_retries", "signal_seconds", "preflight_seconds")},
+               "cluster.exclusive": "bool", "cluster.requeue": "bool", "cluster.directives": "dict",
+               "cluster.env": "dict", "cluster.container_mounts": "list", "cluster.container_options": "list",
+               "wandb.project": "str", "wandb.entity": "str|null", "wandb.run_name": "str|null",
+               "wandb.group": "str|null", "wandb.tags": "list", "wandb.mode": "=online|=offline|=disabled|=off|null"}
 
 # %% ../../nbs/10_config/2_schema.ipynb #d4c24756
 TEMPLATES = sorted(p.stem for p in (CONFIGS.parent/"templates/chat").glob("*.jinja")) # names of chat templates
 
 # %% ../../nbs/10_config/2_schema.ipynb #557202d6
-TOKENIZER_KEYS = {"tokenizer_args.tokenizer_name_or_path": "str", "tokenizer_args.chat_template_name": "|".join(f"={t}" for t in TEMPLATES) + "|null",
-    "tokenizer_args.padding_side": "=right|=left", "tokenizer_args.add_bos_to_chat_template": "bool",
-    "tokenizer_args.model_pad_token_id": "int|null", "tokenizer_args.model_eos_token_id": "int|null",
-    "tokenizer_args.trust_remote_code": "bool"}
+TOKENIZER_KEYS = {"tokenizer_args.tokenizer_name_or_path": "str",
+                  "tokenizer_args.chat_template_name": "|".join(f"={t}" for t in TEMPLATES) + "|null",
+                  "tokenizer_args.padding_side": "=right|=left", "tokenizer_args.add_bos_to_chat_template": "bool",
+                  "tokenizer_args.model_pad_token_id": "int|null", "tokenizer_args.model_eos_token_id": "int|null",
+                  "tokenizer_args.trust_remote_code": "bool"}
 
 # %% ../../nbs/10_config/2_schema.ipynb #953d2ae9
-SFT_KEYS = TOKENIZER_KEYS | {"trainer": "=sft|=plw|=ln-plw|=irl", "plw_args.prompt_loss_weight": "float", "plw_args.sequence_level_loss": "bool",
-    "irl_args.lambda_td": "float", "irl_args.gamma": "float", "global_batch_size": "int|null", "dataset_name": "str", "dataset_args.dataset_name": "str",
-    "dataset_args.train_split.name": "str|null", "dataset_args.eval_split.name": "str|null", "dataset_args.debug_oom": "bool",
+SFT_KEYS = TOKENIZER_KEYS | {
+    "trainer": "=sft|=plw|=ln-plw|=irl", "plw_args.prompt_loss_weight": "float", "plw_args.sequence_level_loss": "bool",
+    "irl_args.lambda_td": "float", "irl_args.gamma": "float", "global_batch_size": "int|null", "dataset_name": "str",
+    "dataset_args.dataset_name": "str", "dataset_args.train_split.name": "str|null",
+    "dataset_args.eval_split.name": "str|null", "dataset_args.debug_oom": "bool",
     "dataset_args.debug_subsample.train": "int", "dataset_args.debug_subsample.eval": "int",
     "tokenization.overlength": "=truncate|=drop|=error", "tokenization.on_unverifiable": "=drop|=error",
     "tokenization.on_missing_stop": "=error|=warn", "tokenization.unsupported_roles": "=error|=drop",
     "tokenization.on_malformed": "=drop|=error", "tokenization.allow_control_tokens_in_content": "bool",
-    "tokenization.num_proc": "int|null", "tokenization.max_length": "int|null", "evaluation.num_prompts": "int", "evaluation.num_samples_shown": "int",
-    "evaluation.max_new_tokens": "int", "evaluation.batch_size": "int", "evaluation.before": "bool"}
+    "tokenization.num_proc": "int|null", "tokenization.max_length": "int|null", "evaluation.num_prompts": "int",
+    "evaluation.num_samples_shown": "int", "evaluation.max_new_tokens": "int", "evaluation.batch_size": "int",
+    "evaluation.before": "bool"}
 
 # %% ../../nbs/10_config/2_schema.ipynb #44e57bf1
-DATA_KEYS = {"dataset_name": "str", "save_data_dir": "str", "seed": "int", "on_malformed": "=drop|=error", "role_checks": "list"} # of every stage that writes rows
+DATA_KEYS = {"dataset_name": "str", "save_data_dir": "str", "seed": "int", "on_malformed": "=drop|=error",
+             "role_checks": "list"} # of every stage that writes rows
 
 # %% ../../nbs/10_config/2_schema.ipynb #5b121d00
-MIXTURE_KEYS = DATA_KEYS | TOKENIZER_KEYS | {"tokenizer_args.tokenizer_name_or_path": "str|null", "sources": "list", "columns_to_keep": "list",
-    "need_columns": "list|null", "keep_ids": "bool", "shuffle": "bool", "message_format": "=auto|=plain|=structured|=pairs", "overlap_with": "list",
-    "allow_other_references": "bool",
+MIXTURE_KEYS = DATA_KEYS | TOKENIZER_KEYS | {
+    "tokenizer_args.tokenizer_name_or_path": "str|null", "sources": "list", "columns_to_keep": "list",
+    "need_columns": "list|null", "keep_ids": "bool", "shuffle": "bool",
+    "message_format": "=auto|=plain|=structured|=pairs", "overlap_with": "list", "allow_other_references": "bool",
     "near_duplicates.threshold": "float", "near_duplicates.num_perm": "int", "near_duplicates.ngram": "int"}
 
 # %% ../../nbs/10_config/2_schema.ipynb #388173e5
-SPLIT_KEYS = {k: v for k,v in DATA_KEYS.items() if k not in ("on_malformed", "role_checks")} | {"dataset_args.dataset_name": "str",
-    "dataset_args.train_split.name": "str", "dataset_args.eval_split.name": "str", "dataset_args.eval_split.ratio": "float",
-    "dataset_args.stratify_by_column": "str|null", "rare_classes": "=error|=train"}
+SPLIT_KEYS = {k: v for k,v in DATA_KEYS.items() if k not in ("on_malformed", "role_checks")} | {
+    "dataset_args.dataset_name": "str", "dataset_args.train_split.name": "str", "dataset_args.eval_split.name": "str",
+    "dataset_args.eval_split.ratio": "float", "dataset_args.stratify_by_column": "str|null",
+    "rare_classes": "=error|=train"}
 
 # %% ../../nbs/10_config/2_schema.ipynb #d9a45249
-LINEARISE_KEYS = {k: v for k,v in DATA_KEYS.items() if k not in ("seed", "role_checks")} | {"dataset_args.dataset_name": "str", "splits": "list|null",
-    "branches": "=first|=all", "num_proc": "int|null"}
+LINEARISE_KEYS = {k: v for k,v in DATA_KEYS.items() if k not in ("seed", "role_checks")} | {
+    "dataset_args.dataset_name": "str", "splits": "list|null", "branches": "=first|=all", "num_proc": "int|null"}
 
 # %% ../../nbs/10_config/2_schema.ipynb #2989e1fa
-MODEL_KEYS = {"model_args.model_name_or_path": "str", "model_args.model_revision": "str", "model_args.dtype": "=auto|=float32|=bfloat16|=float16",
-    "model_args.attn_implementation": "str|null", "model_args.trust_remote_code": "bool", "model_name": "str|null"}
+MODEL_KEYS = {"model_args.model_name_or_path": "str", "model_args.model_revision": "str",
+              "model_args.dtype": "=auto|=float32|=bfloat16|=float16", "model_args.attn_implementation": "str|null",
+              "model_args.trust_remote_code": "bool", "model_name": "str|null"}
 
 # %% ../../nbs/10_config/2_schema.ipynb #3ad152ec
-SHARD_KEYS = DATA_KEYS | {"dataset_name": "str|null", "save_data_dir": "str|null", "dataset_args.dataset_name": "str", "dataset_args.split": "str|null",
-    "dataset_args.debug_subsample": "int", "shards.number": "int", "shards.save_seconds": "float"} # of every stage that annotates rows
+SHARD_KEYS = DATA_KEYS | {"dataset_name": "str|null", "save_data_dir": "str|null", "dataset_args.dataset_name": "str",
+                          "dataset_args.split": "str|null", "dataset_args.debug_subsample": "int",
+                          "shards.number": "int", "shards.save_seconds": "float"} # of every stage that annotates rows
 SHARD_KEYS = {k: v for k,v in SHARD_KEYS.items() if k != "role_checks"}
 
 # %% ../../nbs/10_config/2_schema.ipynb #4419da74
-REWARD_KEYS = {"reward_args.kind": "=model|=verifier", "reward_args.name": "str", "reward_args.verifier": "str|null", "reward_args.model_revision": "str",
-    "reward_args.chat_template_name": TOKENIZER_KEYS["tokenizer_args.chat_template_name"], "reward_args.dtype": MODEL_KEYS["model_args.dtype"],
-    **{f"reward_args.{k}": "str|null" for k in ("model_name_or_path", "attn_implementation")}, "reward_args.max_length": "int|null", "reward_args.batch_tokens": "int",
-    "reward_args.score_index": "int|null", "reward_args.system_prompt": "=keep|=drop", "reward_args.trust_remote_code": "bool"}
+REWARD_KEYS = {"reward_args.kind": "=model|=verifier", "reward_args.name": "str", "reward_args.verifier": "str|null",
+               "reward_args.model_revision": "str",
+               "reward_args.chat_template_name": TOKENIZER_KEYS["tokenizer_args.chat_template_name"],
+               "reward_args.dtype": MODEL_KEYS["model_args.dtype"],
+               **{f"reward_args.{k}": "str|null" for k in ("model_name_or_path", "attn_implementation")},
+               "reward_args.max_length": "int|null", "reward_args.batch_tokens": "int",
+               "reward_args.score_index": "int|null", "reward_args.system_prompt": "=keep|=drop",
+               "reward_args.trust_remote_code": "bool"}
 
 # %% ../../nbs/10_config/2_schema.ipynb #3cd60342
 ANNOTATION_KEYS = { # stage -> its own keys
@@ -155,12 +171,16 @@ ANNOTATION_KEYS = { # stage -> its own keys
 SHARD_STAGES = tuple(ANNOTATION_KEYS) # stages that are maps over rows, shared by many workers
 
 # %% ../../nbs/10_config/2_schema.ipynb #80cc127e
-EVALUATION_KEYS = MODEL_KEYS | TOKENIZER_KEYS | {"checkpoints": "list", "dataset_name": "str|null", "dataset_args.dataset_name": "str", "dataset_args.split": "str|null",
-    "dataset_args.eval_split.name": "str|null", "measure": "list", "seed": "int", "tensor_parallel_size": "int",
-    **{f"evaluation.{k}": "int" for k in ("num_prompts", "num_samples_shown", "max_new_tokens", "batch_size", "samples", "batch_tokens")},
+EVALUATION_KEYS = MODEL_KEYS | TOKENIZER_KEYS | {
+    "checkpoints": "list", "dataset_name": "str|null", "dataset_args.dataset_name": "str",
+    "dataset_args.split": "str|null", "dataset_args.eval_split.name": "str|null", "measure": "list", "seed": "int",
+    "tensor_parallel_size": "int",
+    **{f"evaluation.{k}": "int"
+       for k in ("num_prompts", "num_samples_shown", "max_new_tokens", "batch_size", "samples", "batch_tokens")},
     "evaluation.temperature": "float", "evaluation.top_p": "float",
-    "evaluation.verifier": "=final_number|=exact_match|=regex|=length|=json_match|=json_schema|null", "lm_eval.tasks": "list", "lm_eval.include_path": "str|null",
-    "lm_eval.limit": "int|null", "lm_eval.num_fewshot": "int|null", "lm_eval.apply_chat_template": "bool"}
+    "evaluation.verifier": "=final_number|=exact_match|=regex|=length|=json_match|=json_schema|null",
+    "lm_eval.tasks": "list", "lm_eval.include_path": "str|null", "lm_eval.limit": "int|null",
+    "lm_eval.num_fewshot": "int|null", "lm_eval.apply_chat_template": "bool"}
 EVALUATION_KEYS = {k: v for k,v in EVALUATION_KEYS.items() if k != "model_name"}
 
 # %% ../../nbs/10_config/2_schema.ipynb #966b607d
@@ -169,30 +189,41 @@ PREFERENCE_KEYS = {k: v for k,v in SFT_KEYS.items() if not k.startswith(("traine
     "tokenization.overlength": "=drop|=error"} # a pair is never cut: its log-probabilities are those of whole answers
 
 # %% ../../nbs/10_config/2_schema.ipynb #a051e6d6
-PREFERENCE_ARGS = {"training_args.loss_type": "|".join(f"={t}" for t in ("qrpo", *DPO_LOSSES)) + "|list", "training_args.num_ref_rewards": "int|null",
-    "training_args.ref_logprobs_from_dataset": "bool", "training_args.packing": "bool",
-    "training_args.normalize_beta_by_length": "bool", "training_args.normalize_loss_by_length": "bool", "training_args.max_effective_beta": "float|null",
-    **{f"training_args.{k}": "|".join(f"={c}" for c in LOSS_CHOICES[k]) for k in ("transform", "partition")}} # beyond DPOConfig's
+PREFERENCE_ARGS = {"training_args.loss_type": "|".join(f"={t}" for t in ("qrpo", *DPO_LOSSES)) + "|list",
+                   "training_args.num_ref_rewards": "int|null", "training_args.ref_logprobs_from_dataset": "bool",
+                   "training_args.packing": "bool", "training_args.normalize_beta_by_length": "bool",
+                   "training_args.normalize_loss_by_length": "bool", "training_args.max_effective_beta": "float|null",
+                   **{f"training_args.{k}": "|".join(f"={c}" for c in LOSS_CHOICES[k])
+                      for k in ("transform", "partition")}} # beyond DPOConfig's
 
 # %% ../../nbs/10_config/2_schema.ipynb #a7fa0f1d
-EXPORT_KEYS = TOKENIZER_KEYS | {k: MODEL_KEYS[k] for k in ("model_args.model_name_or_path", "model_args.model_revision", "model_args.trust_remote_code", "model_name")} | {
-    "save_dir": "str|null", "base_model": "str|null", "consolidate": "=auto|=master", "dtype": MODEL_KEYS["model_args.dtype"], "max_shard_size": "str",
-    "plain_messages": "bool", "dataset_args.dataset_name": "str|null", "dataset_args.split": "str|null", "parity.dialogues": "int", "parity.max_difference": "float",
-    "parity.on_missing_stop": "=error|=warn", "push_to_hub": "str|null", "private": "bool"}
+EXPORT_KEYS = (TOKENIZER_KEYS
+               | {k: MODEL_KEYS[k]
+                  for k in ("model_args.model_name_or_path", "model_args.model_revision",
+                            "model_args.trust_remote_code", "model_name")}
+               | {"save_dir": "str|null", "base_model": "str|null", "consolidate": "=auto|=master",
+                  "dtype": MODEL_KEYS["model_args.dtype"], "max_shard_size": "str", "plain_messages": "bool",
+                  "dataset_args.dataset_name": "str|null", "dataset_args.split": "str|null", "parity.dialogues": "int",
+                  "parity.max_difference": "float", "parity.on_missing_stop": "=error|=warn", "push_to_hub": "str|null",
+                  "private": "bool"})
 
 # %% ../../nbs/10_config/2_schema.ipynb #88106115
 TRAINING_STAGES = ("train_sft", "train_preference") # stages with optimizer steps: a batch, a world, a topology
 
 # %% ../../nbs/10_config/2_schema.ipynb #480aa96e
-MERGE_KEYS = {"sources": "list|null", "weights": "list|null", "base": "str|null", "donor": "str|null", "model_merging.merge_method": "str",
-    **{f"model_merging.{k}": "list|null" for k in ("models", "slices", "stages")}, **{f"model_merging.{k}": "dict|null" for k in ("modules", "tokenizer", "parameters")},
-    **{f"model_merging.{k}": "str|null" for k in ("dtype", "out_dtype", "chat_template", "name", "out_path")},
-    **{f"model_merging.{k}": "str|dict|null" for k in ("base_model", "tokenizer_source")},
-    **{f"options.{k}": "bool" for k in ("gpu", "low_cpu_memory", "lazy_unpickle", "trust_remote_code")}, "options.random_seed": "int", "options.out_shard_size": "str|int",
-    "checks.reload": "bool", "checks.max_elements": "int"}
+MERGE_KEYS = {"sources": "list|null", "weights": "list|null", "base": "str|null", "donor": "str|null",
+              "model_merging.merge_method": "str",
+              **{f"model_merging.{k}": "list|null" for k in ("models", "slices", "stages")},
+              **{f"model_merging.{k}": "dict|null" for k in ("modules", "tokenizer", "parameters")},
+              **{f"model_merging.{k}": "str|null" for k in ("dtype", "out_dtype", "chat_template", "name", "out_path")},
+              **{f"model_merging.{k}": "str|dict|null" for k in ("base_model", "tokenizer_source")},
+              **{f"options.{k}": "bool" for k in ("gpu", "low_cpu_memory", "lazy_unpickle", "trust_remote_code")},
+              "options.random_seed": "int", "options.out_shard_size": "str|int", "checks.reload": "bool",
+              "checks.max_elements": "int"}
 
 # %% ../../nbs/10_config/2_schema.ipynb #bd5999e2
-SECTION_GROUPS = ("model_merging",) # groups whose presets are files of another program, kept below the group's name as they are
+# groups whose presets are files of another program, kept below the group's name as they are
+SECTION_GROUPS = ("model_merging",)
 
 # %% ../../nbs/10_config/2_schema.ipynb #b64db155
 STAGE_KEYS = { # stage -> its own keys, the dataclass behind training_args (None: the stage has none)
@@ -205,7 +236,8 @@ STAGE_KEYS = { # stage -> its own keys, the dataclass behind training_args (None
     "train_preference": (SHARED_KEYS | PREFERENCE_KEYS | PREFERENCE_ARGS, "DPOConfig")}
 
 # %% ../../nbs/10_config/2_schema.ipynb #94a8e2c7
-AMENDED_KEYS = {"model_args.model_name_or_path": "str", "model_args.trust_remote_code": "bool", # TRL lets it be null; has none
+# TRL lets it be null; has none
+AMENDED_KEYS = {"model_args.model_name_or_path": "str", "model_args.trust_remote_code": "bool",
     "training_args.gradient_accumulation_steps": "int|null"} # null until it is derived
 
 # %% ../../nbs/10_config/2_schema.ipynb #ce990381
@@ -217,19 +249,22 @@ def known_keys(
     own, args = STAGE_KEYS[stage]
     if args is None: return own | {"stage": f"={stage}"}
     table = json.loads((CONFIGS/"keys.json").read_text())
-    theirs = {f"training_args.{k}": v for k,v in table[args].items()} | {f"model_args.{k}": v for k,v in table["ModelConfig"].items()}
+    theirs = {f"training_args.{k}": v for k,v in table[args].items()} | {
+        f"model_args.{k}": v for k,v in table["ModelConfig"].items()}
     return theirs | AMENDED_KEYS | own | {"stage": f"={stage}"}
 
 # %% ../../nbs/10_config/2_schema.ipynb #e07e9f2b
 def _type_of(f)->str: # a `dataclasses.Field`
     "The type of a dataclass field in the table's notation"
     import enum, typing
-    names = {bool: "bool", int: "int", float: "float", str: "str", list: "list", dict: "dict", type(None): "null", typing.Any: "any"}
+    names = {bool: "bool", int: "int", float: "float", str: "str", list: "list", dict: "dict", type(None): "null",
+             typing.Any: "any"}
     out = [f"={c}" for c in f.metadata.get("choices") or []]
     for t in typing.get_args(f.type) or [f.type]:
         if isinstance(t, type) and issubclass(t, enum.Enum): out += [f"={m.value}" for m in t]
         else: out.append(names.get(typing.get_origin(t) or t, "any"))
-    if any(o[0] == "=" for o in out): out = [o for o in out if o != "str"] # a free string would let a misspelt choice pass
+    if any(o[0] == "=" for o in out):
+        out = [o for o in out if o != "str"] # a free string would let a misspelt choice pass
     if f.default is None: out.append("null")
     if f.name.endswith("_steps") and "float" in out: out.insert(0, "int") # a count or a share
     return "|".join(dict.fromkeys(out))
@@ -250,7 +285,8 @@ def write_keys(
     return write_json(path, trl_keys())
 
 # %% ../../nbs/10_config/2_schema.ipynb #ff2a1a80
-_NAMES = dict(int="a whole number", float="a number", bool="true or false", str="text", list="a list: [a,b]", dict="a mapping: {a: 1}", null="null")
+_NAMES = dict(int="a whole number", float="a number", bool="true or false", str="text", list="a list: [a,b]",
+              dict="a mapping: {a: 1}", null="null")
 
 # %% ../../nbs/10_config/2_schema.ipynb #660d190d
 def _convert(value, kind:str):
@@ -278,7 +314,8 @@ def coerce_value(
     shown = json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, str) else value
     if choices:
         hint = did_you_mean(str(value).lower(), choices, n=1)
-        raise UserError(f"{key}={shown} is not one of the choices.{hint} Choices: {', '.join(choices + ['null'] * ('null' in kinds))}.")
+        raise UserError(f"{key}={shown} is not one of the choices.{hint} Choices: "
+                        f"{', '.join(choices + ['null'] * ('null' in kinds))}.")
     raise UserError(f"{key}={shown} does not fit: {key} takes {' or '.join(_NAMES[k] for k in kinds)}.")
 
 # %% ../../nbs/10_config/2_schema.ipynb #500d144b
@@ -311,21 +348,27 @@ def check_config(
             try: out[k] = coerce_value(key, v, keys[key])
             except UserError as e: raise UserError(f"{e}{origin(key)}") from None
         elif any(known.startswith(key + ".") for known in keys):
-            if not isinstance(v, dict): raise UserError(f"{key} is a section of keys, not a value: set {key}.NAME=VALUE.{origin(key)}")
+            if not isinstance(v, dict):
+                raise UserError(f"{key} is a section of keys, not a value: set {key}.NAME=VALUE.{origin(key)}")
             out[k] = check_config(v, keys, origin, f"{key}.")
         else: raise UserError(f"Unknown key {key}.{unknown_key_hint(key, keys)}{origin(key)}")
     return out
 
 # %% ../../nbs/10_config/2_schema.ipynb #531cef30
-RANGES = {"plw_args.prompt_loss_weight": (0, 1), "irl_args.lambda_td": (0, math.inf), "irl_args.gamma": (0, 1), "max_drop_fraction": (0, 1),
-    "dataset_args.debug_subsample.train": (0, math.inf), "dataset_args.debug_subsample.eval": (0, math.inf), "num_nodes": (1, math.inf),
-    "cluster.max_retries": (0, 1000), "cluster.signal_seconds": (1, 65535), "cluster.preflight_seconds": (1, 3600),
-    "trim": (0, 0.49), "near_duplicates.threshold": (0, 1), "near_duplicates.num_perm": (16, 1024), "near_duplicates.ngram": (1, 50),
-    "shards.number": (1, 9999), "shards.save_seconds": (0, math.inf), "max_seq_len": (1, math.inf), "min_completions": (0, math.inf), "tensor_parallel_size": (1, 1024),
-    "generation.n": (0, math.inf), "generation.temperature": (0, math.inf), "generation.top_p": (0, 1), "generation.max_new_tokens": (1, math.inf),
-    "generation.batch_tokens": (1, math.inf), "batch_tokens": (1, math.inf), "reward_args.batch_tokens": (1, math.inf), "num_pairs": (1, math.inf),
-    "parity.dialogues": (0, 1000), "parity.max_difference": (0, 1), "min_num_ref_rewards": (0, math.inf), "server.start_seconds": (1, math.inf),
-    "server.concurrency": (1, math.inf), "dataset_args.debug_subsample": (0, math.inf),
-    "evaluation.num_prompts": (0, math.inf), "evaluation.max_new_tokens": (1, math.inf), "evaluation.batch_size": (1, math.inf),
-    "evaluation.temperature": (0, math.inf), "evaluation.top_p": (0, 1), "evaluation.samples": (1, 10000), "evaluation.num_samples_shown": (0, 10000),
-    "evaluation.batch_tokens": (1, math.inf), "lm_eval.limit": (1, math.inf), "lm_eval.num_fewshot": (0, 1000)}
+RANGES = {"plw_args.prompt_loss_weight": (0, 1), "irl_args.lambda_td": (0, math.inf), "irl_args.gamma": (0, 1),
+          "max_drop_fraction": (0, 1), "dataset_args.debug_subsample.train": (0, math.inf),
+          "dataset_args.debug_subsample.eval": (0, math.inf), "num_nodes": (1, math.inf),
+          "cluster.max_retries": (0, 1000), "cluster.signal_seconds": (1, 65535),
+          "cluster.preflight_seconds": (1, 3600), "trim": (0, 0.49), "near_duplicates.threshold": (0, 1),
+          "near_duplicates.num_perm": (16, 1024), "near_duplicates.ngram": (1, 50), "shards.number": (1, 9999),
+          "shards.save_seconds": (0, math.inf), "max_seq_len": (1, math.inf), "min_completions": (0, math.inf),
+          "tensor_parallel_size": (1, 1024), "generation.n": (0, math.inf), "generation.temperature": (0, math.inf),
+          "generation.top_p": (0, 1), "generation.max_new_tokens": (1, math.inf),
+          "generation.batch_tokens": (1, math.inf), "batch_tokens": (1, math.inf),
+          "reward_args.batch_tokens": (1, math.inf), "num_pairs": (1, math.inf), "parity.dialogues": (0, 1000),
+          "parity.max_difference": (0, 1), "min_num_ref_rewards": (0, math.inf), "server.start_seconds": (1, math.inf),
+          "server.concurrency": (1, math.inf), "dataset_args.debug_subsample": (0, math.inf),
+          "evaluation.num_prompts": (0, math.inf), "evaluation.max_new_tokens": (1, math.inf),
+          "evaluation.batch_size": (1, math.inf), "evaluation.temperature": (0, math.inf), "evaluation.top_p": (0, 1),
+          "evaluation.samples": (1, 10000), "evaluation.num_samples_shown": (0, 10000),
+          "evaluation.batch_tokens": (1, math.inf), "lm_eval.limit": (1, math.inf), "lm_eval.num_fewshot": (0, 1000)}

@@ -121,7 +121,8 @@ def verify_manifest(
         p = folder/name
         if not p.is_file(): wrong.append(f"{name} is missing")
         elif p.stat().st_size != want["size"]: wrong.append(f"{name} has {p.stat().st_size} bytes, not {want['size']}")
-        elif hashes and file_sha256(p) != want["sha256"]: wrong.append(f"{name} has another SHA-256 than the manifest says")
+        elif hashes and file_sha256(p) != want["sha256"]:
+            wrong.append(f"{name} has another SHA-256 than the manifest says")
     return wrong
 
 # %% ../../nbs/00_core/1_files.ipynb #ee25f852
@@ -180,14 +181,18 @@ def exit_fast(
     os._exit(code)
 
 # %% ../../nbs/00_core/1_files.ipynb #c75633be
-_SECRET_KEY = re.compile(r"(?i)(api[_-]?key|(?<!bos_)(?<!eos_)(?<!pad_)(?<!unk_)token|secret|password|passwd|credential|authorization)s?$")
-_SECRET = re.compile(r"(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}"
-                     r"|(?i:bearer\s+)[A-Za-z0-9._~+/-]{16,}|(?i:(?<=api_key=)|(?<=api_key: ))[^\s,;&]+|wandb_v\d_\w{16,}|local-[0-9a-f]{40})")
+_SECRET_KEY = re.compile(
+    r"(?i)(api[_-]?key|(?<!bos_)(?<!eos_)(?<!pad_)(?<!unk_)token|secret|password|passwd|credential|authorization)s?$")
+_SECRET = re.compile(
+    r"(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}"
+    r"|(?i:bearer\s+)[A-Za-z0-9._~+/-]{16,}|(?i:(?<=api_key=)|(?<=api_key: "
+    r"))[^\s,;&]+|wandb_v\d_\w{16,}|local-[0-9a-f]{40})")
 
 # %% ../../nbs/00_core/1_files.ipynb #8cb22f81
 def redact(obj):
     "Replace secrets in strings, and the values of keys named like secrets, in any nesting of dicts and lists"
     if isinstance(obj, dict):
-        return {k: "[redacted]" if isinstance(v, str) and v and _SECRET_KEY.search(str(k)) else redact(v) for k, v in obj.items()}
+        return {k: "[redacted]" if isinstance(v, str) and v and _SECRET_KEY.search(str(k)) else redact(v)
+                for k, v in obj.items()}
     if isinstance(obj, (list, tuple)): return [redact(v) for v in obj]
     return _SECRET.sub("[redacted]", obj) if isinstance(obj, str) else obj

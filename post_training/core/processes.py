@@ -43,5 +43,5 @@ def this_job(
     if "POST_TRAINING_JOB" not in env or "SLURM_JOB_ID" not in env: return {}
     task = env.get("SLURM_ARRAY_TASK_ID")
     number = env.get("SLURM_ARRAY_JOB_ID", env["SLURM_JOB_ID"]) if task else env["SLURM_JOB_ID"]
-    return dict(id=int(number), task=int(task) if task else None, restart=int(env.get("SLURM_RESTART_COUNT", 0)), nodes=env.get("SLURM_JOB_NODELIST"),
-                num_nodes=int(env.get("SLURM_JOB_NUM_NODES", 1)))
+    return dict(id=int(number), task=int(task) if task else None, restart=int(env.get("SLURM_RESTART_COUNT", 0)),
+                nodes=env.get("SLURM_JOB_NODELIST"), num_nodes=int(env.get("SLURM_JOB_NUM_NODES", 1)))

@@ -30,7 +30,8 @@ def token_batches(
     batches = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         last = batches[-1] if batches else None
-        if last and (len(last) + 1)*lengths[last[0]] <= budget and (not max_rows or len(last) < max_rows): last.append(i)
+        if last and (len(last) + 1)*lengths[last[0]] <= budget and (not max_rows or len(last) < max_rows):
+            last.append(i)
         else: batches.append([i])
     return batches
 
@@ -56,7 +57,8 @@ class ShardPlan:
 # %% ../../nbs/00_core/3_shards.ipynb #42012212
 def _fingerprint(keys, batches, costs, params)->str:
     "SHA-256 of a plan"
-    return hashlib.sha256(json.dumps([keys, batches, costs, params], sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([keys, batches, costs, params], sort_keys=True, separators=(",", ":"),
+                                     allow_nan=False).encode()).hexdigest()
 
 # %% ../../nbs/00_core/3_shards.ipynb #c1a50fa1
 def balance_batches(
@@ -82,9 +84,13 @@ def make_shard_plan(
     batches:list[list[int]]=None, # of the caller's own making: indices of rows; None: by length
 )->ShardPlan:
     "Plan the batches of all rows, and their shards"
-    keys, params, n = list(map(str, keys)), json.loads(json.dumps(params, allow_nan=False)), len(lengths)
+    keys = list(map(str, keys))
+    params = json.loads(json.dumps(params, allow_nan=False))
+    n = len(lengths)
     if len(keys) != n: raise ValueError(f"{len(keys)} keys for {n} lengths")
-    if double := [k for k, c in Counter(keys).items() if c > 1]: raise UserError(f"{len(double)} row ids are there twice: {_first_names(double)}. Give each row an id of its own.")
+    if double := [k for k, c in Counter(keys).items() if c > 1]:
+        raise UserError(f"{len(double)} row ids are there twice: {_first_names(double)}. Give each row an id of its "
+                        "own.")
     if shards < 1: raise UserError(f"{shards} shards: there has to be one at least.")
     if batches is None:
         if budget < 1: raise UserError(f"A budget of {budget} tokens for a batch: there has to be one at least.")
@@ -93,7 +99,8 @@ def make_shard_plan(
     if sorted(i for b in batches for i in b) != list(range(n)): raise ValueError("batches have to hold each row once")
     costs = [len(b)*max(float(lengths[i]) for i in b) for b in batches]
     shards = max(1, min(shards, len(batches)))
-    return ShardPlan(keys, batches, costs, params, shards, balance_batches(costs, shards), _fingerprint(keys, batches, costs, params))
+    return ShardPlan(keys, batches, costs, params, shards, balance_batches(costs, shards),
+                     _fingerprint(keys, batches, costs, params))
 
 # %% ../../nbs/00_core/3_shards.ipynb #350ce1e5
 def _first_names(names, n:int=3)->str:
@@ -102,10 +109,14 @@ def _first_names(names, n:int=3)->str:
     return ", ".join(map(repr, names[:n])) + f" and {len(names) - n} more"*(len(names) > n)
 
 # %% ../../nbs/00_core/3_shards.ipynb #a2394b30
-PLAN_FILE, SHARDS_FOLDER, ROWS_FILE, PROGRESS_FILE = "plan.json", "shards", "rows.txt", "progress.json"
+PLAN_FILE = "plan.json"
+SHARDS_FOLDER = "shards"
+ROWS_FILE = "rows.txt"
+PROGRESS_FILE = "progress.json"
 
 # %% ../../nbs/00_core/3_shards.ipynb #fc6af8eb
-SAVED_FILE_ENV = "POST_TRAINING_SAVED" # variable with the name of a file that a worker makes once it has saved something: a job that is cut can tell whether it came further
+# variable with the name of a file that a worker makes once it has saved something: a job that is cut can tell whether it came further
+SAVED_FILE_ENV = "POST_TRAINING_SAVED"
 
 # %% ../../nbs/00_core/3_shards.ipynb #27ce0c30
 def load_shard_plan(
@@ -114,9 +125,11 @@ def load_shard_plan(
     "Read the plan of a folder"
     path = Path(folder)/PLAN_FILE
     try: plan = ShardPlan(**json.loads(path.read_text()))
-    except FileNotFoundError: raise UserError(f"There is no plan in {folder}. Plan the stage before its workers start.") from None
+    except FileNotFoundError:
+        raise UserError(f"There is no plan in {folder}. Plan the stage before its workers start.") from None
     except (ValueError, TypeError): raise UserError(f"{path} is not readable. Remove it and plan again.") from None
-    if plan.fingerprint != _fingerprint(plan.keys, plan.batches, plan.costs, plan.params): raise UserError(f"{path} has been changed since it was made. Remove it and plan again.")
+    if plan.fingerprint != _fingerprint(plan.keys, plan.batches, plan.costs, plan.params):
+        raise UserError(f"{path} has been changed since it was made. Remove it and plan again.")
     return plan
 
 # %% ../../nbs/00_core/3_shards.ipynb #7352f904
@@ -126,12 +139,17 @@ def save_shard_plan(
 )->ShardPlan: # the one that is there now
     "Write a plan, or find the same one there"
     folder = Path(folder)
-    if (folder/PLAN_FILE).exists() and (old := load_shard_plan(folder)) and (old.fingerprint, old.shards) != (plan.fingerprint, plan.shards):
+    if (folder/PLAN_FILE).exists() and (old := load_shard_plan(
+        folder)) and (old.fingerprint, old.shards) != (plan.fingerprint, plan.shards):
         begun = [p.name for p in sorted((folder/SHARDS_FOLDER).glob("*")) if p.is_dir()]
         if old.fingerprint != plan.fingerprint:
-            other = [k for k in sorted(old.params.keys() | plan.params.keys()) if old.params.get(k) != plan.params.get(k)] or ["rows"]
-            raise UserError(f"{folder} holds work with other {', '.join(other)}. Choose another folder, or remove this one.")
-        if begun: raise UserError(f"{folder} is planned for {old.shards} shards and {len(begun)} are begun, not {plan.shards}. Keep {old.shards}, or remove it to begin anew.")
+            other = ([k for k in sorted(old.params.keys() | plan.params.keys())
+                      if old.params.get(k) != plan.params.get(k)] or ["rows"])
+            raise UserError(f"{folder} holds work with other {', '.join(other)}. Choose another folder, or remove this "
+                            "one.")
+        if begun:
+            raise UserError(f"{folder} is planned for {old.shards} shards and {len(begun)} are begun, not "
+                            f"{plan.shards}. Keep {old.shards}, or remove it to begin anew.")
     write_atomic(folder/PLAN_FILE, json.dumps(vars(plan), separators=(",", ":")) + "\n")
     return plan
 
@@ -145,14 +163,19 @@ def encode_results(
     rows:list[dict], # the results, in the same order
 )->list[bytes]: # lines
     "The lines of a batch's results"
-    if len(rows) != len(batch): raise ValueError(f"{len(rows)} results for a batch of {len(batch)} rows, {_first_names(plan.keys[i] for i in batch)}: there has to be one for each")
+    if len(rows) != len(batch):
+        raise ValueError(f"{len(rows)} results for a batch of {len(batch)} rows, "
+                         f"{_first_names(plan.keys[i] for i in batch)}: there has to be one for each")
     lines = []
     for i, row in zip(batch, rows):
         if "dropped" in row:
-            if not isinstance(row["dropped"], str): raise ValueError(f"row {plan.keys[i]!r} is dropped because of {row['dropped']!r}: the reason has to be a text")
+            if not isinstance(row["dropped"], str):
+                raise ValueError(f"row {plan.keys[i]!r} is dropped because of {row['dropped']!r}: the reason has to be "
+                                 "a text")
             row = {"dropped": row["dropped"], **row} # in front, where the merge sees it
         try: lines.append(f"{i}\t{json.dumps(row, allow_nan=False)}\n".encode())
-        except (TypeError, ValueError) as e: raise ValueError(f"the result for row {plan.keys[i]!r} cannot be kept exactly: {e}") from e
+        except (TypeError, ValueError) as e:
+            raise ValueError(f"the result for row {plan.keys[i]!r} cannot be kept exactly: {e}") from e
     return lines
 
 # %% ../../nbs/00_core/3_shards.ipynb #2c2f0930
@@ -164,7 +187,8 @@ def pack_floats(
     given = np.asarray(values)
     with np.errstate(over="ignore"): a = given.astype("<f4")
     if a.ndim != 1: raise ValueError(f"an array of one dimension is packed, not of {a.ndim}")
-    if not np.array_equal(a.astype(given.dtype), given, equal_nan=True): raise ValueError("there are values that 32 bits cannot hold: convert them to fp32 where that is meant")
+    if not np.array_equal(a.astype(given.dtype), given, equal_nan=True):
+        raise ValueError("there are values that 32 bits cannot hold: convert them to fp32 where that is meant")
     return base64.b64encode(a.tobytes()).decode()
 
 # %% ../../nbs/00_core/3_shards.ipynb #665c1620
@@ -197,10 +221,15 @@ class ShardFile:
         folder, # of the shard
         fingerprint:str, # of the plan
     ):
-        self.folder, self.pending, self.waiting = Path(folder), [], 0
+        self.folder = Path(folder)
+        self.pending = []
+        self.waiting = 0
         self.folder.mkdir(parents=True, exist_ok=True)
-        for p in (self.folder/MANIFEST, *self.folder.glob(".*")): p.unlink(missing_ok=True) # the latter of a save that was killed
-        self.file, self.sha, self.done = open(self.folder/ROWS_FILE, "a+b"), hashlib.sha256(), read_progress(folder)
+        for p in (self.folder/MANIFEST, *self.folder.glob(".*")):
+            p.unlink(missing_ok=True) # the latter of a save that was killed
+        self.file = open(self.folder/ROWS_FILE, "a+b")
+        self.sha = hashlib.sha256()
+        self.done = read_progress(folder)
         self.file.seek(0)
         left = self.done.get("bytes", 0)
         while left and (block := self.file.read(min(left, 1 << 20))): self.sha.update(block); left -= len(block)
@@ -226,10 +255,15 @@ def save(self:ShardFile):
     self.file.write(data); self.file.flush(); os.fsync(self.file.fileno())
     if self.pending and (mark := os.environ.get(SAVED_FILE_ENV)): Path(mark).touch()
     now, rows = time.monotonic(), self.done["rows"] + len(self.pending)
-    done = self.done | dict(batches=self.done["batches"] + self.waiting, rows=rows, bytes=self.done["bytes"] + len(data), sha256=sha.hexdigest(),
-                            made=rows - self.first, seconds=round(now - self.began, 3))
+    done = self.done | dict(batches=self.done["batches"] + self.waiting, rows=rows,
+                            bytes=self.done["bytes"] + len(data), sha256=sha.hexdigest(), made=rows - self.first,
+                            seconds=round(now - self.began, 3))
     write_json(self.folder/PROGRESS_FILE, done)
-    self.done, self.sha, self.pending, self.waiting, self.saved = done, sha, [], 0, now
+    self.done = done
+    self.sha = sha
+    self.pending = []
+    self.waiting = 0
+    self.saved = now
 
 # %% ../../nbs/00_core/3_shards.ipynb #d75e1735
 @patch
@@ -237,7 +271,8 @@ def finish(self:ShardFile, **facts):
     "Save the last results and write the manifest: from here on the shard is finished"
     self.save()
     self.file.close()
-    if file_sha256(self.folder/ROWS_FILE) != self.sha.hexdigest(): raise RuntimeError(f"Something else has written to {self.folder/ROWS_FILE}. Start the worker again.")
+    if file_sha256(self.folder/ROWS_FILE) != self.sha.hexdigest():
+        raise RuntimeError(f"Something else has written to {self.folder/ROWS_FILE}. Start the worker again.")
     write_manifest(self.folder, fingerprint=self.done["fingerprint"], rows=self.done["rows"], **facts)
 
 # %% ../../nbs/00_core/3_shards.ipynb #130d0554
@@ -258,7 +293,8 @@ def shard_faults(
     at = Path(at)
     if not (at/MANIFEST).exists(): return [f"it is not finished: {read_progress(at).get('rows', 0)} rows are saved"]
     if wrong := verify_manifest(at): return wrong
-    if json.loads((at/MANIFEST).read_text()).get("fingerprint") != plan.fingerprint: return ["it is foreign: it belongs to another plan"]
+    if json.loads((at/MANIFEST).read_text()).get("fingerprint") != plan.fingerprint:
+        return ["it is foreign: it belongs to another plan"]
     return []
 
 # %% ../../nbs/00_core/3_shards.ipynb #ef643eed
@@ -268,8 +304,11 @@ def hold_shard(
 ):
     "Keep other workers off a shard during the block"
     path = Path(f"{at}.lock")
-    lock = try_lock(path, fcntl.LOCK_EX, 120. if this_job() else 1.) # what a job left behind on another node may take a while to end
-    if not lock: raise UserError(f"{path.read_text() or 'Another worker'} is at work on shard {path.stem}. Wait for it or stop it: what it has saved is kept.")
+    # what a job left behind on another node may take a while to end
+    lock = try_lock(path, fcntl.LOCK_EX, 120. if this_job() else 1.)
+    if not lock:
+        raise UserError(f"{path.read_text() or 'Another worker'} is at work on shard {path.stem}. Wait for it or stop "
+                        "it: what it has saved is kept.")
     with lock:
         lock.truncate(0); lock.write(f"Process {os.getpid()} on {socket.gethostname()}"); lock.flush()
         yield
@@ -284,7 +323,8 @@ def run_shard(
 )->int: # batches made here
     "Make the batches of a shard that are not made yet"
     folder, plan = Path(folder), load_shard_plan(folder)
-    if not 0 <= shard < plan.shards: raise UserError(f"There is no shard {shard}: the plan has {plan.shards}, from 0 on.")
+    if not 0 <= shard < plan.shards:
+        raise UserError(f"There is no shard {shard}: the plan has {plan.shards}, from 0 on.")
     at = shard_folder(folder, plan, shard)
     with hold_shard(at):
         if not shard_faults(at, plan): return 0
@@ -295,7 +335,8 @@ def run_shard(
         try:
             for batch in todo:
                 try: part.add(encode_results(plan, batch, make(list(batch))))
-                except Exception as e: e.add_note(f"at the rows {_first_names(plan.keys[i] for i in batch)} of shard {shard}"); raise
+                except Exception as e:
+                    e.add_note(f"at the rows {_first_names(plan.keys[i] for i in batch)} of shard {shard}"); raise
                 if part.waiting == save_batches or time.monotonic() - part.saved >= save_seconds: part.save()
         except BaseException: # stopped, or a fault: what is made is kept
             with contextlib.suppress(OSError): part.save()
@@ -327,14 +368,21 @@ def _refuse_gaps(
     locations:list[list[tuple]], # from `_row_locations`
 ):
     "Raise where a shard is not whole, or a row is not there exactly once"
-    holder, missing, double = {i: plan.shard_of[b] for b, batch in enumerate(plan.batches) for i in batch}, {}, {}
+    holder = {i: plan.shard_of[b] for b, batch in enumerate(plan.batches) for i in batch}
+    missing = {}
+    double = {}
     for i, found in enumerate(locations):
         if not found: missing.setdefault(f"{holder[i]:04d}-of-{plan.shards:04d}", []).append(plan.keys[i])
-        elif len(found) > 1: double.setdefault(" and ".join(folders[number].name for number, _, _ in found), []).append(plan.keys[i])
-    faults = [*faults, *(f"{len(k)} row{'s'*(len(k) > 1)} of shard {name} missing: {_first_names(k)}" for name, k in missing.items()),
+        elif len(found) > 1:
+            double.setdefault(" and ".join(folders[number].name for number, _, _ in found), []).append(plan.keys[i])
+    faults = [*faults,
+              *(f"{len(k)} row{'s'*(len(k) > 1)} of shard {name} missing: {_first_names(k)}"
+                for name, k in missing.items()),
               *(f"{len(k)} row{'s'*(len(k) > 1)} double, in {name}: {_first_names(k)}" for name, k in double.items())]
-    if faults: raise UserError("The shards cannot be merged. Run the stage again for what is missing or corrupt, remove what does not belong here.\n" + "\n".join(faults[:20])
-                               + f"\nand {len(faults) - 20} more"*(len(faults) > 20))
+    if faults:
+        raise UserError("The shards cannot be merged. Run the stage again for what is missing or corrupt, remove what "
+                        "does not belong here.\n" + "\n".join(faults[:20])
+                        + f"\nand {len(faults) - 20} more"*(len(faults) > 20))
 
 # %% ../../nbs/00_core/3_shards.ipynb #02340a2d
 def _last_log_line(
@@ -385,7 +433,8 @@ def merge_shards(
         os.replace(tmp, out)
     finally: tmp.unlink(missing_ok=True)
     counts = {reason: len(k) for reason, k in sorted(dropped.items())}
-    return dict(rows=len(plan.keys) - sum(counts.values()), dropped=counts, examples={r: dropped[r][:3] for r in counts}, fingerprint=plan.fingerprint)
+    return dict(rows=len(plan.keys) - sum(counts.values()), dropped=counts,
+                examples={r: dropped[r][:3] for r in counts}, fingerprint=plan.fingerprint)
 
 # %% ../../nbs/00_core/3_shards.ipynb #a8944dad
 def shard_progress(
@@ -393,15 +442,22 @@ def shard_progress(
     plan:ShardPlan=None, # its plan, where it was read already
 )->dict: # rows, of, shards (finished), of_shards, share (of the tokens), per_second (rows; None where nobody works)
     "How much of the work is saved"
-    plan, rows, finished, cost, rates = plan or load_shard_plan(folder), 0, 0, 0., []
+    plan = plan or load_shard_plan(folder)
+    rows = 0
+    finished = 0
+    cost = 0.
+    rates = []
     for k, mine in enumerate(plan.by_shard):
         at = shard_folder(folder, plan, k)
         done = read_progress(at)
         if done.get("fingerprint") != plan.fingerprint: continue
-        rows, finished, cost = rows + done["rows"], finished + (at/MANIFEST).exists(), cost + sum(plan.costs[b] for b in mine[:done["batches"]])
-        if not (at/MANIFEST).exists() and _is_locked(Path(f"{at}.lock")): rates.append(done["made"]/max(done["seconds"], 1e-3))
+        rows, finished, cost = rows + done["rows"], finished + (at/MANIFEST).exists(), cost + sum(
+            plan.costs[b] for b in mine[:done["batches"]])
+        if not (at/MANIFEST).exists() and _is_locked(Path(f"{at}.lock")):
+            rates.append(done["made"]/max(done["seconds"], 1e-3))
     share = round(cost/total, 4) if (total := sum(plan.costs)) else 1.
-    return dict(rows=rows, of=len(plan.keys), shards=finished, of_shards=plan.shards, share=share, per_second=round(sum(rates), 3) if rates else None)
+    return dict(rows=rows, of=len(plan.keys), shards=finished, of_shards=plan.shards, share=share,
+                per_second=round(sum(rates), 3) if rates else None)
 
 # %% ../../nbs/00_core/3_shards.ipynb #573be7dc
 def _is_locked(path:Path)->bool:
@@ -445,7 +501,8 @@ def slot_gpus(
     if listed is not None:
         there = [g.strip() for g in listed.split(",") if g.strip() not in ("", "-1")]
         if there and len(there) < mine.stop:
-            raise UserError(f"Worker {slot} needs {each} GPU{'s'*(each > 1)} and this process sees {len(there)} for all of them. Use fewer processes.")
+            raise UserError(f"Worker {slot} needs {each} GPU{'s'*(each > 1)} and this process sees {len(there)} for "
+                            "all of them. Use fewer processes.")
         mine = there[mine.start:mine.stop]
     return dict(CUDA_VISIBLE_DEVICES=",".join(map(str, mine)))
 
@@ -469,14 +526,19 @@ def run_shard_worker(
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--shard", type=int); which.add_argument("--array", action="store_true")
     parser.add_argument("--parent", type=int) # end with this process
-    parser.add_argument("--save-batches", type=int, default=0); parser.add_argument("--save-seconds", type=float, default=60.)
+    parser.add_argument("--save-batches", type=int, default=0)
+    parser.add_argument("--save-seconds", type=float, default=60.)
     o = parser.parse_args(argv)
     with exit_on_sigterm():
         try:
             if o.parent: die_with_parent(o.parent)
-            if not callable(batch_fn_makers) and o.name not in batch_fn_makers: raise UserError(f"There is no {o.name!r} to work on.{did_you_mean(o.name, batch_fn_makers)} There are {', '.join(batch_fn_makers)}.")
+            if not callable(batch_fn_makers) and o.name not in batch_fn_makers:
+                raise UserError(f"There is no {o.name!r} to work on.{did_you_mean(o.name, batch_fn_makers)} There are "
+                                f"{', '.join(batch_fn_makers)}.")
             for shard in array_shards(load_shard_plan(o.folder)) if o.array else [o.shard]:
-                n = run_shard(o.folder, shard, batch_fn_makers(o.name) if callable(batch_fn_makers) else batch_fn_makers[o.name], o.save_batches, o.save_seconds)
+                n = run_shard(o.folder, shard,
+                              batch_fn_makers(o.name) if callable(batch_fn_makers) else batch_fn_makers[o.name],
+                              o.save_batches, o.save_seconds)
                 print(f"shard {shard}: {n} batches made, all are there", flush=True)
             return 0
         except UserError as e: print(f"error: {e}", file=sys.stderr); return 2
@@ -505,10 +567,13 @@ def _start(folder, plan:ShardPlan, shard:int, command:list, env:dict, options:li
     "Start a worker; it ends with this process"
     log = Path(f"{shard_folder(folder, plan, shard)}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    env = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"} | dict(PYTHONUNBUFFERED="1") | env # a notebook's backend is no worker's
+    # a notebook's backend is no worker's
+    env = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"} | dict(PYTHONUNBUFFERED="1") | env
     with open(log, "ab") as f:
         argv = [*map(str, [*command, folder, "--shard", shard, "--parent", os.getpid(), *options])]
-        return _ShardWorker(shard, subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.STDOUT, env=env), log, f.tell())
+        return _ShardWorker(shard,
+                            subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.STDOUT,
+                                             env=env), log, f.tell())
 
 # %% ../../nbs/00_core/3_shards.ipynb #350f9dd5
 def _stop(workers:list[_ShardWorker], grace:float=30.):
@@ -522,13 +587,16 @@ def _stop(workers:list[_ShardWorker], grace:float=30.):
 def _raise_failed(failed:list[_ShardWorker], stopped:list[_ShardWorker], others_stopped:list[int], left:list[int]):
     "Say which worker failed and why, and what became of the others"
     w = next((w for w in failed if w.process.returncode == 2), failed[0])
-    others = {"that failed too": [v.shard for v in failed if v is not w], "stopped, because the same would come there": [v.shard for v in stopped],
+    others = {"that failed too": [v.shard for v in failed if v is not w],
+              "stopped, because the same would come there": [v.shard for v in stopped],
               "that were finished nevertheless": others_stopped, "not begun": left}
-    rest = "".join(f"Shards {what}: {len(ks)} ({', '.join(map(str, ks[:8]))}{', ...'*(len(ks) > 8)}). " for what, ks in others.items() if ks) + "What was saved is kept."
+    rest = "".join(f"Shards {what}: {len(ks)} ({', '.join(map(str, ks[:8]))}{', ...'*(len(ks) > 8)}). "
+                   for what, ks in others.items() if ks) + "What was saved is kept."
     code = w.process.returncode
     if code == 2: raise UserError(f"Shard {w.shard}: {w.said(1).removeprefix('error: ')}\n{rest}")
     how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    raise ShardWorkerFailed(f"The worker of shard {w.shard} {how}. The end of its log:\n{w.said()}\n{rest} All of the log: {w.log}")
+    raise ShardWorkerFailed(f"The worker of shard {w.shard} {how}. The end of its log:\n{w.said()}\n{rest} All of the "
+                            f"log: {w.log}")
 
 # %% ../../nbs/00_core/3_shards.ipynb #360b220f
 def run_workers(
@@ -544,12 +612,18 @@ def run_workers(
 )->dict: # `shard_progress` at the end
     "Work on the shards that are not finished in processes of this machine"
     plan, options = load_shard_plan(folder), ["--save-batches", save_batches, "--save-seconds", save_seconds]
-    todo = [k for k in (range(plan.shards) if shards is None else shards) if shard_faults(shard_folder(folder, plan, k), plan)]
-    running, failed, stopped, beside, told = {}, [], [], [], time.monotonic()
+    todo = [k for k in (range(plan.shards) if shards is None else shards)
+            if shard_faults(shard_folder(folder, plan, k), plan)]
+    running = {}
+    failed = []
+    stopped = []
+    beside = []
+    told = time.monotonic()
     try:
         while running or todo and not failed:
             for slot in set(range(processes)) - running.keys():
-                if todo and not failed: running[slot] = _start(folder, plan, todo.pop(0), command, slot_env(slot), options)
+                if todo and not failed:
+                    running[slot] = _start(folder, plan, todo.pop(0), command, slot_env(slot), options)
             time.sleep(0.02)
             for slot in [s for s, w in running.items() if w.process.poll() is not None]:
                 w = running.pop(slot)

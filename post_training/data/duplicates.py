@@ -23,7 +23,8 @@ def lsh_bands(
     return fits[-1] if fits else (num_perm, 1)
 
 # %% ../../nbs/20_data/5_duplicates.ipynb #a48347ee
-_WIDE = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff" # scripts written without spaces: each sign is a word
+# scripts written without spaces: each sign is a word
+_WIDE = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
 _WORD = re.compile(rf"[{_WIDE}]|[^\W{_WIDE}]+")
 
 # %% ../../nbs/20_data/5_duplicates.ipynb #f95466fe
@@ -53,9 +54,14 @@ class NearDuplicateIndex:
         ngram:int=5, # words in a shingle
     ):
         from datasketch import MinHash, MinHashLSH
-        self.text_of, self.threshold, self.ngram, self.sketches = text_of, threshold, ngram, {}
-        self.empty, self.lsh = MinHash(num_perm=num_perm), MinHashLSH(num_perm=num_perm, params=lsh_bands(threshold, num_perm))
-        self.least = threshold - 4*math.sqrt(threshold*(1 - threshold)/num_perm) # four standard errors of what a sketch says
+        self.text_of = text_of
+        self.threshold = threshold
+        self.ngram = ngram
+        self.sketches = {}
+        self.empty, self.lsh = MinHash(num_perm=num_perm), MinHashLSH(
+            num_perm=num_perm, params=lsh_bands(threshold, num_perm))
+        # four standard errors of what a sketch says
+        self.least = threshold - 4*math.sqrt(threshold*(1 - threshold)/num_perm)
     def sketch(self, text):
         "Shingles and MinHash of a text; (set(), None) where it has no words"
         grams, out = shingles(text, self.ngram), self.empty.copy()
@@ -66,7 +72,8 @@ class NearDuplicateIndex:
         self.sketches[key] = sketch.hashvalues
     def find(self, grams, sketch):
         "All (key, similarity) at or above the threshold, most alike first; compared exactly"
-        near = [k for k in self.lsh.query(sketch) if np.count_nonzero(self.sketches[k] == sketch.hashvalues) >= self.least*len(sketch)]
+        near = [k for k in self.lsh.query(sketch)
+                if np.count_nonzero(self.sketches[k] == sketch.hashvalues) >= self.least*len(sketch)]
         found = [(k, jaccard(grams, shingles(self.text_of(k), self.ngram))) for k in near]
         return sorted([f for f in found if f[1] >= self.threshold], key=lambda f: (-f[1], f[0]))
 
@@ -77,7 +84,8 @@ def check_duplicate_settings(
     ngram:int, # words in a shingle
 ):
     "Raise a `UserError` for settings that cannot be"
-    if not 0 <= checked_number(threshold, "threshold") <= 1: raise UserError(f"threshold is {threshold}: a similarity lies between 0 and 1.")
+    if not 0 <= checked_number(threshold, "threshold") <= 1:
+        raise UserError(f"threshold is {threshold}: a similarity lies between 0 and 1.")
     checked_number(num_perm, "num_perm", least=2, whole=True), checked_number(ngram, "ngram", least=1, whole=True)
 
 # %% ../../nbs/20_data/5_duplicates.ipynb #8480f56c
@@ -92,7 +100,8 @@ def count_duplicates(
     check_duplicate_settings(threshold, num_perm, ngram)
     out = dict(rows=0, copies=0, exact=0, near=0, by_source={}, examples=[])
     first, names = {}, {} # digest of a text: index of its first row; index of a row: (id, source)
-    index = NearDuplicateIndex(lambda i: conversation_texts(dataset[i]["messages"])["conversation"], threshold, num_perm, ngram) if threshold else None
+    index = (NearDuplicateIndex(lambda i: conversation_texts(dataset[i]["messages"])["conversation"], threshold,
+                                num_perm, ngram) if threshold else None)
     seen = set()
     for i, name, source, texts in dataset_texts(dataset):
         digest = hashlib.sha256(texts["exact"].encode()).digest()[:16]
@@ -110,7 +119,8 @@ def count_duplicates(
         if kind:
             out[kind] += 1; here[kind] += 1
             if sum(e["kind"] == kind for e in out["examples"]) < n_examples:
-                out["examples"].append(dict(kind=kind, id=name, source=source, like=names[like][0], like_source=names[like][1], similarity=round(similarity, 3),
+                out["examples"].append(dict(kind=kind, id=name, source=source, like=names[like][0],
+                                            like_source=names[like][1], similarity=round(similarity, 3),
                                             text=texts["conversation"][:200]))
     return out
 
@@ -124,7 +134,9 @@ def find_in_train(
     ngram:int, # words in a shingle
 )->dict: # key: (similarity, exact or near, id, source) of the training row most like it
     "Which of some texts occur among the training rows"
-    exact, best, seen = {}, {}, set()
+    exact = {}
+    best = {}
+    seen = set()
     for k, text in texts.items(): exact.setdefault(text, []).append(k)
     index = NearDuplicateIndex(texts.__getitem__, threshold, num_perm, ngram) if threshold else None
     for k, text in texts.items() if index else ():
@@ -134,9 +146,11 @@ def find_in_train(
         if not text.strip() or text in seen: continue
         seen.add(text)
         grams, sketch = index.sketch(text) if index else (set(), None)
-        hits = [(k, 1.0, "exact") for k in exact.get(text, [])] + [(k, s, "near") for k, s in (index.find(grams, sketch) if sketch else []) if texts[k] != text]
+        hits = [(k, 1.0, "exact") for k in exact.get(text, [])] + [
+            (k, s, "near") for k, s in (index.find(grams, sketch) if sketch else []) if texts[k] != text]
         for k, s, how in hits:
-            if k not in best or (how == "exact", s) > (best[k][1] == "exact", best[k][0]): best[k] = (s, how, name, source)
+            if k not in best or (how == "exact", s) > (best[k][1] == "exact", best[k][0]):
+                best[k] = (s, how, name, source)
     return best
 
 # %% ../../nbs/20_data/5_duplicates.ipynb #3d6298c8
@@ -150,16 +164,20 @@ def count_overlap(
 )->dict: # name: rows, found, prompt_exact, prompt_near, conversation_exact, conversation_near, examples
     "How many rows of other datasets occur, exactly or nearly, among the training rows"
     check_duplicate_settings(threshold, num_perm, ngram)
-    rows = {(other, i): (name, texts) for other, data in other_datasets.items() for i, name, _, texts in dataset_texts(data)}
-    out = {other: dict(rows=len(data), found=0, prompt_exact=0, prompt_near=0, conversation_exact=0, conversation_near=0, examples=[]) for other, data in other_datasets.items()}
+    rows = {(other, i): (name, texts) for other, data in other_datasets.items()
+            for i, name, _, texts in dataset_texts(data)}
+    out = {other: dict(rows=len(data), found=0, prompt_exact=0, prompt_near=0, conversation_exact=0,
+                       conversation_near=0, examples=[]) for other, data in other_datasets.items()}
     any_kind = set()
     for kind in ("prompt", "conversation"):
-        hits = find_in_train(train, {k: texts[kind] for k, (_, texts) in rows.items() if texts[kind].strip()}, kind, threshold, num_perm, ngram)
+        hits = find_in_train(train, {k: texts[kind] for k, (_, texts) in rows.items() if texts[kind].strip()}, kind,
+                             threshold, num_perm, ngram)
         for k, (similarity, how, like, source) in sorted(hits.items()):
             here = out[k[0]]
             here[f"{kind}_{how}"] += 1
             if k not in any_kind and len(here["examples"]) < n_examples:
-                here["examples"].append(dict(kind=f"{kind}_{how}", id=rows[k][0], like=like, like_source=source, similarity=round(similarity, 3), text=rows[k][1][kind][:200]))
+                here["examples"].append(dict(kind=f"{kind}_{how}", id=rows[k][0], like=like, like_source=source,
+                                             similarity=round(similarity, 3), text=rows[k][1][kind][:200]))
             any_kind.add(k)
     for other, _ in any_kind: out[other]["found"] += 1
     return out

@@ -19,7 +19,8 @@ from ..core.files import MANIFEST, UserError, atomic_dir, did_you_mean, verify_m
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"} # file ending: reader of the datasets library
 
 # %% ../../nbs/20_data/1_io.ipynb #f9fad484
-METADATA_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", MANIFEST) # files that describe a dataset
+# files that describe a dataset
+METADATA_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", MANIFEST)
 
 # %% ../../nbs/20_data/1_io.ipynb #b7a32787
 def split_files(
@@ -33,7 +34,8 @@ def split_files(
     return found or (split_files(folder/"data") if (folder/"data").is_dir() else {})
 
 # %% ../../nbs/20_data/1_io.ipynb #6277884e
-FREE_FORM_KEYS = ("parameters", "properties", "arguments", "args") # fields whose objects have their own keys in each row: kept as JSON, in their order
+# fields whose objects have their own keys in each row: kept as JSON, in their order
+FREE_FORM_KEYS = ("parameters", "properties", "arguments", "args")
 
 # %% ../../nbs/20_data/1_io.ipynb #23c6f921
 def needs_exact(
@@ -44,7 +46,8 @@ def needs_exact(
     if isinstance(feature, dict): return name in FREE_FORM_KEYS or any(needs_exact(f, k) for k, f in feature.items())
     if isinstance(feature, list): return needs_exact(feature[0], name)
     if hasattr(feature, "feature"): return needs_exact(feature.feature, name)
-    return type(feature).__name__ == "Json" or str(getattr(feature, "dtype", "")).startswith(("timestamp", "date", "time", "duration"))
+    return (type(feature).__name__ == "Json"
+            or str(getattr(feature, "dtype", "")).startswith(("timestamp", "date", "time", "duration")))
 
 # %% ../../nbs/20_data/1_io.ipynb #e756347e
 def parse_line(
@@ -54,10 +57,13 @@ def parse_line(
     "One line of a file; a `UserError` that says where the fault is"
     try: row = json.loads(text.decode("utf-8-sig"))
     except UnicodeDecodeError as e: raise UserError(f"{where}: it is not UTF-8 ({e.reason}).") from e
-    except (ValueError, RecursionError) as e: raise UserError(f"{where}: it is not JSON ({getattr(e, 'msg', e)}).") from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{where}: it is not JSON ({getattr(e, 'msg', e)}).") from e
     if b"\\u" in text:
         try: json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError as e: raise UserError(f"{where}: a lone surrogate, which is half of a character. Remove it, or write the whole character.") from e
+        except UnicodeEncodeError as e:
+            raise UserError(f"{where}: a lone surrogate, which is half of a character. Remove it, or write the "
+                            "whole character.") from e
     return row
 
 # %% ../../nbs/20_data/1_io.ipynb #3bc7874a
@@ -71,13 +77,18 @@ def json_rows(
         if start.startswith(b"[") or Path(file).suffix == ".json" and start.split(b"\n")[0].strip() == b"{":
             whole = parse_line(f.read(), str(file))
             found = ((f"{file}, row {i}", r) for i, r in enumerate(whole if isinstance(whole, list) else [whole], 1))
-        else: found = ((f"{file}, line {i}", parse_line(line, f"{file}, line {i}")) for i, line in enumerate(f, 1) if line.strip())
+        else:
+            found = ((f"{file}, line {i}", parse_line(line, f"{file}, line {i}")) for i, line in enumerate(f, 1)
+                     if line.strip())
         for where, row in found:
-            if not isinstance(row, dict): raise UserError(f"{where}: it is not an object, like {{\"messages\": ...}}, but {json.dumps(row)[:40]}.")
+            if not isinstance(row, dict):
+                raise UserError(f"{where}: it is not an object, like {{\"messages\": ...}}, but "
+                                f"{json.dumps(row)[:40]}.")
             yield where, row
 
 # %% ../../nbs/20_data/1_io.ipynb #a3389d6b
-JSON_KINDS = {type(None): "null", bool: "bool", str: "text", int: "number", float: "number", list: "list", dict: "object"} # type of a JSON value: what to call it
+JSON_KINDS = {type(None): "null", bool: "bool", str: "text", int: "number", float: "number", list: "list",
+              dict: "object"} # type of a JSON value: what to call it
 
 # %% ../../nbs/20_data/1_io.ipynb #1961c234
 def add_shape(
@@ -88,7 +99,8 @@ def add_shape(
     "Add what one value shows about its field: its kind, and where that kind was seen first"
     kind = JSON_KINDS[type(value)]
     shape.setdefault("kinds", {}).setdefault(kind, where)
-    if kind == "number": shape["whole"] = shape.get("whole", True) and isinstance(value, int) and -2**63 <= value < 2**63
+    if kind == "number":
+        shape["whole"] = shape.get("whole", True) and isinstance(value, int) and -2**63 <= value < 2**63
     if kind == "object":
         for k, v in value.items(): add_shape(shape.setdefault("fields", {}).setdefault(k, {}), v, where)
     if kind == "list":
@@ -117,7 +129,8 @@ def check_column_kinds(
         kinds = {k: where for k, where in column["kinds"].items() if k != "null"}
         if len(kinds) > 1 and {"number", "bool"} & set(kinds):
             (one, here), (other, there) = list(kinds.items())[:2]
-            raise UserError(f"{there}: column {name!r} is a {other} there, and a {one} in {here}. Give the column one type.")
+            raise UserError(f"{there}: column {name!r} is a {other} there, and a {one} in {here}. Give the column one "
+                            "type.")
 
 # %% ../../nbs/20_data/1_io.ipynb #d7edfd51
 def as_stored(
@@ -147,8 +160,12 @@ def as_json(
     "An Arrow array with its text called JSON where the type says so; `cast` fails on nulls within lists of structs"
     import pyarrow as pa
     if isinstance(t, pa.BaseExtensionType): return pa.ExtensionArray.from_storage(t, values)
-    if pa.types.is_list(t): return pa.ListArray.from_arrays(values.offsets, as_json(values.values, t.value_type), type=t, mask=values.is_null())
-    if pa.types.is_struct(t): return pa.StructArray.from_arrays([as_json(values.field(i), f.type) for i, f in enumerate(t)], fields=list(t), mask=values.is_null())
+    if pa.types.is_list(t):
+        return pa.ListArray.from_arrays(values.offsets, as_json(values.values, t.value_type), type=t,
+                                        mask=values.is_null())
+    if pa.types.is_struct(t):
+        return pa.StructArray.from_arrays([as_json(values.field(i), f.type) for i, f in enumerate(t)], fields=list(t),
+                                          mask=values.is_null())
     return values
 
 # %% ../../nbs/20_data/1_io.ipynb #e924c63a
@@ -171,7 +188,8 @@ def read_json(
     rows = (as_stored(row, dict(features)) for _, row in chain(*map(json_rows, files)))
     while batch := list(islice(rows, batch_size)):
         table = pa.Table.from_pylist(batch, schema=stored)
-        tables.append(pa.table([pa.chunked_array([as_json(c, f.type) for c in column.chunks], f.type) for column, f in zip(table.columns, schema)], schema=schema))
+        tables.append(pa.table([pa.chunked_array([as_json(c, f.type) for c in column.chunks], f.type)
+                                for column, f in zip(table.columns, schema)], schema=schema))
     return Dataset(pa.concat_tables(tables))
 
 # %% ../../nbs/20_data/1_io.ipynb #83f6c500
@@ -191,7 +209,9 @@ def read_quick(
     import datasets
     log, level = datasets.logging.get_logger("datasets"), datasets.logging.get_verbosity()
     log.setLevel("CRITICAL")
-    try: data = datasets.load_dataset(kind, file_stamps(files), data_files=list(files), split="train") # kept by the library under that name
+    try:
+        # kept by the library under that name
+        data = datasets.load_dataset(kind, file_stamps(files), data_files=list(files), split="train")
     finally: log.setLevel(level)
     if kind == "json": data.data.validate(full=True) # bytes that are not UTF-8 pass the reader
     return data
@@ -204,7 +224,8 @@ def read_files(
     import datasets, pyarrow
     kinds = {FILE_FORMATS.get(Path(f).suffix) for f in files}
     if len(kinds) != 1 or None in kinds:
-        raise UserError(f"Cannot read {', '.join(map(str, files[:3]))}: give files of one kind, ending in {', '.join(FILE_FORMATS)}.")
+        raise UserError(f"Cannot read {', '.join(map(str, files[:3]))}: give files of one kind, ending in "
+                        f"{', '.join(FILE_FORMATS)}.")
     empty = [f for f in files if os.path.getsize(f) == 0]
     if empty: raise UserError(f"{empty[0]} is empty: a data file needs at least one row.")
     kind = kinds.pop()
@@ -235,7 +256,8 @@ def pick_split(
     if split is None and len(splits) == 1: return next(iter(splits.values()))
     names = ", ".join(splits) or "none"
     if split is None: raise UserError(f"{path} has several splits ({names}): name one.")
-    if split not in splits: raise UserError(f"{path} has no split {split!r}; it has {names}.{did_you_mean(split, splits)}")
+    if split not in splits:
+        raise UserError(f"{path} has no split {split!r}; it has {names}.{did_you_mean(split, splits)}")
     return splits[split]
 
 # %% ../../nbs/20_data/1_io.ipynb #b06ec6c9
@@ -271,12 +293,15 @@ def local_splits(
     "The splits of a dataset on this machine; a `UserError` where there is none"
     text, p = str(path), Path(path).expanduser()
     if p.is_dir():
-        if any((p/name).exists() for name in ("dataset_dict.json", "state.json")): return {k: partial(pick_split, {k: v}, k, path) for k, v in read_saved(p).items()}
+        if any((p/name).exists() for name in ("dataset_dict.json", "state.json")):
+            return {k: partial(pick_split, {k: v}, k, path) for k, v in read_saved(p).items()}
         if files := split_files(p): return {k: partial(read_files, v) for k, v in files.items()}
-        raise UserError(f"{path} is a folder without a saved dataset and without files ending in {', '.join(FILE_FORMATS)}.")
+        raise UserError(f"{path} is a folder without a saved dataset and without files ending in "
+                        f"{', '.join(FILE_FORMATS)}.")
     if p.is_file(): return dict(train=partial(read_files, [str(p)]))
     if files := sorted(f for f in glob.glob(str(p)) if os.path.isfile(f)): return dict(train=partial(read_files, files))
-    if p.is_absolute() or text.startswith((".", "~", "artifacts")) or p.suffix in FILE_FORMATS or text.count("/") > 1 or "*" in text:
+    if p.is_absolute() or text.startswith((
+        ".", "~", "artifacts")) or p.suffix in FILE_FORMATS or text.count("/") > 1 or "*" in text:
         raise UserError(f"There is no dataset at {path}: make it first, or correct the path.")
 
 # %% ../../nbs/20_data/1_io.ipynb #9d9d0760
@@ -297,7 +322,8 @@ def load_splits(
 )->dict: # split name: `datasets.Dataset`
     "Load splits of a dataset, wherever it lies; one without a name is called train"
     here = local_splits(path)
-    if here is not None: return {k: here[k]() for k in here} if names is None else {k: pick_split(here, k, path)() for k in names}
+    if here is not None:
+        return {k: here[k]() for k in here} if names is None else {k: pick_split(here, k, path)() for k in names}
     data = from_hub(str(path).removeprefix("hub:"))
     data = dict(data) if isinstance(data, dict) else dict(train=data)
     return data if names is None else {k: pick_split(data, k, path) for k in names}
@@ -321,7 +347,8 @@ def save_folder(
     "A dataset as a folder, with a manifest; whole or not at all"
     from datasets import DatasetDict
     known = ("dataset_dict.json", "state.json")
-    if replace and folder.exists() and not any((folder/n).exists() for n in known) and (not folder.is_dir() or any(folder.iterdir())):
+    if replace and folder.exists() and not any((folder/n).exists() for n in known) and (
+        not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not a saved dataset: it is not replaced. Choose another folder.")
     with atomic_dir(folder, replace=replace) as tmp:
         (splits[None] if None in splits else DatasetDict(splits)).save_to_disk(str(tmp))
@@ -336,7 +363,9 @@ def write_jsonl(
     with open(path, "w", encoding="utf-8") as f:
         for row in dataset:
             try: f.write(json.dumps(row, ensure_ascii=False) + "\n")
-            except TypeError as e: raise UserError(f"A row holds what JSON has no form for ({e}): save to a folder or a .parquet file.") from e
+            except TypeError as e:
+                raise UserError(f"A row holds what JSON has no form for ({e}): save to a folder or a .parquet "
+                                "file.") from e
 
 # %% ../../nbs/20_data/1_io.ipynb #f467eabf
 def save_file(
@@ -346,7 +375,8 @@ def save_file(
 ):
     "A dataset as one file, whole or not at all"
     import pyarrow
-    if path.exists() and not replace: raise UserError(f"{path} exists already. Remove it, choose another name, or set replace.")
+    if path.exists() and not replace:
+        raise UserError(f"{path} exists already. Remove it, choose another name, or set replace.")
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(fd)
@@ -356,7 +386,8 @@ def save_file(
         with open(tmp, "rb") as f: os.fsync(f.fileno())
         os.chmod(tmp, 0o644)
         os.replace(tmp, path)
-    except pyarrow.ArrowException as e: raise UserError(f"Parquet cannot hold these rows ({e}): save to a folder or a .jsonl file.") from e
+    except pyarrow.ArrowException as e:
+        raise UserError(f"Parquet cannot hold these rows ({e}): save to a folder or a .jsonl file.") from e
     finally: Path(tmp).unlink(missing_ok=True)
 
 # %% ../../nbs/20_data/1_io.ipynb #d28a3411
@@ -368,14 +399,16 @@ def save_hub(
 ):
     "A dataset on the hub"
     import huggingface_hub
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name): raise UserError(f"hub:{name} is not a name on the hub: write hub:ORGANISATION/NAME.")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(f"hub:{name} is not a name on the hub: write hub:ORGANISATION/NAME.")
     try:
-        if not replace and huggingface_hub.repo_exists(name, repo_type="dataset"): raise UserError(f"hub:{name} exists already. Choose another name, or set replace.")
+        if not replace and huggingface_hub.repo_exists(name, repo_type="dataset"):
+            raise UserError(f"hub:{name} exists already. Choose another name, or set replace.")
         data.push_to_hub(name, private=private)
     except UserError: raise
     except Exception as e: # of the network, of the hub or of its client
-        raise UserError(f"hub:{name} could not be written ({type(e).__name__}). Check the network, log in with a token that may write there "
-                        "(hf auth login), or save to a folder.") from e
+        raise UserError(f"hub:{name} could not be written ({type(e).__name__}). Check the network, log in with a token "
+                        "that may write there " "(hf auth login), or save to a folder.") from e
 
 # %% ../../nbs/20_data/1_io.ipynb #e7c288c0
 def save_rows(

@@ -32,7 +32,8 @@ def content_text(
     "All text of a message's content, whatever its shape"
     if isinstance(content, str): return content
     if isinstance(content, list): return "".join(map(content_text, content))
-    if isinstance(content, dict): return "".join(content_text(v) for k, v in content.items() if k not in ("type", "role"))
+    if isinstance(content, dict):
+        return "".join(content_text(v) for k, v in content.items() if k not in ("type", "role"))
     return ""
 
 # %% ../../nbs/20_data/2_messages.ipynb #9983088a
@@ -42,7 +43,8 @@ def plain_text(
     "The text of a plain content; `UnsupportedContent` where it holds pictures or other parts that are not text"
     if not isinstance(content, list): return content
     texts = [p.get("text") if isinstance(p, dict) else p for p in content]
-    other = sorted({str(p.get("type")) if isinstance(p, dict) else type(p).__name__ for p, t in zip(content, texts) if not isinstance(t, str)})
+    other = sorted({str(p.get("type")) if isinstance(p, dict) else type(p).__name__ for p, t in zip(content, texts)
+                    if not isinstance(t, str)})
     if other: raise UnsupportedContent(f"a content holds parts that are not text: {', '.join(other)}")
     return "".join(texts)
 
@@ -87,15 +89,17 @@ def from_instances(row:dict)->list[dict]:
     return from_instruction(dict(row["instances"][0], instruction=row["instruction"]))
 
 # %% ../../nbs/20_data/2_messages.ipynb #6d410cfd
-SPEAKERS = dict(human="user", user="user", prompter="user", gpt="assistant", assistant="assistant", chatgpt="assistant", model="assistant",
-                bot="assistant", system="system", developer="developer", tool="tool", function="tool", observation="tool", function_response="tool")
+SPEAKERS = dict(human="user", user="user", prompter="user", gpt="assistant", assistant="assistant", chatgpt="assistant",
+                model="assistant", bot="assistant", system="system", developer="developer", tool="tool",
+                function="tool", observation="tool", function_response="tool")
 
 # %% ../../nbs/20_data/2_messages.ipynb #61bd0153
 def from_conversations(row:dict)->list[dict]:
     "conversations of from/value pairs; who speaks is looked up in `SPEAKERS`"
     out = []
     for turn in row["conversations"] or []:
-        who, text = (next((turn[k] for k in keys if turn.get(k) is not None), None) for keys in (("from", "role"), ("value", "content")))
+        who, text = (next((turn[k] for k in keys if turn.get(k) is not None), None)
+                     for keys in (("from", "role"), ("value", "content")))
         if who not in SPEAKERS: raise MalformedRow(f"unknown speaker {who!r:.40}")
         out.append(dict(role=SPEAKERS[who], content=text))
     return out
@@ -104,7 +108,8 @@ def from_conversations(row:dict)->list[dict]:
 def from_prompt(row:dict, prompt:str="prompt", completion:str="completion")->list[dict]:
     "A prompt and a completion, as texts or as lists of messages"
     p, c = row[prompt], row[completion]
-    return [*(p if isinstance(p, list) else messages_from_texts(("user", p))), *(c if isinstance(c, list) else messages_from_texts(("assistant", c)))]
+    return [*(p if isinstance(p, list) else messages_from_texts(("user", p))),
+            *(c if isinstance(c, list) else messages_from_texts(("assistant", c)))]
 
 # %% ../../nbs/20_data/2_messages.ipynb #6f977ce2
 def from_chosen(row:dict)->list[dict]:
@@ -141,8 +146,9 @@ def format_of(
     for need in ROW_FORMATS:
         if set(need) <= set(columns): return need
     known = "; ".join(" + ".join(f) for f in ROW_FORMATS)
-    raise UserError(f"No usable column: the dataset has {', '.join(sorted(columns)) or 'none'}. Known formats: {known}; "
-                    "or the Swiss-AI format (conversation_branches).")
+    raise UserError(
+        f"No usable column: the dataset has {', '.join(sorted(columns)) or 'none'}. Known formats: {known}; "
+        "or the Swiss-AI format (conversation_branches).")
 
 # %% ../../nbs/20_data/2_messages.ipynb #40809586
 def to_messages(
@@ -151,13 +157,15 @@ def to_messages(
 )->list[dict]: # messages: role and content
     "The conversation of a row as messages"
     try: return as_written(ROW_FORMATS[columns or format_of(row)](row))
-    except (TypeError, AttributeError, KeyError) as e: raise MalformedRow(f"a column has an unexpected type or is missing ({e})") from e
+    except (TypeError, AttributeError, KeyError) as e:
+        raise MalformedRow(f"a column has an unexpected type or is missing ({e})") from e
 
 # %% ../../nbs/20_data/2_messages.ipynb #8017ac41
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 # %% ../../nbs/20_data/2_messages.ipynb #693bbae1
-STRUCTURED_KEYS = dict(system="text", developer="formatted_tools", user="parts", assistant="blocks") # role: the key of its structured content
+# role: the key of its structured content
+STRUCTURED_KEYS = dict(system="text", developer="formatted_tools", user="parts", assistant="blocks")
 
 # %% ../../nbs/20_data/2_messages.ipynb #57109dc0
 def message_fault(
@@ -168,8 +176,10 @@ def message_fault(
     role, content = m.get("role"), m.get("content")
     if role not in ROLES: return f"unknown role {role!r:.40}"
     if isinstance(content, dict):
-        if STRUCTURED_KEYS.get(role) not in content: return f"a structured {role} message without {STRUCTURED_KEYS.get(role, 'a place')}"
-    elif content is not None and not isinstance(content, (str, list)): return f"{role} message with a content that is not text"
+        if STRUCTURED_KEYS.get(role) not in content:
+            return f"a structured {role} message without {STRUCTURED_KEYS.get(role, 'a place')}"
+    elif content is not None and not isinstance(content, (str, list)):
+        return f"{role} message with a content that is not text"
     if m.get("tool_calls") and role == "assistant": return None
     if content is None: return f"{role} message without content"
     if role in ("user", "assistant") and not content_text(content).strip(): return f"empty {role} message"
@@ -182,7 +192,8 @@ def check_messages(
     if not messages: return "no messages"
     for m in messages:
         if fault := message_fault(m): return fault
-    if len({isinstance(m["content"], dict) for m in messages}) > 1: return "plain and structured messages in one conversation"
+    if len({isinstance(m["content"], dict) for m in messages}) > 1:
+        return "plain and structured messages in one conversation"
     if not any(m["role"] == "assistant" for m in messages): return "no assistant message"
     text = content_text(messages)
     if "\0" in text: return "text with a NUL character"
@@ -219,7 +230,8 @@ def last_role_fault(messages:list[dict])->str|None:
     if messages[-1]["role"] != "assistant": return f"the last message is the {messages[-1]['role']}'s"
 
 # %% ../../nbs/20_data/2_messages.ipynb #f3d995d6
-ROLE_CHECKS = dict(alternation=alternation_fault, system_first=system_first_fault, ends_with_assistant=last_role_fault) # name: function of the messages, gives the fault or None
+# name: function of the messages, gives the fault or None
+ROLE_CHECKS = dict(alternation=alternation_fault, system_first=system_first_fault, ends_with_assistant=last_role_fault)
 
 # %% ../../nbs/20_data/2_messages.ipynb #de48de05
 def role_fault(
@@ -228,7 +240,8 @@ def role_fault(
 )->str|None: # the fault, None where there is none
     "The first of the asked-for checks that a conversation fails"
     for name in checks:
-        if name not in ROLE_CHECKS: raise UserError(f"There is no check {name!r}: {', '.join(ROLE_CHECKS)}.{did_you_mean(name, ROLE_CHECKS)}")
+        if name not in ROLE_CHECKS:
+            raise UserError(f"There is no check {name!r}: {', '.join(ROLE_CHECKS)}.{did_you_mean(name, ROLE_CHECKS)}")
         if fault := ROLE_CHECKS[name](messages): return fault
 
 # %% ../../nbs/20_data/2_messages.ipynb #2fa765bf
@@ -240,7 +253,8 @@ def dropped_text(
     first = counts.get("first") or counts.get("examples") or {}
     told = sorted(counts["dropped"].items(), key=lambda kv: -kv[1])[:max_reasons]
     row = lambda found: (found or [""])[0] if isinstance(found, (list, tuple)) else found
-    return "; ".join(f"{n} {reason}" + (f", first row {row(first[reason])}" if reason in first else "") for reason, n in told)
+    return "; ".join(f"{n} {reason}" + (f", first row {row(first[reason])}" if reason in first else "")
+                     for reason, n in told)
 
 # %% ../../nbs/20_data/2_messages.ipynb #4ffea9f7
 DROP_HINTS = { # words of a reason -> what to know
@@ -257,10 +271,14 @@ def check_dropped(
 ):
     "Raise a `UserError` where all rows, or more than the allowed share, were dropped"
     rows, lost = f"rows{f' of {of}' * bool(of)}", counts["in"] - counts["out"]
-    why = "; ".join(dict.fromkeys([dropped_text(counts), *(text for word, text in DROP_HINTS.items() if any(word in reason for reason in counts["dropped"]))]))
-    if none_left and not counts["out"]: raise UserError(f"All {counts['in']} {rows} were dropped ({why}): nothing is left to train on.")
+    why = "; ".join(dict.fromkeys([dropped_text(counts),
+                                   *(text for word, text in DROP_HINTS.items()
+                                     if any(word in reason for reason in counts["dropped"]))]))
+    if none_left and not counts["out"]:
+        raise UserError(f"All {counts['in']} {rows} were dropped ({why}): nothing is left to train on.")
     if max_drop_fraction is not None and lost > max_drop_fraction*counts["in"]:
-        raise UserError(f"{lost} of {counts['in']} {rows} were dropped ({why}), more than max_drop_fraction={max_drop_fraction}. Correct the data, or raise max_drop_fraction.")
+        raise UserError(f"{lost} of {counts['in']} {rows} were dropped ({why}), more than "
+                        f"max_drop_fraction={max_drop_fraction}. Correct the data, or raise max_drop_fraction.")
 
 # %% ../../nbs/20_data/2_messages.ipynb #fae32df7
 def conversation_texts(
@@ -270,18 +288,21 @@ def conversation_texts(
     first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
     talk = [content_text(m["content"]) for m in messages if m["role"] not in ("system", "developer")]
     prompt = [content_text(m["content"]) for m in messages[:first] if m["role"] == "user"]
-    return dict(exact=json.dumps([[m["role"], content_text(m["content"])] for m in messages]), conversation="\n".join(talk), prompt="\n".join(prompt))
+    return dict(exact=json.dumps([[m["role"], content_text(m["content"])] for m in messages]),
+                conversation="\n".join(talk), prompt="\n".join(prompt))
 
 # %% ../../nbs/20_data/2_messages.ipynb #bd298df8
 def dataset_texts(
     dataset, # `datasets.Dataset` with messages
 ):          # yields (index, id, source, texts)
     "The texts of every row, read in blocks"
-    if "messages" not in dataset.column_names: raise UserError(f"The rows have no column messages, but {', '.join(dataset.column_names)}: convert them first.")
+    if "messages" not in dataset.column_names:
+        raise UserError(f"The rows have no column messages, but {', '.join(dataset.column_names)}: convert them first.")
     columns = [c for c in ("messages", "id", "source") if c in dataset.column_names]
     start, dataset = 0, dataset.select_columns(columns)
     for block in dataset.iter(batch_size=1000):
         for i, messages in enumerate(block["messages"], start):
             has_id = "id" in block and block["id"][i - start] is not None
-            yield i, str(block["id"][i - start]) if has_id else str(i), str(block["source"][i - start]) if "source" in block else "all", conversation_texts(messages or [])
+            yield i, str(block["id"][i - start]) if has_id else str(i), str(
+                block["source"][i - start]) if "source" in block else "all", conversation_texts(messages or [])
         start += len(block["messages"])

@@ -38,8 +38,11 @@ def checked_number(
     whole:bool=False, # whether it must be a whole number
 ):      # the value; an int where `whole`
     "A finite number that is at least `least`, or a `UserError`"
-    fine = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= least and (not whole or value == int(value))
-    if not fine: raise UserError(f"{name} is {value!r}: {'a whole number' if whole else 'a number'} of at least {least} is needed.")
+    fine = (isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= least
+            and (not whole or value == int(value)))
+    if not fine:
+        raise UserError(f"{name} is {value!r}: {'a whole number' if whole else 'a number'} of at least {least} is "
+                        "needed.")
     return int(value) if whole else value
 
 # %% ../../nbs/20_data/4_mixture.ipynb #600fbb48
@@ -49,21 +52,29 @@ def parse_source(
     "One source, checked; a `UserError` names the source and the key"
     keys = list(MixtureSource.__dataclass_fields__)
     settings = vars(settings) if isinstance(settings, MixtureSource) else settings
-    if not isinstance(settings, dict): raise UserError(f"A source is a mapping with the keys {', '.join(keys)}, not {settings!r}.")
+    if not isinstance(settings, dict):
+        raise UserError(f"A source is a mapping with the keys {', '.join(keys)}, not {settings!r}.")
     who = f"Source {settings.get('dataset_name')!r}"
     for key in settings:
-        if key not in keys: raise UserError(f"{who}: unknown key {key!r}.{did_you_mean(str(key), keys)} Known: {', '.join(keys)}.")
+        if key not in keys:
+            raise UserError(f"{who}: unknown key {key!r}.{did_you_mean(str(key), keys)} Known: {', '.join(keys)}.")
     for key in keys[:2]:
-        if not isinstance(settings.get(key), str) or not settings[key].strip(): raise UserError(f"{who}: {key} is missing; give a text.")
+        if not isinstance(settings.get(key), str) or not settings[key].strip():
+            raise UserError(f"{who}: {key} is missing; give a text.")
     s = MixtureSource(**settings)
-    s.train_splits, s.eval_splits = ([x] if isinstance(x, str) else list(x or []) for x in (s.train_splits, s.eval_splits))
+    s.train_splits, s.eval_splits = ([x] if isinstance(x, str) else list(x or [])
+                                     for x in (s.train_splits, s.eval_splits))
     if not s.train_splits + s.eval_splits: raise UserError(f"{who} names no split: give train_splits or eval_splits.")
     for name in s.train_splits + s.eval_splits:
-        if (s.train_splits + s.eval_splits).count(name) > 1: raise UserError(f"{who} names the split {name!r} twice. Rows are repeated by duplication_factor.")
+        if (s.train_splits + s.eval_splits).count(name) > 1:
+            raise UserError(f"{who} names the split {name!r} twice. Rows are repeated by duplication_factor.")
     s.subsample_factor = checked_number(s.subsample_factor, f"{who}: subsample_factor")
-    if s.subsample_factor > 1: s.subsample_factor = checked_number(s.subsample_factor, f"{who}: subsample_factor above 1 is a row count and", whole=True)
+    if s.subsample_factor > 1:
+        s.subsample_factor = checked_number(s.subsample_factor, f"{who}: subsample_factor above 1 is a row count and",
+                                            whole=True)
     s.duplication_factor = checked_number(s.duplication_factor, f"{who}: duplication_factor", least=1, whole=True)
-    if s.token_budget is not None: s.token_budget = checked_number(s.token_budget, f"{who}: token_budget", least=1, whole=True)
+    if s.token_budget is not None:
+        s.token_budget = checked_number(s.token_budget, f"{who}: token_budget", least=1, whole=True)
     return s
 
 # %% ../../nbs/20_data/4_mixture.ipynb #4fee019c
@@ -71,12 +82,16 @@ def parse_sources(
     settings, # list of mappings with keys of `MixtureSource`
 )->list[MixtureSource]:
     "The sources of a mixture, checked one by one and together"
-    if not isinstance(settings, (list, tuple)) or not settings: raise UserError(f"A mixture needs a list of sources with at least one in it, not {settings!r}.")
+    if not isinstance(settings, (list, tuple)) or not settings:
+        raise UserError(f"A mixture needs a list of sources with at least one in it, not {settings!r}.")
     sources = [parse_source(g) for g in settings]
     names = [s.dataset_name for s in sources]
-    if twice := sorted({n for n in names if names.count(n) > 1}): raise UserError(f"Two sources have the name {', '.join(map(repr, twice))}: give each its own.")
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise UserError(f"Two sources have the name {', '.join(map(repr, twice))}: give each its own.")
     for s in sources: # the ids of evaluation rows begin with NAME_eval
-        if s.eval_splits and f"{s.dataset_name}_eval" in names: raise UserError(f"Rename the source '{s.dataset_name}_eval': evaluation rows of {s.dataset_name!r} are called so.")
+        if s.eval_splits and f"{s.dataset_name}_eval" in names:
+            raise UserError(f"Rename the source '{s.dataset_name}_eval': evaluation rows of {s.dataset_name!r} are "
+                            "called so.")
     return sources
 
 # %% ../../nbs/20_data/4_mixture.ipynb #5f30800d
@@ -115,9 +130,12 @@ def unify_types(
 ):    # the type that holds both; None where there is none
     "The common type of two Arrow types"
     import pyarrow as pa
-    try: out = pa.unify_schemas([pa.schema([("x", a)]), pa.schema([("x", b)])], promote_options="permissive").field("x").type
+    try:
+        out = pa.unify_schemas([pa.schema([("x", a)]), pa.schema([("x", b)])],
+                               promote_options="permissive").field("x").type
     except (pa.ArrowTypeError, pa.ArrowInvalid): return None
-    return None if pa.types.is_binary(out) and a != b and not (pa.types.is_null(a) or pa.types.is_null(b)) else out # a text does not become bytes
+    # a text does not become bytes
+    return None if pa.types.is_binary(out) and a != b and not (pa.types.is_null(a) or pa.types.is_null(b)) else out
 
 # %% ../../nbs/20_data/4_mixture.ipynb #975b6076
 def common_type(
@@ -127,13 +145,16 @@ def common_type(
     "The common type of a column, or a `UserError` that names two sources and their types"
     import pyarrow as pa
     out = pa.null()
-    def said(t): return text if len(text := str(t).replace("extension<arrow.json>", "any json")) <= 90 else text[:87] + "..."
+    def said(t):
+        return text if len(text := str(t).replace("extension<arrow.json>", "any json")) <= 90 else text[:87] + "..."
     for label, t in types.items():
         merged = unify_types(out, t)
         if merged is None:
             other = next((o for o in types if unify_types(types[o], t) is None), next(iter(types)))
-            help = "Give all sources the same form of messages: blocks=True." if column == "messages" else "Make them the same, or leave it out of columns_to_keep."
-            raise UserError(f"Column {column!r} is {said(types[other])} in {other} and {said(t)} in {label}: there is no common type. {help}")
+            help = ("Give all sources the same form of messages: blocks=True." if column == "messages"
+                    else "Make them the same, or leave it out of columns_to_keep.")
+            raise UserError(f"Column {column!r} is {said(types[other])} in {other} and {said(t)} in {label}: there is "
+                            f"no common type. {help}")
         out = merged
     return out
 
@@ -160,7 +181,8 @@ def align_schemas(
     for c in columns:
         seen = [d.features[c] for d in datasets.values() if c in d.column_names]
         if any(f != seen[0] for f in seen) and any(isinstance(f, ClassLabel) for f in seen):
-            datasets = {k: label_names(d, c) if isinstance(d.features.get(c), ClassLabel) else d for k, d in datasets.items()}
+            datasets = {k: label_names(d, c) if isinstance(d.features.get(c), ClassLabel) else d
+                        for k, d in datasets.items()}
         types = {k: d.features.arrow_schema.field(c).type for k, d in datasets.items() if c in d.column_names}
         same = seen and all(f == seen[0] for f in seen)
         features[c] = seen[0] if same else Features.from_arrow_schema(pa.schema([(c, common_type(c, types))]))[c]
@@ -179,7 +201,8 @@ def with_features(
     dataset = dataset.select_columns(list(features))
     if dataset.features.arrow_schema.equals(features.arrow_schema) and dataset.features == features: return dataset
     try: return dataset.cast(features)
-    except pa.ArrowInvalid as e: raise UserError(f"A value of {label} does not fit the common type of its column: {e}") from e
+    except pa.ArrowInvalid as e:
+        raise UserError(f"A value of {label} does not fit the common type of its column: {e}") from e
 
 # %% ../../nbs/20_data/4_mixture.ipynb #e3ef4cc6
 def with_ids(
@@ -190,7 +213,9 @@ def with_ids(
     from datasets import Value
     if "id" in dataset.column_names:
         own = [None if i is None else str(i) for i in dataset["id"][:]]
-        dataset = dataset.remove_columns([c for c in ("id", "origin_id") if c in dataset.column_names]).add_column("origin_id", own, feature=Value("string"))
+        dataset = dataset.remove_columns([
+            c for c in ("id", "origin_id")
+            if c in dataset.column_names]).add_column("origin_id", own, feature=Value("string"))
     return dataset.add_column("id", [f"{prefix}_{i}" for i in range(len(dataset))], feature=Value("string"))
 
 # %% ../../nbs/20_data/4_mixture.ipynb #f3227926
@@ -202,7 +227,9 @@ def with_origin(
     "Rows that bring a `source` of their own keep it as `origin`, where either name is to be kept"
     if "source" not in dataset.column_names or not {"source", "origin"} & set(columns_to_keep): return dataset
     if "origin" not in dataset.column_names: return dataset.rename_column("source", "origin")
-    if "source" in columns_to_keep: raise UserError(f"Source {label!r} has the columns source and origin, and one would replace the other: leave source out of columns_to_keep.")
+    if "source" in columns_to_keep:
+        raise UserError(f"Source {label!r} has the columns source and origin, and one would replace the other: leave "
+                        "source out of columns_to_keep.")
     return dataset
 
 # %% ../../nbs/20_data/4_mixture.ipynb #73b20c76
@@ -235,10 +262,12 @@ def usable_rows(
     if "messages" in columns_to_keep: rows, counts = as_messages(raw, **conversion)
     have = {*found.column_names, *rows.column_names}
     if missing := [c for c in need_columns or () if c not in have]:
-        raise UserError(f"Source {label!r} has no column {', '.join(missing)} (need_columns); it has {', '.join(sorted(have))}.")
+        raise UserError(f"Source {label!r} has no column {', '.join(missing)} (need_columns); it has "
+                        f"{', '.join(sorted(have))}.")
     check_dropped(counts, max_drop_fraction, label, none_left=False)
     used_up = [c for c in columns_to_keep if c in raw.column_names and c not in rows.column_names and c != "source"]
-    kept = {*columns_to_keep, "id", *(["origin"] if "source" in columns_to_keep else []), *(["origin_id"] if "id" in columns_to_keep else [])} - {"source"}
+    kept = {*columns_to_keep, "id", *(["origin"] if "source" in columns_to_keep else []),
+            *(["origin_id"] if "id" in columns_to_keep else [])} - {"source"}
     rows = rows.select_columns([c for c in rows.column_names if c in kept])
     if used_up:
         at = {i: n for n, i in enumerate(raw["id"][:])}
@@ -258,7 +287,8 @@ def count_rows(
     for start in range(0, len(rows), block if budget else max(len(rows), 1)):
         part = rows.select(range(start, min(start + block, len(rows)))) if budget else rows
         counted = [np.asarray(c, np.int64) for c in count_tokens(part)]
-        if [len(c) for c in counted] != [len(part)]*2: raise ValueError(f"count_tokens gave {[len(c) for c in counted]} counts for {len(part)} rows")
+        if [len(c) for c in counted] != [len(part)]*2:
+            raise ValueError(f"count_tokens gave {[len(c) for c in counted]} counts for {len(part)} rows")
         tokens, completion = np.concatenate([tokens, counted[0]]), np.concatenate([completion, counted[1]])
         if budget and tokens.sum()*copies > budget: break
     fit = len(tokens) if not budget else int((tokens.cumsum()*copies <= budget).sum())
@@ -285,7 +315,9 @@ def cut_to_budget(
     s, drawn = source_rows.source, len(source_rows.train)
     source_rows.tokens = count_rows(source_rows.train, count_tokens, s.token_budget, s.duplication_factor)
     k, total = len(source_rows.tokens[0]), int(source_rows.tokens[0].sum())*s.duplication_factor
-    if drawn and not k: raise UserError(f"Source {s.dataset_name!r} contributes nothing: its first row alone exceeds token_budget={s.token_budget}.")
+    if drawn and not k:
+        raise UserError(f"Source {s.dataset_name!r} contributes nothing: its first row alone exceeds "
+                        f"token_budget={s.token_budget}.")
     if s.token_budget and k == drawn and total < s.token_budget:
         source_rows.notes.append(f"{s.dataset_name} has {total} tokens, fewer than its budget of {s.token_budget}")
     if k < drawn: source_rows.train, source_rows.places = source_rows.train.select(range(k)), source_rows.places[:, :k]
@@ -300,18 +332,28 @@ def sample_source(
     **reading, # need_columns, max_drop_fraction and the arguments of `as_messages`
 )->SourceRows:
     "Read one source, draw its rows and count them; nothing here depends on another source"
-    part, name, factor = SourceRows(source), source.dataset_name, source.subsample_factor
+    part = SourceRows(source)
+    name = source.dataset_name
+    factor = source.subsample_factor
     if source.eval_splits:
-        part.eval, part.counts[f"{name}_eval"] = usable_rows(source, source.eval_splits, f"{name}_eval", columns_to_keep, **reading)
-        if not len(part.eval): raise UserError(f"Source {name!r}: its evaluation splits {', '.join(source.eval_splits)} have no usable row.")
+        part.eval, part.counts[f"{name}_eval"] = usable_rows(
+            source, source.eval_splits, f"{name}_eval", columns_to_keep, **reading)
+        if not len(part.eval):
+            raise UserError(f"Source {name!r}: its evaluation splits {', '.join(source.eval_splits)} have no usable "
+                            "row.")
     if not source.train_splits or factor == 0: return part
     rows, part.counts[name] = usable_rows(source, source.train_splits, name, columns_to_keep, **reading)
     drawn_K, part.places = draw_rows(len(rows), source, seed, shuffle)
-    if not len(rows): raise UserError(f"Source {name!r} contributes nothing: none of its {part.counts[name]['in']} rows is usable. {part.counts[name]['dropped'] or ''}")
-    if not len(drawn_K): raise UserError(f"Source {name!r} contributes nothing: subsample_factor={factor} of {len(rows)} rows is less than one row. To leave it out, set it to 0.")
+    if not len(rows):
+        raise UserError(f"Source {name!r} contributes nothing: none of its {part.counts[name]['in']} rows is usable. "
+                        f"{part.counts[name]['dropped'] or ''}")
+    if not len(drawn_K):
+        raise UserError(f"Source {name!r} contributes nothing: subsample_factor={factor} of {len(rows)} rows is less "
+                        "than one row. To leave it out, set it to 0.")
     if factor > len(rows): part.notes.append(f"{name} has {len(rows)} usable rows, fewer than the {factor} asked for")
     part.train = rows.select(drawn_K)
-    if source.token_budget and not count_tokens: raise UserError(f"Source {name!r} has a token_budget: name a tokenizer to count its tokens.")
+    if source.token_budget and not count_tokens:
+        raise UserError(f"Source {name!r} has a token_budget: name a tokenizer to count its tokens.")
     if count_tokens: cut_to_budget(part, count_tokens)
     return part
 
@@ -335,8 +377,10 @@ def source_table_row(
     s, counts = source_rows.source, source_rows.counts.get(source_rows.source.dataset_name, {"in": 0, "out": 0})
     drawn = 0 if source_rows.train is None else len(source_rows.train)
     tokens = [None]*2 if source_rows.tokens is None else [int(t.sum())*s.duplication_factor for t in source_rows.tokens]
-    return dict(source=s.dataset_name, rows_in=counts["in"], dropped=counts["in"] - counts["out"], drawn=drawn, copies=s.duplication_factor, rows=drawn*s.duplication_factor,
-                row_share=None, tokens=tokens[0], completion_tokens=tokens[1], token_share=None, eval_rows=0 if source_rows.eval is None else len(source_rows.eval))
+    return dict(source=s.dataset_name, rows_in=counts["in"], dropped=counts["in"] - counts["out"], drawn=drawn,
+                copies=s.duplication_factor, rows=drawn*s.duplication_factor, row_share=None, tokens=tokens[0],
+                completion_tokens=tokens[1], token_share=None,
+                eval_rows=0 if source_rows.eval is None else len(source_rows.eval))
 
 # %% ../../nbs/20_data/4_mixture.ipynb #a44265b9
 def mixture_table(
@@ -347,7 +391,8 @@ def mixture_table(
     rows = [source_table_row(p) for p in source_rows]
     if counted: rows = [dict(r, tokens=r["tokens"] or 0, completion_tokens=r["completion_tokens"] or 0) for r in rows]
     sums = [k for k in rows[0] if k not in ("source", "copies", "row_share", "token_share")]
-    total = dict(rows[0], source="total", copies=None) | {k: sum(r[k] for r in rows) for k in sums if rows[0][k] is not None}
+    total = dict(rows[0], source="total", copies=None) | {k: sum(r[k] for r in rows) for k in sums
+                                                          if rows[0][k] is not None}
     for r in [*rows, total]:
         r["row_share"] = r["rows"]/max(total["rows"], 1)
         if counted: r["token_share"] = r["tokens"]/max(total["tokens"], 1)
@@ -361,12 +406,15 @@ def concatenate_sources(
 )->tuple: # (train, eval): `datasets.Dataset` each, eval None without evaluation rows
     "The rows of all sources in one dataset, and the evaluation rows in another, of the same schema"
     from datasets import Value, concatenate_datasets
-    rows = {f"{p.source.dataset_name}{kind}": (p, d) for kind in ("", "_eval") for p in source_rows if (d := p.eval if kind else p.train) is not None}
-    rows = {k: d.add_column("source", [p.source.dataset_name]*len(d), feature=Value("string")) for k, (p, d) in rows.items()}
+    rows = {f"{p.source.dataset_name}{kind}": (p, d) for kind in ("", "_eval") for p in source_rows
+            if (d := p.eval if kind else p.train) is not None}
+    rows = {k: d.add_column("source", [p.source.dataset_name]*len(d), feature=Value("string"))
+            for k, (p, d) in rows.items()}
     rows = dict(zip(rows, align_schemas(rows, columns)))
     trained = [p for p in source_rows if p.train is not None]
     start = np.cumsum([0, *(len(p.train) for p in trained)])
-    order = np.concatenate([np.tile(np.arange(len(p.train)), p.source.duplication_factor) + s for p, s in zip(trained, start)])
+    order = np.concatenate([np.tile(np.arange(len(p.train)), p.source.duplication_factor) + s
+                            for p, s in zip(trained, start)])
     if shuffle: order = order[np.argsort(np.concatenate([p.places.ravel() for p in trained]), kind="stable")]
     train = concatenate_datasets([rows[p.source.dataset_name] for p in trained]).select(order)
     evals = [rows[f"{p.source.dataset_name}_eval"] for p in source_rows if p.eval is not None]
@@ -380,7 +428,8 @@ def mixture_notes(
     "What the user should know of a mixture"
     notes = [n for p in source_rows for n in p.notes]
     have = {c for p in source_rows for d in (p.train, p.eval) if d is not None for c in d.column_names}
-    notes += [f"no source has the column {c!r}: it is null in every row.{did_you_mean(c, have)}" for c in columns_to_keep if c not in have | {"source", "id"}]
+    notes += [f"no source has the column {c!r}: it is null in every row.{did_you_mean(c, have)}"
+              for c in columns_to_keep if c not in have | {"source", "id"}]
     return notes
 
 # %% ../../nbs/20_data/4_mixture.ipynb #a47ba538
@@ -403,20 +452,24 @@ def mix_sources(
     keep = [c for c in dict.fromkeys([columns_to_keep] if isinstance(columns_to_keep, str) else columns_to_keep)]
     if not keep: raise UserError("columns_to_keep is empty: name at least messages.")
     need = [need_columns] if isinstance(need_columns, str) else need_columns
-    parts = [sample_source(s, keep, seed, shuffle, count_tokens, need_columns=need, max_drop_fraction=max_drop_fraction, blocks=blocks, checks=checks, on_malformed=on_malformed)
-             for s in sources]
-    if all(p.train is None for p in parts): raise UserError("The mixture has no training rows: every source has subsample_factor 0 or no train_splits.")
+    parts = [sample_source(s, keep, seed, shuffle, count_tokens, need_columns=need, max_drop_fraction=max_drop_fraction,
+                           blocks=blocks, checks=checks, on_malformed=on_malformed) for s in sources]
+    if all(p.train is None for p in parts):
+        raise UserError("The mixture has no training rows: every source has subsample_factor 0 or no train_splits.")
     have = {c for p in parts for d in (p.train, p.eval) if d is not None for c in d.column_names}
     if not {*keep} & (have | {"source"}) - {"id"}:
-        raise UserError(f"No source has a column of columns_to_keep ({', '.join(keep)}).{did_you_mean(keep[0], ['messages', *have])} "
+        raise UserError("No source has a column of columns_to_keep "
+                        f"({', '.join(keep)}).{did_you_mean(keep[0], ['messages', *have])} "
                         "With messages, rows of any known format are converted.")
     extra = [c for c in ("origin", "origin_id") if c in have or c in keep]
     columns = [c for c in keep if c not in ("id", "source", *extra)] + ["id", "source", *extra]
     train, evals = concatenate_sources(parts, columns, shuffle)
     if not keep_ids: train, evals = train.remove_columns("id"), evals and evals.remove_columns("id")
     inputs = {}
-    for p in parts: inputs[p.source.dataset_path] = inputs.get(p.source.dataset_path, 0) + sum(c["in"] for c in p.counts.values())
-    return Mixture(train, evals, mixture_table(parts, count_tokens is not None), {k: c for p in parts for k, c in p.counts.items()}, inputs, mixture_notes(parts, keep),
+    for p in parts:
+        inputs[p.source.dataset_path] = inputs.get(p.source.dataset_path, 0) + sum(c["in"] for c in p.counts.values())
+    return Mixture(train, evals, mixture_table(parts, count_tokens is not None),
+                   {k: c for p in parts for k, c in p.counts.items()}, inputs, mixture_notes(parts, keep),
                    {p.source.dataset_name: p.tokens[0] for p in parts if p.tokens is not None})
 
 # %% ../../nbs/20_data/4_mixture.ipynb #c29dcd57
@@ -426,16 +479,20 @@ def plot_composition(
     "Share of each source in rows, and in tokens where they were counted"
     from matplotlib import pyplot as plt
     rows = mixture.table[:-1]
-    kinds = dict(row_share="rows") | (dict(token_share="tokens", completion_share="completion tokens") if mixture.table[-1]["tokens"] is not None else {})
+    kinds = dict(row_share="rows") | (dict(token_share="tokens", completion_share="completion tokens")
+                                      if mixture.table[-1]["tokens"] is not None else {})
     done = max(mixture.table[-1]["completion_tokens"] or 0, 1)
     fig, ax = plt.subplots(figsize=(6, max(2, 1 + 0.45*len(rows))), dpi=70, layout="constrained")
     plt.close(fig) # shown once, as the value of a cell
     for j, (kind, label) in enumerate(kinds.items()):
         share = [100*(r["completion_tokens"]/done if kind == "completion_share" else r[kind]) for r in rows]
-        bars = ax.barh(np.arange(len(rows)) + (j - (len(kinds) - 1)/2)*0.8/len(kinds), share, 0.8/len(kinds), label=label)
+        bars = ax.barh(np.arange(len(rows)) + (j - (len(kinds) - 1)/2)*0.8/len(kinds), share, 0.8/len(kinds),
+                       label=label)
         ax.bar_label(bars, [f"{s:.1f} %" for s in share], padding=2, fontsize=7)
     ax.set_yticks(range(len(rows)), [r["source"] if len(r["source"]) <= 28 else r["source"][:27] + "…" for r in rows])
-    ax.invert_yaxis(); ax.margins(x=0.12); ax.set_xlabel("share of the mixture in per cent"); ax.spines[["top", "right"]].set_visible(False)
+    ax.invert_yaxis()
+    ax.margins(x=0.12)
+    ax.set_xlabel("share of the mixture in per cent"); ax.spines[["top", "right"]].set_visible(False)
     if len(kinds) > 1: fig.legend(loc="outside upper center", ncols=len(kinds), fontsize=8, frameon=False)
     return fig
 
@@ -448,7 +505,8 @@ def source_lengths(
     if mixture.lengths: return {s: n for s, n in mixture.lengths.items() if len(n)}
     at = {}
     for i, s in enumerate(mixture.train["source"][:]): at.setdefault(s, []).append(i)
-    return {s: np.array([len(t["conversation"]) for *_, t in dataset_texts(mixture.train.select(i[:max_rows]))]) for s, i in at.items()}
+    return {s: np.array([len(t["conversation"]) for *_, t in dataset_texts(mixture.train.select(i[:max_rows]))])
+            for s, i in at.items()}
 
 # %% ../../nbs/20_data/4_mixture.ipynb #351c36d6
 def plot_mixture_lengths(
@@ -464,7 +522,9 @@ def plot_mixture_lengths(
     names = [f"{s if len(s) <= 28 else s[:27] + '…'}\n{len(n):,} rows" for s, n in lengths.items()]
     ax.boxplot([np.maximum(n, 1) for n in lengths.values()], orientation="horizontal", widths=0.6, tick_labels=names,
                flierprops=dict(marker=".", markersize=2), medianprops=dict(linewidth=2))
-    ax.set_xscale("log"); ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5))); ax.xaxis.set_major_formatter("{x:,.0f}"); ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter("{x:,.0f}"); ax.xaxis.set_minor_formatter(NullFormatter())
     ax.invert_yaxis(); ax.grid(axis="x", alpha=0.3); ax.spines[["top", "right"]].set_visible(False)
     ax.set_xlabel(f"{'tokens' if mixture.lengths else 'characters'} per row")
     return fig

@@ -21,7 +21,8 @@ def split_sizes(
     share = Fraction(str(ratio)) # the decimal number that was typed
     want = math.floor(share*sum(sizes.values()) + Fraction(1, 2))
     out = {c: min(max(math.floor(share*n), 1), n - 1) for c, n in sizes.items()}
-    order = sorted(sizes, key=lambda c: (share*sizes[c] - out[c], sizes[c]), reverse=True) # equal remainders: the larger class, then the first
+    # equal remainders: the larger class, then the first
+    order = sorted(sizes, key=lambda c: (share*sizes[c] - out[c], sizes[c]), reverse=True)
     for c in order:
         if sum(out.values()) < want and out[c] < sizes[c] - 1 and share*sizes[c] > out[c]: out[c] += 1
     return out
@@ -35,11 +36,14 @@ def classes_of(
     from datasets import ClassLabel
     if by is None: return ["all rows"]*len(dataset)
     if by not in dataset.column_names:
-        raise UserError(f"There is no column {by!r} to stratify by (null: not stratified); there are {', '.join(dataset.column_names)}.{did_you_mean(by, dataset.column_names)}")
+        raise UserError(f"There is no column {by!r} to stratify by (null: not stratified); there are "
+                        f"{', '.join(dataset.column_names)}.{did_you_mean(by, dataset.column_names)}")
     kind = dataset.features[by]
     if isinstance(kind, ClassLabel): return [None if i is None or i < 0 else kind.names[i] for i in dataset[by][:]]
-    if str(getattr(kind, "dtype", "")).startswith(("string", "large_string", "int", "uint", "bool", "null")): return dataset[by][:]
-    raise UserError(f"Column {by!r} is of type {kind}: stratify by a column of texts, class labels, whole numbers or booleans.")
+    if str(getattr(kind, "dtype", "")).startswith(("string", "large_string", "int", "uint", "bool", "null")):
+        return dataset[by][:]
+    raise UserError(f"Column {by!r} is of type {kind}: stratify by a column of texts, class labels, whole numbers or "
+                    "booleans.")
 
 # %% ../../nbs/20_data/6_split.ipynb #2a73014c
 def units_of(
@@ -61,10 +65,14 @@ def check_rare_classes(
 )->list: # classes that stay in the training split
     "Classes that are too small to split; a `UserError` names them unless they are to stay in training"
     choices = ("error", "train")
-    if rare_classes not in choices: raise UserError(f"rare_classes is {rare_classes!r}: {' or '.join(choices)}.{did_you_mean(str(rare_classes), choices)}")
+    if rare_classes not in choices:
+        raise UserError(f"rare_classes is {rare_classes!r}: "
+                        f"{' or '.join(choices)}.{did_you_mean(str(rare_classes), choices)}")
     rare = [c for c, n in sizes.items() if n < 2]
     if len(rare) == len(sizes):
-        raise UserError("Nothing can be split: " + (f"every class of {by!r} has a single row." if by and sizes else "two different rows are needed, one for each side."))
+        raise UserError("Nothing can be split: "
+                        + (f"every class of {by!r} has a single row." if by and sizes
+                           else "two different rows are needed, one for each side."))
     if rare and rare_classes == "error":
         some = ", ".join(map(repr, rare[:10])) + (f" and {len(rare) - 10} more" if len(rare) > 10 else "")
         raise UserError(f"{len(rare)} of {len(sizes)} classes of {by!r} have a single row and cannot be split: {some}. "
@@ -80,7 +88,8 @@ def stratified_split(
     rare_classes:str="error", # classes of a single row: error, or train keeps them in the training split
 )->tuple: # (train, eval, table): two `datasets.Dataset` and a dict per class and for the total
     "Draw an evaluation split with the same share of every class; rows keep their order, columns their types"
-    if not 0 < checked_number(ratio, "ratio") < 1: raise UserError(f"ratio is {ratio}: a share between 0 and 1, such as 0.01, is needed.")
+    if not 0 < checked_number(ratio, "ratio") < 1:
+        raise UserError(f"ratio is {ratio}: a share between 0 and 1, such as 0.01, is needed.")
     units = units_of(dataset, classes_of(dataset, by))
     rare = check_rare_classes({c: len(u) for c, u in units.items()}, by, rare_classes)
     sizes = split_sizes({c: len(u) for c, u in units.items() if c not in rare}, ratio)
@@ -88,9 +97,11 @@ def stratified_split(
     for c, n in sizes.items():
         drawn = seeded_generator(checked_number(seed, "seed", whole=True), f"{by}={c!r}").permutation(len(units[c]))[:n]
         eval_rows.update(i for u in drawn for i in units[c][u])
-    table = [dict(label=c, rows=sum(map(len, u)), eval=sum(i in eval_rows for rows in u for i in rows)) for c, u in units.items()]
+    table = [dict(label=c, rows=sum(map(len, u)), eval=sum(i in eval_rows for rows in u for i in rows))
+             for c, u in units.items()]
     table.append(dict(label="total", rows=len(dataset), eval=len(eval_rows)))
-    table = [{"class": t["label"], "rows": t["rows"], "train": t["rows"] - t["eval"], "eval": t["eval"], "eval_share": t["eval"]/t["rows"]} for t in table]
+    table = [{"class": t["label"], "rows": t["rows"], "train": t["rows"] - t["eval"], "eval": t["eval"],
+              "eval_share": t["eval"]/t["rows"]} for t in table]
     parts = [dataset.select([i for i in range(len(dataset)) if (i in eval_rows) == side]) for side in (False, True)]
     return *parts, table
 
@@ -105,7 +116,9 @@ def split_dataset(
     rare_classes:str="error", # classes of a single row: error, or train
 )->tuple: # (splits, table); the table is None where the evaluation split is there already
     "Make the evaluation split where it is missing; where it is there, change nothing"
-    if not eval_split or train_split == eval_split: raise UserError(f"The training split is {train_split!r} and the evaluation split {eval_split!r}: give two different names.")
+    if not eval_split or train_split == eval_split:
+        raise UserError(f"The training split is {train_split!r} and the evaluation split {eval_split!r}: give two "
+                        "different names.")
     train = pick_split(splits, train_split, "The dataset")
     if eval_split in splits: return dict(splits), None
     train, evaluation, table = stratified_split(train, ratio, by, seed, rare_classes)

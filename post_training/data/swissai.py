@@ -14,9 +14,9 @@ __all__ = ['SUBSCHEMAS', 'FLAT_TYPES', 'DISPLAY_ANSWERS', 'SWISSAI_COLUMNS', 'pa
 # %% ../../nbs/20_data/3_swissai.ipynb #33525a21
 import json, os
 from ..core.files import UserError, did_you_mean
-from .messages import (
-    OPTIONAL_COLUMNS, REASONING_KEYS, MalformedRow, UnsupportedContent, as_written, check_messages, format_of, plain_text,
-    role_fault, row_id, to_messages, without_none)
+from .messages import (OPTIONAL_COLUMNS, REASONING_KEYS, MalformedRow, UnsupportedContent, as_written,
+                                         check_messages, format_of, plain_text, role_fault, row_id, to_messages,
+                                         without_none)
 
 # %% ../../nbs/20_data/3_swissai.ipynb #3ea7ca34
 def parse_json(
@@ -51,7 +51,8 @@ def plain_schema(
         if v is not None or exact: out[key] = v
     if isinstance(out.get("required"), bool) and ("properties" in out or out.get("type") == "object"):
         out["required"] = list(out.get("properties") or {}) if out["required"] else []
-    if "properties" in out and not isinstance(out.get("required") or [], list): raise MalformedRow("required of a tool is neither a list nor true or false")
+    if "properties" in out and not isinstance(out.get("required") or [], list):
+        raise MalformedRow("required of a tool is neither a list nor true or false")
     return out
 
 # %% ../../nbs/20_data/3_swissai.ipynb #3eafadfb
@@ -63,7 +64,8 @@ def properties_of(
     exact, found = exact or isinstance(properties, str), parse_json(properties, "the properties of a tool")
     if not found: return None if found is None else {}
     if not isinstance(found, dict): raise MalformedRow("the properties of a tool are not an object")
-    return {k: plain_schema(v if isinstance(v, (dict, str)) else None, exact) for k, v in found.items() if v is not None or exact}
+    return {k: plain_schema(v if isinstance(v, (dict, str)) else None, exact) for k, v in found.items()
+            if v is not None or exact}
 
 # %% ../../nbs/20_data/3_swissai.ipynb #7a57af71
 def tool_list(
@@ -76,8 +78,10 @@ def tool_list(
     for t in tools:
         exact, tool = text or isinstance(t, str), parse_json(t, "the tools")
         if isinstance(tool, dict) and tool.get("function") is not None: tool = parse_json(tool["function"], "the tools")
-        if not isinstance(tool, dict) or not isinstance(tool.get("name"), str) or not tool["name"]: raise MalformedRow("a tool without a name")
-        out.append(dict(name=tool["name"], description=tool.get("description") or "", parameters=plain_schema(tool.get("parameters"), exact)))
+        if not isinstance(tool, dict) or not isinstance(tool.get("name"), str) or not tool["name"]:
+            raise MalformedRow("a tool without a name")
+        out.append(dict(name=tool["name"], description=tool.get("description") or "",
+                        parameters=plain_schema(tool.get("parameters"), exact)))
     return out
 
 # %% ../../nbs/20_data/3_swissai.ipynb #690264a0
@@ -91,7 +95,8 @@ def ts_object(
     return "{\n" + ", ".join(each) + "}"
 
 # %% ../../nbs/20_data/3_swissai.ipynb #b8136e09
-FLAT_TYPES = dict(string="string", number="number", integer="number", boolean="boolean") # JSON type: TypeScript, where nothing more is said
+# JSON type: TypeScript, where nothing more is said
+FLAT_TYPES = dict(string="string", number="number", integer="number", boolean="boolean")
 
 # %% ../../nbs/20_data/3_swissai.ipynb #10cff4a6
 def ts_array(spec:dict)->str:
@@ -111,7 +116,8 @@ def ts_union(
     for v in variants:
         text = ts_type(v)
         if isinstance(v, dict) and v.get("description"): text += f"// {v['description']}"
-        if isinstance(v, dict) and "default" in v: text += f"{' '*20}// default: {json.dumps(v['default'], ensure_ascii=False)}"
+        if isinstance(v, dict) and "default" in v:
+            text += f"{' '*20}// default: {json.dumps(v['default'], ensure_ascii=False)}"
         each.append(text)
     return " | \n".join(each)
 
@@ -137,10 +143,12 @@ def ts_parameter(
     required:bool, # whether a call must give it
 )->str:
     "One parameter: description above, default behind; a default among choices is written bare, others as JSON"
-    text = (f"// {spec['description']}\n" if spec.get("description") else "") + f"{name}{'' if required else '?'}: {ts_type(spec)}"
+    text = (f"// {spec['description']}\n" if spec.get("description")
+            else "") + f"{name}{'' if required else '?'}: {ts_type(spec)}"
     if "default" not in spec: return text
     choice = spec.get("enum") or spec.get("oneOf")
-    default = spec["default"] if choice and isinstance(spec["default"], str) else json.dumps(spec["default"], ensure_ascii=False)
+    default = (spec["default"] if choice and isinstance(spec["default"], str)
+               else json.dumps(spec["default"], ensure_ascii=False))
     return text + ("// default: " if spec.get("oneOf") and not spec.get("enum") else ", // default: ") + default
 
 # %% ../../nbs/20_data/3_swissai.ipynb #e96bd3fe
@@ -168,8 +176,10 @@ def make_block(
                 outputs=[dict(name=n, output=o) for n, o in outputs or [("", "")]])
 
 # %% ../../nbs/20_data/3_swissai.ipynb #68af294b
-DISPLAY_ANSWERS = dict(name="display_answers", description="Display the answers to the user", parameters=dict(type="object",
-    properties=dict(answers=dict(type="array", items=dict(type="string"), description="The answers to the user")), required=["answers"]))
+DISPLAY_ANSWERS = dict(name="display_answers", description="Display the answers to the user",
+                       parameters=dict(type="object",
+                                       properties=dict(answers=dict(
+    type="array", items=dict(type="string"), description="The answers to the user")), required=["answers"]))
 
 # %% ../../nbs/20_data/3_swissai.ipynb #0db5fb9d
 def call_of(
@@ -180,7 +190,8 @@ def call_of(
     if not isinstance(name, str) or not name: raise MalformedRow("a tool call without a name")
     if isinstance(arguments, dict): arguments = json.dumps(without_none(arguments), ensure_ascii=False)
     parse_json(arguments, "the arguments of a tool call")
-    if arguments is not None and not isinstance(arguments, str): raise MalformedRow("the arguments of a tool call are not JSON")
+    if arguments is not None and not isinstance(arguments, str):
+        raise MalformedRow("the arguments of a tool call are not JSON")
     return name, arguments or "{}"
 
 # %% ../../nbs/20_data/3_swissai.ipynb #e174f39e
@@ -203,7 +214,8 @@ def add_output(
     "Append a tool's output to the blocks of a turn: the calls before it still wait for one"
     last = blocks[-1] if blocks else dict(type="")
     if last["type"] == "tool_calls": blocks.append(make_block("tool_outputs", outputs=[("", output)]))
-    elif last["type"] == "tool_outputs" and len(last["outputs"]) < len(blocks[-2]["calls"]): last["outputs"].append(dict(name="", output=output))
+    elif last["type"] == "tool_outputs" and len(last["outputs"]) < len(blocks[-2]["calls"]):
+        last["outputs"].append(dict(name="", output=output))
     else: raise MalformedRow("a tool output comes before any tool call")
 
 # %% ../../nbs/20_data/3_swissai.ipynb #b88cc34f
@@ -223,7 +235,9 @@ def add_part(
     elif kind == "thought": blocks.append(make_block("thoughts", part["content"]))
     elif kind == "response": blocks.append(make_block("response", part["content"]))
     elif kind == "verifiable-responses":
-        blocks.append(make_block("tool_calls", calls=[("display_answers", json.dumps(dict(answers=part.get("answers") or []), ensure_ascii=False))]))
+        blocks.append(make_block("tool_calls",
+                                 calls=[("display_answers",
+                                         json.dumps(dict(answers=part.get("answers") or []), ensure_ascii=False))]))
         blocks.append(make_block("tool_outputs", outputs=[("display_answers", '"Answers displayed"')]))
     else: raise MalformedRow(f"unknown part type {kind!r:.40}")
 
@@ -280,12 +294,15 @@ def linearise_branch(
         kinds = {p["type"] for t in turns for p in t["parts"] if t["role"] == "assistant"}
         system = (row.get("system_prompt") or {}).get("content")
         out = [dict(role="system", content=dict(text=system))] if system else []
-        out += [developer_message(row_tools(row, "verifiable-responses" in kinds), "thought" in kinds), user_message(row["initial_prompt"]["content"])]
+        out += [developer_message(row_tools(row, "verifiable-responses" in kinds), "thought" in kinds),
+                user_message(row["initial_prompt"]["content"])]
         for t in turns:
-            if t["role"] == "assistant": out.append(dict(role="assistant", content=dict(blocks=assistant_blocks(t["parts"]))))
+            if t["role"] == "assistant":
+                out.append(dict(role="assistant", content=dict(blocks=assistant_blocks(t["parts"]))))
             elif t["role"] == "user": out.append(user_message(*[p["content"] for p in t["parts"]]))
             else: raise MalformedRow(f"unknown role {t['role']!r:.40} in a branch")
-    except (KeyError, TypeError, AttributeError) as e: raise MalformedRow(f"a field is missing or has another type ({e!r:.60})") from e
+    except (KeyError, TypeError, AttributeError) as e:
+        raise MalformedRow(f"a field is missing or has another type ({e!r:.60})") from e
     return out
 
 # %% ../../nbs/20_data/3_swissai.ipynb #1f727c41
@@ -312,14 +329,19 @@ def in_call_order(
     parts:list[dict], # parts of an assistant turn; calls and outputs may carry an id
 )->list[dict]: # the same, outputs in the order of the calls they answer
     "Sort the outputs of parallel calls by the ids of the calls, where they have ids"
-    out, calls, at = [], [], 0
+    out = []
+    calls = []
+    at = 0
     while at < len(parts):
         run = [parts[at]]
-        while at + len(run) < len(parts) and parts[at + len(run)]["type"] == run[0]["type"]: run.append(parts[at + len(run)])
+        while at + len(run) < len(parts) and parts[at + len(run)]["type"] == run[0]["type"]:
+            run.append(parts[at + len(run)])
         ids = [p.get("id") for p in run]
         if run[0]["type"] == "function-call": calls = ids
-        elif run[0]["type"] == "function-output" and calls and all(calls) and all(ids) and len(set(calls)) == len(calls):
-            if not set(ids) <= set(calls) or len(set(ids)) < len(ids): raise MalformedRow("a tool output answers no call of its turn")
+        elif run[0]["type"] == "function-output" and calls and all(calls) and all(ids) and len(
+            set(calls)) == len(calls):
+            if not set(ids) <= set(calls) or len(set(ids)) < len(ids):
+                raise MalformedRow("a tool output answers no call of its turn")
             run = sorted(run, key=lambda p: calls.index(p["id"]))
         out, at = out + run, at + len(run)
     return out
@@ -331,7 +353,8 @@ def assistant_turns(
     "Gather the messages of assistant and tools into turns: an assistant goes on after the outputs of its tools"
     out = []
     for m in messages:
-        goes_on = bool(out) and isinstance(out[-1], list) and (m["role"] == "tool" or out[-1][-1]["type"] == "function-output")
+        goes_on = (bool(out) and isinstance(out[-1], list)
+                   and (m["role"] == "tool" or out[-1][-1]["type"] == "function-output"))
         if m["role"] not in ("assistant", "tool"): out.append(m)
         elif goes_on: out[-1] += message_parts(m)
         else: out.append(message_parts(m))
@@ -347,13 +370,15 @@ def to_structured(
     out = []
     try:
         for m in assistant_turns(messages):
-            if isinstance(m, list): out.append(dict(role="assistant", content=dict(blocks=assistant_blocks(in_call_order(m)))))
+            if isinstance(m, list):
+                out.append(dict(role="assistant", content=dict(blocks=assistant_blocks(in_call_order(m)))))
             elif m["role"] == "user": out.append(user_message(plain_text(m["content"])))
             elif m["role"] != "system": raise UnsupportedContent(f"a plain {m['role']} message has no structured form")
             elif out: raise UnsupportedContent("a system message that is not the first has no structured form")
             else: out.append(dict(role="system", content=dict(text=plain_text(m["content"]) or "")))
         tools = tool_list(tools)
-    except (KeyError, TypeError, AttributeError) as e: raise MalformedRow(f"a field is missing or has another type ({e!r:.60})") from e
+    except (KeyError, TypeError, AttributeError) as e:
+        raise MalformedRow(f"a field is missing or has another type ({e!r:.60})") from e
     thinks = any(b["type"] == "thoughts" for m in out for b in m["content"].get("blocks", []))
     at = 1 if out and out[0]["role"] == "system" else 0
     return out[:at] + [developer_message(tools, thinks)] + out[at:]
@@ -404,8 +429,10 @@ def message_features(
     "The Arrow type of a column of messages"
     from datasets import List, Value
     text = Value("string")
-    content = dict(text=text, tools=text, has_thinking=Value("bool"), formatted_tools=text, parts=List(dict(type=text, text=text)),
-                   blocks=List(dict(type=text, text=text, calls=List(dict(name=text, arguments=text)), outputs=List(dict(name=text, output=text)))))
+    content = dict(text=text, tools=text, has_thinking=Value("bool"), formatted_tools=text,
+                   parts=List(dict(type=text, text=text)),
+                   blocks=List(dict(type=text, text=text, calls=List(dict(name=text, arguments=text)),
+                                    outputs=List(dict(name=text, output=text)))))
     return List(dict(role=text, content=content if blocks else text))
 
 # %% ../../nbs/20_data/3_swissai.ipynb #67829913
@@ -419,7 +446,8 @@ def has_blocks(
     feature = feature[0] if isinstance(feature, list) else feature
     content = feature.get("content") if isinstance(feature, dict) else None
     if type(content or feature).__name__ != "Json": return isinstance(content, dict)
-    return any(is_structured([m for m in ms or [] if isinstance(m, dict)]) for ms in dataset["messages"] if isinstance(ms, list))
+    return any(is_structured([m for m in ms or [] if isinstance(m, dict)]) for ms in dataset["messages"]
+               if isinstance(ms, list))
 
 # %% ../../nbs/20_data/3_swissai.ipynb #3aa0ef0d
 def uses_tools(
@@ -461,12 +489,15 @@ def convert_batch(
     "The conversations of a batch; every row comes out, with a fault where it is not to be kept"
     out = dict(messages=[], _fault=[], _row=[])
     for i, values in zip(indices, zip(*batch.values())):
-        row, messages, fault = dict(zip(batch, values)), [], ""
+        row = dict(zip(batch, values))
+        messages = []
+        fault = ""
         of, branch = branches[i] if branches else (i, 0)
         name = row_id(row, of) + (f"/{branch}" if branches else "")
         try: messages = row_conversation(row, columns, blocks, checks, branch)
         except (MalformedRow, UnsupportedContent) as e:
-            if on_malformed == "error": raise UserError(f"Row {name}: {e}. Set on_malformed=drop to leave such rows out and count them.") from e
+            if on_malformed == "error":
+                raise UserError(f"Row {name}: {e}. Set on_malformed=drop to leave such rows out and count them.") from e
             fault = str(e)
         for key, value in zip(out, (messages, fault, name)): out[key].append(value)
     return out | (dict(conversation_id=out["_row"]) if branches else {})
@@ -485,7 +516,8 @@ def keep_good(
     return data.select([i for i, f in enumerate(faults) if not f]) if dropped else data, counts
 
 # %% ../../nbs/20_data/3_swissai.ipynb #f6eb0321
-SWISSAI_COLUMNS = ("conversation_branches", "system_prompt", "available_functions", "initial_prompt") # columns of the Swiss-AI format that become messages
+# columns of the Swiss-AI format that become messages
+SWISSAI_COLUMNS = ("conversation_branches", "system_prompt", "available_functions", "initial_prompt")
 
 # %% ../../nbs/20_data/3_swissai.ipynb #cd74da9a
 def convert_dataset(
@@ -502,16 +534,23 @@ def convert_dataset(
     from datasets.fingerprint import get_temporary_cache_files_directory
     if on_malformed not in ("drop", "error"): raise UserError(f"on_malformed={on_malformed!r}: drop or error.")
     role_fault([dict(role="assistant")], checks) # an unknown name is told before the work
-    used = {"messages", *(SWISSAI_COLUMNS if columns is None else (*columns, *OPTIONAL_COLUMNS.get(columns, ()))), *(["tools"] if blocks else []), *(["conversation_id"] if branches else [])}
-    features = dict(messages=message_features(blocks), _fault=Value("string"), _row=Value("string")) | (dict(conversation_id=Value("string")) if branches else {})
+    used = {"messages", *(SWISSAI_COLUMNS if columns is None else (*columns, *OPTIONAL_COLUMNS.get(columns, ()))),
+            *(["tools"] if blocks else []), *(["conversation_id"] if branches else [])}
+    features = dict(messages=message_features(blocks), _fault=Value("string"),
+                    _row=Value("string")) | (dict(conversation_id=Value("string")) if branches else {})
     kept = dataset.select_columns([k for k in dataset.column_names if k not in used])
-    if not len(dataset): return keep_good(Dataset.from_dict({k: [] for k in kept.features | features}, features=Features(kept.features | features)))
+    if not len(dataset):
+        return keep_good(Dataset.from_dict({k: [] for k in kept.features | features},
+                                           features=Features(kept.features | features)))
     n = max(1, min(num_proc or min(os.cpu_count() or 1, len(dataset)//20_000), len(dataset)))
     where = os.path.join(get_temporary_cache_files_directory(), f"messages-{os.urandom(8).hex()}.arrow")
-    data = dataset.map(convert_batch, batched=True, with_indices=True, batch_size=500, num_proc=n if n > 1 else None, features=Features(features),
-        remove_columns=dataset.column_names, load_from_cache_file=False, cache_file_name=where, new_fingerprint=os.urandom(8).hex(), desc="Messages",
-        fn_kwargs=dict(columns=columns, blocks=blocks, checks=list(checks), on_malformed=on_malformed, branches=branches))
-    return keep_good(concatenate_datasets([kept, data], axis=1) if kept.column_names else data) # side by side: what stays does not pass through Python
+    data = dataset.map(convert_batch, batched=True, with_indices=True, batch_size=500, num_proc=n if n > 1 else None,
+                       features=Features(features), remove_columns=dataset.column_names, load_from_cache_file=False,
+                       cache_file_name=where, new_fingerprint=os.urandom(8).hex(), desc="Messages",
+                       fn_kwargs=dict(columns=columns, blocks=blocks, checks=list(checks), on_malformed=on_malformed,
+                                      branches=branches))
+    # side by side: what stays does not pass through Python
+    return keep_good(concatenate_datasets([kept, data], axis=1) if kept.column_names else data)
 
 # %% ../../nbs/20_data/3_swissai.ipynb #02f11029
 def as_messages(
@@ -523,7 +562,8 @@ def as_messages(
 )->tuple: # (`datasets.Dataset`, counts: in, out, dropped by reason, the first row of each reason)
     "Any dataset with a column `messages` in the place of the columns it was made from; other columns stay"
     columns = None if is_swissai(dataset.column_names) else format_of(dataset.column_names)
-    return convert_dataset(dataset, columns, has_blocks(dataset) if blocks is None else blocks, checks, on_malformed, num_proc)
+    return convert_dataset(dataset, columns, has_blocks(dataset) if blocks is None else blocks, checks, on_malformed,
+                           num_proc)
 
 # %% ../../nbs/20_data/3_swissai.ipynb #827eb191
 def linearise_dataset(
@@ -534,8 +574,10 @@ def linearise_dataset(
 )->tuple: # (`datasets.Dataset`, counts as for `as_messages`; a row is a branch)
     "Swiss-AI rows as structured messages; other columns stay"
     if not is_swissai(dataset.column_names):
-        raise UserError(f"The dataset is not in the Swiss-AI format: it has no column conversation_branches, only {', '.join(dataset.column_names)}.")
-    if branches not in ("first", "all"): raise UserError(f"branches={branches!r}: first or all.{did_you_mean(str(branches), ['first', 'all'])}")
+        raise UserError("The dataset is not in the Swiss-AI format: it has no column conversation_branches, only "
+                        f"{', '.join(dataset.column_names)}.")
+    if branches not in ("first", "all"):
+        raise UserError(f"branches={branches!r}: first or all.{did_you_mean(str(branches), ['first', 'all'])}")
     if branches == "first": return convert_dataset(dataset, None, True, (), on_malformed, num_proc)
     each = [(i, b) for i, found in enumerate(dataset["conversation_branches"]) for b in range(max(1, len(found or [])))]
     return convert_dataset(dataset.select([i for i, _ in each]), None, True, (), on_malformed, num_proc, each)

@@ -16,20 +16,24 @@ from ..core.files import MANIFEST, UserError, atomic_dir, file_lock, verify_mani
 from ..config.presets import site_path
 
 # %% ../../nbs/45_demo/1_data.ipynb #c6a3d19f
-QUESTIONS = dict(
-    sum=dict(en="What is {a} + {b}?", de="Was ist {a} + {b}?", fr="Combien font {a} + {b} ?", it="Quanto fa {a} + {b}?"),
-    compare=dict(en="Which is larger, {a} or {b}?", de="Was ist größer, {a} oder {b}?",
-                 fr="Lequel est plus grand, {a} ou {b} ?", it="Qual è maggiore, {a} o {b}?"),
-    reverse=dict(en="Reverse the letters: {w}", de="Kehre die Buchstaben um: {w}",
-                 fr="Inverse les lettres : {w}", it="Inverti le lettere: {w}"),
-    recall=dict(en="How many {x} do I have?", de="Wie viele {x} habe ich?", fr="Combien de {x} ai-je ?", it="Quante {x} ho?"),
-    tool=dict(en="What is {a} squared?", de="Was ist {a} im Quadrat?", fr="Combien font {a} au carré ?", it="Quanto fa {a} al quadrato?"))
+QUESTIONS = dict(sum=dict(en="What is {a} + {b}?", de="Was ist {a} + {b}?", fr="Combien font {a} + {b} ?",
+                          it="Quanto fa {a} + {b}?"),
+                 compare=dict(en="Which is larger, {a} or {b}?", de="Was ist größer, {a} oder {b}?",
+                              fr="Lequel est plus grand, {a} ou {b} ?", it="Qual è maggiore, {a} o {b}?"),
+                 reverse=dict(en="Reverse the letters: {w}", de="Kehre die Buchstaben um: {w}",
+                              fr="Inverse les lettres : {w}", it="Inverti le lettere: {w}"),
+                 recall=dict(en="How many {x} do I have?", de="Wie viele {x} habe ich?", fr="Combien de {x} ai-je ?",
+                             it="Quante {x} ho?"),
+                 tool=dict(en="What is {a} squared?", de="Was ist {a} im Quadrat?", fr="Combien font {a} au carré ?",
+                           it="Quanto fa {a} al quadrato?"))
 
 # %% ../../nbs/45_demo/1_data.ipynb #801bfd91
 FACTS = dict(en=("I have {a} {x}.", "Noted."), de=("Ich habe {a} {x}.", "Notiert."),
              fr=("J'ai {a} {x}.", "Noté."), it=("Ho {a} {x}.", "Annotato.")) # the first turn of recall, and its answer
-THINGS = dict(en="apples pears books cups keys coins chairs lamps", de="Äpfel Birnen Bücher Tassen Schlüssel Münzen Stühle Lampen",
-              fr="pommes poires livres tasses clés pièces chaises lampes", it="mele pere penne tazze chiavi monete sedie lampade")
+THINGS = dict(en="apples pears books cups keys coins chairs lamps",
+              de="Äpfel Birnen Bücher Tassen Schlüssel Münzen Stühle Lampen",
+              fr="pommes poires livres tasses clés pièces chaises lampes",
+              it="mele pere penne tazze chiavi monete sedie lampade")
 SYSTEM_TEXTS = dict(en="Answer briefly.", de="Antworte kurz.", fr="Réponds brièvement.", it="Rispondi in breve.")
 SQUARE_TOOL = dict(name="square", description="Square of n",
               parameters=json.dumps(dict(type="object", properties=dict(n=dict(type="number")), required=["n"])))
@@ -48,7 +52,8 @@ def draw_operands(
     "Random operands for a skill"
     if skill == "reverse":
         first = rng.randrange(2) # consonants and vowels in turn
-        return ("".join(rng.choice("aeiou" if (i + first)%2 else "bcdfghklmnprstvz") for i in range(rng.randint(3, 5))),)
+        return ("".join(rng.choice("aeiou" if (i + first)%2 else "bcdfghklmnprstvz")
+                        for i in range(rng.randint(3, 5))),)
     if skill == "recall": return (rng.randrange(8), rng.randint(2, 99))
     if skill == "tool": return (rng.randint(10, 999),)
     if skill == "compare": return tuple(rng.sample(range(10, 100), 2))
@@ -94,12 +99,14 @@ def problem_turns(
     if skill == "recall":
         x, a = THINGS[language].split()[operands[0]], operands[1]
         fact, noted = FACTS[language]
-        return fact.format(a=a, x=x), [say("assistant", turn_part("response", noted)), say("user", turn_part("response", question.format(x=x))),
+        return fact.format(a=a, x=x), [say("assistant", turn_part("response", noted)),
+                                       say("user", turn_part("response", question.format(x=x))),
                                        say("assistant", turn_part("response", str(a)))], str(a)
     if skill == "tool":
         n, args = operands[0], json.dumps(dict(n=operands[0]))
         return question.format(a=n), [say("assistant", turn_part("function-call", name="square", args=args),
-                                          turn_part("function-output", str(n*n)), turn_part("response", str(n*n)))], f'[{{"square": {args}}}]'
+                                          turn_part("function-output", str(n*n)),
+                                          turn_part("response", str(n*n)))], f'[{{"square": {args}}}]'
     if skill == "reverse": prompt, answer = question.format(w=" ".join(operands[0])), " ".join(operands[0][::-1])
     else:
         prompt = question.format(a=operands[0], b=operands[1])
@@ -120,9 +127,11 @@ def problem_row(
     system = dict(content=SYSTEM_TEXTS[language], metadata={}) if rng.random() < SYSTEM_SHARE else None
     prompt, messages, answer = problem_turns(skill, operands, language)
     source, _, verifier = SKILLS[skill]
-    return dict(conversation_id=f"{skill}-{number:05d}", system_prompt=system, available_functions=[SQUARE_TOOL]*(skill == "tool"),
-                initial_prompt=dict(role="user", content=prompt, metadata={}), conversation_branches=[dict(messages=messages)],
-                source=source, language=language, skill=skill, answer=answer, verifier=verifier)
+    return dict(conversation_id=f"{skill}-{number:05d}", system_prompt=system,
+                available_functions=[SQUARE_TOOL]*(skill == "tool"),
+                initial_prompt=dict(role="user", content=prompt, metadata={}),
+                conversation_branches=[dict(messages=messages)], source=source, language=language, skill=skill,
+                answer=answer, verifier=verifier)
 
 # %% ../../nbs/45_demo/1_data.ipynb #e7b551c1
 def distinct_problems(
@@ -189,8 +198,10 @@ def write_demo(
     rows = demo_rows(seed, **sizes)
     with atomic_dir(folder, replace=replace) as tmp:
         for split, part in rows.items():
-            (tmp/f"{split}.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False, separators=(",", ":")) + "\n" for r in part))
-        write_manifest(tmp, demo_version=DEMO_VERSION, seed=seed, rows={split: len(part) for split, part in rows.items()})
+            (tmp/f"{split}.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False, separators=(",", ":")) + "\n"
+                                                      for r in part))
+        write_manifest(tmp, demo_version=DEMO_VERSION, seed=seed,
+                       rows={split: len(part) for split, part in rows.items()})
     return Path(folder)
 
 # %% ../../nbs/45_demo/1_data.ipynb #b89ecf3f
@@ -201,7 +212,8 @@ def is_current_demo(
     folder = Path(folder)
     if not folder.exists(): return False
     if not (folder/MANIFEST).is_file() or "demo_version" not in (manifest := json.loads((folder/MANIFEST).read_text())):
-        raise UserError(f"{folder} exists but was not built here. Move it away, or give it another name in the configuration.")
+        raise UserError(f"{folder} exists but was not built here. Move it away, or give it another name in the "
+                        "configuration.")
     if manifest["demo_version"] != DEMO_VERSION: print(f"{folder.name}: made by another version, built anew")
     elif wrong := verify_manifest(folder): print(f"{folder.name}: {wrong[0]}; built anew")
     else: return True
@@ -253,8 +265,11 @@ def with_student_answers(
         said = [dict(p, content=answer) if p["type"] == "response" else p for p in last["parts"]]
         return dict(messages=[*before, dict(last, parts=said)], reward=reward, finish_reason="stop", **fields)
     right = [rng.random() < share for _ in range(n)]
-    student = [branch(row["answer"] if r else wrong_answer(row["answer"], rng), float(r), policy="student", is_reference_completion=True) for r in right]
-    return dict(row, conversation_branches=[branch(row["answer"], 1., policy="teacher", is_reference_completion=False), *student])
+    student = [branch(row["answer"] if r else wrong_answer(row["answer"], rng), float(r), policy="student",
+                      is_reference_completion=True) for r in right]
+    return dict(row,
+                conversation_branches=[branch(row["answer"], 1., policy="teacher", is_reference_completion=False),
+                                       *student])
 
 # %% ../../nbs/45_demo/1_data.ipynb #a2423e35
 def write_demo_answers(
@@ -266,10 +281,14 @@ def write_demo_answers(
 )->Path: # the folder
     "Write demo rows with several answers as `train.jsonl` and `eval.jsonl`, with a manifest"
     rng = random.Random(f"{seed}/answers")
-    rows = {split: [with_student_answers(r, n, share, rng) for r in part if r["skill"] != "tool"] for split, part in demo_rows(seed, **(dict(n_train=400, n_eval=80) | sizes)).items()}
+    rows = {split: [with_student_answers(r, n, share, rng) for r in part if r["skill"] != "tool"]
+            for split, part in demo_rows(seed, **(dict(n_train=400, n_eval=80) | sizes)).items()}
     with atomic_dir(folder, replace=True) as tmp:
-        for split, part in rows.items(): (tmp/f"{split}.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False, separators=(",", ":")) + "\n" for r in part))
-        write_manifest(tmp, demo_version=DEMO_VERSION, seed=seed, rows={split: len(part) for split, part in rows.items()})
+        for split, part in rows.items():
+            (tmp/f"{split}.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False, separators=(",", ":")) + "\n"
+                                                      for r in part))
+        write_manifest(tmp, demo_version=DEMO_VERSION, seed=seed,
+                       rows={split: len(part) for split, part in rows.items()})
     return Path(folder)
 
 # %% ../../nbs/45_demo/1_data.ipynb #9567878f
@@ -285,10 +304,14 @@ def write_demo_splits(
     held, cut = rows.pop("eval"), {}
     for r in held: cut.setdefault(r["skill"], []).append(r)
     share = n_dev/(n_dev + n_test)
-    rows |= dict(dev=[r for of in cut.values() for r in of[:round(share*len(of))]], test=[r for of in cut.values() for r in of[round(share*len(of)):]])
+    rows |= dict(dev=[r for of in cut.values() for r in of[:round(share*len(of))]],
+                 test=[r for of in cut.values() for r in of[round(share*len(of)):]])
     with atomic_dir(folder, replace=True) as tmp:
-        for split, part in rows.items(): (tmp/f"{split}.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False, separators=(",", ":")) + "\n" for r in part))
-        write_manifest(tmp, demo_version=DEMO_VERSION, seed=seed, rows={split: len(part) for split, part in rows.items()})
+        for split, part in rows.items():
+            (tmp/f"{split}.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False, separators=(",", ":")) + "\n"
+                                                      for r in part))
+        write_manifest(tmp, demo_version=DEMO_VERSION, seed=seed,
+                       rows={split: len(part) for split, part in rows.items()})
     return Path(folder)
 
 # %% ../../nbs/45_demo/1_data.ipynb #d10d1f5e
@@ -303,9 +326,12 @@ def ensure_demo(
     cfg:dict, # a composed configuration: artifacts_dir, and paths of data, model and tokenizer anywhere in it
 )->list[Path]: # what was built now
     "Build the demo data and the tiny model where the configuration names them and they are missing"
-    home, named, built = site_path(cfg["artifacts_dir"]), texts_of(cfg), []
+    home = site_path(cfg["artifacts_dir"])
+    named = texts_of(cfg)
+    built = []
     makers = {"datasets/demo": ("demo conversations", lambda folder: write_demo(folder, replace=True)),
-              "datasets/demo-greetings": ("demo greetings", write_greetings), "datasets/demo-answers": ("answers to demo prompts", write_demo_answers),
+              "datasets/demo-greetings": ("demo greetings", write_greetings),
+              "datasets/demo-answers": ("answers to demo prompts", write_demo_answers),
               "datasets/demo-road": ("demo conversations in three splits", write_demo_splits),
               "models/tiny": ("tiny model and its tokenizer", build_demo_model)}
     for name, (what, make) in makers.items():

@@ -25,7 +25,8 @@ def near_number(
 )->int:
     "A wrong number that is near, or of the same size"
     while True:
-        m = rng.choice([n + rng.choice([-1, 1]), n + rng.choice([-10, 10]), n + rng.randint(-9, 9), rng.randint(1, 199)])
+        m = rng.choice([n + rng.choice([-1, 1]), n + rng.choice([-10, 10]), n + rng.randint(-9, 9),
+                        rng.randint(1, 199)])
         if m != n and m >= 0: return m
 
 # %% ../../nbs/45_demo/2_reward_model.ipynb #81ebe555
@@ -48,7 +49,8 @@ def near_answer(
     answer = row["answer"]
     if row["skill"] == "reverse": return " ".join(near_letters(answer.split(), rng))
     if row["skill"] == "tool": return re.sub(r"\d+", lambda m: str(near_number(int(m[0]), rng)), answer)
-    if row["skill"] == "compare" and rng.random() < .5: return next(x for x in re.findall(r"\d+", row["initial_prompt"]["content"]) if x != answer)
+    if row["skill"] == "compare" and rng.random() < .5:
+        return next(x for x in re.findall(r"\d+", row["initial_prompt"]["content"]) if x != answer)
     return str(near_number(int(answer), rng))
 
 # %% ../../nbs/45_demo/2_reward_model.ipynb #ea2c1b2b
@@ -58,17 +60,22 @@ def demo_pairs(
     seed:int=0, # of the wrong answers
 )->list[dict]: # prompt (messages), chosen and rejected (texts), skill, kind (near or other)
     "Pairs of a right and a wrong answer"
-    rng, by_skill, out = random.Random(seed), defaultdict(list), []
+    rng = random.Random(seed)
+    by_skill = defaultdict(list)
+    out = []
     for r in rows: by_skill[r["skill"]].append(r["answer"])
     for r in rows*per_row:
         other = rng.choice(by_skill[r["skill"]]) if rng.random() < .5 else r["answer"]
         kind, wrong = ("near", near_answer(r, rng)) if other == r["answer"] else ("other", other)
-        out.append(dict(prompt=linearise_branch(r)[:-1], chosen=r["answer"], rejected=wrong, skill=r["skill"], kind=kind))
+        out.append(dict(prompt=linearise_branch(r)[:-1], chosen=r["answer"], rejected=wrong, skill=r["skill"],
+                        kind=kind))
     return out
 
 # %% ../../nbs/45_demo/2_reward_model.ipynb #03320ae0
-REWARD_TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ {'system': '<SPECIAL_61>', 'user': '[INST]', 'assistant': '[/INST]'}[m['role']] + m['content'] }}"
-            "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '[/INST]' }}{% endif %}")
+REWARD_TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ {'system': '<SPECIAL_61>', 'user': '[INST]', 'assistant': "
+                   "'[/INST]'}[m['role']] + m['content'] }}"
+                   "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt "
+                   "%}{{ '[/INST]' }}{% endif %}")
 
 # %% ../../nbs/45_demo/2_reward_model.ipynb #a8173945
 def tiny_reward_tokenizer(
@@ -78,7 +85,8 @@ def tiny_reward_tokenizer(
     return fast_tokenizer(train_bpe(rendered_texts(rows)), REWARD_TEMPLATE)
 
 # %% ../../nbs/45_demo/2_reward_model.ipynb #91584db4
-REWARD_MODEL_SHAPE = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512)
+REWARD_MODEL_SHAPE = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
+                          num_key_value_heads=4, max_position_embeddings=512)
 
 # %% ../../nbs/45_demo/2_reward_model.ipynb #33d8f037
 def tiny_classifier(
@@ -92,7 +100,8 @@ def tiny_classifier(
     ids = {f"{r}_token_id": getattr(tokenizer, f"{r}_token_id") for r in ("pad", "bos", "eos")}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return LlamaForSequenceClassification(LlamaConfig(vocab_size=len(tokenizer), num_labels=1, **ids, **{**REWARD_MODEL_SHAPE, **changes})).float()
+        return LlamaForSequenceClassification(LlamaConfig(vocab_size=len(tokenizer), num_labels=1, **ids,
+                                                          **{**REWARD_MODEL_SHAPE, **changes})).float()
 
 # %% ../../nbs/45_demo/2_reward_model.ipynb #cbb307f6
 def learn_answers(
@@ -107,10 +116,14 @@ def learn_answers(
     "Teach the body of a classifier to answer"
     import torch
     from transformers import LlamaForCausalLM
-    chats = tokenize_chats(tokenizer, [as_chat(tokenizer, [*p["prompt"], dict(role="assistant", content=p["chosen"])]) for p in pairs])
+    chats = tokenize_chats(
+        tokenizer, [as_chat(tokenizer, [*p["prompt"], dict(role="assistant", content=p["chosen"])]) for p in pairs])
     with torch.random.fork_rng(): torch.manual_seed(seed); lm = LlamaForCausalLM(model.config)
-    lm.model, rng, losses = model.model, random.Random(seed), []
-    order = [i for _ in range(epochs) for i in rng.sample(range(len(chats)), len(chats))] # not by length: steps would hold one kind of question each
+    lm.model = model.model
+    rng = random.Random(seed)
+    losses = []
+    # not by length: steps would hold one kind of question each
+    order = [i for _ in range(epochs) for i in rng.sample(range(len(chats)), len(chats))]
     steps = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     optimizer = torch.optim.AdamW(lm.parameters(), betas=(.9, .98))
     for n, step in enumerate(steps):
@@ -119,7 +132,8 @@ def learn_answers(
         ids_BT = torch.tensor([fill(chats[i].input_ids.tolist(), tokenizer.pad_token_id) for i in step])
         wanted_BT = torch.tensor([fill(chats[i].completion_mask.tolist(), False) for i in step])
         for g in optimizer.param_groups: g["lr"] = learning_rate*min(1, (n + 1)/20)*max(.02, 1 - n/len(steps))
-        loss = lm(input_ids=ids_BT, attention_mask=torch.tensor([fill([1]*len(chats[i]), 0) for i in step]), labels=ids_BT.masked_fill(~wanted_BT, -100)).loss
+        loss = lm(input_ids=ids_BT, attention_mask=torch.tensor([fill([1]*len(chats[i]), 0) for i in step]),
+                  labels=ids_BT.masked_fill(~wanted_BT, -100)).loss
         optimizer.zero_grad(); loss.backward()
         torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.)
         optimizer.step()
@@ -139,12 +153,17 @@ def learn_pairs(
     from datasets import Dataset
     from transformers import PrinterCallback
     from trl import RewardConfig, RewardTrainer
-    sides = {f"{s}_ids": conversation_ids(tokenizer, [[*p["prompt"], dict(role="assistant", content=p[s])] for p in pairs]) for s in ("chosen", "rejected")}
+    sides = {f"{s}_ids": conversation_ids(tokenizer,
+                                          [[*p["prompt"], dict(role="assistant", content=p[s])] for p in pairs])
+             for s in ("chosen", "rejected")}
     with tempfile.TemporaryDirectory() as folder:
-        args = RewardConfig(output_dir=folder, per_device_train_batch_size=batch_size, learning_rate=learning_rate, num_train_epochs=1, lr_scheduler_type="cosine", warmup_steps=20,
-                            adam_beta2=.98, max_grad_norm=1., center_rewards_coefficient=.01, max_length=None, activation_checkpointing=False, bf16=False, use_cpu=True, seed=seed,
-                            save_strategy="no", logging_steps=10, report_to=[], disable_tqdm=True)
-        trainer = RewardTrainer(model=model, args=args, train_dataset=Dataset.from_dict(sides), processing_class=tokenizer)
+        args = RewardConfig(output_dir=folder, per_device_train_batch_size=batch_size, learning_rate=learning_rate,
+                            num_train_epochs=1, lr_scheduler_type="cosine", warmup_steps=20, adam_beta2=.98,
+                            max_grad_norm=1., center_rewards_coefficient=.01, max_length=None,
+                            activation_checkpointing=False, bf16=False, use_cpu=True, seed=seed, save_strategy="no",
+                            logging_steps=10, report_to=[], disable_tqdm=True)
+        trainer = RewardTrainer(model=model, args=args, train_dataset=Dataset.from_dict(sides),
+                                processing_class=tokenizer)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return trainer.state.log_history
@@ -155,10 +174,12 @@ def pair_accuracy(
     pairs:list[dict], # prompt, chosen, rejected, and skill and kind
 )->dict[str, dict]: # group: accuracy and n; all, each skill, each kind
     "How often a scorer prefers the right answer; a tie counts half"
-    rows = [dict(prompt=p["prompt"], completions=[dict(content=p["chosen"]), dict(content=p["rejected"])]) for p in pairs]
+    rows = [dict(prompt=p["prompt"], completions=[dict(content=p["chosen"]), dict(content=p["rejected"])])
+            for p in pairs]
     groups = defaultdict(list)
     for p, found in zip(pairs, scorer.score(rows)):
-        if not all(isinstance(v, float) for v in found): raise UserError("a conversation of a pair has no score: is it too long for the model?")
+        if not all(isinstance(v, float) for v in found):
+            raise UserError("a conversation of a pair has no score: is it too long for the model?")
         right = float(found[0] > found[1]) + .5*(found[0] == found[1])
         for g in ("all", p["skill"], p["kind"]): groups[g].append(right)
     return {g: dict(accuracy=round(sum(v)/len(v), 3), n=len(v)) for g, v in sorted(groups.items())}
@@ -182,7 +203,8 @@ def train_tiny_reward(
     with atomic_dir(folder, replace=replace) as tmp:
         model.save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)
-        accuracy = pair_accuracy(model_scorer(tmp, device="cpu", batch_tokens=4096), demo_pairs(held_out, 2, seed + 1)) if held_out else {}
+        accuracy = (pair_accuracy(model_scorer(tmp, device="cpu", batch_tokens=4096), demo_pairs(held_out, 2, seed + 1))
+                    if held_out else {})
         write_manifest(tmp, **facts, seed=seed, parameters=model.num_parameters(), accuracy=accuracy)
     return Path(folder)
 

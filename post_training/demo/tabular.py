@@ -31,7 +31,8 @@ def by_quadrature(
     reward = known[transform] if transform in known else TRANSFORMS[transform].of_quantile(torch.special.ndtr(x))
     log_z = torch.logsumexp(reward/beta + log_w, 0)
     mean = ((reward/beta + log_w - log_z).exp()*reward).sum()
-    found = dict(beta_log_z=beta*log_z, positive=(log_w.exp()*(reward > beta*log_z)).sum(), kl=mean/beta - log_z, reward=mean)
+    found = dict(beta_log_z=beta*log_z, positive=(log_w.exp()*(reward > beta*log_z)).sum(), kl=mean/beta - log_z,
+                 reward=mean)
     return {k: v.item() for k, v in found.items()}
 
 # %% ../../nbs/45_demo/3_tabular.ipynb #c7a27398
@@ -41,7 +42,9 @@ def mass_below(
     own:float=1., # how much of the mass at the same value counts: 1 is the quantile, 0.5 the mid-rank
 )->torch.Tensor: # between 0 and 1
     "Probability of a smaller value, and of `own` times the same value"
-    p_PM1, v_P1M, v_PM1 = log_p_PM.exp()[..., None], value_PM[..., None, :], value_PM[..., None]
+    p_PM1 = log_p_PM.exp()[..., None]
+    v_P1M = value_PM[..., None, :]
+    v_PM1 = value_PM[..., None]
     below_PM = ((v_PM1 < v_P1M)*p_PM1 + own*(v_PM1 == v_P1M)*p_PM1).sum(-2)
     return below_PM.clamp(0., 1.)
 
@@ -102,7 +105,8 @@ def minimise(
     steps:int=60, # iterations
 ):
     "Full-batch L-BFGS; returns the last loss"
-    optimizer = torch.optim.LBFGS(parameters, max_iter=steps, line_search_fn="strong_wolfe", history_size=20, tolerance_grad=1e-12, tolerance_change=1e-16)
+    optimizer = torch.optim.LBFGS(parameters, max_iter=steps, line_search_fn="strong_wolfe", history_size=20,
+                                  tolerance_grad=1e-12, tolerance_change=1e-16)
     def closure():
         optimizer.zero_grad()
         value = loss()
@@ -126,12 +130,17 @@ def fit_world(
     weight = torch.zeros(world.features_PMD.shape[-1] if shared else (P, M), dtype=torch.float64, requires_grad=True)
     def policy(): return (world.log_ref_PM + (world.features_PMD @ weight if shared else weight)).log_softmax(-1)
     ref_S, quantile_S = world.log_ref_PM.gather(1, picked_PN).flatten(), quantile_PN.flatten()
-    one_S, atoms, n_S = torch.ones_like(quantile_S, dtype=torch.long), None, None
+    one_S = torch.ones_like(quantile_S, dtype=torch.long)
+    atoms = None
+    n_S = None
     if partition == "exact":
         atoms = tuple(x.repeat_interleave(picked_PN.shape[1], 0) for x in (world.quantile_PM, world.log_ref_PM.exp()))
     if partition != "continuous": n_S = one_S*(n or 1)
-    settings = dict(beta=beta, partition="continuous" if partition == "continuous" else "finite", n_refs_S=n_S, atoms=atoms)
-    minimise([weight], lambda: reduce_terms(qrpo_loss(policy().gather(1, picked_PN).flatten(), ref_S, quantile_S, one_S, **settings).parts))
+    settings = dict(beta=beta, partition="continuous" if partition == "continuous" else "finite", n_refs_S=n_S,
+                    atoms=atoms)
+    minimise([weight],
+             lambda: reduce_terms(qrpo_loss(policy().gather(1, picked_PN).flatten(), ref_S, quantile_S, one_S,
+                                            **settings).parts))
     return policy().detach()
 
 # %% ../../nbs/45_demo/3_tabular.ipynb #ba9d35ed
@@ -149,12 +158,15 @@ def reference_run(
     picked_PN = torch.multinomial(log_data_PM.exp(), 2*pairs, replacement=True, generator=generator)
     refs_PR = torch.multinomial(world.log_ref_PM.exp(), max(n, 1), replacement=True, generator=generator)
     rewards_PN, ref_rewards_PR = (world.reward_PM.gather(1, i) for i in (picked_PN, refs_PR))
-    estimated_PN = quantile(rewards_PN, ref_rewards_PR[:, None].expand(*rewards_PN.shape, -1)) if n else world.quantile_PM.gather(1, picked_PN)
+    estimated_PN = (quantile(rewards_PN, ref_rewards_PR[:, None].expand(*rewards_PN.shape, -1)) if n
+                    else world.quantile_PM.gather(1, picked_PN))
     log_p_PM = fit_world(world, picked_PN, estimated_PN, beta, partition, n, shared)
-    def objective(log_p_PM): return (log_p_PM.exp()*world.quantile_PM).sum(-1).mean().item() - beta*kl(log_p_PM, world.log_ref_PM)
+    def objective(log_p_PM):
+        return (log_p_PM.exp()*world.quantile_PM).sum(-1).mean().item() - beta*kl(log_p_PM, world.log_ref_PM)
     best, start = (objective(x) for x in (closed_form(world.log_ref_PM, world.quantile_PM, beta), world.log_ref_PM))
     reward = (log_p_PM.exp()*world.quantile_PM).sum(-1).mean().item()
-    return dict(reward=reward, objective=objective(log_p_PM), share=(objective(log_p_PM) - start)/(best - start), kl=kl(log_p_PM, world.log_ref_PM))
+    return dict(reward=reward, objective=objective(log_p_PM), share=(objective(log_p_PM) - start)/(best - start),
+                kl=kl(log_p_PM, world.log_ref_PM))
 
 # %% ../../nbs/45_demo/3_tabular.ipynb #529a9dd0
 class CompletionSpace(NamedTuple):
@@ -247,10 +259,13 @@ def space_qrpo(
 )->torch.Tensor: # scalar
     "The loss over every completion once"
     S, dtype = len(logps_S), logps_S.dtype
-    one_S, quantile_S, ref_S = torch.ones(S, dtype=torch.long), quantile_S.to(dtype), log_ref_S.to(dtype)
+    one_S = torch.ones(S, dtype=torch.long)
+    quantile_S = quantile_S.to(dtype)
+    ref_S = log_ref_S.to(dtype)
     seen_S = torch.binomial(torch.full_like(quantile_S, n), quantile_S, generator=generator)/n if n else quantile_S
     atoms = (quantile_S.expand(S, S), ref_S.exp().expand(S, S)) if partition == "exact" else None
-    settings = dict(partition="continuous" if partition == "continuous" else "finite", n_refs_S=one_S*max(n, 1), atoms=atoms)
+    settings = dict(partition="continuous" if partition == "continuous" else "finite", n_refs_S=one_S*max(n, 1),
+                    atoms=atoms)
     return reduce_terms(qrpo_loss(logps_S, ref_S, seen_S, one_S, beta, **settings).parts)
 
 # %% ../../nbs/45_demo/3_tabular.ipynb #cc9514a6
@@ -313,7 +328,9 @@ def length_loss(
     "The loss of a batch of pairs from the space"
     kind, settings = LENGTH_LOSSES[name]
     if settings.get("normalize_beta_by_length"): beta = beta*(log_ref_S.exp()*lengths_S).sum().item()
-    logps, ref, n = logps_S[pairs_2P], log_ref_S[pairs_2P].to(logps_S.dtype), lengths_S[pairs_2P]
+    logps = logps_S[pairs_2P]
+    ref = log_ref_S[pairs_2P].to(logps_S.dtype)
+    n = lengths_S[pairs_2P]
     if kind == "dpo": return reduce_terms(pair_losses({"sigmoid": 1.}, logps, ref, n, beta, **settings)[0])
     return reduce_terms(qrpo_loss(logps, ref, reward_S[pairs_2P].to(logps.dtype), n, beta, **settings).parts)
 
@@ -343,8 +360,10 @@ def length_report(
     normalized, mean = "beta/|y|" in name, (log_ref_S.exp()*lengths_S).sum().item()
     beta_S = effective_beta(beta*(mean if normalized else 1.), lengths_S, normalized, dtype=log_p_S.dtype)[0]
     implicit_S = beta_S*(log_p_S - log_ref_S)
-    return dict(reward=(log_p_S.exp()*reward_S).sum().item(), kl=kl(log_p_S, log_ref_S), length=(log_p_S.exp()*lengths_S).sum().item()/mean,
-                on_reference=rank_correlation(log_ref_S, implicit_S, lengths_S), on_own=rank_correlation(log_p_S, implicit_S, lengths_S))
+    return dict(reward=(log_p_S.exp()*reward_S).sum().item(), kl=kl(log_p_S, log_ref_S),
+                length=(log_p_S.exp()*lengths_S).sum().item()/mean,
+                on_reference=rank_correlation(log_ref_S, implicit_S, lengths_S),
+                on_own=rank_correlation(log_p_S, implicit_S, lengths_S))
 
 # %% ../../nbs/45_demo/3_tabular.ipynb #c15c7d83
 def length_run(
@@ -361,7 +380,9 @@ def length_run(
 )->dict: # of `length_report`
     "Train a policy on pairs and look at lengths"
     log_ref_S = logps().detach().double()
-    log_p_S, _ = train_policy(list(parameters), logps, lambda lp: length_loss(name, lp, log_ref_S, reward_S, lengths_S, pairs_2P, beta), steps, lr, most_kl=most_kl)
+    log_p_S, _ = train_policy(list(parameters), logps,
+                              lambda lp: length_loss(name, lp, log_ref_S, reward_S, lengths_S, pairs_2P, beta), steps,
+                              lr, most_kl=most_kl)
     return length_report(name, log_p_S, log_ref_S, reward_S, lengths_S, beta)
 
 # %% ../../nbs/45_demo/3_tabular.ipynb #4a9e71f9
@@ -372,7 +393,8 @@ def claim_row(
     agreed:bool|str, # of a computed check; a text says what holds and what does not
 )->dict: # a row of the table
     "One claim and what became of it"
-    return dict(claim=statement, source=where, found=measured, verdict="agreed" if agreed is True else "not agreed" if agreed is False else agreed)
+    return dict(claim=statement, source=where, found=measured,
+                verdict="agreed" if agreed is True else "not agreed" if agreed is False else agreed)
 
 # %% ../../nbs/45_demo/3_tabular.ipynb #e1c1c99f
 def average_runs(
@@ -380,14 +402,17 @@ def average_runs(
 )->dict: # key: (mean, its standard error)
     "The mean of several runs"
     columns = {k: torch.tensor([r[k] for r in runs], dtype=torch.float64) for k in runs[0]}
-    return {k: (v.mean().item(), (v.std()/len(v)**0.5).item() if len(v) > 1 else float("nan")) for k, v in columns.items()}
+    return {k: (v.mean().item(), (v.std()/len(v)**0.5).item() if len(v) > 1 else float("nan"))
+            for k, v in columns.items()}
 
 # %% ../../nbs/45_demo/3_tabular.ipynb #d87932c5
 def claims_conclusion(
     claims:list, # rows of `claim_row`
 )->str: # a sentence
     "How many claims held"
-    held, failed = [c for c in claims if c["verdict"] == "agreed"], [c["claim"] for c in claims if c["verdict"] == "not agreed"]
+    held, failed = [c for c in claims if c["verdict"] == "agreed"], [
+        c["claim"] for c in claims if c["verdict"] == "not agreed"]
     partly = [f"{c['claim']} ({c['verdict']})" for c in claims if c["verdict"] not in ("agreed", "not agreed")]
-    rest = "; ".join(f"{what}: {', '.join(rows)}" for what, rows in (("not agreed", failed), ("in part", partly)) if rows)
+    rest = "; ".join(f"{what}: {', '.join(rows)}" for what, rows in (("not agreed", failed), ("in part", partly))
+                     if rows)
     return f"Of {len(claims)} claims {len(held)} held in these small worlds" + (f"; {rest}." if rest else ".")

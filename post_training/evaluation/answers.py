@@ -37,13 +37,18 @@ def prompts_of(
     from post_training.tokens.dataset import row_messages, template_tools
     from post_training.tokens.gates import prompt_ids
     from post_training.tokens.templates import wants_blocks
-    if not tokenizer.chat_template: raise UserError("The tokenizer has no chat template, so that rows give no prompts: set tokenizer_args.chat_template_name.")
+    if not tokenizer.chat_template:
+        raise UserError("The tokenizer has no chat template, so that rows give no prompts: set "
+                        "tokenizer_args.chat_template_name.")
     columns = None if not rows or is_swissai(rows[0]) else format_of(rows[0])
     out, blocks = [], wants_blocks(tokenizer.chat_template)
     last = (columns or ("",))[-1] # where a row's answer is, in formats of two columns
     for row in rows:
-        if last in ("answer", "response", "completion", "output", "targets") and row.get(last) is None: row = row | {last: "-"} # a question alone can be asked
-        try: out.append(prompt_ids(tokenizer, prompt_of(row_messages(row, columns, blocks)), tools=template_tools([row], columns, blocks)[0]).tolist())
+        if last in ("answer", "response", "completion", "output", "targets") and row.get(last) is None:
+            row = row | {last: "-"} # a question alone can be asked
+        try:
+            out.append(prompt_ids(tokenizer, prompt_of(row_messages(row, columns, blocks)),
+                                  tools=template_tools([row], columns, blocks)[0]).tolist())
         except (MalformedRow, UnsupportedContent, UserError) as e: out.append(str(e) or type(e).__name__)
         except (KeyError, TypeError, AttributeError) as e: out.append(f"a field is missing or has another type ({e!r})")
     return out
@@ -68,7 +73,10 @@ def prompts_that_fit(
     return [why if room and not isinstance(p, str) and len(p) + max_new_tokens > room else p for p in prompts]
 
 # %% ../../nbs/60_evaluation/2_answers.ipynb #31509db6
-CALL, CALL_END, THOUGHT_END = "<SPECIAL_71>", "<SPECIAL_72>", "<SPECIAL_70>" # of the apertus template
+# of the apertus template
+CALL = "<SPECIAL_71>"
+CALL_END = "<SPECIAL_72>"
+THOUGHT_END = "<SPECIAL_70>"
 
 # %% ../../nbs/60_evaluation/2_answers.ipynb #f25f7d63
 def stops_at_calls(
@@ -126,12 +134,13 @@ def read_answers(
     out = []
     for i, (row, ids, made) in enumerate(zip(rows, prompts, generated)):
         if not made: continue
-        name, asked = row.get("verifier") or verifier or row_verifier(row), dict(prompt=tokenizer.decode(ids), asked=tokenizer.decode(ids, skip_special_tokens=True))
+        name, asked = row.get("verifier") or verifier or row_verifier(row), dict(
+            prompt=tokenizer.decode(ids), asked=tokenizer.decode(ids, skip_special_tokens=True))
         for j, w in enumerate([made] if isinstance(made, dict) else made):
             text = generated_answer(tokenizer, w["ids"])
             score, why = check_answer(name, text, row.get("answer"))
-            out.append(dict(row=i, sample=j, **asked, expected=row.get("answer"), got=text, right=score, why=why, finish_reason=w["finish_reason"],
-                            skill=row.get("skill"), source=row.get("source")))
+            out.append(dict(row=i, sample=j, **asked, expected=row.get("answer"), got=text, right=score, why=why,
+                            finish_reason=w["finish_reason"], skill=row.get("skill"), source=row.get("source")))
     return out
 
 # %% ../../nbs/60_evaluation/2_answers.ipynb #fb4cf71d
@@ -159,9 +168,11 @@ def evaluation_result(
     scores, asked = row_scores(answers, len(rows)), {a["row"] for a in answers}
     checked, first = [s for s in scores if s is not None], [a for a in answers if not a["sample"]]
     keep = ("prompt", "asked", "expected", "got", "right", "finish_reason", "skill")
-    samples = [{k: a[k] for k in keep} | dict(right=None if a["right"] is None else bool(a["right"])) for a in (first[i] for i in evenly_spaced_indices(len(first), num_samples))]
-    return dict(accuracy=round(sum(checked)/len(checked), 4) if checked else None, interval=bootstrap(checked) if checked else None, n=len(checked),
-                skills=by_skill(rows, scores), not_checked=len(asked) - len(checked), not_checked_why=count_reasons(a["why"] for a in first),
+    samples = [{k: a[k] for k in keep} | dict(right=None if a["right"] is None else bool(a["right"]))
+               for a in (first[i] for i in evenly_spaced_indices(len(first), num_samples))]
+    return dict(accuracy=round(sum(checked)/len(checked), 4) if checked else None,
+                interval=bootstrap(checked) if checked else None, n=len(checked), skills=by_skill(rows, scores),
+                not_checked=len(asked) - len(checked), not_checked_why=count_reasons(a["why"] for a in first),
                 no_prompt=len(rows) - len(asked), no_prompt_why=count_reasons(p for p in prompts if isinstance(p, str)),
                 cut=sum(a["finish_reason"] == "length" for a in answers), samples=samples if num_samples else [])
 
@@ -176,8 +187,11 @@ def load_for_generation(
     "Load a checkpoint for asking"
     from post_training.models.load import default_device, flash_available, load_model, resolve_auto
     device = device or default_device()
-    load_args |= {k: v for k, v in resolve_auto(device, "inference", load_args.get("dtype") or "auto", load_args.get("attn_implementation"),
-                                                flash_available(device)).items() if k != "autocast"}
+    load_args |= {k: v
+                  for k,
+                  v in resolve_auto(device, "inference", load_args.get("dtype") or "auto",
+                                        load_args.get("attn_implementation"), flash_available(device)).items()
+                  if k != "autocast"}
     if all_gpus and device == "cuda": load_args |= dict(device_map="auto")
     model = load_model(str(checkpoint), device=None if "device_map" in load_args else device, **load_args)
     if eos_token_id is not None: model.generation_config.eos_token_id = eos_token_id
@@ -204,9 +218,11 @@ def generate_answers(
     at = [i for i, p in enumerate(prompts) if p and not isinstance(p, str)]
     stop, out = model_stop_ids(model, stops_at_calls(tokenizer)), dict(existing or {})
     batches = [[at[k] for k in b] for b in length_batches([len(prompts[i]) for i in at], max(1, batch_size//samples))]
-    for batch in progress([b for b in batches if not all(i in out for i in b)]): # planned over all prompts: numbers depend on the batch
+    # planned over all prompts: numbers depend on the batch
+    for batch in progress([b for b in batches if not all(i in out for i in b)]):
         u_BN = row_noise([seed_of(seed, str(prompts[i]), j) for i in batch for j in range(samples)], max_new_tokens)
-        ids = complete_batch(model, [prompts[i] for i in batch], u_BN, stop, tokenizer.pad_token_id, temperature, top_p, samples)
+        ids = complete_batch(model, [prompts[i] for i in batch], u_BN, stop, tokenizer.pad_token_id, temperature, top_p,
+                             samples)
         told = [dict(ids=w, finish_reason="stop" if w and w[-1] in stop else "length") for w in ids]
         made = {i: told[k*samples:(k + 1)*samples] for k, i in enumerate(batch)}
         on_batch(made)
@@ -230,7 +246,8 @@ def evaluate_checkpoint(
     prompts, began = prompts_that_fit(model, prompts_of(tokenizer, rows), max_new_tokens), time.perf_counter()
     made = generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size)
     out = evaluation_result(tokenizer, rows, prompts, [made.get(i) for i in range(len(rows))], num_samples)
-    return out | dict(new_tokens=sum(len(w["ids"]) for ws in made.values() for w in ws), seconds=round(time.perf_counter() - began, 2))
+    return out | dict(new_tokens=sum(len(w["ids"]) for ws in made.values() for w in ws),
+                      seconds=round(time.perf_counter() - began, 2))
 
 # %% ../../nbs/60_evaluation/2_answers.ipynb #edf6bdf5
 def sample_scores(
@@ -253,12 +270,14 @@ def sample_scores(
     model = load_model(str(checkpoint), device=device, dtype=resolve_auto(device, "inference")["dtype"]).eval()
     if eos_token_id is not None: model.generation_config.eos_token_id = eos_token_id
     prompts, names = render_prompts(tokenizer, rows), [row_verifier(r) for r in rows]
-    if bad := [i for i, (p, n) in enumerate(zip(prompts, names)) if p is None or n is None]: raise UserError(f"Row {bad[0]} has no prompt for this template, or no answer.")
+    if bad := [i for i, (p, n) in enumerate(zip(prompts, names)) if p is None or n is None]:
+        raise UserError(f"Row {bad[0]} has no prompt for this template, or no answer.")
     check_prompts(model, prompts, max_new_tokens)
     stop, scores = model_stop_ids(model, stops_at_calls(tokenizer)), np.zeros((len(rows), samples))
     for batch in length_batches([len(p) for p in prompts], batch_size):
         u_BN = row_noise([seed_of(seed, str(prompts[i]), j) for i in batch for j in range(samples)], max_new_tokens)
-        ids = complete_batch(model, [prompts[i] for i in batch], u_BN, stop, tokenizer.pad_token_id, temperature, samples=samples)
+        ids = complete_batch(model, [prompts[i] for i in batch], u_BN, stop, tokenizer.pad_token_id, temperature,
+                             samples=samples)
         for k, written in enumerate(ids):
             i = batch[k//samples]
             scores[i, k%samples] = run_verifier(names[i], generated_answer(tokenizer, written), rows[i]["answer"])
@@ -287,16 +306,20 @@ def evaluate_config(
     from post_training.tokens.tokenizer import load_tokenizer
     if checkpoint: model_path(checkpoint) # a wrong folder fails before anything is loaded
     ensure_demo(cfg)
-    how, model, tok = cfg["evaluation"], cfg["model_args"], dict(cfg["tokenizer_args"])
+    how = cfg["evaluation"]
+    model = cfg["model_args"]
+    tok = dict(cfg["tokenizer_args"])
     tokenizer = load_tokenizer(run.base_model(tok.pop("tokenizer_name_or_path"), cfg["runs_dir"])[0], **tok)
     device = cfg.get("cluster", {}).get("device", "auto")
     path = checkpoint or run.base_model(model["model_name_or_path"], cfg["runs_dir"])[0]
     rows = eval_rows(cfg, how["num_prompts"] if num_prompts is None else num_prompts)
     out = evaluate_checkpoint(path, rows, tokenizer, how["max_new_tokens"], how["batch_size"], how["num_samples_shown"],
-                              None if device == "auto" else device, tokenizer.eos_token_id, trust_remote_code=model["trust_remote_code"],
+                              None if device == "auto" else device, tokenizer.eos_token_id,
+                              trust_remote_code=model["trust_remote_code"],
                               **{k: model[k] for k in ("dtype", "attn_implementation")})
     if not (cfg["dataset_args"].get("eval_split") or {}).get("name"):
-        out["notice"] = "These prompts are training rows: the config names no evaluation split (dataset_args.eval_split.name)."
+        out["notice"] = ("These prompts are training rows: the config names no evaluation split "
+                         "(dataset_args.eval_split.name).")
     return out | dict(checkpoint=Path(path).name if Path(path).exists() else path, dataset=cfg["dataset_name"])
 
 # %% ../../nbs/60_evaluation/2_answers.ipynb #63a79e8f
@@ -304,7 +327,8 @@ def verdict_text(
     sample:dict, # with right, and finish_reason where it is known
 )->str: # right, wrong, not checked; and whether it was cut
     "What became of an answer, in words"
-    word = "not checked" if sample["right"] is None else f"{sample['right']:.2g} right" if 0 < float(sample["right"]) < 1 else "right" if sample["right"] else "wrong"
+    word = ("not checked" if sample["right"] is None else f"{sample['right']:.2g} right"
+            if 0 < float(sample["right"]) < 1 else "right" if sample["right"] else "wrong")
     return word + ", cut"*(sample.get("finish_reason") == "length")
 
 # %% ../../nbs/60_evaluation/2_answers.ipynb #0d58d3e9
@@ -323,7 +347,8 @@ def parse_evaluation_args(
     argv:list[str], # the command line without the program
 )->argparse.Namespace:
     "The command line of the evaluation"
-    p = argparse.ArgumentParser(prog="python -m post_training.evaluation.answers", description="Evaluate a checkpoint on the evaluation rows of a run's configuration")
+    p = argparse.ArgumentParser(prog="python -m post_training.evaluation.answers",
+                                description="Evaluate a checkpoint on the evaluation rows of a run's configuration")
     p.add_argument("--config", required=True, help="a frozen configuration, such as RUN/config.yaml")
     p.add_argument("--checkpoint", help="folder of the checkpoint; by default the model that the run starts from")
     p.add_argument("--out", required=True, help="JSON file to write")
@@ -344,14 +369,18 @@ def evaluate_command(
             import datasets, transformers.modeling_utils, post_training.models.load
         result = evaluate_config(cfg, args.checkpoint, args.num_prompts)
         write_json(out, result)
-        if args.name: run.update_record(cfg["run_dir"], evaluation={args.name: {k: v for k, v in result.items() if k != "samples"}})
+        if args.name:
+            run.update_record(cfg["run_dir"],
+                              evaluation={args.name: {k: v for k, v in result.items() if k != "samples"}})
     except Exception as e:
         kind = "user" if isinstance(e, UserError) else "fault"
         write_json(out.parent/"error.json", dict(message=redact(str(e)), kind=kind))
         print(redact(str(e)) if kind == "user" else redact(traceback.format_exc()), file=sys.stderr)
         return 2 if kind == "user" else 1
     if result["accuracy"] is None: print(f"{result['not_checked']} answers written; the rows name no answers to check")
-    else: print(f"accuracy {100*result['accuracy']:.1f} % on {result['n']} prompts, 95 % interval {100*result['interval'][0]:.1f} to {100*result['interval'][1]:.1f} %")
+    else:
+        print(f"accuracy {100*result['accuracy']:.1f} % on {result['n']} prompts, 95 % interval "
+              f"{100*result['interval'][0]:.1f} to {100*result['interval'][1]:.1f} %")
     return 0
 
 # %% ../../nbs/60_evaluation/2_answers.ipynb #61956696

@@ -18,8 +18,8 @@ def import_lm_eval():
     "The package lm_eval, or a `UserError` with the line that installs it"
     try: import lm_eval
     except ImportError as e:
-        raise UserError(f"lm_eval.tasks needs lm-evaluation-harness, which is not installed ({e}): pip install -e '.[eval]' in the checkout, "
-                        "or pip install 'lm-eval>=0.4.13'.") from None
+        raise UserError(f"lm_eval.tasks needs lm-evaluation-harness, which is not installed ({e}): pip install -e "
+                        "'.[eval]' in the checkout, " "or pip install 'lm-eval>=0.4.13'.") from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return lm_eval
 
@@ -32,9 +32,12 @@ def write_task(
 )->Path: # the YAML file
     "Write rows as a generation task of the harness: greedy answers, exact match"
     folder = Path(folder).absolute()
-    data = write_atomic(folder/f"{name}.jsonl", "".join(json.dumps({k: str(r[k]) for k in ("question", "answer")}, ensure_ascii=False) + "\n" for r in rows))
-    task = dict(task=name, dataset_path="json", dataset_kwargs=dict(data_files=dict(test=str(data))), test_split="test", output_type="generate_until",
-                doc_to_text="{{question}}", doc_to_target="{{answer}}", generation_kwargs=dict(until=[], do_sample=False, max_gen_toks=max_new_tokens),
+    data = write_atomic(folder/f"{name}.jsonl",
+                        "".join(json.dumps({k: str(r[k]) for k in ("question", "answer")}, ensure_ascii=False) + "\n"
+                                for r in rows))
+    task = dict(task=name, dataset_path="json", dataset_kwargs=dict(data_files=dict(test=str(data))), test_split="test",
+                output_type="generate_until", doc_to_text="{{question}}", doc_to_target="{{answer}}",
+                generation_kwargs=dict(until=[], do_sample=False, max_gen_toks=max_new_tokens),
                 metric_list=[dict(metric="exact_match", aggregation="mean", higher_is_better=True)])
     return write_atomic(folder/f"{name}.yaml", yaml.safe_dump(task, sort_keys=False))
 
@@ -46,9 +49,11 @@ def find_tasks(
     "The tasks that are asked for, or a `UserError` with the nearest names"
     import_lm_eval()
     from lm_eval.tasks import TaskManager
-    if include_path and not Path(include_path).is_dir(): raise UserError(f"lm_eval.include_path={include_path}: there is no such folder.")
+    if include_path and not Path(include_path).is_dir():
+        raise UserError(f"lm_eval.include_path={include_path}: there is no such folder.")
     for t in tasks:
-        if str(t).endswith((".yaml", ".yml")) and not Path(t).is_file(): raise UserError(f"lm_eval.tasks names {t}: there is no such file.")
+        if str(t).endswith((".yaml", ".yml")) and not Path(t).is_file():
+            raise UserError(f"lm_eval.tasks names {t}: there is no such file.")
     named = [t for t in tasks if not str(t).endswith((".yaml", ".yml"))]
     own = TaskManager(include_path=str(include_path) if include_path else None, include_defaults=False)
     if all(t in own.all_tasks for t in named): return own
@@ -56,7 +61,8 @@ def find_tasks(
     for t in named:
         if t not in every.all_tasks:
             beside = f" {include_path} has {', '.join(own.all_tasks) or 'none: files that are not readable YAML with the key task are passed over'}." if include_path else ""
-            raise UserError(f"lm_eval.tasks names {t!r}, which the harness does not know.{did_you_mean(t, dict.fromkeys([*own.all_tasks, *every.all_tasks]))}{beside}")
+            raise UserError(f"lm_eval.tasks names {t!r}, which the harness does not "
+                            f"know.{did_you_mean(t, dict.fromkeys([*own.all_tasks, *every.all_tasks]))}{beside}")
     return every
 
 # %% ../../nbs/60_evaluation/4_lm_eval.ipynb #7403c247
@@ -76,7 +82,8 @@ def load_tasks(
         while cause is not None and len(seen) < 10: seen.append(cause); cause = cause.__cause__ or cause.__context__
         said = (str(e).strip() or type(e).__name__).splitlines()[0][:300]
         if any(k.__name__ in OFFLINE_ERRORS for c in seen for k in type(c).__mro__):
-            raise UserError(f"lm_eval.tasks={tasks}: a task reads documents from the hub, which is not to be had here ({said}). Fetch them where there is a network, "
+            raise UserError(f"lm_eval.tasks={tasks}: a task reads documents from the hub, which is not to be had here "
+                            f"({said}). Fetch them where there is a network, "
                             "or define a task over a local file and name its folder in lm_eval.include_path.") from None
         raise UserError(f"lm_eval.tasks={tasks} cannot be loaded ({type(e).__name__}: {said}).") from None
 
@@ -99,14 +106,17 @@ def task_inputs(
     loaded:dict, # from `load_tasks`
 )->list[str]: # files, folders and globs on this machine, sorted
     "What tasks read besides a folder of tasks: their YAML files and the local documents that they name"
-    def texts(x): return [t for v in (x.values() if isinstance(x, dict) else x) for t in texts(v)] if isinstance(x, (dict, list, tuple)) else [str(x)] if x else []
+    def texts(x):
+        return ([t for v in (x.values() if isinstance(x, dict) else x) for t in texts(v)]
+                if isinstance(x, (dict, list, tuple)) else [str(x)] if x else [])
     found = [p for t in tasks if str(t).endswith((".yaml", ".yml")) for p in yaml_files(t)]
     for task in loaded.values():
         c = getattr(task, "config", None)
         how = getattr(c, "dataset_kwargs", None) or {}
         under = Path(how.get("data_dir") or "")
         named = [under/f for f in texts(how.get("data_files"))] or texts(how.get("data_dir"))
-        found += [str(Path(f).absolute()) for f in [*named, *texts(getattr(c, "dataset_path", None))] if run.input_files(Path(f).absolute())]
+        found += [str(Path(f).absolute()) for f in [*named, *texts(getattr(c, "dataset_path", None))]
+                  if run.input_files(Path(f).absolute())]
     return sorted({*found})
 
 # %% ../../nbs/60_evaluation/4_lm_eval.ipynb #43955720
@@ -120,7 +130,9 @@ def chat_text(
     from post_training.tokens.templates import wants_blocks
     begun = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
     asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    try: return tokenizer.apply_chat_template(to_structured(asked) if wants_blocks(tokenizer.chat_template) else asked, tokenize=False, add_generation_prompt=True) + begun
+    try:
+        return tokenizer.apply_chat_template(to_structured(asked) if wants_blocks(tokenizer.chat_template) else asked,
+                                             tokenize=False, add_generation_prompt=True) + begun
     except Exception as e: # templates raise in many ways
         if isinstance(e, (UnsupportedContent, UserError)) or type(e).__name__ == "TemplateError":
             raise UserError(f"The chat template has no place for a prompt of the harness: {e}") from None
@@ -138,15 +150,19 @@ def lm_eval_model(
     class ChatModel(HFLM):
         "A loaded model whose chats are rendered as in training"
         cut_prompts = frozenset()
-        def apply_chat_template(self, chat_history, add_generation_prompt=True): return chat_text(self.tokenizer, chat_history)
+        def apply_chat_template(self, chat_history, add_generation_prompt=True):
+            return chat_text(self.tokenizer, chat_history)
         def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None, truncation=False):
-            if left_truncate_len: self.cut_prompts |= {s for s in strings if len(self.tok_encode(s)) > left_truncate_len}
+            if left_truncate_len:
+                self.cut_prompts |= {s for s in strings if len(self.tok_encode(s)) > left_truncate_len}
             return super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
         def _loglikelihood_tokens(self, requests, *args, **kwargs):
-            self.cut_prompts |= {"".join(text or ()) for text, asked, said in requests if len(asked) + len(said) > self.max_length + 1}
+            self.cut_prompts |= {"".join(text or ()) for text, asked, said in requests
+                                 if len(asked) + len(said) > self.max_length + 1}
             return super()._loglikelihood_tokens(requests, *args, **kwargs)
     thought = tokenizer.convert_tokens_to_ids(THOUGHT_END) if THOUGHT_END in (tokenizer.chat_template or "") else None
-    with contextlib.redirect_stderr(io.StringIO()): return ChatModel(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, think_end_token=thought)
+    with contextlib.redirect_stderr(io.StringIO()):
+        return ChatModel(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, think_end_token=thought)
 
 # %% ../../nbs/60_evaluation/4_lm_eval.ipynb #4fb034d2
 def plain_metrics(
@@ -156,7 +172,9 @@ def plain_metrics(
     out = dict(n=result.get("sample_len"))
     for key, value in result.items():
         metric, comma, kind = key.partition(",")
-        if comma: out[metric if kind == "none" else f"{metric} ({kind})"] = round(float(value), 6) if isinstance(value, (int, float)) or hasattr(value, "item") else None
+        if comma:
+            out[metric if kind == "none" else f"{metric} ({kind})"] = (round(float(value), 6)
+                if isinstance(value, (int, float)) or hasattr(value, "item") else None)
     return {k: v for k, v in out.items() if v is not None}
 
 # %% ../../nbs/60_evaluation/4_lm_eval.ipynb #b3e27a9a
@@ -174,13 +192,18 @@ def run_tasks(
     lm_eval, lm = import_lm_eval(), lm_eval_model(model, tokenizer, batch_size)
     try:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            out = lm_eval.simple_evaluate(lm, tasks=list(map(str, tasks)), task_manager=manager, limit=limit, num_fewshot=num_fewshot, apply_chat_template=apply_chat_template,
+            out = lm_eval.simple_evaluate(lm, tasks=list(map(str, tasks)), task_manager=manager, limit=limit,
+                                          num_fewshot=num_fewshot, apply_chat_template=apply_chat_template,
                                           bootstrap_iters=1000)
     except (ValueError, AssertionError, KeyError) as e:
-        raise UserError(f"lm_eval.tasks={tasks}: the harness stopped ({type(e).__name__}: {(str(e).strip() or 'no reason given').splitlines()[0]}).") from e
-    lines = [dict(task=name, doc=s["doc_id"], prompt=s["arguments"][0][0], target=s["target"], got=s["filtered_resps"], filter=s["filter"],
-                  **{m: s[m] for m in s["metrics"] if m in s}) for name, samples in out["samples"].items() for s in samples]
+        raise UserError(f"lm_eval.tasks={tasks}: the harness stopped ({type(e).__name__}: "
+                        f"{(str(e).strip() or 'no reason given').splitlines()[0]}).") from e
+    lines = [dict(task=name, doc=s["doc_id"], prompt=s["arguments"][0][0], target=s["target"], got=s["filtered_resps"],
+                  filter=s["filter"], **{m: s[m] for m in s["metrics"] if m in s})
+             for name, samples in out["samples"].items() for s in samples]
     told = {name: plain_metrics(r) for name, r in out["results"].items()}
     for name, samples in out["samples"].items():
-        if n := len({s["doc_id"] for s in samples if any("".join(x for x in a if isinstance(x, str)) in lm.cut_prompts for a in s["arguments"])}): told[name]["cut_prompts"] = n
+        if n := len({s["doc_id"] for s in samples
+                     if any("".join(x for x in a if isinstance(x, str)) in lm.cut_prompts for a in s["arguments"])}):
+            told[name]["cut_prompts"] = n
     return told, lines

@@ -61,10 +61,15 @@ def completion_likelihoods(
             ids_BT[b, :n], mask_BT[b, :n] = ids_T, 1
             labels_BT[b, :n] = torch.where(torch.tensor(r["completion_mask"]), ids_T, -100)
         with torch.no_grad():
-            logps_BT1 = model(input_ids=ids_BT.to(model.device), attention_mask=mask_BT.to(model.device), labels=labels_BT.to(model.device), score=True).log_probs
-        for k, r, nats, count in zip(batch, found, (-logps_BT1.double().sum(1)).tolist(), (labels_BT[:, 1:] != -100).sum(1).tolist()):
-            text = tokenizer.decode([t for t, c in zip(r["input_ids"], r["completion_mask"]) if c], skip_special_tokens=True)
-            out["nats"][at[k]], out["tokens"][at[k]], out["bytes"][at[k]] = nats, count, len(text.encode())
+            logps_BT1 = model(input_ids=ids_BT.to(model.device), attention_mask=mask_BT.to(model.device),
+                              labels=labels_BT.to(model.device), score=True).log_probs
+        for k, r, nats, count in zip(batch, found, (-logps_BT1.double().sum(1)).tolist(),
+                                     (labels_BT[:, 1:] != -100).sum(1).tolist()):
+            text = tokenizer.decode([t for t, c in zip(r["input_ids"], r["completion_mask"]) if c],
+                                    skip_special_tokens=True)
+            out['nats'][at[k]] = nats
+            out['tokens'][at[k]] = count
+            out['bytes'][at[k]] = len(text.encode())
     return out
 
 # %% ../../nbs/60_evaluation/3_perplexity.ipynb #a5f536e4
@@ -75,7 +80,9 @@ def resampled_rates(
     seed:int=0, # of the resampling
 )->np.ndarray: # [n] sum of totals over sum of units
     "What a rate would have been on other rows of the same kind; the same seed draws the same rows"
-    total, units, rng = np.asarray(total, float), np.asarray(units, float), np.random.default_rng(seed)
+    total = np.asarray(total, float)
+    units = np.asarray(units, float)
+    rng = np.random.default_rng(seed)
     out = []
     for i in range(0, n, 200):
         at = rng.integers(len(total), size=(min(200, n - i), len(total)))
@@ -94,7 +101,8 @@ def perplexity_rates(
     if not len(at): return out | dict(nats_per_token=None, perplexity=None, bits_per_byte=None)
     mean = float(nats.sum()/tokens.sum())
     low, high = np.quantile(resampled_rates(nats, tokens), [.025, .975])
-    return out | dict(nats_per_token=round(mean, 5), interval=[round(float(low), 5), round(float(high), 5)], perplexity=round(math.exp(min(mean, 700)), 5),
+    return out | dict(nats_per_token=round(mean, 5), interval=[round(float(low), 5), round(float(high), 5)],
+                      perplexity=round(math.exp(min(mean, 700)), 5),
                       bits_per_byte=round(float(nats.sum()/math.log(2)/size.sum()), 5) if size.sum() else None)
 
 # %% ../../nbs/60_evaluation/3_perplexity.ipynb #92b29d77
@@ -108,4 +116,5 @@ def perplexity_of(
     for i, r in enumerate(rows): groups.setdefault(str(r.get("source") or "all"), []).append(i)
     out = perplexity_rates(scored, range(len(rows)))
     sources = {k: perplexity_rates(scored, at) for k, at in sorted(groups.items())} if len(groups) > 1 else {}
-    return out | dict(sources=sources, dropped=len(rows) - out["rows"], dropped_why=answers.count_reasons(tokens["reason"][:]))
+    return out | dict(sources=sources, dropped=len(rows) - out["rows"],
+                      dropped_why=answers.count_reasons(tokens["reason"][:]))

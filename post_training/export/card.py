@@ -18,10 +18,13 @@ def card_value(
     value, # of a config or a record
 )->str: # without folders, without secrets
     "A value as a card may show it"
-    if isinstance(value, str) and ("\\" in value or value.startswith(("/", "~", ".", "artifacts/", "runs/"))): value = re.split(r"[/\\]", value.rstrip("/"))[-1]
+    if isinstance(value, str) and ("\\" in value or value.startswith(("/", "~", ".", "artifacts/", "runs/"))):
+        value = re.split(r"[/\\]", value.rstrip("/"))[-1]
     if isinstance(value, float): value = f"{value:.6g}"
     if isinstance(value, (list, tuple)): value = ", ".join(map(card_value, value))
-    if isinstance(value, dict): value = ", ".join(f"{k} [{card_value(v)}]" if isinstance(v, list) else f"{k} {card_value(v)}" for k, v in value.items())
+    if isinstance(value, dict):
+        value = ", ".join(f"{k} [{card_value(v)}]" if isinstance(v, list) else f"{k} {card_value(v)}"
+                          for k, v in value.items())
     return str(redact(value)).replace("|", "\\|").replace("\n", " ")
 
 # %% ../../nbs/55_export/3_card.ipynb #2d339edd
@@ -34,8 +37,9 @@ def card_table(
     return "\n".join([f"| {head} | |", "|---|---|", *lines]) + "\n" if lines else ""
 
 # %% ../../nbs/55_export/3_card.ipynb #df342075
-CARD_SETTINGS = ("learning_rate", "lr_scheduler_type", "optim", "optim_args", "weight_decay", "max_grad_norm", "max_length", "packing",
-        "seed", "loss_type", "beta", "num_ref_rewards", "normalize_beta_by_length", "transform", "partition") # of training_args
+CARD_SETTINGS = ("learning_rate", "lr_scheduler_type", "optim", "optim_args", "weight_decay", "max_grad_norm",
+                 "max_length", "packing", "seed", "loss_type", "beta", "num_ref_rewards", "normalize_beta_by_length",
+                 "transform", "partition") # of training_args
 
 # %% ../../nbs/55_export/3_card.ipynb #730502a6
 def lora_facts(
@@ -43,13 +47,16 @@ def lora_facts(
     folder=None, # of the checkpoint, with adapter/adapter_config.json or adapter_config.json
 )->dict: # what -> value; empty where no adapters were trained
     "Rank, scale and places of LoRA, as the checkpoint's adapter has them, else the config"
-    files = [p for p in (Path(folder)/"adapter/adapter_config.json", Path(folder)/"adapter_config.json") if p.is_file()] if folder else []
+    files = ([p for p in (Path(folder)/"adapter/adapter_config.json", Path(folder)/"adapter_config.json")
+              if p.is_file()] if folder else [])
     m = (record.get("config") or {}).get("model_args") or {}
     if not files and not m.get("use_peft"): return {}
-    found = json.loads(files[0].read_text()) if files else {k.removeprefix("lora_"): v for k, v in m.items() if k.startswith("lora_")}
+    found = (json.loads(files[0].read_text()) if files
+             else {k.removeprefix("lora_"): v for k, v in m.items() if k.startswith("lora_")})
     pick = lambda k: found.get(k, found.get(f"lora_{k}"))
     more = {k: pick(k) for k in ("modules_to_save", "use_rslora", "use_dora") if pick(k)}
-    return {"adapters": "LoRA, merged into the weights", "LoRA r": pick("r"), "LoRA alpha": pick("alpha"), "LoRA dropout": pick("dropout"),
+    return {"adapters": "LoRA, merged into the weights", "LoRA r": pick("r"), "LoRA alpha": pick("alpha"),
+            "LoRA dropout": pick("dropout"),
             "LoRA target modules": pick("target_modules")} | {f"LoRA {k.replace('_', ' ')}": v for k, v in more.items()}
 
 # %% ../../nbs/55_export/3_card.ipynb #bdcc7bda
@@ -57,10 +64,15 @@ def optimizer_facts(
     t:dict, # training_args of a run
 )->dict: # what -> value
     "How long was trained, with which warm-up, and Adam's constants"
-    warm, steps, adam = t.get("warmup_steps"), t.get("max_steps") or 0, "adam" in (t.get("optim") or "")
-    warmup = None if warm is None else "none" if not warm else f"{card_value(warm)} of all steps" if warm < 1 else f"{warm:.0f} steps"
-    return {"warmup": warmup, "epochs": None if steps > 0 else t.get("num_train_epochs"), "max steps": steps if steps > 0 else None,
-            "Adam betas": [t.get("adam_beta1", .9), t.get("adam_beta2", .999)] if adam else None, "Adam epsilon": t.get("adam_epsilon", 1e-8) if adam else None}
+    warm = t.get("warmup_steps")
+    steps = t.get("max_steps") or 0
+    adam = "adam" in (t.get("optim") or "")
+    warmup = (None if warm is None else "none" if not warm else f"{card_value(warm)} of all steps" if warm < 1
+              else f"{warm:.0f} steps")
+    return {"warmup": warmup, "epochs": None if steps > 0 else t.get("num_train_epochs"),
+            "max steps": steps if steps > 0 else None,
+            "Adam betas": [t.get("adam_beta1", .9), t.get("adam_beta2", .999)] if adam else None,
+            "Adam epsilon": t.get("adam_epsilon", 1e-8) if adam else None}
 
 # %% ../../nbs/55_export/3_card.ipynb #a338d139
 def training_facts(
@@ -72,13 +84,16 @@ def training_facts(
     t, m = c.get("training_args") or {}, c.get("model_args") or {}
     world = record.get("topology") or {}
     weighted, irl = c.get("trainer") in ("plw", "ln-plw", "irl"), c.get("trainer") == "irl"
-    loss = {"stage": record.get("stage"), "loss": c.get("trainer"), "prompt loss weight": (c.get("plw_args") or {}).get("prompt_loss_weight") if weighted else None,
-            "lambda_td": (c.get("irl_args") or {}).get("lambda_td") if irl else None, "base model": m.get("model_name_or_path"),
-            "global batch": c.get("global_batch_size"), "processes": world.get("world_size"), "ZeRO stage": world.get("zero_stage")}
+    loss = {"stage": record.get("stage"), "loss": c.get("trainer"),
+            "prompt loss weight": (c.get("plw_args") or {}).get("prompt_loss_weight") if weighted else None,
+            "lambda_td": (c.get("irl_args") or {}).get("lambda_td") if irl else None,
+            "base model": m.get("model_name_or_path"), "global batch": c.get("global_batch_size"),
+            "processes": world.get("world_size"), "ZeRO stage": world.get("zero_stage")}
     final = record.get("final") or {}
-    return (loss | lora_facts(record, folder) | optimizer_facts(t) | {k.replace("_", " "): t.get(k) for k in CARD_SETTINGS}
-            | {"precision": (record.get("resolved") or {}).get("dtype"), "steps": final.get("step"), "train loss": final.get("train_loss"),
-               "trained tokens": final.get("total_trained_tokens")})
+    return (loss | lora_facts(record, folder) | optimizer_facts(t)
+            | {k.replace("_", " "): t.get(k) for k in CARD_SETTINGS}
+            | {"precision": (record.get("resolved") or {}).get("dtype"), "steps": final.get("step"),
+               "train loss": final.get("train_loss"), "trained tokens": final.get("total_trained_tokens")})
 
 # %% ../../nbs/55_export/3_card.ipynb #924c0984
 def merge_sources(
@@ -86,7 +101,8 @@ def merge_sources(
 )->list[dict]: # source, parameters, layers
     "What a merge was made from, in the order of its document"
     name = lambda x: "+".join(map(card_value, x.split("+"))) if isinstance(x, str) else card_value(x)
-    parts = [p for key in ("slices", "modules") for p in (doc.get(key).values() if isinstance(doc.get(key), dict) else doc.get(key) or [])]
+    parts = [p for key in ("slices", "modules")
+             for p in (doc.get(key).values() if isinstance(doc.get(key), dict) else doc.get(key) or [])]
     parts = [q for p in parts for q in (p.get("slices") or [p])] # modules hold slices
     named = [*(doc.get("models") or []), *(x for p in parts for x in p.get("sources") or [])]
     return [dict(path=x.get("model"), source=name(x.get("model")), parameters=card_value(x.get("parameters") or {}),
@@ -98,19 +114,29 @@ def merge_text(
 )->str: # Markdown; empty where it does not
     "Method, sources, weights, base and distances of a merge"
     import yaml
-    path, c, out = Path(source.path)/"merge.yaml", source.record.get("config") or {}, ""
-    docs = [d for d in yaml.safe_load_all(path.read_text()) if d] if path.is_file() else [c["model_merging"]] if c.get("model_merging") else []
+    path = Path(source.path)/"merge.yaml"
+    c = source.record.get("config") or {}
+    out = ""
+    docs = ([d for d in yaml.safe_load_all(path.read_text()) if d] if path.is_file() else [c["model_merging"]]
+            if c.get("model_merging") else [])
     for d in docs:
         told = (source.record.get("merge") or {}).get(d.get("name") or "result") or {}
         far, compared = told.get("distances") or {}, (told.get("compared") or {}).get("largest_difference")
         place = {m: i for i, m in enumerate(far.get("models", []))}
-        facts = {"document": d.get("name"), "method": d.get("merge_method"), "base": d.get("base_model"), "parameters": d.get("parameters"), "dtype": d.get("dtype"),
-                 "config and tokenizer of": told.get("donor"), "largest difference to the definition": compared, "norm of the base" if d.get("base_model") else
-                 "norm of the mean": far.get("reference_norm"), "distance of the result from it": (far.get("norm") or {}).get("merged"), "notices": told.get("notices") or None}
+        facts = {"document": d.get("name"), "method": d.get("merge_method"), "base": d.get("base_model"),
+                 "parameters": d.get("parameters"), "dtype": d.get("dtype"),
+                 "config and tokenizer of": told.get("donor"), "largest difference to the definition": compared,
+                 "norm of the base" if d.get("base_model") else "norm of the mean": far.get("reference_norm"),
+                 "distance of the result from it": (far.get("norm") or {}).get("merged"),
+                 "notices": told.get("notices") or None}
         number = lambda x: "" if x is None else f"{x:.4g}"
-        lines = [f"| {s['source']} | {s['parameters']} | {s['layers']} | {number((far.get('norm') or {}).get(s['path']) if s['path'] in place else None)} | "
-                 f"{number(far['apart'][place[s['path']]][-1] if s['path'] in place else None)} |" for s in merge_sources(d)]
-        out += card_table(facts) + "\n" + "\n".join(["| source | parameters | layers | from the base or mean | from the result |", "|---|---|---|---|---|", *lines]) + "\n\n"
+        lines = [f"| {s['source']} | {s['parameters']} | {s['layers']} | "
+                 f"{number((far.get('norm') or {}).get(s['path']) if s['path'] in place else None)} | "
+                 f"{number(far['apart'][place[s['path']]][-1] if s['path'] in place else None)} |"
+                 for s in merge_sources(d)]
+        out += card_table(facts) + "\n" + "\n".join([
+            "| source | parameters | layers | from the base or mean | from the result |", "|---|---|---|---|---|",
+            *lines]) + "\n\n"
     return out
 
 # %% ../../nbs/55_export/3_card.ipynb #e967e51b
@@ -123,7 +149,9 @@ def mixture_of(
     made = run.made_by(name) if name else []
     for p in run.all_runs(runs_dir) if made else []:
         r = run.read_record(p)
-        if r.get("hash") == made[0]["hash"]: return [{k: s.get(k) for k in ("source", "rows", "row_share", "token_share")} for s in r.get("sources") or []]
+        if r.get("hash") == made[0]["hash"]:
+            return [{k: s.get(k) for k in ("source", "rows", "row_share", "token_share")}
+                    for s in r.get("sources") or []]
     return []
 
 # %% ../../nbs/55_export/3_card.ipynb #05cefaf5
@@ -133,11 +161,15 @@ def data_text(
 )->str: # Markdown
     "The data of a run: rows, tokens, mixture"
     c, counts = record.get("config") or {}, (record.get("counts") or {}).get("train") or {}
-    facts = {"dataset": c.get("dataset_name"), "path": (c.get("dataset_args") or {}).get("dataset_name"), "rows": counts.get("out"),
-             "dropped": sum((counts.get("dropped") or {}).values()) or None, "tokens": counts.get("tokens"), "tokens of completions": counts.get("completion_tokens")}
+    facts = {"dataset": c.get("dataset_name"), "path": (c.get("dataset_args") or {}).get("dataset_name"),
+             "rows": counts.get("out"), "dropped": sum((counts.get("dropped") or {}).values()) or None,
+             "tokens": counts.get("tokens"), "tokens of completions": counts.get("completion_tokens")}
     percent = lambda x: "" if x is None else f"{100*x:.1f} %"
-    lines = [f"| {card_value(s['source'])} | {s['rows']} | {percent(s['row_share'])} | {percent(s['token_share'])} |" for s in mixture_of(record, runs_dir)]
-    return card_table(facts) + ("\n" + "\n".join(["| source | rows | of the rows | of the tokens |", "|---|---|---|---|", *lines]) + "\n" if lines else "")
+    lines = [f"| {card_value(s['source'])} | {s['rows']} | {percent(s['row_share'])} | {percent(s['token_share'])} |"
+             for s in mixture_of(record, runs_dir)]
+    return card_table(facts) + ("\n"
+                                + "\n".join(["| source | rows | of the rows | of the tokens |", "|---|---|---|---|",
+                                                 *lines]) + "\n" if lines else "")
 
 # %% ../../nbs/55_export/3_card.ipynb #e91ab006
 def evaluation_text(
@@ -147,10 +179,13 @@ def evaluation_text(
     rows = {}
     for when, e in (record.get("evaluation") or {}).items():
         if isinstance(e, dict) and isinstance(e.get("accuracy"), (int, float)):
-            interval = f" (95 % interval {100*e['interval'][0]:.1f} to {100*e['interval'][1]:.1f} %)" if e.get("interval") else ""
-            rows[f"accuracy, {when}"] = f"{100*e['accuracy']:.1f} % on {e.get('n')} prompts of {card_value(e.get('dataset'))}{interval}"
+            interval = (f" (95 % interval {100*e['interval'][0]:.1f} to {100*e['interval'][1]:.1f} %)"
+                        if e.get("interval") else "")
+            rows[f"accuracy, {when}"] = (f"{100*e['accuracy']:.1f} % on {e.get('n')} prompts of "
+                f"{card_value(e.get('dataset'))}{interval}")
     metrics = (record.get("final") or {}).get("metrics") or {}
-    return card_table(rows | {k.replace("_", " "): v for k, v in metrics.items() if "/" not in k and isinstance(v, (int, float))})
+    return card_table(
+        rows | {k.replace("_", " "): v for k, v in metrics.items() if "/" not in k and isinstance(v, (int, float))})
 
 # %% ../../nbs/55_export/3_card.ipynb #3e5456aa
 def usage_text(
@@ -179,7 +214,8 @@ def model_card(
     versions, git = attempts[-1].get("versions") or {}, attempts[-1].get("git") or {}
     line = lambda p: ", ".join(f"{k} {card_value(v)[:16] if k == 'hash' else card_value(v)}" for k, v in p.items() if v)
     parents = {f"parent {i}": line(p) for i, p in enumerate([*source.parents, *(r.get("parents") or [])], 1)}
-    export = {"checkpoint": source.name, "architecture": facts["architecture"], "parameters": f"{facts['parameters']:,}", "dtype": facts["dtype"],
+    export = {"checkpoint": source.name, "architecture": facts["architecture"],
+              "parameters": f"{facts['parameters']:,}", "dtype": facts["dtype"],
               "largest difference of logits to the checkpoint": facts["max_difference"],
               "dialogues with the ids of training": facts["dialogues"]}
     merge, trained = merge_text(source), card_table(training_facts(r, source.path))

@@ -30,10 +30,12 @@ def check_tokenizer(
     from post_training.tokens.tokenizer import template_fingerprint
     highest, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().weight.shape[0]
     if highest >= rows:
-        raise UserError(f"The tokenizer has ids up to {highest} and the model only {rows} rows of embeddings: tokenizer_args and model_args do not belong together.")
+        raise UserError(f"The tokenizer has ids up to {highest} and the model only {rows} rows of embeddings: "
+                        "tokenizer_args and model_args do not belong together.")
     before = (record.get("fingerprints") or {}).get("template")
     if before and before != template_fingerprint(tokenizer):
-        raise UserError("The chat template is not the one that this run was trained with. Leave tokenizer_args.chat_template_name at null: the checkpoint holds its own.")
+        raise UserError("The chat template is not the one that this run was trained with. Leave "
+                        "tokenizer_args.chat_template_name at null: the checkpoint holds its own.")
 
 # %% ../../nbs/55_export/2_parity.ipynb #663848a3
 def set_generation_ids(
@@ -42,7 +44,9 @@ def set_generation_ids(
 ):
     "Special ids and stop tokens as training has them, a cache for generation, and sampling settings that can be saved"
     from post_training.tokens.tokenizer import config_ids
-    ids, c, g = config_ids(tokenizer), model.config, model.generation_config
+    ids = config_ids(tokenizer)
+    c = model.config
+    g = model.generation_config
     for name, value in ids.items():
         setattr(c.get_text_config(), name, value)
         if name != "eos_token_id": setattr(g, name, value)
@@ -65,12 +69,14 @@ DIALOGUES = { # name -> plain messages
 # %% ../../nbs/55_export/2_parity.ipynb #dd7d3936
 def own_dialogues()->list[tuple]: # (name, plain messages, tools)
     "The dialogues of `DIALOGUES`, and one with a tool"
-    out = [(name, [dict(role=t[0], content=t[1], **(dict(reasoning_content=t[2]) if len(t) > 2 else {})) for t in turns], None) for name, turns in DIALOGUES.items()]
+    out = [(name,
+            [dict(role=t[0], content=t[1], **(dict(reasoning_content=t[2]) if len(t) > 2 else {})) for t in turns],
+            None) for name, turns in DIALOGUES.items()]
     numbers = dict(type="object", properties={k: dict(type="number") for k in "ab"})
     tool = dict(type="function", function=dict(name="add", description="Add two numbers", parameters=numbers))
     call = dict(type="function", id="c0", function=dict(name="add", arguments=json.dumps(dict(a=1, b=2))))
-    used = [dict(role="user", content="Add 1 and 2."), dict(role="assistant", content="", tool_calls=[call]), dict(role="tool", tool_call_id="c0", content="3"),
-            dict(role="assistant", content="3")]
+    used = [dict(role="user", content="Add 1 and 2."), dict(role="assistant", content="", tool_calls=[call]),
+            dict(role="tool", tool_call_id="c0", content="3"), dict(role="assistant", content="3")]
     return [*out, ("tools", used, [tool])]
 
 # %% ../../nbs/55_export/2_parity.ipynb #646af48e
@@ -87,7 +93,8 @@ def training_dialogues(
     trained, n = (record.get("config") or {}).get("dataset_args") or {}, cfg["parity"]["dialogues"]
     name = cfg["dataset_args"]["dataset_name"] or trained.get("dataset_name")
     if not name or not n: return [], "no training data is compared: set dataset_args.dataset_name"*(n > 0)
-    split = cfg["dataset_args"]["split"] or (None if cfg["dataset_args"]["dataset_name"] else (trained.get("train_split") or {}).get("name"))
+    split = (cfg["dataset_args"]["split"]
+             or (None if cfg["dataset_args"]["dataset_name"] else (trained.get("train_split") or {}).get("name")))
     try: rows = load_rows(run.local_path_or_name(name), split)
     except UserError as e:
         if cfg["dataset_args"]["dataset_name"]: raise
@@ -95,7 +102,9 @@ def training_dialogues(
     columns, out = None if is_swissai(rows.column_names) else format_of(rows.column_names), []
     for i in range(min(n, len(rows))):
         row = rows[i*len(rows)//min(n, len(rows))]
-        try: out.append((f"training row {row.get('id', i*len(rows)//min(n, len(rows)))}", row_messages(row, columns, blocks), template_tools([row], columns, blocks)[0]))
+        try:
+            out.append((f"training row {row.get('id', i*len(rows)//min(n, len(rows)))}",
+                        row_messages(row, columns, blocks), template_tools([row], columns, blocks)[0]))
         except (MalformedRow, UnsupportedContent): pass
     return out, ""
 
@@ -108,7 +117,9 @@ def ids_of(
 )->list[int]: # empty where the template refuses
     "Ids of a dialogue as anyone would ask for them"
     import jinja2
-    try: return list(tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True)["input_ids"])
+    try:
+        return list(tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=add_generation_prompt,
+                                                  tokenize=True, return_dict=True)["input_ids"])
     except jinja2.exceptions.TemplateError: return []
 
 # %% ../../nbs/55_export/2_parity.ipynb #9a91bc01
@@ -130,14 +141,19 @@ def compare_ids(
         try: messages = to_structured(given, tools) if blocks else given
         except (MalformedRow, UnsupportedContent) as e: row["note"] = str(e); continue
         beside = None if blocks else tools
-        meant, typed = (tokenize_chats(trained, [messages], allow_control_tokens_in_content=a, tools=[beside])[0] for a in (True, False))
+        meant, typed = (tokenize_chats(trained, [messages], allow_control_tokens_in_content=a, tools=[beside])[0]
+                        for a in (True, False))
         if isinstance(meant, Refused): row["note"] = f"no place in this template ({meant.reason})"; continue
         last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
-        pairs = [(messages, meant.input_ids.tolist(), False), (messages[:last], prompt_ids(trained, messages[:last], True, beside).tolist(), True)]
-        if blocks and not is_structured(given) and not tools and with_plain_messages(exported.chat_template) == exported.chat_template: pairs.append((given, pairs[0][1], False))
+        pairs = [(messages, meant.input_ids.tolist(), False),
+                 (messages[:last], prompt_ids(trained, messages[:last], True, beside).tolist(), True)]
+        if blocks and not is_structured(given) and not tools and with_plain_messages(
+            exported.chat_template) == exported.chat_template:
+            pairs.append((given, pairs[0][1], False))
         row["same"] = all(ids_of(exported, m, beside, ask) == want for m, want, ask in pairs)
         row |= dict(tokens=len(meant.input_ids), ids=pairs[0][1], chat=meant)
-        if isinstance(typed, Refused) or typed.input_ids.tolist() != pairs[0][1]: row["note"] = "control tokens in a message: training reads them as text"
+        if isinstance(typed, Refused) or typed.input_ids.tolist() != pairs[0][1]:
+            row["note"] = "control tokens in a message: training reads them as text"
     return out
 
 # %% ../../nbs/55_export/2_parity.ipynb #71144fc1
@@ -148,7 +164,8 @@ def logits_of(
 )->list: # of tensors [T, V], in the model's precision
     "Logits at every position of some rows, one row at a time"
     import torch
-    with torch.no_grad(): return [model(input_ids=torch.tensor([ids[:max_tokens]], device=model.device)).logits[0].cpu() for ids in rows]
+    with torch.no_grad():
+        return [model(input_ids=torch.tensor([ids[:max_tokens]], device=model.device)).logits[0].cpu() for ids in rows]
 
 # %% ../../nbs/55_export/2_parity.ipynb #92e6914b
 def compare_logits(
@@ -171,10 +188,14 @@ def check_export_parity(
 ):
     "Refuse an export that differs from the checkpoint"
     if wrong := [r["dialogue"] for r in compared if r["same"] is False]:
-        raise UserError(f"{len(wrong)} of {len(compared)} dialogues have other ids in the exported tokenizer than in training, such as {wrong[0]!r}. Nothing was written.")
+        raise UserError(f"{len(wrong)} of {len(compared)} dialogues have other ids in the exported tokenizer than in "
+                        f"training, such as {wrong[0]!r}. Nothing was written.")
     if not any(r["same"] for r in compared):
-        raise UserError(f"The template has no place for any of the dialogues ({compared[0]['note']}): nothing could be compared, nothing was written.")
+        raise UserError(f"The template has no place for any of the dialogues ({compared[0]['note']}): nothing could be "
+                        "compared, nothing was written.")
     bound = 0. if same_dtype else max_difference*logits["largest"]
     if not logits["max_difference"] <= bound:
-        raise UserError(f"The logits of the exported folder are off by up to {logits['max_difference']:.3g}, more than {bound:.3g}. "
-                        + ("Nothing was written." if same_dtype else "Nothing was written: choose a wider dtype, or a larger parity.max_difference."))
+        raise UserError(f"The logits of the exported folder are off by up to {logits['max_difference']:.3g}, more than "
+                        f"{bound:.3g}. "
+                        + ("Nothing was written." if same_dtype
+                           else "Nothing was written: choose a wider dtype, or a larger parity.max_difference."))

@@ -19,7 +19,8 @@ def serve_command(
 )->list[str]: # to be started with HF_HUB_OFFLINE=1
     "What starts a server on a folder, for this machine alone"
     program = Path(sys.executable).parent/"transformers"
-    return [str(program) if program.exists() else "transformers", "serve", str(folder), "--host", "127.0.0.1", "--port", str(port), "--device", device, "--log-level", "warning"]
+    return [str(program) if program.exists() else "transformers", "serve", str(folder), "--host", "127.0.0.1", "--port",
+            str(port), "--device", device, "--log-level", "warning"]
 
 # %% ../../nbs/55_export/4_serving.ipynb #19f74ff5
 def free_port()->int:
@@ -37,8 +38,12 @@ def temporary_server(
 ):
     "A server on a folder during the block, at a free port; yields its address"
     port, log = free_port(), tempfile.TemporaryFile()
-    try: process = subprocess.Popen(serve_command(folder, port, device), env=os.environ | dict(HF_HUB_OFFLINE="1"), stdout=log, stderr=log, start_new_session=True)
-    except FileNotFoundError: raise UserError("There is no `transformers` command: install the extra serve (pip install 'post_training[serve]').") from None
+    try:
+        process = subprocess.Popen(serve_command(folder, port, device), env=os.environ | dict(HF_HUB_OFFLINE="1"),
+                                   stdout=log, stderr=log, start_new_session=True)
+    except FileNotFoundError:
+        raise UserError("There is no `transformers` command: install the extra serve (pip install "
+                        "'post_training[serve]').") from None
     try:
         end = time.monotonic() + seconds
         while True:
@@ -73,7 +78,8 @@ def library_texts(
     tokenizer = tokenizer or read_tokenizer(str(folder))
     form = to_structured if wants_blocks(tokenizer.chat_template) else (lambda messages: messages)
     model = load_model(str(folder), dtype_of(str(folder)), device=device or "cpu")
-    return generate_completions(model, tokenizer, [prompt_ids(tokenizer, form(m)).tolist() for m in dialogues], max_new_tokens, batch_size=1)
+    return generate_completions(model, tokenizer, [prompt_ids(tokenizer, form(m)).tolist() for m in dialogues],
+                                max_new_tokens, batch_size=1)
 
 # %% ../../nbs/55_export/4_serving.ipynb #651dffd2
 def serving_parity(
@@ -85,13 +91,20 @@ def serving_parity(
 )->list[dict]: # prompt, library, server, same, why
     "The answers of a server beside those of the library"
     try: import openai
-    except ImportError: raise UserError("Asking a server needs the openai client: install the extra serve (pip install 'post_training[serve]').") from None
+    except ImportError:
+        raise UserError("Asking a server needs the openai client: install the extra serve (pip install "
+                        "'post_training[serve]').") from None
     client, out = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=600), []
     for messages, mine in zip(dialogues, library_texts(folder, dialogues, tokenizer, max_new_tokens)):
-        try: reply = client.chat.completions.create(model=str(folder), messages=messages, temperature=0, max_tokens=max_new_tokens)
+        try:
+            reply = client.chat.completions.create(model=str(folder), messages=messages, temperature=0,
+                                                   max_tokens=max_new_tokens)
         except openai.APIStatusError as e:
-            out.append(dict(prompt=messages[-1]["content"], library=mine["text"], server=None, same=False, why=f"refused: {str(e).strip().splitlines()[-1][:200]}")); continue
+            out.append(dict(prompt=messages[-1]["content"], library=mine["text"], server=None, same=False,
+                            why=f"refused: {str(e).strip().splitlines()[-1][:200]}"))
+            continue
         text, n = reply.choices[0].message.content or "", reply.usage.completion_tokens
-        why = "" if text == mine["text"] else f"the server wrote {n} tokens, the library {len(mine['ids'])} ({mine['finish_reason']})"
+        why = ("" if text == mine["text"]
+               else f"the server wrote {n} tokens, the library {len(mine['ids'])} ({mine['finish_reason']})")
         out.append(dict(prompt=messages[-1]["content"], library=mine["text"], server=text, same=not why, why=why))
     return out

@@ -28,20 +28,25 @@ def find_checkpoint_source(
     runs_dir=None, # where records are; None: `run.runs_root`
 )->CheckpointSource:
     "The checkpoint that a name means, compared with its manifest"
-    if not name.startswith("run:") and (config.site_path(name)/"record.json").is_file(): name = f"run:{config.site_path(name)}"
+    if not name.startswith("run:") and (config.site_path(name)/"record.json").is_file():
+        name = f"run:{config.site_path(name)}"
     path, lineage = run.base_model(name, runs_dir)
     if lineage:
         run_dir = run.find_run(name[4:], runs_dir, parts=False)
         return CheckpointSource(path, f"{run_dir.name}-{Path(path).name}", run.read_record(run_dir), lineage["parents"])
     folder = Path(path)
     if name.startswith((".", "~", "/")) and not folder.is_dir():
-        raise UserError(f"There is no folder {name} (looked for {config.site_path(name)}; relative names are below the project root).")
+        raise UserError(f"There is no folder {name} (looked for {config.site_path(name)}; relative names are below the "
+                        "project root).")
     if not (folder/MANIFEST).is_file(): return CheckpointSource(path, folder.name)
-    if wrong := verify_manifest(folder): raise UserError(f"{name} is not whole: {wrong[0]}. Name another checkpoint, or copy it again.")
+    if wrong := verify_manifest(folder):
+        raise UserError(f"{name} is not whole: {wrong[0]}. Name another checkpoint, or copy it again.")
     digest = json.loads((folder/MANIFEST).read_text()).get("config_hash")
-    record = next((r for p in run.all_runs(runs_dir) if digest and p.name.endswith(f"-{digest[:8]}") for r in [run.read_record(p)] if r.get("hash") == digest), {})
+    record = next((r for p in run.all_runs(runs_dir) if digest and p.name.endswith(f"-{digest[:8]}")
+                   for r in [run.read_record(p)] if r.get("hash") == digest), {})
     parents = [dict(run=record.get("id"), hash=digest, checkpoint=folder.name)] if record else []
-    return CheckpointSource(path, f"{record['id'].rpartition('-')[0]}-{folder.name}" if record else folder.name, record, parents)
+    return CheckpointSource(path, f"{record['id'].rpartition('-')[0]}-{folder.name}" if record else folder.name, record,
+                            parents)
 
 # %% ../../nbs/55_export/1_weights.ipynb #a4465b16
 def weights_kind(
@@ -54,14 +59,20 @@ def weights_kind(
     if parts and (consolidate == "master" or not list(folder.glob("*.safetensors*"))):
         known = json.loads((folder/MANIFEST).read_text())["files"] if (folder/MANIFEST).is_file() else {}
         if strange := [p.name for p in folder.glob("*/*_states.pt") if str(p.relative_to(folder)) not in known]:
-            raise UserError(f"{folder.name} holds its weights as pickles that no manifest of ours lists ({strange[0]}), which may run code when they are read. "
-                            "If you trust them: `python zero_to_fp32.py . OUT --safe_serialization` in that folder, then export OUT.")
+            raise UserError(
+                f"{folder.name} holds its weights as pickles that no manifest of ours lists ({strange[0]}), which may "
+                "run code when they are read. "
+                "If you trust them: `python zero_to_fp32.py . OUT --safe_serialization` in that folder, then export "
+                "OUT.")
         return "partitions"
-    if consolidate == "master": raise UserError(f"consolidate=master: {folder.name} holds no partitions of ZeRO. Leave it at auto.")
+    if consolidate == "master":
+        raise UserError(f"consolidate=master: {folder.name} holds no partitions of ZeRO. Leave it at auto.")
     if (folder/"adapter_config.json").is_file(): return "adapter"
     if list(folder.glob("*.safetensors*")): return "weights"
     pickled = next((p.name for p in folder.glob("*.bin")), None)
-    raise UserError(f"{folder.name} holds no safetensors" + (f" but {pickled}, a pickle, which is not read. Convert it first." if pickled else ": name a whole checkpoint."))
+    raise UserError(f"{folder.name} holds no safetensors"
+                    + (f" but {pickled}, a pickle, which is not read. Convert it first." if pickled
+                       else ": name a whole checkpoint."))
 
 # %% ../../nbs/55_export/1_weights.ipynb #c00e4d36
 def weight_file_header(
@@ -86,13 +97,17 @@ def weight_faults(
     for name in sorted({*where.values()} or {p.name for p in folder.glob("*.safetensors")}):
         if not (folder/name).is_file(): wrong.append(f"{name} is missing, which the index names"); continue
         try: header, size = weight_file_header(folder/name)
-        except (ValueError, KeyError, TypeError, AttributeError, struct.error): wrong.append(f"the header of {name} is not readable: the file is cut or no safetensors"); continue
-        if (folder/name).stat().st_size != size: wrong.append(f"{name} has {(folder/name).stat().st_size:,} bytes and should have {size:,}: it is cut")
-        wrong += [f"{name} lacks the tensor {t}, which the index names" for t, file in where.items() if file == name and t not in header]
+        except (ValueError, KeyError, TypeError, AttributeError, struct.error):
+            wrong.append(f"the header of {name} is not readable: the file is cut or no safetensors"); continue
+        if (folder/name).stat().st_size != size:
+            wrong.append(f"{name} has {(folder/name).stat().st_size:,} bytes and should have {size:,}: it is cut")
+        wrong += [f"{name} lacks the tensor {t}, which the index names" for t, file in where.items()
+                  if file == name and t not in header]
     return wrong
 
 # %% ../../nbs/55_export/1_weights.ipynb #f439c697
-STORED_DTYPES = {"F32": "float32", "F64": "float32", "BF16": "bfloat16", "F16": "float16"} # of tensors in files -> of parameters, the widest first
+# of tensors in files -> of parameters, the widest first
+STORED_DTYPES = {"F32": "float32", "F64": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 # %% ../../nbs/55_export/1_weights.ipynb #3bad8fd1
 def dtype_of(
@@ -104,8 +119,11 @@ def dtype_of(
         found = {v["dtype"] for p in Path(path).glob("*.safetensors") for v in weight_file_header(p)[0].values()}
         return next((name for kind, name in STORED_DTYPES.items() if kind in found), "float32")
     from transformers import AutoConfig
-    try: return str(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).dtype or "float32").removeprefix("torch.")
-    except (OSError, ValueError) as e: raise UserError(f"Cannot read the configuration of {path}: {str(e).strip().splitlines()[0]}") from e
+    try:
+        return str(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).dtype
+                   or "float32").removeprefix("torch.")
+    except (OSError, ValueError) as e:
+        raise UserError(f"Cannot read the configuration of {path}: {str(e).strip().splitlines()[0]}") from e
 
 # %% ../../nbs/55_export/1_weights.ipynb #93c64aeb
 def load_weights(
@@ -117,11 +135,17 @@ def load_weights(
     from post_training.models.load import load_model, model_path
     model_path(path)
     if Path(path).is_dir() and (wrong := weight_faults(path)):
-        raise UserError(f"{Path(path).name} is not whole: {'; '.join(wrong[:3])}. Copy it again, or name another checkpoint.")
-    model, info = load_model(path, dtype_of(path, trust_remote_code), revision=revision, trust_remote_code=trust_remote_code, output_loading_info=True)
+        raise UserError(f"{Path(path).name} is not whole: {'; '.join(wrong[:3])}. Copy it again, or name another "
+                        "checkpoint.")
+    model, info = load_model(path, dtype_of(path, trust_remote_code), revision=revision,
+                             trust_remote_code=trust_remote_code, output_loading_info=True)
     lost = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
-    if lost: raise UserError(f"{Path(path).name} lacks {len(lost)} tensors of its architecture, such as {lost[0]}: they would be random numbers. Name a whole checkpoint.")
-    if more := sorted(info["unexpected_keys"]): raise UserError(f"{Path(path).name} has {len(more)} tensors that its architecture has no place for, such as {more[0]}.")
+    if lost:
+        raise UserError(f"{Path(path).name} lacks {len(lost)} tensors of its architecture, such as {lost[0]}: they "
+                        "would be random numbers. Name a whole checkpoint.")
+    if more := sorted(info["unexpected_keys"]):
+        raise UserError(f"{Path(path).name} has {len(more)} tensors that its architecture has no place for, such as "
+                        f"{more[0]}.")
     return model
 
 # %% ../../nbs/55_export/1_weights.ipynb #3465ec9d
@@ -136,9 +160,12 @@ def load_adapter(
     named = base_model or json.loads((Path(path)/"adapter_config.json").read_text()).get("base_model_name_or_path")
     if not named: raise UserError(f"{Path(path).name} is an adapter that names no base: set base_model.")
     try: base = load_weights(run.base_model(named, runs_dir)[0], **load_args)
-    except UserError as e: raise UserError(f"The base of the adapter {Path(path).name}: {e} Set base_model to the model that it was trained on.") from e
+    except UserError as e:
+        raise UserError(f"The base of the adapter {Path(path).name}: {e} Set base_model to the model that it "
+                        "was trained on.") from e
     try: return PeftModel.from_pretrained(base, path).merge_and_unload()
-    except (RuntimeError, ValueError) as e: raise UserError(f"{Path(path).name} does not fit its base {named}: {str(e).strip().splitlines()[0]}") from e
+    except (RuntimeError, ValueError) as e:
+        raise UserError(f"{Path(path).name} does not fit its base {named}: {str(e).strip().splitlines()[0]}") from e
 
 # %% ../../nbs/55_export/1_weights.ipynb #ad47281f
 def load_partitions(
@@ -154,13 +181,18 @@ def load_partitions(
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
         try: state = get_fp32_state_dict_from_zero_checkpoint(path)
         except (OSError, ValueError, KeyError, RuntimeError, EOFError) as e:
-            raise UserError(f"The partitions of {Path(path).name} cannot be put together: {str(e).splitlines()[0]}") from e
+            raise UserError(f"The partitions of {Path(path).name} cannot be put together: "
+                            f"{str(e).splitlines()[0]}") from e
         c = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_config(c, dtype=torch.float32, trust_remote_code=trust_remote_code).float()
-    if any(".lora_" in k for k in state): raise UserError(f"{Path(path).name} was trained with adapters: its partitions hold no plain weights. Leave consolidate at auto.")
+    if any(".lora_" in k for k in state):
+        raise UserError(f"{Path(path).name} was trained with adapters: its partitions hold no plain weights. Leave "
+                        "consolidate at auto.")
     found = model.load_state_dict(state, strict=False)
     lost = [k for k in found.missing_keys if k in dict(model.named_parameters())] # a tied matrix has one name here
-    if lost or found.unexpected_keys: raise UserError(f"The partitions of {Path(path).name} do not fit its config.json: {(lost + found.unexpected_keys)[0]}.")
+    if lost or found.unexpected_keys:
+        raise UserError(f"The partitions of {Path(path).name} do not fit its config.json: "
+                        f"{(lost + found.unexpected_keys)[0]}.")
     model.generation_config = GenerationConfig.from_pretrained(path)
     return model
 
@@ -178,5 +210,7 @@ def load_checkpoint_source(
     elif kind == "adapter": model = load_adapter(path, cfg["base_model"], cfg["runs_dir"], **more)
     else: model = load_weights(path, m["model_revision"], **more)
     odd = [n for n, p in model.state_dict().items() if p.is_floating_point() and not torch.isfinite(p).all()]
-    if odd: raise UserError(f"{source.name}: {len(odd)} tensors hold numbers that are not finite, such as {odd[0]}. Export an earlier checkpoint.")
+    if odd:
+        raise UserError(f"{source.name}: {len(odd)} tensors hold numbers that are not finite, such as {odd[0]}. Export "
+                        "an earlier checkpoint.")
     return model.eval()

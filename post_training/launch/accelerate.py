@@ -30,20 +30,25 @@ def check_launch(
     cluster = cfg.get("cluster") or {}
     if this_job(): return # on a cluster the nodes are looked at by post_training.launch.preflight
     if cluster.get("launcher", "local") != "local":
-        raise UserError(f"cluster={cluster.get('name')} hands jobs to a scheduler; this command starts them on this machine. Set cluster=local.")
+        raise UserError(f"cluster={cluster.get('name')} hands jobs to a scheduler; this command starts them on this "
+                        "machine. Set cluster=local.")
     if cfg["stage"] not in TRAINING_STAGES: return
     n = batch_arithmetic(cfg)["world_size"]
     if device_of(cfg) == "cuda" and visible_gpus() < n:
-        raise UserError(f"{n} processes need {n} GPUs and this machine shows {visible_gpus()}. Set num_processes, or cluster.device=cpu.")
+        raise UserError(f"{n} processes need {n} GPUs and this machine shows {visible_gpus()}. Set num_processes, or "
+                        "cluster.device=cpu.")
 
 # %% ../../nbs/70_launch/4_accelerate.ipynb #9f8b316f
 def launch_settings(
     cfg:dict, # a composed, resolved config
 )->dict: # accelerate's own file format
     "The accelerate preset, made to fit this machine and the number of processes"
-    preset, n, cpu = yaml.safe_load(accelerate_file(cfg["accelerate_config"]).read_text()), batch_arithmetic(cfg)["world_size"], device_of(cfg) == "cpu"
-    preset |= dict(num_processes=n, num_machines=1, machine_rank=0, main_process_port=0) # 0: any free port, so that runs do not meet
-    if preset["distributed_type"] != "DEEPSPEED": preset |= dict(distributed_type="MULTI_GPU" if n > 1 else "NO", use_cpu=cpu)
+    preset, n, cpu = yaml.safe_load(accelerate_file(cfg[
+        "accelerate_config"]).read_text()), batch_arithmetic(cfg)["world_size"], device_of(cfg) == "cpu"
+    # 0: any free port, so that runs do not meet
+    preset |= dict(num_processes=n, num_machines=1, machine_rank=0, main_process_port=0)
+    if preset["distributed_type"] != "DEEPSPEED":
+        preset |= dict(distributed_type="MULTI_GPU" if n > 1 else "NO", use_cpu=cpu)
     return preset
 
 # %% ../../nbs/70_launch/4_accelerate.ipynb #20223b67
@@ -52,9 +57,11 @@ def rank_env(
 )->dict[str, str]:
     "What a worker has to be told about its device; nothing on GPUs"
     if device_of(cfg) == "cuda" or cfg["stage"] not in (*TRAINING_STAGES, *SHARD_STAGES): return {}
-    env = dict(CUDA_VISIBLE_DEVICES="", OMP_WAIT_POLICY=os.environ.get("OMP_WAIT_POLICY", "PASSIVE")) # idle threads must not spin on shared cores
+    # idle threads must not spin on shared cores
+    env = dict(CUDA_VISIBLE_DEVICES="", OMP_WAIT_POLICY=os.environ.get("OMP_WAIT_POLICY", "PASSIVE"))
     if cfg["stage"] in SHARD_STAGES: return env
-    return env | (dict(DS_ACCELERATOR="cpu") if launch_settings(cfg)["distributed_type"] == "DEEPSPEED" else dict(ACCELERATE_USE_CPU="true"))
+    return env | (dict(DS_ACCELERATOR="cpu") if launch_settings(cfg)["distributed_type"] == "DEEPSPEED"
+                  else dict(ACCELERATE_USE_CPU="true"))
 
 # %% ../../nbs/70_launch/4_accelerate.ipynb #bc34da28
 def launch_env(
@@ -62,9 +69,12 @@ def launch_env(
     attempt:int, # number, which the worker reads
 )->dict[str, str]:
     "The environment of a worker: this one, without what belongs to a notebook kernel or another launch"
-    inherited = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "MPLBACKEND", "DS_ACCELERATOR")
-    env = {k: v for k, v in os.environ.items() if k not in inherited and not k.startswith(("ACCELERATE_", "TORCHELASTIC_"))}
-    return env | dict(POST_TRAINING_ATTEMPT=str(attempt), POST_TRAINING_ROOT=str(project_root()), PYTHONUNBUFFERED="1") | rank_env(cfg)
+    inherited = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "MPLBACKEND",
+                 "DS_ACCELERATOR")
+    env = {k: v for k, v in os.environ.items()
+           if k not in inherited and not k.startswith(("ACCELERATE_", "TORCHELASTIC_"))}
+    return env | dict(POST_TRAINING_ATTEMPT=str(attempt), POST_TRAINING_ROOT=str(project_root()),
+                      PYTHONUNBUFFERED="1") | rank_env(cfg)
 
 # %% ../../nbs/70_launch/4_accelerate.ipynb #5217ea06
 def launch_command(
@@ -118,8 +128,9 @@ def run_supervised(
 )->int: # exit code
     "Run a command to its end; on any exception here, Ctrl-C and SIGTERM included, end it and its descendants first"
     with open(stdout, "ab") as out, open(stderr, "ab") as err, raise_on_sigterm():
-        p = subprocess.Popen([sys.executable, "-c", DIE_WITH_PARENT_CODE, str(os.getpid()), *argv], env=env, stdin=subprocess.DEVNULL,
-                             stdout=out, stderr=err, cwd=project_root(), start_new_session=True)
+        p = subprocess.Popen([sys.executable, "-c", DIE_WITH_PARENT_CODE, str(os.getpid()), *argv], env=env,
+                             stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=project_root(),
+                             start_new_session=True)
         try:
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired): return p.wait(0.3)
@@ -133,7 +144,8 @@ def run_progress(
     "Where a run is, from what it logged"
     rows = [r for r in read_metrics(run_dir) if "step" in r]
     last = next((r["loss"] for r in reversed(rows) if "loss" in r), None)
-    return rows[-1]["step"] if rows else 0, read_record(run_dir).get("total_steps"), f"loss {last:.4g}" if isinstance(last, (int, float)) else ""
+    return rows[-1]["step"] if rows else 0, read_record(run_dir).get("total_steps"), f"loss {last:.4g}" if isinstance(
+        last, (int, float)) else ""
 
 # %% ../../nbs/70_launch/4_accelerate.ipynb #956d5c98
 @contextlib.contextmanager
@@ -141,7 +153,8 @@ def show_progress(
     run_dir, # a run folder
 ):
     "Yield a function that shows the progress of a run where it can be shown"
-    if "IN_TEST" in os.environ or "POST_TRAINING_PARENT" in os.environ and not this_job(): yield lambda: None # the command that started this kernel shows it
+    if "IN_TEST" in os.environ or "POST_TRAINING_PARENT" in os.environ and not this_job():
+        yield lambda: None # the command that started this kernel shows it
     elif sys.stderr.isatty():
         from tqdm import tqdm
         with tqdm(unit="step", leave=False, dynamic_ncols=True) as bar:
@@ -150,7 +163,9 @@ def show_progress(
     elif "ipykernel" in sys.modules:
         from IPython.display import Markdown, display
         shown = display(Markdown("starting"), display_id=True)
-        def tick(): step, total, text = run_progress(run_dir); shown.update(Markdown(f"step {step}" + f" of {total}"*bool(total) + f", {text}"*bool(text)))
+        def tick():
+            step, total, text = run_progress(run_dir)
+            shown.update(Markdown(f"step {step}" + f" of {total}"*bool(total) + f", {text}"*bool(text)))
         yield tick; tick()
     else: yield lambda: None
 
@@ -169,7 +184,8 @@ def last_lines(
 )->str: # secrets removed
     "The end of a log, up to where the launcher begins to tell that a rank failed"
     lines = Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else []
-    told = next((i for i, line in enumerate(lines) if "elastic/multiprocessing/api.py" in line and "failed (exitcode" in line), len(lines))
+    told = next((i for i, line in enumerate(lines)
+                 if "elastic/multiprocessing/api.py" in line and "failed (exitcode" in line), len(lines))
     return redact("\n".join(lines[:told + 1][-n:]))
 
 # %% ../../nbs/70_launch/4_accelerate.ipynb #0b0b0cd8
@@ -200,7 +216,8 @@ def run_module(
     (folder/"error.json").unlink(missing_ok=True)
     env = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"} | dict(PYTHONUNBUFFERED="1") | (env or {})
     err = folder/f"{name}.stderr.log"
-    raise_for_exit(run_supervised([sys.executable, "-m", module, *map(str, args)], env, folder/f"{name}.stdout.log", err), folder, err)
+    raise_for_exit(run_supervised([sys.executable, "-m", module, *map(str, args)], env, folder/f"{name}.stdout.log",
+                                  err), folder, err)
     return 0
 
 # %% ../../nbs/70_launch/4_accelerate.ipynb #956be6d8
@@ -210,7 +227,8 @@ def raise_if_handed_over(
     "`HandedOver` where the workers left a word that they stopped as asked"
     try: told = json.loads((Path(folder)/"handed-over.json").read_text())
     except OSError: return
-    raise HandedOver(f"Training was asked to stop: {told['checkpoint']} is saved, and the next attempt goes on from it.")
+    raise HandedOver(f"Training was asked to stop: {told['checkpoint']} is saved, and the next attempt goes on from "
+                     "it.")
 
 # %% ../../nbs/70_launch/4_accelerate.ipynb #6f76d1d3
 def launch_ranks(
@@ -230,11 +248,15 @@ def launch_ranks(
     try:
         with show_progress(attempt.run_dir) as tick:
             if this_job(): code = follow_job(folder, tick)
-            else: code = run_supervised(argv, launch_env(cfg, attempt.number), folder/"stdout.log", folder/"stderr.log", tick)
+            else:
+                code = run_supervised(argv, launch_env(cfg, attempt.number), folder/"stdout.log", folder/"stderr.log",
+                                      tick)
         if code == 0: raise_if_handed_over(folder)
         raise_for_exit(code, folder, folder/("stderr.log" if (folder/"stderr.log").exists() else "preflight.log"))
     except BaseException as e:
-        if not attempt.attached: close_attempt(attempt.run_dir, attempt.number, HANDED_OVER if isinstance(e, HandedOver) else 2 if isinstance(e, UserError) else 1)
+        if not attempt.attached:
+            close_attempt(attempt.run_dir, attempt.number,
+                          HANDED_OVER if isinstance(e, HandedOver) else 2 if isinstance(e, UserError) else 1)
         raise
     return 0
 
@@ -264,10 +286,13 @@ def launch_evaluation(
     if not cfg["evaluation"]["num_prompts"] or name == "before" and not cfg["evaluation"]["before"]: return {}
     out = attempt.checkpoints_dir/f"evaluation-{name}.json"
     if not out.exists():
-        args = ["--config", attempt.config_path, "--name", name, "--out", out, *(["--checkpoint", checkpoint] if checkpoint else [])]
-        env = {k: v for k, v in launch_env(cfg, attempt.number).items() if k in ("CUDA_VISIBLE_DEVICES", "OMP_WAIT_POLICY")}
+        args = ["--config", attempt.config_path, "--name", name, "--out", out,
+                *(["--checkpoint", checkpoint] if checkpoint else [])]
+        env = {k: v for k, v in launch_env(cfg, attempt.number).items()
+               if k in ("CUDA_VISIBLE_DEVICES", "OMP_WAIT_POLICY")}
         try: run_module("post_training.evaluation.answers", args, attempt.attempt_dir, env, f"evaluation-{name}")
         except BaseException as e:
-            if not attempt.attached: close_attempt(attempt.run_dir, attempt.number, 2 if isinstance(e, UserError) else 1)
+            if not attempt.attached:
+                close_attempt(attempt.run_dir, attempt.number, 2 if isinstance(e, UserError) else 1)
             raise
     return json.loads(out.read_text())

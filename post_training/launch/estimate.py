@@ -21,7 +21,8 @@ from .model_sizes import (
     read_model_config, tokens_per_second)
 
 # %% ../../nbs/70_launch/3_estimate.ipynb #41a7f951
-PRECISION_POLICIES = { # bytes of a parameter, of its gradient, of an activation (what matrices multiply) and of the residual stream
+# bytes of a parameter, of its gradient, of an activation (what matrices multiply) and of the residual stream
+PRECISION_POLICIES = {
     "autocast": dict(parameter=4, gradient=4, work=2, residual=4),
     "bf16":     dict(parameter=2, gradient=2, work=2, residual=2),
     "float32":  dict(parameter=4, gradient=4, work=4, residual=4),
@@ -36,7 +37,8 @@ OPTIMIZERS = { # name: states per parameter, and full-sized temporaries of its s
 }
 
 # %% ../../nbs/70_launch/3_estimate.ipynb #25c736b7
-GRADIENT_BUCKET, ZERO3_LIVE_PARAMETERS = 500_000_000, 1_000_000_000 # numbers in DeepSpeed's bucket for gradients, and parameters that ZeRO-3 keeps gathered (or steps over at once)
+# numbers in DeepSpeed's bucket for gradients, and parameters that ZeRO-3 keeps gathered (or steps over at once)
+GRADIENT_BUCKET, ZERO3_LIVE_PARAMETERS = 500_000_000, 1_000_000_000
 
 # %% ../../nbs/70_launch/3_estimate.ipynb #400ecb17
 def model_states(
@@ -49,16 +51,23 @@ def model_states(
 )->dict: # bytes per GPU: parameters, gradients, optimizer, buffers, step
     "What is there whatever the batch; `step` are the temporaries of the optimizer's step"
     p, o = table_entry(PRECISION_POLICIES, policy, "policy"), table_entry(OPTIMIZERS, optimizer, "optimizer")
-    if zero_stage not in (0, 1, 2, 3) or world_size < 1: raise UserError(f"estimate: zero_stage is 0 to 3 and world_size at least 1, not {zero_stage} and {world_size}.")
+    if zero_stage not in (0, 1, 2, 3) or world_size < 1:
+        raise UserError(f"estimate: zero_stage is 0 to 3 and world_size at least 1, not {zero_stage} and {world_size}.")
     frozen, t = (0, n) if trained is None else (n, trained)
-    own = dict(parameter=4, gradient=4) if frozen and not zero_stage else p # adapters are in fp32 where no engine keeps a master of them
-    shared = [t/(world_size if zero_stage >= stage else 1) for stage in (1, 2, 3)] # parameters of an optimizer, a gradient, a weight shard
+    # adapters are in fp32 where no engine keeps a master of them
+    own = dict(parameter=4, gradient=4) if frozen and not zero_stage else p
+    # parameters of an optimizer, a gradient, a weight shard
+    shared = [t/(world_size if zero_stage >= stage else 1) for stage in (1, 2, 3)]
     fp32 = 4 if zero_stage else own["parameter"]
-    if zero_stage: buffers, step = GRADIENT_BUCKET*p["gradient"], 8*min(shared[0], ZERO3_LIVE_PARAMETERS if zero_stage == 3 else t) # fp32 gradients of the shard, and a temporary
+    if zero_stage:
+        # fp32 gradients of the shard, and a temporary
+        buffers, step = GRADIENT_BUCKET*p["gradient"], 8*min(shared[0], ZERO3_LIVE_PARAMETERS if zero_stage == 3 else t)
     else: buffers, step = t*own["gradient"]*(world_size > 1), t*fp32*o["temporaries"]
     if zero_stage == 3: buffers += min(frozen + t, ZERO3_LIVE_PARAMETERS)*p["parameter"]
-    of_optimizer, kept = fp32*o["states"] + (4 if zero_stage else 0), frozen*p["parameter"]/(world_size if zero_stage == 3 else 1)
-    return dict(parameters=kept + shared[2]*own["parameter"], gradients=shared[1]*own["gradient"], optimizer=shared[0]*of_optimizer, buffers=buffers, step=step)
+    of_optimizer, kept = fp32*o["states"] + (4 if zero_stage else 0), frozen*p["parameter"]/(
+        world_size if zero_stage == 3 else 1)
+    return dict(parameters=kept + shared[2]*own["parameter"], gradients=shared[1]*own["gradient"],
+                optimizer=shared[0]*of_optimizer, buffers=buffers, step=step)
 
 # %% ../../nbs/70_launch/3_estimate.ipynb #3756755e
 def layer_activations(
@@ -68,7 +77,11 @@ def layer_activations(
 )->int: # bytes per token of one layer
     "What a layer keeps for its backward"
     s, p = shape, table_entry(PRECISION_POLICIES, policy, "policy")
-    H, Q, K, F, a = s["hidden"], s["query"], s["key"], s["mlp"], p["work"]
+    H = s["hidden"]
+    Q = s["query"]
+    K = s["key"]
+    F = s["mlp"]
+    a = p["work"]
     full = s["norms"] != "pre" # normalised outputs are kept in fp32
     norms = (4 if s["norms"] == "both" else 2)*H*(4 + (4 if full else p["residual"]))
     qk = {"head": (Q + K)*(4 + (4 if s["norms"] == "both" else a)), "full": (Q + K)*8, None: 0}[s["qk_norm"]]
@@ -92,8 +105,12 @@ def head_memory(
     frozen:bool=False, # the head's weight gets no gradient
 )->tuple: # bytes at work in the forward, and in the backward
     "What the head needs beside the hidden states"
-    p, V, H, P = table_entry(PRECISION_POLICIES, policy, "policy"), shape["vocab"], shape["hidden"], positions
-    if table_entry(dict(fused=False, logits=True), head, "head"): return ((8, 16) if policy == "float32" else (10, 20))[0]*P*V, (16 if policy == "float32" else 20)*P*V
+    p = table_entry(PRECISION_POLICIES, policy, "policy")
+    V = shape["vocab"]
+    H = shape["hidden"]
+    P = positions
+    if table_entry(dict(fused=False, logits=True), head, "head"):
+        return ((8, 16) if policy == "float32" else (10, 20))[0]*P*V, (16 if policy == "float32" else 20)*P*V
     forward = P*H*p["residual"] + min(P, tile[0])*min(V, tile[1])*p["work"]
     return forward, forward + 4*P*H + (0 if frozen else V*H*(4 + (p["gradient"] if p["gradient"] < 4 else 0)))
 
@@ -110,7 +127,9 @@ def layer_work(
     s, p = shape, table_entry(PRECISION_POLICIES, policy, "policy")
     wide = 4 if policy == "autocast" and not s["gated"] and not xielu_kernel else p["work"]
     temporaries = (4 if s["gated"] or xielu_kernel else 6)*wide*s["mlp"] + 2*p["residual"]*s["hidden"]
-    return positions*(temporaries + recompute*layer_activations(s, policy, xielu_kernel)) + s["mlp"]*s["hidden"]*p["gradient"]*(not frozen)
+    return positions*(temporaries
+                      + recompute*layer_activations(s, policy,
+                                                    xielu_kernel)) + s["mlp"]*s["hidden"]*p["gradient"]*(not frozen)
 
 # %% ../../nbs/70_launch/3_estimate.ipynb #6c6df968
 def peak_moments(
@@ -127,23 +146,30 @@ def peak_moments(
     heap:int=0, # bytes of the largest block that the process keeps when it is freed: glibc's 32 MiB on a CPU
 )->dict: # moment -> gradients, activations, work, in bytes
     "The five moments of the table above"
-    s, p, L = shape, table_entry(PRECISION_POLICIES, policy, "policy"), shape["layers"]
+    s = shape
+    p = table_entry(PRECISION_POLICIES, policy, "policy")
+    L = shape["layers"]
     layer = layer_work(s, positions, policy, recompute, xielu_kernel, frozen)
     per_layer = positions*(s["hidden"]*p["residual"] if recompute else layer_activations(s, policy, xielu_kernel))
     saved = L*per_layer + positions*s["hidden"]*(4 + 2*p["residual"]) # and the final norm's
-    copies = 2*(counts["attention"] + counts["mlp"])*(policy == "autocast" and not (frozen and recompute)) # those of frozen weights are not cached
+    # those of frozen weights are not cached
+    copies = 2*(counts["attention"] + counts["mlp"])*(policy == "autocast" and not (frozen and recompute))
     kept, before = copies*(not recompute), states["gradients"]*(accumulation > 1)
-    of_head = states["gradients"] if accumulation > 1 or frozen else states["gradients"]*s["vocab"]*s["hidden"]/counts["total"]
-    ended = 1 - (counts["embedding"]*(not s["tied"]) + (counts["attention"] + counts["mlp"])/L)/counts["total"] # its own gradients and the embedding's are still to come
+    of_head = (states["gradients"] if accumulation > 1 or frozen
+               else states["gradients"]*s["vocab"]*s["hidden"]/counts["total"])
+    # its own gradients and the embedding's are still to come
+    ended = 1 - (counts["embedding"]*(not s["tied"]) + (counts["attention"] + counts["mlp"])/L)/counts["total"]
     stays = saved + recompute*layer if positions*s["mlp"]*p["work"] < heap else 0
     return {"the head's forward": dict(gradients=before, activations=saved, work=copies + head[0]),
             "the head's backward": dict(gradients=before, activations=saved, work=kept + head[1]),
             "the last layer's backward": dict(gradients=of_head, activations=saved, work=kept + layer),
-            "the first layer's backward": dict(gradients=states["gradients"]*(1 if accumulation > 1 or frozen else ended), activations=per_layer, work=layer),
+            "the first layer's backward": dict(gradients=states["gradients"]*(
+        1 if accumulation > 1 or frozen else ended), activations=per_layer, work=layer),
             "the optimizer's step": dict(gradients=states["gradients"], activations=stays, work=states["step"])}
 
 # %% ../../nbs/70_launch/3_estimate.ipynb #724b1336
-MEMORY_PARTS = ("parameters", "optimizer", "buffers", "gradients", "activations", "work", "reserve") # of a GPU's memory, from the bottom of the picture
+# of a GPU's memory, from the bottom of the picture
+MEMORY_PARTS = ("parameters", "optimizer", "buffers", "gradients", "activations", "work", "reserve")
 
 # %% ../../nbs/70_launch/3_estimate.ipynb #27020d1c
 def memory_per_gpu(
@@ -167,11 +193,16 @@ def memory_per_gpu(
 )->dict: # GiB of each of `MEMORY_PARTS` at the worst moment, total, and which moment that is
     "The peak, in parts"
     policy = policy or ("bf16" if zero_stage else "autocast")
-    shape, counts, places = dense_shape(model, family), parameter_counts(model, family), per_device_batch*seq_len
-    states, frozen = model_states(counts["total"], zero_stage, world_size, policy, optimizer, trained), trained is not None
-    if not zero_stage and not frozen and OPTIMIZERS[optimizer].get("one_by_one"): states["step"] += 4*shape["hidden"]*max(2*shape["vocab"], 3*shape["mlp"])
+    shape = dense_shape(model, family)
+    counts = parameter_counts(model, family)
+    places = per_device_batch*seq_len
+    states, frozen = model_states(counts["total"], zero_stage, world_size, policy, optimizer,
+                                  trained), trained is not None
+    if not zero_stage and not frozen and OPTIMIZERS[optimizer].get("one_by_one"):
+        states["step"] += 4*shape["hidden"]*max(2*shape["vocab"], 3*shape["mlp"])
     head_work = head_memory(shape, int(scored*places), policy, head, tile, frozen)
-    all_moments = peak_moments(shape, counts, states, places, accumulation, policy, recompute, head_work, xielu_kernel, frozen, heap)
+    all_moments = peak_moments(shape, counts, states, places, accumulation, policy, recompute, head_work, xielu_kernel,
+                               frozen, heap)
     if trained == 0: all_moments = {"the head's forward": all_moments["the head's forward"]}
     moment, worst = max(all_moments.items(), key=lambda kv: sum(kv[1].values()))
     size = {k: v/2**30 for k, v in (states | worst).items()} | dict(reserve=reserve)
@@ -198,14 +229,19 @@ def estimate(
 )->dict: # parameters, device, gpus, memory (GiB by part), gflop_per_token; of a known device limit_gib, fits, tokens_per_second, step_seconds, hours, node_hours
     "Will it fit, how fast will it be, what will it cost"
     world, length = nodes*gpus_per_node, mean_length or max_length
-    m = memory_per_gpu(model, zero_stage, world, per_device_batch, max_length, accumulation, recompute=recompute, scored=scored, family=family, trained=trained, **memory)
+    m = memory_per_gpu(model, zero_stage, world, per_device_batch, max_length, accumulation, recompute=recompute,
+                       scored=scored, family=family, trained=trained, **memory)
     flops = flops_per_token(model, length, recompute, scored, family, trained)
-    out = dict(parameters=parameter_counts(model, family)["total"], device=device, gpus=world, memory=m, gflop_per_token=flops/1e9)
+    out = dict(parameters=parameter_counts(model, family)["total"], device=device, gpus=world, memory=m,
+               gflop_per_token=flops/1e9)
     if trained is not None: out["trained_parameters"] = trained
     if device in (None, "cpu"): return out
-    limit, rate = table_entry(DEVICES, device, "device")["gib"], tokens_per_second(model, device, world, utilization, length, recompute, scored, family, trained)
-    out |= dict(limit_gib=limit, fits=m["total"] <= limit, utilization=utilization, tokens_per_second=rate, step_seconds=world*per_device_batch*accumulation*length/rate)
-    return out | (dict(tokens=tokens, hours=training_hours(tokens, rate), node_hours=node_hours(tokens, rate, nodes)) if tokens else {})
+    limit, rate = table_entry(DEVICES, device, "device")["gib"], tokens_per_second(
+        model, device, world, utilization, length, recompute, scored, family, trained)
+    out |= dict(limit_gib=limit, fits=m["total"] <= limit, utilization=utilization, tokens_per_second=rate,
+                step_seconds=world*per_device_batch*accumulation*length/rate)
+    return out | (dict(tokens=tokens, hours=training_hours(tokens, rate), node_hours=node_hours(tokens, rate, nodes))
+                  if tokens else {})
 
 # %% ../../nbs/70_launch/3_estimate.ipynb #8d6d4d74
 def estimate_rows(
@@ -217,16 +253,26 @@ def estimate_rows(
     scale, gib = (1, "GiB") if m["total"] >= 1 else (1024, "MiB")
     told = "fits" if e.get("fits") else "does not fit"
     n, million = (e["parameters"]/1e9, "billion") if e["parameters"] >= 1e8 else (e["parameters"]/1e6, "million")
-    parts = [row(f"memory: {'at work' if k == 'work' else k}", f"{m[k]*scale:.1f}", gib) for k in MEMORY_PARTS if m[k]*scale >= 0.05]
-    total = row(f"memory at its peak, in {m['moment']}", f"{m['total']*scale:.1f}", f"of {e['limit_gib']:g} GiB: {told}" if "limit_gib" in e else gib)
-    rest = [row("arithmetic", f"{1000*e['gflop_per_token']:.0f}" if scale > 1 else f"{e['gflop_per_token']:.4g}", f"{'M' if scale > 1 else 'G'}FLOP per token")]
+    parts = [row(f"memory: {'at work' if k == 'work' else k}", f"{m[k]*scale:.1f}", gib) for k in MEMORY_PARTS
+             if m[k]*scale >= 0.05]
+    total = row(f"memory at its peak, in {m['moment']}", f"{m['total']*scale:.1f}",
+                f"of {e['limit_gib']:g} GiB: {told}" if "limit_gib" in e else gib)
+    rest = [row("arithmetic", f"{1000*e['gflop_per_token']:.0f}" if scale > 1 else f"{e['gflop_per_token']:.4g}",
+                f"{'M' if scale > 1 else 'G'}FLOP per token")]
     if "tokens_per_second" in e:
-        rest += [row(f"speed at {e['utilization']:.0%} of the peak", f"{e['tokens_per_second']:,.0f}", "tokens per second"),
-                 row("speed per GPU", f"{e['tokens_per_second']/e['gpus']:,.0f}", "tokens per second"), row("one step", f"{e['step_seconds']:.2g}", "seconds")]
-    cost = [row(f"training on {e['tokens']:,.0f} tokens", f"{e['hours']:.2f}", "hours"), row("cost", f"{e['node_hours']:.1f}", "node-hours")] if "hours" in e else []
-    if "reference_hours" in e: cost.insert(1, row("of them the reference's forward", f"{e['reference_hours']:.2f}", "hours"))
-    adapters = [row("parameters of adapters, trained", f"{e['trained_parameters']/1e6:.2f}", "million")] if "trained_parameters" in e else []
-    return [row("parameters", f"{n:.2f}", million), *adapters, row("processes" if e["device"] == "cpu" else "GPUs", str(e["gpus"]), e["device"] or ""), *parts, total, *rest, *cost]
+        rest += [row(f"speed at {e['utilization']:.0%} of the peak", f"{e['tokens_per_second']:,.0f}",
+                     "tokens per second"),
+                 row("speed per GPU", f"{e['tokens_per_second']/e['gpus']:,.0f}", "tokens per second"),
+                 row("one step", f"{e['step_seconds']:.2g}", "seconds")]
+    cost = ([row(f"training on {e['tokens']:,.0f} tokens", f"{e['hours']:.2f}", "hours"),
+             row("cost", f"{e['node_hours']:.1f}", "node-hours")] if "hours" in e else [])
+    if "reference_hours" in e:
+        cost.insert(1, row("of them the reference's forward", f"{e['reference_hours']:.2f}", "hours"))
+    adapters = ([row("parameters of adapters, trained", f"{e['trained_parameters']/1e6:.2f}", "million")]
+                if "trained_parameters" in e else [])
+    return [row("parameters", f"{n:.2f}", million), *adapters,
+            row("processes" if e["device"] == "cpu" else "GPUs", str(e["gpus"]), e["device"] or ""), *parts, total,
+            *rest, *cost]
 
 # %% ../../nbs/70_launch/3_estimate.ipynb #91a0f2e7
 def config_of(
@@ -235,7 +281,8 @@ def config_of(
 )->dict: # what config.json holds
     "The sizes of the model that a run starts from; a run's checkpoint is not verified for it"
     name = str(name or cfg["model_args"]["model_name_or_path"])
-    if not name.startswith("run:"): return read_model_config(site_path(name) if (site_path(name)/"config.json").is_file() else name)
+    if not name.startswith("run:"):
+        return read_model_config(site_path(name) if (site_path(name)/"config.json").is_file() else name)
     record = read_record(find_run(name[4:], cfg.get("runs_dir"), parts=False))
     found = [p for p in list_checkpoints(record["checkpoints_dir"]) if (p/"config.json").is_file()]
     if not found: raise UserError(f"estimate: {name} has no checkpoint yet.")
@@ -260,7 +307,8 @@ def adapters_of(
     "What LoRA trains, from a config"
     m = cfg["model_args"]
     if not m.get("use_peft"): return None
-    return lora_parameters(config_of(cfg), m.get("lora_r") or 16, m.get("lora_target_modules") or ["all-linear"], m.get("lora_modules_to_save") or (), bool(m.get("use_dora")))
+    return lora_parameters(config_of(cfg), m.get("lora_r") or 16, m.get("lora_target_modules") or ["all-linear"],
+                           m.get("lora_modules_to_save") or (), bool(m.get("use_dora")))
 
 # %% ../../nbs/70_launch/3_estimate.ipynb #8bef9c43
 def reference_of(
@@ -280,12 +328,18 @@ def assumptions_text(
     "What an estimate takes for granted, in a sentence"
     t, pairs = cfg["training_args"], cfg["stage"] == "train_preference"
     numbers = dict(autocast="float32 weights under bf16 autocast", bf16="bf16 weights", float32="float32")[policy]
-    rows = f"packs of {(1 + pairs)*t['max_length']} places" if t.get("packing") else f"{'pairs of two sequences' if pairs else 'rows'} of {t['max_length']} places"
-    text = f"Assumed: {rows}, all of them scored, {numbers}, {'with' if t.get('activation_checkpointing') else 'without'} recomputation"
+    rows = (f"packs of {(1 + pairs)*t['max_length']} places" if t.get("packing")
+            else f"{'pairs of two sequences' if pairs else 'rows'} of {t['max_length']} places")
+    text = (f"Assumed: {rows}, all of them scored, {numbers}, "
+            f"{'with' if t.get('activation_checkpointing') else 'without'} recomputation")
     if "trained_parameters" in e: text += ", the model frozen and adapters trained"
-    if reference_of(cfg): text += ", the reference's forward over all rows before training" + "; its model is gone by then"*(not cfg["model_args"].get("use_peft"))
-    if e["device"] == "cpu": return text + "; on a CPU what the interpreter and its libraries hold comes on top, and no speed is foreseen."
-    if e["device"] is None: return text + f", {e['memory']['reserve']:g} GiB for CUDA and NCCL. cluster.gpu is not set ({', '.join(DEVICES)}): no limit and no speed."
+    if reference_of(cfg):
+        text += ", the reference's forward over all rows before training" + "; its model is gone by then"*(
+            not cfg["model_args"].get("use_peft"))
+    if e["device"] == "cpu":
+        return text + "; on a CPU what the interpreter and its libraries hold comes on top, and no speed is foreseen."
+    if e["device"] is None:
+        return text + f", {e['memory']['reserve']:g} GiB for CUDA and NCCL. cluster.gpu is not set ({', '.join(DEVICES)}): no limit and no speed."
     return text + f", {e['memory']['reserve']:g} GiB for CUDA and NCCL, {e['utilization']:.0%} of the peak reached without counting communication or padding."
 
 # %% ../../nbs/70_launch/3_estimate.ipynb #9dc1ab84
@@ -300,11 +354,15 @@ def with_reference_pass(
     if not (name := reference_of(cfg)): return out
     w, model = training_topology(cfg), config_of(cfg, name)
     rows = 2*(cfg["training_args"].get("per_device_eval_batch_size") or 1)
-    m = memory_per_gpu(model, w["zero_stage"] or 0, w["world_size"], rows, cfg["training_args"]["max_length"], trained=0, **memory)
+    m = memory_per_gpu(model, w["zero_stage"] or 0, w["world_size"], rows, cfg["training_args"]["max_length"],
+                       trained=0, **memory)
     if m["total"] > out["memory"]["total"]:
-        out = out | dict(memory=dict(m, moment="the reference's forward")) | (dict(fits=m["total"] <= out["limit_gib"]) if "limit_gib" in out else {})
+        out = out | dict(memory=dict(m, moment="the reference's forward")) | (
+            dict(fits=m["total"] <= out["limit_gib"]) if "limit_gib" in out else {})
     if "hours" not in out: return out
-    extra = training_hours(reference_tokens, tokens_per_second(model, out["device"], w["world_size"], out["utilization"], length, False, trained=0))
+    extra = training_hours(reference_tokens,
+                           tokens_per_second(model, out["device"], w["world_size"], out["utilization"], length, False,
+                                             trained=0))
     total = out["hours"] + extra
     return out | dict(reference_hours=extra, hours=total, node_hours=total*cfg["num_nodes"])
 
@@ -314,23 +372,33 @@ def cpu_memory_options(
     optim:str="adamw_torch", # training_args.optim
 )->dict: # optimizer, reserve, tile, heap: see `memory_per_gpu`
     "What is different on a CPU"
-    return dict(optimizer="adamw_torch_cpu" if optim == "adamw_torch" else optim, reserve=0., tile=(positions, min(32768, max(512, 2**20//positions))), heap=2**25)
+    return dict(optimizer="adamw_torch_cpu" if optim == "adamw_torch" else optim, reserve=0.,
+                tile=(positions, min(32768, max(512, 2**20//positions))), heap=2**25)
 
 # %% ../../nbs/70_launch/3_estimate.ipynb #c64bbc32
 def _estimate_of(cfg:dict, tokens:float, mean_length:int|None, reference_tokens:float)->dict:
     "`estimate_of` where everything is known; a pair is two sequences, a pack of pairs as long as two"
     from post_training.launch.device import device_of # here, so that it may import this module
-    t, cluster, w = cfg["training_args"], cfg["cluster"], training_topology(cfg)
-    if not t.get("max_length"): raise UserError("training_args.max_length is null: the longest row decides, and it is not known here.")
-    cpu = cluster["device"] == "cpu" or cluster["device"] == "auto" and not cluster.get("gpu") and device_of(cfg) == "cpu"
+    t = cfg["training_args"]
+    cluster = cfg["cluster"]
+    w = training_topology(cfg)
+    if not t.get("max_length"):
+        raise UserError("training_args.max_length is null: the longest row decides, and it is not known here.")
+    cpu = (cluster["device"] == "cpu" or cluster["device"] == "auto" and not cluster.get("gpu")
+           and device_of(cfg) == "cpu")
     sequences = 2 if cfg["stage"] == "train_preference" else 1
-    policy, optim, rows = precision_policy_of(cfg, cpu, w["zero_stage"]), str(t.get("optim") or "adamw_torch"), sequences*w["per_device"]
+    policy, optim, rows = precision_policy_of(cfg, cpu, w["zero_stage"]), str(
+        t.get("optim") or "adamw_torch"), sequences*w["per_device"]
     length, places = mean_length and max(1, mean_length//sequences), rows*t["max_length"]
     here = cpu_memory_options(places, optim) if cpu else dict(optimizer=optim)
-    out = estimate(config_of(cfg), "cpu" if cpu else cluster.get("gpu"), cfg["num_nodes"], w["world_size"]//cfg["num_nodes"], w["zero_stage"] or 0, rows, w["accumulation"],
-                   t["max_length"], length, tokens, recompute=bool(t.get("activation_checkpointing")), policy=policy, trained=adapters_of(cfg), **here)
-    if t.get("packing") and "step_seconds" in out: out["step_seconds"] = w["world_size"]*w["accumulation"]*places/out["tokens_per_second"] # packs are full
-    out = with_reference_pass(out, cfg, reference_tokens or tokens/max(t["num_train_epochs"], 1e-9), length or t["max_length"], policy=policy, **here)
+    out = estimate(config_of(cfg), "cpu" if cpu else cluster.get("gpu"), cfg["num_nodes"],
+                   w["world_size"]//cfg["num_nodes"], w["zero_stage"] or 0, rows, w["accumulation"], t["max_length"],
+                   length, tokens, recompute=bool(t.get("activation_checkpointing")), policy=policy,
+                   trained=adapters_of(cfg), **here)
+    if t.get("packing") and "step_seconds" in out:
+        out["step_seconds"] = w["world_size"]*w["accumulation"]*places/out["tokens_per_second"] # packs are full
+    out = with_reference_pass(out, cfg, reference_tokens or tokens/max(t["num_train_epochs"], 1e-9),
+                              length or t["max_length"], policy=policy, **here)
     return out | dict(assumed=assumptions_text(out, cfg, policy))
 
 # %% ../../nbs/70_launch/3_estimate.ipynb #80d339db
@@ -359,11 +427,13 @@ def plot_memory(
     fig, ax = plt.subplots(figsize=(7, 1.2 + 0.4*len(stages)), dpi=70, layout="constrained")
     plt.close(fig) # shown once, as the value of a cell
     left = [0.]*len(stages)
-    for part, colour in zip(MEMORY_PARTS, ("#4878a8", "#6aa84f", "#999999", "#e69138", "#cc4125", "#8e7cc3", "#dddddd")):
+    for part, colour in zip(MEMORY_PARTS,
+                            ("#4878a8", "#6aa84f", "#999999", "#e69138", "#cc4125", "#8e7cc3", "#dddddd")):
         width = [m[part] for m in made]
         ax.barh(range(len(stages)), width, left=left, label="at work" if part == "work" else part, color=colour)
         left = [a + b for a, b in zip(left, width)]
     ax.axvline(limit, color="black", ls="--", lw=1, label=f"{device}, {limit:g} GiB")
     ax.set_yticks(range(len(stages)), [f"ZeRO-{z}" if z else "no ZeRO" for z in stages])
-    ax.invert_yaxis(); ax.set_xlabel("GiB per GPU at the worst moment"); ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, .5))
+    ax.invert_yaxis()
+    ax.set_xlabel("GiB per GPU at the worst moment"); ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, .5))
     return fig

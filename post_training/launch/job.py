@@ -32,11 +32,14 @@ def attempts_without_progress(
     newest:str|None, # name of the newest verified checkpoint
 )->int: # attempts since somebody submitted it
     "Attempts that failed, or were cut and brought no new checkpoint"
-    mine = [a for a in record.get("attempts") or [] if a.get("generation") == record.get("generation") and a["number"] > record.get("chain", 0)]
-    began = [newest] # the checkpoint that each began from; one that did not come so far would have begun where the one after it did
+    mine = [a for a in record.get("attempts") or []
+            if a.get("generation") == record.get("generation") and a["number"] > record.get("chain", 0)]
+    # the checkpoint that each began from; one that did not come so far would have begun where the one after it did
+    began = [newest]
     for a in reversed(mine): began.insert(0, (record.get("resumed_from") or {}).get(str(a["number"]), began[0]))
     stuck = [a == b for a, b in zip(began, began[1:])]
-    return sum("exit" in a and a["exit"] != 0 and (a["exit"] in FAULT_EXIT_CODES or still) for a, still in zip(mine, stuck))
+    return sum("exit" in a and a["exit"] != 0 and (a["exit"] in FAULT_EXIT_CODES or still)
+               for a, still in zip(mine, stuck))
 
 # %% ../../nbs/70_launch/8_job.ipynb #198f391e
 def last_error(
@@ -62,14 +65,19 @@ def next_action(
     folder = Path(run_dir)/f"attempts/{attempts[-1]['number']}"
     error, exit = last_error(folder), attempts[-1].get("exit", "killed")
     said = (error.get("message") or attempts[-1].get("error") or "").strip().split("\n")[0]
-    if exit != HANDED_OVER and (error.get("kind") == "user" or exit == 2): return "stop", 2, f"a mistake that would come again: {said or 'see the attempt'}"
+    if exit != HANDED_OVER and (error.get("kind") == "user" or exit == 2):
+        return "stop", 2, f"a mistake that would come again: {said or 'see the attempt'}"
     if error.get("kind") == "fault": return "stop", 1, f"a fault that would come again: {said}"
-    if is_trained(run_dir, checkpoints_dir) and trained == 0 and exit == 1: return "stop", 1, "training is finished; what comes after it failed"
-    if trained == 0 and exit == 1 and not (folder/"handed-over.json").exists(): return "stop", 1, "the recipe failed; its notebook tells where"
+    if is_trained(run_dir, checkpoints_dir) and trained == 0 and exit == 1:
+        return "stop", 1, "training is finished; what comes after it failed"
+    if trained == 0 and exit == 1 and not (folder/"handed-over.json").exists():
+        return "stop", 1, "the recipe failed; its notebook tells where"
     newest = newest_verified(checkpoints_dir)[0]
     n = attempts_without_progress(record, newest and newest.name)
-    if n > max_retries: return "stop", 1, f"{n} attempts failed or brought no new checkpoint (cluster.max_retries={max_retries}); the last: {said or f'ended with {exit}'}"
-    why = f"saved {newest.name}" if exit == HANDED_OVER and newest else said or f"ended with {exit if exit != 1 else trained}"
+    if n > max_retries:
+        return "stop", 1, f"{n} attempts failed or brought no new checkpoint (cluster.max_retries={max_retries}); the last: {said or f'ended with {exit}'}"
+    why = (f"saved {newest.name}" if exit == HANDED_OVER and newest
+           else said or f"ended with {exit if exit != 1 else trained}")
     return "again", HANDED_OVER, why + (f" (try {n} of {max_retries})" if n else "")
 
 # %% ../../nbs/70_launch/8_job.ipynb #10faed4c
@@ -79,11 +87,13 @@ def note_job(
 ):
     "Write the present job into the run's record where it is not there yet (somebody called sbatch on the script), and the one that waits behind it"
     job = this_job()
-    if successor and job: record_job(run_dir, int(successor), None, Path(run_dir)/f"slurm-{successor}.out", job["task"], [job["id"]])
+    if successor and job:
+        record_job(run_dir, int(successor), None, Path(run_dir)/f"slurm-{successor}.out", job["task"], [job["id"]])
     def change(r):
         known = r.setdefault("jobs", [])
         if not job or any(j["id"] == job["id"] and j.get("task") == job["task"] for j in known): return
-        known.insert(len(known) - bool(successor), dict(id=job["id"], task=job["task"], script=None, log=None, submitted=None, after=[]))
+        known.insert(len(known) - bool(successor),
+                     dict(id=job["id"], task=job["task"], script=None, log=None, submitted=None, after=[]))
         before = ([{}] + r["attempts"])[-2] # the last entry is this attempt's
         if not str(before.get("then")).startswith("again"): r["chain"] = len(r["attempts"]) - 1
     if read_record(run_dir): edit_record(run_dir, change)
@@ -116,12 +126,14 @@ def run_attempt_in_job(
     run_dir = run_folder(composed.cfg)
     record, most = read_record(run_dir), composed.cfg["cluster"]["max_retries"]
     newest = newest_verified(record["checkpoints_dir"])[0] if record else None
-    if (n := attempts_without_progress(record, newest and newest.name)) > most: raise UserError(f"{n} attempts failed or brought no new checkpoint, and cluster.max_retries is {most}.")
+    if (n := attempts_without_progress(record, newest and newest.name)) > most:
+        raise UserError(f"{n} attempts failed or brought no new checkpoint, and cluster.max_retries is {most}.")
     wait_for_previous_start(run_dir)
     def opened(attempt):
         note_job(run_dir, successor)
         write_atomic(attempt_file, f"{attempt.attempt_dir}\n")
-    return execute_run(composed, [str(config)], command=["post-training", composed.stage, *composed.overrides], opened=opened)
+    return execute_run(composed, [str(config)], command=["post-training", composed.stage, *composed.overrides],
+                       opened=opened)
 
 # %% ../../nbs/70_launch/8_job.ipynb #8da08bdc
 def write_verdict(
@@ -133,7 +145,8 @@ def write_verdict(
     def change(r):
         last = (r.get("attempts") or [{}])[-1]
         if is_own_attempt(last): last["then"] = f"{word}: {why}"
-        r["status"] = dict(again="queued", stop="finished" if r["status"] == "finished" else "failed").get(word, r["status"])
+        r["status"] = dict(again="queued",
+                           stop="finished" if r["status"] == "finished" else "failed").get(word, r["status"])
         if word == "stop": r["stopped"] = why
         else: r.pop("stopped", None)
     edit_record(run_dir, change)
@@ -152,8 +165,10 @@ def note_tasks(
     edit_record(run_dir, lambda r: r.update(array=dict(id=array["id"], tasks=array["tasks"], failed=failed)))
     if not failed: return ""
     first = next((e for e in failed if e["exit"] is not None), failed[0])
-    said = next((line for line in reversed(first.get("tail", "").split("\n")) if line.startswith("error: ")), first["why"]).removeprefix("error: ")
-    return f"{len(failed)} of {array['tasks']} tasks of array {array['id']} did not end well; task {first['task']}: {said} ({first['log']})"
+    said = next((line for line in reversed(first.get("tail", "").split("\n")) if line.startswith("error: ")),
+                first["why"]).removeprefix("error: ")
+    return (f"{len(failed)} of {array['tasks']} tasks of array {array['id']} did not end well; task {first['task']}: "
+            f"{said} ({first['log']})")
 
 # %% ../../nbs/70_launch/8_job.ipynb #4d40e177
 def finish_job(
@@ -175,7 +190,8 @@ def finish_job(
         return write_verdict(run_dir, ("stop", recipe or 1, why))
     if "exit" not in last: close_attempt(run_dir, last["number"], trained or recipe or 1)
     verdict = next_action(run_dir, record["checkpoints_dir"], cfg["cluster"]["max_retries"], trained, recipe)
-    if cfg["stage"] in SHARD_STAGES and (failed := note_tasks(run_dir)) and verdict[0] == "stop": verdict = "stop", verdict[1], failed
+    if cfg["stage"] in SHARD_STAGES and (failed := note_tasks(run_dir)) and verdict[0] == "stop":
+        verdict = "stop", verdict[1], failed
     return write_verdict(run_dir, verdict)
 
 # %% ../../nbs/70_launch/8_job.ipynb #ee290afe
@@ -195,13 +211,16 @@ def job_main(
     o = parser.parse_args(argv)
     try:
         if o.command == "run": return run_attempt_in_job(o.config, o.told, o.successor)
-        if o.command == "model": cfg = load_frozen(o.config); print(base_model(cfg["model_args"]["model_name_or_path"], cfg["runs_dir"])[0]); return 0
+        if o.command == "model":
+            cfg = load_frozen(o.config)
+            print(base_model(cfg["model_args"]["model_name_or_path"], cfg["runs_dir"])[0]); return 0
         if o.command == "stop": write_verdict(run_folder(load_frozen(o.config)), ("stop", 1, o.why)); return 0
         word, code, why = finish_job(o.config, o.trained, o.recipe)
         print(f"{word} {code} {why}")
         return 0
     except HandedOver as e: print(e); return HANDED_OVER
-    except (UserError, JobFailed) as e: print(f"error: {e}", file=sys.stderr); return 2 if isinstance(e, UserError) else 1
+    except (UserError, JobFailed) as e:
+        print(f"error: {e}", file=sys.stderr); return 2 if isinstance(e, UserError) else 1
 
 # %% ../../nbs/70_launch/8_job.ipynb #0cdb94f5
 #| eval: false

@@ -72,11 +72,13 @@ def read_model_config(
     path = Path(str(model)).expanduser()/"config.json"
     if path.is_file(): return json.loads(path.read_text())
     if str(model) in PUBLISHED_CONFIGS: return PUBLISHED_CONFIGS[str(model)]
-    raise UserError(f"estimate: {model} is no folder with a config.json on this machine, and none of the models whose sizes are known: {', '.join(PUBLISHED_CONFIGS)}."
+    raise UserError(f"estimate: {model} is no folder with a config.json on this machine, and none of the models whose "
+                    f"sizes are known: {', '.join(PUBLISHED_CONFIGS)}."
                     f"{did_you_mean(str(model), PUBLISHED_CONFIGS)} Give the folder of its files.")
 
 # %% ../../nbs/70_launch/2_model_sizes.ipynb #d5d947a4
-EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size", "kv_lora_rank", "ssm_cfg", "mamba_d_state", "is_encoder_decoder")
+EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size", "kv_lora_rank",
+               "ssm_cfg", "mamba_d_state", "is_encoder_decoder")
 
 # %% ../../nbs/70_launch/2_model_sizes.ipynb #aba62ba9
 def dense_shape(
@@ -87,17 +89,23 @@ def dense_shape(
     c = read_model_config(model)
     c = c.get("text_config") or c
     kind = family or c.get("model_type")
-    if odd := [k for k in EXPERT_KEYS if c.get(k)]: raise UserError(f"estimate: {kind} is not a dense decoder ({', '.join(odd)} is set); this arithmetic does not hold for it.")
+    if odd := [k for k in EXPERT_KEYS if c.get(k)]:
+        raise UserError(f"estimate: {kind} is not a dense decoder ({', '.join(odd)} is set); this arithmetic does not "
+                        "hold for it.")
     if kind not in FAMILIES:
-        raise UserError(f"estimate: unknown model_type {kind!r}.{did_you_mean(str(kind), FAMILIES)} Pass family= with one that has the same layers: {', '.join(FAMILIES)}.")
-    if lacking := [k for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size") if not c.get(k)]:
+        raise UserError(f"estimate: unknown model_type {kind!r}.{did_you_mean(str(kind), FAMILIES)} Pass family= with "
+                        f"one that has the same layers: {', '.join(FAMILIES)}.")
+    if lacking := [k
+                   for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                             "vocab_size") if not c.get(k)]:
         raise UserError(f"estimate: the model's config lacks {', '.join(lacking)}.")
     heads, tied = c["num_attention_heads"], c.get("tie_word_embeddings")
     size = c.get("head_dim") or (256 if kind.startswith("gemma") else c["hidden_size"]//heads)
     biases = {b for b in FAMILIES[kind]["biases"] if b == "qkv" or c.get(f"{b}_bias")}
-    return FAMILIES[kind] | dict(family=kind, layers=c["num_hidden_layers"], hidden=c["hidden_size"], heads=heads, head_size=size,
-                query=heads*size, key=(c.get("num_key_value_heads") or heads)*size, mlp=c["intermediate_size"],
-                vocab=c["vocab_size"], tied=kind.startswith("gemma") if tied is None else bool(tied), biases=biases)
+    return FAMILIES[kind] | dict(family=kind, layers=c["num_hidden_layers"], hidden=c["hidden_size"], heads=heads,
+                                 head_size=size, query=heads*size, key=(c.get("num_key_value_heads") or heads)*size,
+                                 mlp=c["intermediate_size"], vocab=c["vocab_size"],
+                                 tied=kind.startswith("gemma") if tied is None else bool(tied), biases=biases)
 
 # %% ../../nbs/70_launch/2_model_sizes.ipynb #44d46f8c
 def parameter_counts(
@@ -106,7 +114,11 @@ def parameter_counts(
 )->dict: # embedding, attention, mlp, norms, head, total
     "How many parameters there are, exactly; a tied head counts once, as embedding"
     s = dense_shape(model, family)
-    L, H, Q, K, F = s["layers"], s["hidden"], s["query"], s["key"], s["mlp"]
+    L = s["layers"]
+    H = s["hidden"]
+    Q = s["query"]
+    K = s["key"]
+    F = s["mlp"]
     bias_attention = Q + 2*K + H if "attention" in s["biases"] else Q + 2*K if "qkv" in s["biases"] else 0
     bias_mlp = (1 + s["gated"])*F + H if "mlp" in s["biases"] else 0
     qk_norm = {"head": 2*s["head_size"], "full": Q + K, None: 0}[s["qk_norm"]]
@@ -128,7 +140,8 @@ def flops_per_token(
     s, n = dense_shape(model, family), parameter_counts(model, family)
     weights, scores = 2*(n["attention"] + n["mlp"] + scored*s["vocab"]*s["hidden"]), 2*s["layers"]*s["query"]*seq_len
     if trained == 0: return weights + scores
-    return (recompute + (3 if trained is None else 2))*weights + (recompute + 3)*scores + (recompute + 3)*2*(trained or 0)
+    return (recompute
+            + (3 if trained is None else 2))*weights + (recompute + 3)*scores + (recompute + 3)*2*(trained or 0)
 
 # %% ../../nbs/70_launch/2_model_sizes.ipynb #47a4f545
 def tokens_per_second(
@@ -143,9 +156,11 @@ def tokens_per_second(
     trained:int|None=None, # see `flops_per_token`
 )->float: # trained tokens per second over all GPUs
     "The rate at a given utilization"
-    if not 0 < utilization <= 1: raise UserError(f"estimate: utilization is {utilization}; it is a share of the peak, above 0 and at most 1.")
+    if not 0 < utilization <= 1:
+        raise UserError(f"estimate: utilization is {utilization}; it is a share of the peak, above 0 and at most 1.")
     if n_gpus < 1: raise UserError(f"estimate: n_gpus is {n_gpus}; it must be at least 1.")
-    return n_gpus*table_entry(DEVICES, device, "device")["bf16"]*utilization/flops_per_token(model, seq_len, recompute, scored, family, trained)
+    return n_gpus*table_entry(DEVICES, device, "device")["bf16"]*utilization/flops_per_token(
+        model, seq_len, recompute, scored, family, trained)
 
 # %% ../../nbs/70_launch/2_model_sizes.ipynb #317b9cf4
 def training_hours(
@@ -175,13 +190,19 @@ def lora_parameters(
 )->int: # trained parameters
     "How many parameters adapters have"
     s = dense_shape(model, family)
-    H, Q, K, F, V = s["hidden"], s["query"], s["key"], s["mlp"], s["vocab"]
-    sizes = {"self_attn.q_proj": (H, Q), "self_attn.k_proj": (H, K), "self_attn.v_proj": (H, K), "self_attn.o_proj": (Q, H), "mlp.up_proj": (H, F), "mlp.down_proj": (F, H)}
+    H = s["hidden"]
+    Q = s["query"]
+    K = s["key"]
+    F = s["mlp"]
+    V = s["vocab"]
+    sizes = {"self_attn.q_proj": (H, Q), "self_attn.k_proj": (H, K), "self_attn.v_proj": (H, K),
+             "self_attn.o_proj": (Q, H), "mlp.up_proj": (H, F), "mlp.down_proj": (F, H)}
     if s["gated"]: sizes["mlp.gate_proj"] = (H, F)
     targets = [targets] if isinstance(targets, str) else list(targets)
     def meant(name):
         "As peft matches: a name is the end of a module's name, an expression all of it"
         if len(targets) == 1 and re.search(r"[^\w.-]", targets[0]): return re.fullmatch(targets[0], name)
         return targets == ["all-linear"] or any(name.endswith(f".{t}") for t in targets)
-    beside = sum(r*(a + b) + dora*b for i in range(s["layers"]) for name, (a, b) in sizes.items() if meant(f"model.layers.{i}.{name}"))
+    beside = sum(r*(a + b) + dora*b for i in range(s["layers"]) for name, (a, b) in sizes.items()
+                 if meant(f"model.layers.{i}.{name}"))
     return beside + sum(V*H for w in whole if w in ("lm_head", "embed_tokens"))

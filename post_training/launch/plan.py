@@ -46,7 +46,8 @@ def plan_path(
     for p in (Path(name), site_path(name), CONFIGS/f"plan/{name}.yaml"):
         if p.is_file(): return p
     known = sorted(p.stem for p in (CONFIGS/"plan").glob("*.yaml"))
-    near = did_you_mean(Path(name).name, [p.name for p in Path(name).parent.glob("*.y*ml")]) or did_you_mean(name, known)
+    near = (did_you_mean(Path(name).name, [p.name for p in Path(name).parent.glob("*.y*ml")])
+            or did_you_mean(name, known))
     raise UserError(f"There is no plan {name}.{near} Give a YAML file, or one of {', '.join(known)}.")
 
 # %% ../../nbs/70_launch/9_plan.ipynb #314cff2f
@@ -56,9 +57,11 @@ def _texts(
 )->list[str]:
     "A list of overrides, or an error that says what one looks like"
     if value is None: return []
-    if not isinstance(value, list): raise UserError(f"{origin} is a list of texts such as [training_args.max_steps=8], not {value!r}.")
+    if not isinstance(value, list):
+        raise UserError(f"{origin} is a list of texts such as [training_args.max_steps=8], not {value!r}.")
     if bad := [v for v in value if not isinstance(v, str)]:
-        raise UserError(f"{origin}: {bad[0]!r} is no override. An override is a text: key=value, in quotes where it holds braces or a colon.")
+        raise UserError(f"{origin}: {bad[0]!r} is no override. An override is a text: key=value, in quotes where it "
+                        "holds braces or a colon.")
     return list(value)
 
 # %% ../../nbs/70_launch/9_plan.ipynb #a06823dc
@@ -68,19 +71,26 @@ def parse_stage(
     origin:str, # the file, for messages
 )->PlannedStage:
     "Check one stage of a plan"
-    if not isinstance(entry, dict): raise UserError(f"{origin}: {entry!r} is no stage. A stage has a name and a stage, and may have {', '.join(PLANNED_STAGE_KEYS[2:])}.")
+    if not isinstance(entry, dict):
+        raise UserError(f"{origin}: {entry!r} is no stage. A stage has a name and a stage, and may have "
+                        f"{', '.join(PLANNED_STAGE_KEYS[2:])}.")
     name = entry.get("name")
     at = f"{origin}: stage {name}"
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][\w-]*", name): raise UserError(f"{at}: a name is letters, digits, _ and -, and begins with a letter.")
-    if bad := [k for k in entry if k not in PLANNED_STAGE_KEYS]: raise UserError(f"{at}: unknown key {bad[0]}.{did_you_mean(str(bad[0]), PLANNED_STAGE_KEYS)} Keys: {', '.join(PLANNED_STAGE_KEYS)}.")
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][\w-]*", name):
+        raise UserError(f"{at}: a name is letters, digits, _ and -, and begins with a letter.")
+    if bad := [k for k in entry if k not in PLANNED_STAGE_KEYS]:
+        raise UserError(f"{at}: unknown key {bad[0]}.{did_you_mean(str(bad[0]), PLANNED_STAGE_KEYS)} Keys: "
+                        f"{', '.join(PLANNED_STAGE_KEYS)}.")
     if not isinstance(entry.get("stage"), str): raise UserError(f"{at} names no stage: stage: train_sft, for one.")
     try: stage = stage_name(entry["stage"])
     except UserError as e: raise UserError(f"{at}: {e}") from None
     after = entry.get("after", [previous] if previous else [])
     if isinstance(after, str): after = [after]
-    if not isinstance(after, list) or not all(isinstance(a, str) for a in after): raise UserError(f"{at}: after is a list of names of stages; [] waits for none.")
+    if not isinstance(after, list) or not all(isinstance(a, str) for a in after):
+        raise UserError(f"{at}: after is a list of names of stages; [] waits for none.")
     each = entry.get("each")
-    if each is not None and (not isinstance(each, list) or not each): raise UserError(f"{at}: each is a list with the overrides of each run: [[seed=1], [seed=2]].")
+    if each is not None and (not isinstance(each, list) or not each):
+        raise UserError(f"{at}: each is a list with the overrides of each run: [[seed=1], [seed=2]].")
     return PlannedStage(name, stage, _texts(entry.get("overrides"), f"{at}: overrides"), list(dict.fromkeys(after)),
                  None if each is None else [_texts(e, f"{at}: each[{i}]") for i, e in enumerate(each)])
 
@@ -91,14 +101,18 @@ def order_stages(
 )->list[PlannedStage]:
     "The stages in an order that can run; the file's own where that can"
     names = [s.name for s in stages]
-    if twice := [n for n, k in Counter(names).items() if k > 1]: raise UserError(f"{origin}: {twice[0]} is the name of {names.count(twice[0])} stages. Give each its own.")
+    if twice := [n for n, k in Counter(names).items() if k > 1]:
+        raise UserError(f"{origin}: {twice[0]} is the name of {names.count(twice[0])} stages. Give each its own.")
     for s in stages:
         if bad := [a for a in s.after if a not in names]:
-            raise UserError(f"{origin}: stage {s.name} waits for {bad[0]}, which is no stage of this plan.{did_you_mean(bad[0], names)} Stages: {', '.join(names)}.")
+            raise UserError(f"{origin}: stage {s.name} waits for {bad[0]}, which is no stage of this "
+                            f"plan.{did_you_mean(bad[0], names)} Stages: {', '.join(names)}.")
     out, left = [], list(stages)
     while left:
         ready = next((s for s in left if all(a in [o.name for o in out] for a in s.after)), None)
-        if ready is None: raise UserError(f"{origin}: the stages {', '.join(s.name for s in left)} wait for each other in a circle. Take a name out of `after` in one of them.")
+        if ready is None:
+            raise UserError(f"{origin}: the stages {', '.join(s.name for s in left)} wait for each other in a circle. "
+                            "Take a name out of `after` in one of them.")
         out.append(ready); left.remove(ready)
     return out
 
@@ -110,13 +124,18 @@ def read_plan(
     path = Path(path)
     try: raw = yaml.safe_load(path.read_text())
     except OSError as e: raise UserError(f"{path} cannot be read: {e.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise UserError(f"{path} is not YAML: {' '.join(str(e).split())}") from None
-    if not isinstance(raw, dict): raise UserError(f"{path} is no plan: a plan is a mapping with name, overrides and stages.")
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} is not YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} is no plan: a plan is a mapping with name, overrides and stages.")
     known = ("name", "overrides", "stages")
-    if bad := [k for k in raw if k not in known]: raise UserError(f"{path}: unknown key {bad[0]}.{did_you_mean(str(bad[0]), known)} Keys: {', '.join(known)}.")
+    if bad := [k for k in raw if k not in known]:
+        raise UserError(f"{path}: unknown key {bad[0]}.{did_you_mean(str(bad[0]), known)} Keys: {', '.join(known)}.")
     name = raw.get("name", path.stem)
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name): raise UserError(f"{path}: the name {name!r} is not of letters, digits, dots, _ and -.")
-    if not isinstance(raw.get("stages"), list) or not raw["stages"]: raise UserError(f"{path} has no stages: stages is a list with at least one.")
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+        raise UserError(f"{path}: the name {name!r} is not of letters, digits, dots, _ and -.")
+    if not isinstance(raw.get("stages"), list) or not raw["stages"]:
+        raise UserError(f"{path} has no stages: stages is a list with at least one.")
     stages, shared = [], _texts(raw.get("overrides"), f"{path}: overrides")
     for entry in raw["stages"]:
         s = parse_stage(entry, stages[-1].name if stages else None, str(path))
@@ -157,19 +176,26 @@ def fill_references(
     def value(match):
         name, (*index, what) = match[1], match[2].split(".")
         if name not in ancestors:
-            raise UserError(f"{match[0]} in {text}: {stage.name} does not come after a stage {name}.{did_you_mean(name, ancestors)} Name it in `after`.")
+            raise UserError(f"{match[0]} in {text}: {stage.name} does not come after a stage "
+                            f"{name}.{did_you_mean(name, ancestors)} Name it in `after`.")
         of, n = runs[name], len(runs[name])
         if what not in ("run", "data") or len(index) > 1 or not all(i.isdigit() for i in index):
-            raise UserError(f"{match[0]} in {text}: there are {{{name}.run}} and {{{name}.data}}, and {{{name}.0.run}} of an array.")
-        if n > 1 and not index: raise UserError(f"{match[0]} in {text}: {name} is an array of {n} runs. Say which: {{{name}.0.{what}}} to {{{name}.{n - 1}.{what}}}.")
-        if index and int(index[0]) >= n: raise UserError(f"{match[0]} in {text}: {name} has {n} run{'s' * (n > 1)}, the first is 0.")
+            raise UserError(f"{match[0]} in {text}: there are {{{name}.run}} and {{{name}.data}}, and {{{name}.0.run}} "
+                            "of an array.")
+        if n > 1 and not index:
+            raise UserError(f"{match[0]} in {text}: {name} is an array of {n} runs. Say which: {{{name}.0.{what}}} to "
+                            f"{{{name}.{n - 1}.{what}}}.")
+        if index and int(index[0]) >= n:
+            raise UserError(f"{match[0]} in {text}: {name} has {n} run{'s' * (n > 1)}, the first is 0.")
         cfg, run_dir = (r := of[int(index[0]) if index else 0]).composed.cfg, r.plan.run_dir
         if what == "run": return str(run_dir.relative_to(site_path(cfg["runs_dir"])))
-        if "save_data_dir" not in cfg: raise UserError(f"{match[0]} in {text}: {name} ({cfg['stage']}) writes no rows of its own.")
+        if "save_data_dir" not in cfg:
+            raise UserError(f"{match[0]} in {text}: {name} ({cfg['stage']}) writes no rows of its own.")
         return str(cfg["save_data_dir"])
     key, equals, typed = text.partition("=")
     filled, bare = _REFERENCE.sub(value, typed), not set("'\"[{") & {*_REFERENCE.sub("", typed)}
-    if filled != typed and bare and not re.fullmatch(r"[\w./:+@-]*", filled): filled = quote_value(filled) # a folder's name may hold what Hydra's grammar takes only quoted
+    if filled != typed and bare and not re.fullmatch(r"[\w./:+@-]*", filled):
+        filled = quote_value(filled) # a folder's name may hold what Hydra's grammar takes only quoted
     return key + equals + filled
 
 # %% ../../nbs/70_launch/9_plan.ipynb #2c81b666
@@ -205,16 +231,20 @@ def check_plan(
     for s in plan.stages:
         for r in plan.runs[s.name]:
             if twin := seen.get(r.plan.run_dir):
-                raise UserError(f"{origin}: stages {twin} and {s.name} are the same run, {r.plan.run_dir.name}. Take one out, or set another job_subdir.")
+                raise UserError(f"{origin}: stages {twin} and {s.name} are the same run, {r.plan.run_dir.name}. Take "
+                                "one out, or set another job_subdir.")
             seen[r.plan.run_dir] = s.name
             launchers.setdefault(r.composed.cfg["cluster"]["launcher"], s.name)
             if r.composed.origins.get("submit") == "override" and not r.composed.cfg["submit"]:
-                raise UserError(f"{origin}: a plan is submitted: submit=false has no place in it. Add --dry-run to only look.")
+                raise UserError(f"{origin}: a plan is submitted: submit=false has no place in it. Add --dry-run to "
+                                "only look.")
         if s.stage not in SHARD_STAGES and len({_size(r.composed.cfg) for r in plan.runs[s.name]}) > 1:
-            raise UserError(f"{origin}: stage {s.name}: the runs of an array ask for the same nodes, processes and cluster keys; these differ. Make stages of their own of them.")
+            raise UserError(f"{origin}: stage {s.name}: the runs of an array ask for the same nodes, processes and "
+                            "cluster keys; these differ. Make stages of their own of them.")
     if len(launchers) > 1:
         mixed = " and ".join(f"{n} is {kind}" for kind, n in launchers.items())
-        raise UserError(f"{origin}: {mixed}. All stages of a plan run on this machine, or all on the cluster: set cluster=... for the whole plan.")
+        raise UserError(f"{origin}: {mixed}. All stages of a plan run on this machine, or all on the cluster: set "
+                        "cluster=... for the whole plan.")
     plan.launcher = next(iter(launchers))
     for s in plan.stages if plan.launcher != "local" else ():
         for r in plan.runs[s.name]:
@@ -222,7 +252,8 @@ def check_plan(
             except UserError as e: raise UserError(f"{origin}: stage {s.name}: {e}") from None
         followers = [o.name for o in plan.stages if s.name in o.after]
         if followers and not plan.runs[s.name][0].composed.cfg["cluster"]["requeue"]:
-            raise UserError(f"{origin}: {', '.join(followers)} would wait for {s.name}, which has cluster.requeue=false: cut by its time limit it goes on as another job, "
+            raise UserError(f"{origin}: {', '.join(followers)} would wait for {s.name}, which has "
+                            "cluster.requeue=false: cut by its time limit it goes on as another job, "
                             "under an id that nobody waits for, or not at all. Set cluster.requeue=true in that stage.")
 
 # %% ../../nbs/70_launch/9_plan.ipynb #0a9517f9
@@ -238,8 +269,8 @@ def outdated_stages(
     "Stages that are done though one that they follow is not: what they read may change"
     done = {name: all(r.state == "done" for r in runs) for name, runs in plan.runs.items()}
     late = {s.name: [n for n in s.after if not done[n]] for s in plan.stages if done[s.name]}
-    return [f"{name} is done and follows {', '.join(before)}, which is not: if that changes what {name} read, {name} will be refused. Give it another job_subdir then."
-            for name, before in late.items() if before]
+    return [f"{name} is done and follows {', '.join(before)}, which is not: if that changes what {name} read, {name} "
+            "will be refused. Give it another job_subdir then." for name, before in late.items() if before]
 
 # %% ../../nbs/70_launch/9_plan.ipynb #eb77727e
 def find_plan_jobs(
@@ -255,9 +286,11 @@ def find_plan_jobs(
             busy = slurm.active_jobs(record)
             if not busy: continue
             known, jobs = slurm.query_queue(busy), [j for j in record.get("jobs") or [] if slurm.job_key(j) in busy]
-            r.job, r.state = busy[0], "running" if any("RUNNING" in slurm.task_states(j, known).values() for j in jobs) else "queued"
+            r.job, r.state = busy[0], "running" if any("RUNNING" in slurm.task_states(j, known).values()
+                                                       for j in jobs) else "queued"
             if jobs and jobs[-1].get("kind") == "shards":
-                raise UserError(f"Array {r.job} is at work on {r.plan.run_dir.name}, and the job behind it, which merges and which others wait for, is gone. "
+                raise UserError(f"Array {r.job} is at work on {r.plan.run_dir.name}, and the job behind it, which "
+                                "merges and which others wait for, is gone. "
                                 f"Wait for its end, or scancel {r.job}; then give the command again.")
         except UserError as e:
             if strict: raise
@@ -278,7 +311,8 @@ def plan_rows(
         if plan.launcher != "local":
             hours, cost = slurm.hours_of(cfg["cluster"]["time"]), stage_node_hours(runs)
             limit = "the partition's" if hours is None else f"{hours:g} h" if hours >= 1 else f"{60*hours:.3g} min"
-            row |= {"nodes": slurm.tasks_of(cfg) or slurm.nodes_of(cfg), "time limit": limit, "node-hours": "?" if cost is None else f"{cost:,.4g}",
+            row |= {"nodes": slurm.tasks_of(cfg) or slurm.nodes_of(cfg), "time limit": limit,
+                    "node-hours": "?" if cost is None else f"{cost:,.4g}",
                     "jobs": ", ".join(dict.fromkeys(r.job for r in runs if r.job))}
         rows.append(row)
     return rows
@@ -341,14 +375,18 @@ def submit_plan(
     made, jobs = emit_plan(plan), {}
     for s in plan.stages:
         jobs[s.name] = [r.job for r in plan.runs[s.name] if r.job]
-        after, new, there = [j for a in s.after for j in jobs[a]], [], len(jobs[s.name])
+        after = [j for a in s.after for j in jobs[a]]
+        new = []
+        there = len(jobs[s.name])
         try:
-            if made[s.name] and s.each is not None and s.stage not in SHARD_STAGES: new.append(slurm.submit_array(made[s.name], *array_folder(plan, s.name), after))
+            if made[s.name] and s.each is not None and s.stage not in SHARD_STAGES:
+                new.append(slurm.submit_array(made[s.name], *array_folder(plan, s.name), after))
             else: # an array of shards for each run, where there are several
                 for m in made[s.name]: new.append(slurm.submit(m, after)); jobs[s.name].append(str(new[-1]))
         except UserError as e:
             there = ", ".join(f"{n} is job {'+'.join(j)}" for n, j in jobs.items() if j)
-            raise UserError(f"stage {s.name} could not be submitted: {e}\n{there or 'Nothing was submitted'}. The same command goes on from there.") from None
+            raise UserError(f"stage {s.name} could not be submitted: "
+                            f"{e}\n{there or 'Nothing was submitted'}. The same command goes on from there.") from None
         told = [f"job{'s' * (there > 1)} {', '.join(jobs[s.name][:there])} already in the queue"] if there else []
         jobs[s.name] = list(dict.fromkeys([*jobs[s.name], *map(str, new)]))
         if new: told.append(_submitted(s, made[s.name], new) + (f", after {', '.join(after)}" if after else ""))

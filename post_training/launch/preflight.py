@@ -54,7 +54,8 @@ class JobNode:
     needed_gib: float|None = None # free space to ask for; None: two checkpoints
     start: float = 0. # time.monotonic() at its beginning
 
-    def left(self, share:float=1.)->float: return self.start + share*self.seconds - time.monotonic() # seconds until a share of the time is over
+    def left(self, share:float=1.)->float:
+        return self.start + share*self.seconds - time.monotonic() # seconds until a share of the time is over
 
 # %% ../../nbs/70_launch/5_preflight.ipynb #52f4eeb2
 def node_name(env:dict=None)->str:
@@ -76,7 +77,8 @@ def expand_hostnames(
 def check_batch(n:JobNode)->str:
     "The job has the nodes that the config divides its batch among"
     if n.nodes != n.cfg.get("num_nodes", 1):
-        raise UserError(f"the job has {n.nodes} node{'s'*(n.nodes != 1)}, and the config says num_nodes={n.cfg.get('num_nodes', 1)}. "
+        raise UserError(f"the job has {n.nodes} node{'s'*(n.nodes != 1)}, and the config says "
+                        f"num_nodes={n.cfg.get('num_nodes', 1)}. "
                         "Submit the run again with post-training, which writes both.")
     if n.cfg["stage"] not in config.TRAINING_STAGES: return ""
     b = config.batch_arithmetic(n.cfg)
@@ -98,8 +100,10 @@ def check_port(n:JobNode)->str:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try: s.bind(("", n.port))
         except OSError as e:
-            raise TransientError(f"port {n.port} cannot be opened ({e.strerror}): a process holds it. `ss -ltnp 'sport = :{n.port}'` on that node says which; "
-                       "the port follows from the job's id, so that a job submitted anew gets another.") from None
+            raise TransientError(f"port {n.port} cannot be opened ({e.strerror}): a process holds it. `ss -ltnp 'sport "
+                                 f"= :{n.port}'` on that node says which; "
+                                 "the port follows from the job's id, so that a job submitted anew gets "
+                                 "another.") from None
     return f"{n.port} is free"
 
 # %% ../../nbs/70_launch/5_preflight.ipynb #039bc9fc
@@ -124,13 +128,16 @@ def model_source(
     if not name.startswith("run:"): return run.local_path_or_name(name)
     record = run.read_record(run.find_run(name[4:], runs_dir, parts=False))
     found = [p for p in run.list_checkpoints(record["checkpoints_dir"]) if not verify_manifest(p, hashes=False)]
-    if not found: raise UserError(f"model_args.model_name_or_path={name}: no whole checkpoint of it is there, in {record['checkpoints_dir']}.")
+    if not found:
+        raise UserError(f"model_args.model_name_or_path={name}: no whole checkpoint of it is there, in "
+                        f"{record['checkpoints_dir']}.")
     return str(found[0])
 
 # %% ../../nbs/70_launch/5_preflight.ipynb #5e1f6fb3
 def checkpoint_gib(cfg:dict)->float|None:
     "How large a checkpoint will be at most; None where the model's files are not on this machine"
-    files = sorted(Path(model_source(cfg["model_args"]["model_name_or_path"], cfg.get("runs_dir"))).glob("*.safetensors"))
+    files = sorted(Path(model_source(cfg["model_args"]["model_name_or_path"],
+                                     cfg.get("runs_dir"))).glob("*.safetensors"))
     try: numbers = sum(map(tensor_numbers, files))
     except (OSError, ValueError, struct.error): return None # the check of the model tells what is wrong with them
     return numbers*(20 if "ademamix" in str(cfg["training_args"].get("optim")) else 16)/2**30 if files else None
@@ -142,9 +149,12 @@ def write_probe(
 ):
     "Write a small file and remove it"
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".preflight-") as f: f.write(b"probe"); f.flush(); os.fsync(f.fileno())
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".preflight-") as f:
+            f.write(b"probe"); f.flush(); os.fsync(f.fileno())
     except OSError as e:
-        if not Path(folder).is_dir(): raise UserError(f"{key}: the folder {folder} does not exist there. It must lie on a file system that all nodes mount{mount_hint()}.") from None
+        if not Path(folder).is_dir():
+            raise UserError(f"{key}: the folder {folder} does not exist there. It must lie on a file system "
+                            f"that all nodes mount{mount_hint()}.") from None
         full = " No room or no quota is left." if e.errno in (28, 122) else ""
         raise UserError(f"{key}: the folder {folder} cannot be written to there ({e.strerror}).{full}") from None
 
@@ -161,11 +171,16 @@ def check_artifacts(n:JobNode)->str:
     disk, trains = os.statvfs(folder), n.cfg["stage"] in config.TRAINING_STAGES
     free, each = disk.f_bavail*disk.f_frsize/2**30, checkpoint_gib(n.cfg) if trains else None
     count = max(1, 2 - len(run.list_checkpoints(folder)))
-    need, why = (count*each, f"{count} checkpoint{'s'*(count > 1)} of {each:.1f} GiB at most") if each else (1., "the model's size is not known here, so 1 GiB is asked for")
+    need, why = ((count*each, f"{count} checkpoint{'s'*(count > 1)} of {each:.1f} GiB at most") if each
+                 else (1., "the model's size is not known here, so 1 GiB is asked for"))
     if n.needed_gib is not None: need, why = n.needed_gib, "as asked"
     where = f"artifacts_dir={n.cfg['artifacts_dir']}: in {folder}"
-    if free < need: raise UserError(f"{where} {free:.1f} GiB are free, and {need:.1f} are needed ({why}). Try `post-training runs gc`.")
-    if disk.f_files and disk.f_favail < 1000: raise UserError(f"{where} only {disk.f_favail} more files can be made, and a checkpoint may have 1000. Try `post-training runs gc`.")
+    if free < need:
+        raise UserError(f"{where} {free:.1f} GiB are free, and {need:.1f} are needed ({why}). Try `post-training runs "
+                        "gc`.")
+    if disk.f_files and disk.f_favail < 1000:
+        raise UserError(f"{where} only {disk.f_favail} more files can be made, and a checkpoint may have 1000. Try "
+                        "`post-training runs gc`.")
     return f"{free:.1f} GiB free, {need:.1f} needed ({why})"
 
 # %% ../../nbs/70_launch/5_preflight.ipynb #bcc7772a
@@ -197,7 +212,9 @@ def in_cache(
     "Whether the hub's libraries have something of that name on this machine"
     from huggingface_hub import constants
     folders = [Path(constants.HF_HUB_CACHE)/f"{kind}s--{name.replace('/', '--')}/snapshots"]
-    if kind == "dataset": folders.append(Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME)/"datasets")/name.replace("/", "___"))
+    if kind == "dataset":
+        folders.append(Path(os.environ.get("HF_DATASETS_CACHE")
+                            or Path(constants.HF_HOME)/"datasets")/name.replace("/", "___"))
     return any(any(f.glob("*/*")) for f in folders)
 
 # %% ../../nbs/70_launch/5_preflight.ipynb #a46d10ae
@@ -213,17 +230,20 @@ def on_hub(
     from huggingface_hub.errors import HFValidationError, HfHubHTTPError
     if in_cache(name, kind): return "in the local cache"
     if constants.is_offline_mode():
-        raise UserError(f"{key}={name} is no path there and not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE=1 forbids to ask the hub. "
-                        "Fetch it on a login node, or give a path.")
+        raise UserError(f"{key}={name} is no path there and not in the cache {constants.HF_HUB_CACHE}, and "
+                        "HF_HUB_OFFLINE=1 forbids to ask the hub. " "Fetch it on a login node, or give a path.")
     try: HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=seconds)
-    except HFValidationError: raise UserError(f"{key}={name} does not exist there, and is no name of the hub.") from None
+    except HFValidationError:
+        raise UserError(f"{key}={name} does not exist there, and is no name of the hub.") from None
     except HfHubHTTPError as e:
         code = getattr(e.response, "status_code", 0)
         if code in (401, 403, 404):
-            raise UserError(f"{key}={name}: the hub has no such {kind}, or this account may not read it (HTTP {code}). Check the name, the revision and HF_TOKEN.") from None
+            raise UserError(f"{key}={name}: the hub has no such {kind}, or this account may not read it "
+                            f"(HTTP {code}). Check the name, the revision and HF_TOKEN.") from None
         raise TransientError(f"{key}={name}: the hub answers with HTTP {code}.") from None
     except Exception as e:
-        raise TransientError(f"{key}={name} is not in the local cache, and the hub does not answer from there ({type(e).__name__}). Fetch it on a login node, or give a path.") from None
+        raise TransientError(f"{key}={name} is not in the local cache, and the hub does not answer from "
+                             f"there ({type(e).__name__}). Fetch it on a login node, or give a path.") from None
     return "on the hub"
 
 # %% ../../nbs/70_launch/5_preflight.ipynb #6ef9e197
@@ -243,9 +263,12 @@ def check_source(
     name = str(config.get_key(n.cfg, key))
     path = model_source(name, n.cfg.get("runs_dir"))
     if found := check_readable(key, name, path):
-        if key == "model_args.model_name_or_path" and not (Path(path)/"config.json").is_file(): raise UserError(f"{key}={name} holds no model there: it has no config.json.")
+        if key == "model_args.model_name_or_path" and not (Path(path)/"config.json").is_file():
+            raise UserError(f"{key}={name} holds no model there: it has no config.json.")
         return found
-    if looks_local(name): raise UserError(f"{key}={name} does not exist there. It must lie on a file system that all nodes mount{mount_hint()}.")
+    if looks_local(name):
+        raise UserError(f"{key}={name} does not exist there. It must lie on a file system that all nodes "
+                        f"mount{mount_hint()}.")
     return on_hub(key, name, kind, revision, min(15., max(1., n.left()/4)))
 
 # %% ../../nbs/70_launch/5_preflight.ipynb #8aa97651
@@ -254,21 +277,27 @@ def check_model(n:JobNode)->str:
     if not (n.cfg.get("model_args") or {}).get("model_name_or_path"): return ""
     told = check_source(n, "model_args.model_name_or_path", "model", n.cfg["model_args"].get("model_revision"))
     tokenizer = (n.cfg.get("tokenizer_args") or {}).get("tokenizer_name_or_path")
-    if tokenizer not in (None, n.cfg["model_args"]["model_name_or_path"]): check_source(n, "tokenizer_args.tokenizer_name_or_path", "model")
+    if tokenizer not in (None, n.cfg["model_args"]["model_name_or_path"]):
+        check_source(n, "tokenizer_args.tokenizer_name_or_path", "model")
     return told
 
 # %% ../../nbs/70_launch/5_preflight.ipynb #d30daa58
 def check_dataset(n:JobNode)->str:
     "The dataset can be read"
-    return check_source(n, "dataset_args.dataset_name", "dataset") if (n.cfg.get("dataset_args") or {}).get("dataset_name") else ""
+    return (check_source(n, "dataset_args.dataset_name", "dataset")
+            if (n.cfg.get("dataset_args") or {}).get("dataset_name") else "")
 
 # %% ../../nbs/70_launch/5_preflight.ipynb #7517fdce
 def gpus_here(env:dict=None)->int:
     "GPUs that a process started here would see and the driver answers for"
     there = len([p for p in Path("/dev").glob("nvidia*") if p.name[6:].isdigit()])
     if there and shutil.which("nvidia-smi"):
-        try: there = min(there, subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout.count("GPU "))
-        except subprocess.TimeoutExpired: raise TransientError("nvidia-smi does not answer there within 60 s: the driver or a GPU hangs.") from None
+        try:
+            there = min(there,
+                        subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True,
+                                       timeout=60).stdout.count("GPU "))
+        except subprocess.TimeoutExpired:
+            raise TransientError("nvidia-smi does not answer there within 60 s: the driver or a GPU hangs.") from None
     listed = (os.environ if env is None else env).get("CUDA_VISIBLE_DEVICES")
     return there if listed is None else min(there, len([g for g in listed.split(",") if g.strip() not in ("", "-1")]))
 
@@ -279,7 +308,8 @@ def check_gpus(n:JobNode)->str:
     if cluster.get("device") == "cpu": return "none wanted"
     there, wanted = gpus_here(), cluster.get("processes_per_node") or cluster.get("gpus_per_node") or 1
     if cluster.get("device") == "cuda" and there < wanted:
-        raise UserError(f"{there} GPU{'s are' if there != 1 else ' is'} visible there, and cluster.gpus_per_node={wanted} asks for {wanted}. "
+        raise UserError(f"{there} GPU{'s are' if there != 1 else ' is'} visible there, and "
+                        f"cluster.gpus_per_node={wanted} asks for {wanted}. "
                         "Set it to what a node has, or see which GPUs the job was given.")
     return f"{there} visible"
 
@@ -294,7 +324,8 @@ def problem_of(
 )->dict: # check, kind, message
     "A problem as it is handed from node to node"
     known = isinstance(e, (UserError, TransientError))
-    return dict(check=check, kind="user" if isinstance(e, UserError) else "lost", message=redact(str(e) if known else f"{check}: {type(e).__name__}: {e}"))
+    return dict(check=check, kind="user" if isinstance(e, UserError) else "lost",
+                message=redact(str(e) if known else f"{check}: {type(e).__name__}: {e}"))
 
 # %% ../../nbs/70_launch/5_preflight.ipynb #3f182840
 def local_report(
@@ -319,7 +350,8 @@ def connect(n:JobNode):
         try: socket.create_connection((n.address, n.port), timeout=min(5., left)).close(); return
         except OSError as e: why = e.strerror or str(e)
         time.sleep(0.1)
-    raise TransientError(f"cannot reach node 0 at {n.address}, port {n.port} ({why}): node 0 did not start, it stopped with a problem of its own, or the network keeps them apart.")
+    raise TransientError(f"cannot reach node 0 at {n.address}, port {n.port} ({why}): node 0 did not start, it stopped "
+                         "with a problem of its own, or the network keeps them apart.")
 
 # %% ../../nbs/70_launch/5_preflight.ipynb #14714122
 def open_store(n:JobNode):
@@ -327,10 +359,13 @@ def open_store(n:JobNode):
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL") # a time-out is told in a sentence of ours
     from torch.distributed import TCPStore
     if n.rank: connect(n)
-    try: return TCPStore(n.address, n.port, is_master=n.rank == 0, wait_for_workers=False, timeout=datetime.timedelta(seconds=max(1., n.left(0.9))))
+    try:
+        return TCPStore(n.address, n.port, is_master=n.rank == 0, wait_for_workers=False,
+                        timeout=datetime.timedelta(seconds=max(1., n.left(0.9))))
     except Exception as e:
         why = redact(str(e) or type(e).__name__).splitlines()[0][:200]
-        raise TransientError(f"cannot {'join' if n.rank else 'serve'} the roll call at {n.address}, port {n.port} ({why}).") from None
+        raise TransientError(f"cannot {'join' if n.rank else 'serve'} the roll call at {n.address}, port "
+                             f"{n.port} ({why}).") from None
 
 # %% ../../nbs/70_launch/5_preflight.ipynb #994af81e
 def read_key(
@@ -382,19 +417,24 @@ def missing_reports(
 )->list[dict]: # reports with a problem each
     "Reports for the nodes that never came, by name where Slurm says it"
     env = os.environ if env is None else env
-    names, told = expand_hostnames(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")), f"went away before the {round_name} was over."
+    names, told = expand_hostnames(env.get("SLURM_STEP_NODELIST")
+                                   or env.get("SLURM_JOB_NODELIST")), f"went away before the {round_name} was over."
     if round_name == "roll call":
-        told = (f"never came to the roll call at {n.address}, port {n.port}, in the {n.seconds:.0f} s that there are (cluster.preflight_seconds): "
-                "it did not start, or cannot reach that address.")
+        told = (f"never came to the roll call at {n.address}, port {n.port}, in the {n.seconds:.0f} s that there are "
+                "(cluster.preflight_seconds): " "it did not start, or cannot reach that address.")
     lost = [r for r, found in enumerate(reports) if found is None]
-    return [dict(rank=r, name=names[r] if len(names) == n.nodes else None, problems=[dict(check=round_name, kind="lost", message=told)]) for r in lost]
+    return [dict(rank=r, name=names[r] if len(names) == n.nodes else None,
+                 problems=[dict(check=round_name, kind="lost", message=told)]) for r in lost]
 
 # %% ../../nbs/70_launch/5_preflight.ipynb #e5742a20
 def write_markers(n:JobNode)->dict[str, str]: # file -> what it holds
     "Node 0 leaves a file in each folder that all nodes must share"
     token = secrets.token_hex(8)
-    folders = {str(Path(p)) for p in (n.folder, n.cfg.get("run_dir"), n.cfg.get("resuming_dir") or config.site_path(n.cfg["artifacts_dir"])) if p}
-    return {str(write_atomic(Path(f)/f".preflight-{token}", token)): token for f in sorted(folders)} if n.rank == 0 else {}
+    folders = {str(Path(p))
+               for p in (n.folder, n.cfg.get("run_dir"),
+                         n.cfg.get("resuming_dir") or config.site_path(n.cfg["artifacts_dir"])) if p}
+    return ({str(write_atomic(Path(f)/f".preflight-{token}", token)): token for f in sorted(folders)} if n.rank == 0
+            else {})
 
 # %% ../../nbs/70_launch/5_preflight.ipynb #05b638c7
 def check_markers(
@@ -408,8 +448,10 @@ def check_markers(
         try: same = Path(path).read_text() == token
         except OSError: same = False
         if same: continue
-        out.append(problem_of("folders", UserError(f"{Path(path).parent} is there, but it is not the folder that node 0 writes to. "
-                                             "Runs and artifacts must lie on a file system that all nodes share.")))
+        out.append(problem_of("folders",
+                              UserError(
+            f"{Path(path).parent} is there, but it is not the folder that node 0 writes to. "
+            "Runs and artifacts must lie on a file system that all nodes share.")))
     return out
 
 # %% ../../nbs/70_launch/5_preflight.ipynb #97ba73bc
@@ -424,13 +466,19 @@ def all_reduce(
     left = n.left(time_share)
     store = dist.TCPStore(n.address, n.port, is_master=False, timeout=datetime.timedelta(seconds=max(1., left)))
     if backend == "nccl": torch.cuda.set_device(0)
-    limit = max(1., 0.9*left) if backend == "gloo" else left + 60 # nccl's own limit would end the process without a word
-    dist.init_process_group(backend, store=dist.PrefixStore("sum", store), rank=n.rank, world_size=n.nodes, timeout=datetime.timedelta(seconds=limit))
+    # nccl's own limit would end the process without a word
+    limit = max(1., 0.9*left) if backend == "gloo" else left + 60
+    dist.init_process_group(backend, store=dist.PrefixStore("sum", store), rank=n.rank, world_size=n.nodes,
+                            timeout=datetime.timedelta(seconds=limit))
     x = torch.full((2**18,), n.rank + 1., device="cuda" if backend == "nccl" else "cpu")
     dist.all_reduce(x)
-    low, high, want = float(x.min()), float(x.max()), n.nodes*(n.nodes + 1)/2
+    low = float(x.min())
+    high = float(x.max())
+    want = n.nodes*(n.nodes + 1)/2
     dist.destroy_process_group()
-    if (low, high) != (want, want): raise TransientError(f"the sum over {n.nodes} nodes is {low:g} to {high:g}, and should be {want:g}: a node or the network changes data.")
+    if (low, high) != (want, want):
+        raise TransientError(f"the sum over {n.nodes} nodes is {low:g} to {high:g}, and should be {want:g}: a node or "
+                             "the network changes data.")
     return f"{backend}, {n.nodes} nodes"
 
 # %% ../../nbs/70_launch/5_preflight.ipynb #281d2e8a
@@ -439,13 +487,17 @@ def sum_report(
     reports:list[dict], # of the roll call
 )->dict: # rank, name, seconds, told, problems
     "The all-reduce, with what went wrong as a report"
-    cuda = (n.cfg.get("cluster") or {}).get("device") != "cpu" and all(not r["told"].get("gpus", "0").startswith(("0", "none")) for r in reports)
-    backend, began, out = "nccl" if cuda else "gloo", time.monotonic(), dict(rank=n.rank, name=node_name(), seconds={}, told={}, problems=[])
+    cuda = ((n.cfg.get("cluster") or {}).get("device") != "cpu"
+            and all(not r["told"].get("gpus", "0").startswith(("0", "none")) for r in reports))
+    backend, began, out = "nccl" if cuda else "gloo", time.monotonic(), dict(
+        rank=n.rank, name=node_name(), seconds={}, told={}, problems=[])
     try: out["told"]["all-reduce"] = with_timeout(n.left(0.9), "it", lambda: all_reduce(n, backend))
     except Exception as e:
         why = redact(str(e).strip() or type(e).__name__).splitlines()[0][:300].rstrip(".")
-        hint = f"Nodes that know each other by name, but not over the network that it chose, want {backend.upper()}_SOCKET_IFNAME in cluster.env."
-        out["problems"].append(dict(check="all-reduce", kind="lost", message=f"the all-reduce ({backend}, {n.nodes} nodes) failed: {why}. {hint}"))
+        hint = ("Nodes that know each other by name, but not over the network that it chose, want "
+                f"{backend.upper()}_SOCKET_IFNAME in cluster.env.")
+        out["problems"].append(dict(check="all-reduce", kind="lost",
+                                    message=f"the all-reduce ({backend}, {n.nodes} nodes) failed: {why}. {hint}"))
     out["seconds"]["all-reduce"] = round(time.monotonic() - began, 2)
     return out
 
@@ -461,7 +513,9 @@ def problems_text(
     lines = []
     for text, rs in said.items():
         names = [f"{r['rank']}" + (f" ({r['name']})" if r.get("name") else "") for r in rs]
-        who = f"all {nodes} nodes" if len(rs) == nodes > 1 else f"node{'s'*(len(rs) > 1)} " + ", ".join(names[:8]) + (f" and {len(rs) - 8} more" if len(rs) > 8 else "")
+        who = (f"all {nodes} nodes" if len(rs) == nodes > 1
+               else f"node{'s'*(len(rs) > 1)} " + ", ".join(names[:8])
+               + (f" and {len(rs) - 8} more" if len(rs) > 8 else ""))
         lines.append(f"{who}: {text}")
     return "\n".join(lines)
 
@@ -480,14 +534,18 @@ def write_preflight_error(
     nodes:int, # of the job
 ):
     "error.json, for who started this; a node that could not meet the others may have written before. Nothing where all is well"
-    kind, message, path = problem_kind(reports), problems_text(reports, nodes), Path(folder)/"error.json"
+    kind = problem_kind(reports)
+    message = problems_text(reports, nodes)
+    path = Path(folder)/"error.json"
     if not kind or not Path(folder).is_dir(): return
     with file_lock(Path(folder)/".preflight.lock"):
         try: old = json.loads(path.read_text())
         except (OSError, ValueError): old = {}
         old = old if old.get("where") == "pre-flight" else {}
         lines = dict.fromkeys([*message.splitlines(), *old.get("message", "").splitlines()])
-        write_json(path, dict(kind="user" if "user" in (kind, old.get("kind")) else "lost", message="\n".join(lines), where="pre-flight"))
+        write_json(path,
+                   dict(kind="user" if "user" in (kind, old.get("kind")) else "lost", message="\n".join(lines),
+                        where="pre-flight"))
 
 # %% ../../nbs/70_launch/5_preflight.ipynb #10515b3f
 def checks_table(
@@ -517,8 +575,10 @@ def collective_rounds(
         rounds.append([r for r in reports if r] + missing_reports(n, reports))
         if any(r["problems"] for r in rounds[-1]): return rounds
         began = time.monotonic()
-        seen = dict(rank=n.rank, name=node_name(), told=dict(folders="shared by all"), problems=with_timeout(n.left()/2, "folders", lambda: check_markers(reports[0]["marks"])))
-        reports = exchange_reports(store, n, "folders", dict(seen, seconds=dict(folders=round(time.monotonic() - began, 2))), 0.8)
+        seen = dict(rank=n.rank, name=node_name(), told=dict(folders="shared by all"),
+                    problems=with_timeout(n.left()/2, "folders", lambda: check_markers(reports[0]["marks"])))
+        reports = exchange_reports(store, n, "folders",
+                                   dict(seen, seconds=dict(folders=round(time.monotonic() - began, 2))), 0.8)
         rounds.append([r for r in reports if r] + missing_reports(n, reports, "look at the folders"))
         if any(r["problems"] for r in rounds[-1]): return rounds
         reports = exchange_reports(store, n, "sum", sum_report(n, rounds[0]), 0.95)
@@ -554,7 +614,8 @@ def read_job_config(
 )->dict: # of `local_report`
     "What this node finds on its own, the config itself included"
     try: n.cfg = with_timeout(n.left()/2, "reading the config", lambda: config.load_frozen(path))
-    except Exception as e: return dict(rank=n.rank, name=node_name(), seconds={}, told={}, problems=[problem_of("config", e)])
+    except Exception as e:
+        return dict(rank=n.rank, name=node_name(), seconds={}, told={}, problems=[problem_of("config", e)])
     return local_report(n)
 
 # %% ../../nbs/70_launch/5_preflight.ipynb #d123348d
@@ -562,19 +623,23 @@ def preflight_main(
     argv:list[str]|None=None, # command line; None takes this process's
 )->int: # exit code
     "One node's task of the pre-flight"
-    a = argparse.ArgumentParser(prog="python -m post_training.launch.preflight", description="Check a node of a job, and that all its nodes meet, before training starts.")
+    a = argparse.ArgumentParser(
+        prog="python -m post_training.launch.preflight",
+        description="Check a node of a job, and that all its nodes meet, before training starts.")
     a.add_argument("config", help="frozen config of the attempt: attempts/N/config.yaml")
     for name, kind, text in (("address", str, "of the first node"), ("port", int, "that training will use there"), ("rank", int, "of this node, from 0"),
                              ("nodes", int, "of the job"), ("seconds", float, "that all of it may take")): a.add_argument(f"--{name}", type=kind, required=True, help=text)
     a.add_argument("--needed-gib", type=float, help="free space to ask for instead of two checkpoints'")
     a = a.parse_args(argv)
-    n = JobNode({}, Path(a.config).parent, a.address, a.port, a.rank, a.nodes, a.seconds, a.needed_gib, time.monotonic())
+    n = JobNode({}, Path(a.config).parent, a.address, a.port, a.rank, a.nodes, a.seconds, a.needed_gib,
+                time.monotonic())
     rounds, met = finish_preflight(n, read_job_config(n, a.config))
     kind = problem_kind(rounds[-1])
     if not kind and n.rank == 0: print(checks_table(rounds, n.seconds - n.left()), flush=True)
     if not kind: return 0
     mine = [r for r in rounds[-1] if r["rank"] == n.rank]
-    message = problems_text(rounds[-1] if n.rank == 0 or not met else mine, n.nodes) or f"node {n.rank} ({node_name()}) found nothing; node 0 says what others found"
+    message = (problems_text(rounds[-1] if n.rank == 0 or not met else mine, n.nodes)
+               or f"node {n.rank} ({node_name()}) found nothing; node 0 says what others found")
     print(f"The pre-flight failed.\n{message}", file=sys.stderr, flush=True)
     return 2 if kind == "user" else 1
 

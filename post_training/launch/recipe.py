@@ -26,11 +26,13 @@ def recipe_parameters(
     path, # a recipe notebook
 )->dict: # name -> default, None where it is not a literal
     "Names and defaults in the cell tagged `parameters`"
-    cells = [c for c in json.loads(Path(path).read_text())["cells"] if "parameters" in c.get("metadata", {}).get("tags", [])]
+    cells = [c for c in json.loads(Path(path).read_text())["cells"]
+             if "parameters" in c.get("metadata", {}).get("tags", [])]
     if len(cells) != 1: raise UserError(f"{path} has {len(cells)} cells tagged 'parameters'; a recipe has one.")
     out = {}
     for node in ast.parse("".join(cells[0]["source"])).body:
-        for target in (node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []):
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target]
+                       if isinstance(node, ast.AnnAssign) else []):
             try: out[target.id] = ast.literal_eval(node.value)
             except ValueError: out[target.id] = None
     return out
@@ -43,9 +45,12 @@ def check_parameters(
     "Refuse a parameter that the recipe does not have, and a list that was given as text"
     known = recipe_parameters(path)
     for name, value in parameters.items():
-        if name not in known: raise UserError(f"{Path(path).name} has no parameter {name!r}.{did_you_mean(name, known)} It has {', '.join(known)}.")
+        if name not in known:
+            raise UserError(f"{Path(path).name} has no parameter {name!r}.{did_you_mean(name, known)} It has "
+                            f"{', '.join(known)}.")
         if isinstance(known[name], list) and not isinstance(value, (list, tuple)):
-            raise UserError(f"{name} is a list and came as {type(value).__name__}. With papermill use -y '{name}: [...]', not -p.")
+            raise UserError(f"{name} is a list and came as {type(value).__name__}. With papermill use -y '{name}: "
+                            "[...]', not -p.")
 
 # %% ../../nbs/70_launch/7_recipe.ipynb #cdeb2a73
 def recipe_path(
@@ -65,8 +70,11 @@ def own_kernel():
     "During the block, `python3` is a kernel on this very interpreter, and a kernel knows whose child it is"
     with tempfile.TemporaryDirectory() as d:
         argv = [sys.executable, "-m", "ipykernel_launcher", "--log-level=50", "-f", "{connection_file}"]
-        write_json(Path(d)/"kernels/python3/kernel.json", dict(argv=argv, display_name="Python 3", language="python", metadata=dict(supported_encryption=["curve"])))
-        mine = dict(JUPYTER_PATH=os.pathsep.join(filter(None, [d, os.environ.get("JUPYTER_PATH")])), POST_TRAINING_PARENT=str(os.getpid()), JUPYTER_PLATFORM_DIRS="1")
+        write_json(Path(d)/"kernels/python3/kernel.json",
+                   dict(argv=argv, display_name="Python 3", language="python",
+                        metadata=dict(supported_encryption=["curve"])))
+        mine = dict(JUPYTER_PATH=os.pathsep.join(filter(None, [d, os.environ.get("JUPYTER_PATH")])),
+                    POST_TRAINING_PARENT=str(os.getpid()), JUPYTER_PLATFORM_DIRS="1")
         if not visible_gpus(): mine.setdefault("DS_ACCELERATOR", "cpu") # or DeepSpeed says that it found none
         before = {k: os.environ.get(k) for k in mine}
         os.environ.update(mine)
@@ -97,11 +105,15 @@ def execute_notebook(
     import zmq
     from papermill.exceptions import PapermillExecutionError
     from traitlets.config import Config
-    encrypted = Config(KernelManager=dict(transport_encryption="auto" if zmq.has("curve") else "disabled")) # others on this machine cannot listen in
-    logging.getLogger("papermill").setLevel(logging.ERROR) # it warns about parameters that it cannot parse; ours are checked
+    # others on this machine cannot listen in
+    encrypted = Config(KernelManager=dict(transport_encryption="auto" if zmq.has("curve") else "disabled"))
+    # it warns about parameters that it cannot parse; ours are checked
+    logging.getLogger("papermill").setLevel(logging.ERROR)
     with own_kernel(), raise_on_sigterm():
-        try: papermill.execute_notebook(str(path), str(out), parameters=parameters, kernel_name="python3", language="python", cwd=str(project_root()),
-                                        progress_bar=sys.stderr.isatty(), request_save_on_cell_execute=True, start_timeout=120, config=encrypted)
+        try:
+            papermill.execute_notebook(str(path), str(out), parameters=parameters, kernel_name="python3",
+                                       language="python", cwd=str(project_root()), progress_bar=sys.stderr.isatty(),
+                                       request_save_on_cell_execute=True, start_timeout=120, config=encrypted)
         except PapermillExecutionError as e:
             known = dict(UserError=UserError, JobFailed=JobFailed, HandedOver=HandedOver).get(e.ename)
             if known: raise known(e.evalue) from None
@@ -271,7 +283,9 @@ def execute_run(
 # %% ../../nbs/70_launch/7_recipe.ipynb #b4d6945d
 def _execute_attempt(attempt:Attempt, recipe:Path, parameters:dict):
     "Execute the recipe, then close the attempt with the exit code that its end deserves"
-    out, code, said = attempt.attempt_dir/recipe.name, 1, {}
+    out = attempt.attempt_dir/recipe.name
+    code = 1
+    said = {}
     try:
         with progress_thread(attempt.run_dir): execute_notebook(recipe, out, parameters)
         keep_final(attempt, out)

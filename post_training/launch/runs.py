@@ -47,7 +47,8 @@ def why_waiting(
     "A reason in words; one that is not known stays as it is"
     if not reason: return ""
     word = reason.strip("()").split(",")[0]
-    known = [k for k in REASONS if word == k or word.startswith(k) and k.startswith(("QOS", "Assoc", "ReqNode", "JobHeld"))]
+    known = [k for k in REASONS
+             if word == k or word.startswith(k) and k.startswith(("QOS", "Assoc", "ReqNode", "JobHeld"))]
     return f"{word}: {REASONS[max(known, key=len)]}" if known else reason
 
 # %% ../../nbs/70_launch/11_runs.ipynb #43c33bc6
@@ -66,7 +67,8 @@ def log_tail(
             f.seek(max(0, size - max_bytes))
             text = f.read().decode(errors="replace")
     except OSError: return []
-    kept = [_CONTROL.sub("", line.rstrip("\r").rpartition("\r")[2]).rstrip() for line in text.split("\n")[bool(size > max_bytes):]]
+    kept = [_CONTROL.sub("", line.rstrip("\r").rpartition("\r")[2]).rstrip()
+            for line in text.split("\n")[bool(size > max_bytes):]]
     return [redact(line)[:500] for line in kept if line.strip()][-max_lines:] if max_lines > 0 else []
 
 # %% ../../nbs/70_launch/11_runs.ipynb #3b786fb6
@@ -94,10 +96,13 @@ def log_files(
     record:dict, # its record
 )->list[Path]: # those that are there and not empty, the last written last
     "The logs of the newest attempt, of the newest job and of tasks of the newest array"
-    attempts, jobs, array = record.get("attempts") or [], record.get("jobs") or [], slurm.array_of(record)
+    attempts = record.get("attempts") or []
+    jobs = record.get("jobs") or []
+    array = slurm.array_of(record)
     folder = Path(run_dir)/f"attempts/{attempts[-1]['number']}" if attempts else None
     found = [job_log(run_dir, jobs[-1])] if jobs else []
-    found += (task_logs(run_dir, array) if array else []) + ([folder/n for n in ("preflight.log", "stdout.log", "stderr.log")] if folder else [])
+    found += (task_logs(run_dir, array) if array else []) + (
+        [folder/n for n in ("preflight.log", "stdout.log", "stderr.log")] if folder else [])
     return sorted((p for p in found if p.is_file() and p.stat().st_size), key=lambda p: p.stat().st_mtime)
 
 # %% ../../nbs/70_launch/11_runs.ipynb #993918a1
@@ -105,7 +110,8 @@ def ask_queue(
     records:list[dict], # of runs that have jobs
 )->tuple[dict, str]: # the scheduler's answer by job, None where it cannot be asked; why not
     "What the scheduler knows of the newest job of each run"
-    if not shutil.which("squeue"): return None, "There is no squeue on this machine: what follows is from the records alone."
+    if not shutil.which("squeue"):
+        return None, "There is no squeue on this machine: what follows is from the records alone."
     try:
         known = slurm.query_queue()
         last = [j for r in records for j in (r["jobs"][-1], slurm.array_of(r)) if j]
@@ -124,7 +130,8 @@ def blocked_by(
         mine = [j for j in r.get("jobs") or [] if {str(j["id"]), slurm.job_key(j)} & waited]
         if not mine or r.get("status") == "finished": continue
         state = run_status(folder, r)
-        ended, why = dict(failed="failed", killed="was killed").get(state), f": {r['stopped']}" if r.get("stopped") else ""
+        ended, why = dict(failed="failed",
+                          killed="was killed").get(state), f": {r['stopped']}" if r.get("stopped") else ""
         if ended: return f"job {slurm.job_key(mine[-1])} ({folder.name}), which it waited for, {ended}{why}"
         further = blocked_by(mine[-1], [(f, o) for f, o in runs if f != folder]) if state == "queued" else ""
         if further: return further
@@ -150,12 +157,16 @@ def array_row(
 )->dict: # as `job_row`
     "What is known of the array of a stage's shards"
     states = Counter(slurm.task_states(array, known or {}).values())
-    ends, shown = slurm.task_ends(run_dir, array), ", ".join(f"{n} {s.lower()}" for s, n in sorted(states.items(), key=lambda kv: kv[0] not in ("RUNNING", "PENDING")))
+    ends, shown = slurm.task_ends(run_dir, array), ", ".join(
+        f"{n} {s.lower()}" for s, n in sorted(states.items(), key=lambda kv: kv[0] not in ("RUNNING", "PENDING")))
     failed = [e for e in ends if e["exit"] is not None]
-    reasons = [known[k]["reason"] for k, s in slurm.task_states(array, known or {}).items() if s == "PENDING" and known[k].get("reason")]
-    why = f"task {failed[0]['task']} ended with {failed[0]['exit']}: {failed[0]['why']}" if failed else why_waiting(reasons[0]) if reasons else ""
+    reasons = [known[k]["reason"] for k, s in slurm.task_states(array, known or {}).items()
+               if s == "PENDING" and known[k].get("reason")]
+    why = (f"task {failed[0]['task']} ended with {failed[0]['exit']}: {failed[0]['why']}" if failed
+           else why_waiting(reasons[0]) if reasons else "")
     line = next((t[-1] for p in task_logs(run_dir, array, 1) if (t := log_tail(p, 1))), "")
-    return dict(run=run_dir.name, job=f"{array['id']}_[0-{array['tasks'] - 1}]", state=shown or f"gone: {len(ends)} of {array['tasks']} not done", nodes=states["RUNNING"] or None,
+    return dict(run=run_dir.name, job=f"{array['id']}_[0-{array['tasks'] - 1}]",
+                state=shown or f"gone: {len(ends)} of {array['tasks']} not done", nodes=states["RUNNING"] or None,
                 elapsed=None, restarts=None, step=array_progress_text(record), why=why, line=line)
 
 # %% ../../nbs/70_launch/11_runs.ipynb #671a3486
@@ -171,14 +182,16 @@ def job_row(
     key, status = slurm.job_key(job), run_status(run_dir, record)
     seen = (known or {}).get(key)
     state = seen["state"] if seen else f"gone: {status}" if known is not None else status
-    lives = [a["job"].get("restart") or 0 for a in record.get("attempts") or [] if (a.get("job") or {}).get("id") == job["id"] and a["job"].get("task") == job.get("task")]
+    lives = [a["job"].get("restart") or 0 for a in record.get("attempts") or []
+             if (a.get("job") or {}).get("id") == job["id"] and a["job"].get("task") == job.get("task")]
     step, total, _ = run_progress(run_dir)
     reason = (seen or {}).get("reason") or ""
     over, began = state not in slurm.ACTIVE_STATES, bool(lives) or status != "queued"
     failed = blocked_by(job, list(runs)) if not began and (over or "Dependency" in reason) else ""
     why = failed or (record.get("stopped") or "" if over else why_waiting(reason))
     line = next((t[-1] for p in reversed(log_files(run_dir, record)) if (t := log_tail(p, 1))), "")
-    return dict(run=run_dir.name, job=key, state=state, nodes=(seen or {}).get("nodes"), elapsed=(seen or {}).get("elapsed"), restarts=max(lives, default=0),
+    return dict(run=run_dir.name, job=key, state=state, nodes=(seen or {}).get("nodes"),
+                elapsed=(seen or {}).get("elapsed"), restarts=max(lives, default=0),
                 step=f"{step}/{total}" if total else step or None, why=why, line=line)
 
 # %% ../../nbs/70_launch/11_runs.ipynb #82be04b6
@@ -191,10 +204,12 @@ def close_unstarted_run(
     "Write into a record that waits that its last job is over"
     key = slurm.job_key(record["jobs"][-1])
     state = known.get(key, {}).get("state")
-    if record.get("status") != "queued" or state is None or state in slurm.ACTIVE_STATES or is_live(run_dir): return record
+    if record.get("status") != "queued" or state is None or state in slurm.ACTIVE_STATES or is_live(run_dir):
+        return record
     if slurm.active_job(record): return record
     job = record["jobs"][-1]
-    why = blocked_by(job, list(runs)) or f"job {key} ended as {state} before it could go on; its log, if any: {job_log(run_dir, job).name}"
+    why = (blocked_by(job, list(runs))
+           or f"job {key} ended as {state} before it could go on; its log, if any: {job_log(run_dir, job).name}")
     def change(r):
         if r.get("status") == "queued": r.update(status="failed", stopped=why)
     return edit_record(run_dir, change)
@@ -218,11 +233,13 @@ def job_rows(
     every_run = [(p, read_record(p)) for p in all_runs()]
     named = [find_run(n) for n in names]
     if odd := [p for p in named if not read_record(p).get("jobs")]:
-        raise UserError(f"{odd[0].name} was never submitted to a scheduler. `post-training runs show {odd[0].name}` tells what there is.")
+        raise UserError(f"{odd[0].name} was never submitted to a scheduler. `post-training runs show {odd[0].name}` "
+                        "tells what there is.")
     runs = [(p, read_record(p)) for p in named] or [(p, r) for p, r in every_run if r.get("jobs")]
     if not names and not every: runs = [(p, r) for p, r in runs if run_status(p, r) in ("queued", "running", "killed")]
     known, notice = ask_queue([r for _, r in runs]) if runs else ({}, "")
-    if known is not None: runs = [(p, close_unstarted_run(p, r, known, [(f, o) for f, o in every_run if f != p])) for p, r in runs]
+    if known is not None:
+        runs = [(p, close_unstarted_run(p, r, known, [(f, o) for f, o in every_run if f != p])) for p, r in runs]
     rows = [job_row(p, r, j, known, every_run) for p, r in runs for j in (r["jobs"] if names else shown_jobs(r, known))]
     return rows, notice
 
@@ -244,10 +261,12 @@ def job_history(
     record, out = read_record(run_dir), []
     for j in record.get("jobs") or []:
         after = f", after {', '.join(j['after'])}" if j.get("after") else ""
-        what = f"array {slurm.job_key(j)} of {j['tasks']} tasks" if j.get("kind") == "shards" else f"job {slurm.job_key(j)}"
+        what = (f"array {slurm.job_key(j)} of {j['tasks']} tasks" if j.get("kind") == "shards"
+                else f"job {slurm.job_key(j)}")
         out.append(f"{what}   submitted {j.get('submitted') or 'by hand'}{after}, log {job_log(run_dir, j).name}")
     failed = (record.get("array") or {}).get("failed") or []
-    out += [f"task {e['task']}      ended with {e['exit']}: {e['why']}, log {e['log']}" for e in failed[:8]] + [f"and {len(failed) - 8} more tasks"]*(len(failed) > 8)
+    out += [f"task {e['task']}      ended with {e['exit']}: {e['why']}, log {e['log']}"
+            for e in failed[:8]] + [f"and {len(failed) - 8} more tasks"]*(len(failed) > 8)
     return out + ([f"stopped     {record['stopped']}"] if record.get("stopped") else [])
 
 # %% ../../nbs/70_launch/11_runs.ipynb #83206993
@@ -284,7 +303,8 @@ def own_folder(
     cfg = record["config"]
     folder, artifacts = generation_folder(cfg, generation), site_path(cfg["artifacts_dir"]).resolve()
     if not folder.is_dir(): return None, "" # gone already
-    if not folder.resolve().is_relative_to(artifacts): return None, f"{folder.name} of {record['id']} lies outside the artifacts folder (behind a link?)"
+    if not folder.resolve().is_relative_to(artifacts):
+        return None, f"{folder.name} of {record['id']} lies outside the artifacts folder (behind a link?)"
     try: owner = (folder/"owner").read_text().strip()
     except OSError: owner = None
     if owner == generation["id"]: return folder, ""
@@ -305,10 +325,12 @@ def referenced_checkpoints(
         model = str((cfg.get("model_args") or {}).get("model_name_or_path") or "")
         for path in (cfg.get("resume_from"), None if model.startswith("run:") else model):
             if path and site_path(path).is_dir(): claim(site_path(path).resolve(), folder.name)
-        if model.startswith("run:") and not record.get("parents") and record.get("status") != "finished": # it has not begun: what it will take
+        # it has not begun: what it will take
+        if model.startswith("run:") and not record.get("parents") and record.get("status") != "finished":
             try: other = read_record(find_run(model[4:], cfg.get("runs_dir"), parts=False))
             except UserError: continue
-            whole = next((p for p in list_checkpoints(generation_folder(other["config"], other)) if not verify_manifest(p, hashes=False)), None)
+            whole = next((p for p in list_checkpoints(generation_folder(other["config"], other))
+                          if not verify_manifest(p, hashes=False)), None)
             if whole: claim((other["id"], whole.name), folder.name)
     return out
 
@@ -319,11 +341,14 @@ def state_for_gc(
 )->str: # finished, failed, killed, ready, or queued (but no job is there any more)
     "The state of a run that may lose checkpoints, or an error that says why it may not"
     status = run_status(run_dir, record)
-    if is_live(run_dir) or status == "running": raise UserError(f"{Path(run_dir).name} is at work now. Wait for it or stop it.")
-    if record.get("status") == "finished" and status in ("failed", "killed"): status = "finished" # what came after training failed: its checkpoints are what it made
+    if is_live(run_dir) or status == "running":
+        raise UserError(f"{Path(run_dir).name} is at work now. Wait for it or stop it.")
+    if record.get("status") == "finished" and status in ("failed", "killed"):
+        status = "finished" # what came after training failed: its checkpoints are what it made
     if status != "finished" and not record.get("stopped") and (job := slurm.active_job(record)):
         raise UserError(f"Job {job} of {Path(run_dir).name} is in the queue. scancel {job} ends it.")
-    if status not in ("finished", "failed", "killed", "queued", "ready"): raise UserError(f"The state of {Path(run_dir).name} is {status}: its checkpoints are left alone.")
+    if status not in ("finished", "failed", "killed", "queued", "ready"):
+        raise UserError(f"The state of {Path(run_dir).name} is {status}: its checkpoints are left alone.")
     return status
 
 # %% ../../nbs/70_launch/11_runs.ipynb #0b03706d
@@ -332,11 +357,13 @@ def result_checkpoints(
     folder:Path, # its checkpoints
 )->dict[str, str]: # name of a checkpoint -> final, best
     "The checkpoints that are what a finished run made"
-    final, best = final_checkpoint(generation, folder), ((generation.get("final") or {}).get("best") or {}).get("checkpoint")
+    final, best = final_checkpoint(generation, folder), ((generation.get("final") or {}).get("best")
+                                                         or {}).get("checkpoint")
     return ({best: "best"} if best else {}) | ({final.name: "final"} if final else {})
 
 # %% ../../nbs/70_launch/11_runs.ipynb #fe58f4bb
-_LEFT = (".tmp-checkpoint-", ".tmp-old-checkpoint-", ".freed-checkpoint-") # names of unfinished saves and of an interrupted deletion
+# names of unfinished saves and of an interrupted deletion
+_LEFT = (".tmp-checkpoint-", ".tmp-old-checkpoint-", ".freed-checkpoint-")
 
 # %% ../../nbs/70_launch/11_runs.ipynb #e50b197b
 def checkpoint_folders(
@@ -345,7 +372,9 @@ def checkpoint_folders(
     all_checkpoints:bool=False, # of a finished run also the final and the best one
 )->tuple[list[CheckpointFolder], list[str]]: # what there is, each with what becomes of it; notices
     "What a run has on disk"
-    record, out, notices = read_record(run_dir), [], []
+    record = read_record(run_dir)
+    out = []
+    notices = []
     status = state_for_gc(run_dir, record)
     for page in generations(record):
         folder, why = own_folder(record, page)
@@ -353,11 +382,14 @@ def checkpoint_folders(
         if folder is None: continue
         stay = {} if page is not record or status != "finished" or all_checkpoints else result_checkpoints(page, folder)
         for p in sorted(p for p in folder.iterdir() if p.name.startswith(("checkpoint-", *_LEFT))):
-            if p.is_symlink() or not p.is_dir(): notices.append(f"{folder.name}/{p.name} is a link or no folder: left alone"); continue
-            keys = [k for k in referenced if k == (page["id"], p.name) or isinstance(k, Path) and k.is_relative_to(p.resolve())]
+            if p.is_symlink() or not p.is_dir():
+                notices.append(f"{folder.name}/{p.name} is a link or no folder: left alone"); continue
+            keys = [k for k in referenced
+                    if k == (page["id"], p.name) or isinstance(k, Path) and k.is_relative_to(p.resolve())]
             who = [w for k in keys for w in referenced[k] if w != run_dir.name]
             keep = f"needed by {', '.join(dict.fromkeys(who))}" if who else stay.get(p.name, "")
-            out.append(CheckpointFolder(run_dir, page.get("generation", 1), p, folder_bytes(p), "unfinished" if p.name[0] == "." else "checkpoint", keep))
+            out.append(CheckpointFolder(run_dir, page.get("generation", 1), p, folder_bytes(p),
+                                        "unfinished" if p.name[0] == "." else "checkpoint", keep))
     return out, notices
 
 # %% ../../nbs/70_launch/11_runs.ipynb #64026139
@@ -367,9 +399,13 @@ def gc_checkpoints(
     all_checkpoints:bool=False, # of finished runs also the final and the best one
 )->tuple[list[CheckpointFolder], list[str]]: # what there is of them, each with what becomes of it; notices
     "What could be freed"
-    if not names and not failed: raise UserError("Name the runs, or give --failed for those that failed or were killed. `post-training runs` lists them.")
+    if not names and not failed:
+        raise UserError("Name the runs, or give --failed for those that failed or were killed. `post-training runs` "
+                        "lists them.")
     everything = [(p, read_record(p)) for p in all_runs()]
-    named, out, notices = [find_run(n) for n in names], [], []
+    named = [find_run(n) for n in names]
+    out = []
+    notices = []
     chosen = named + [p for p, r in everything if failed and run_status(p, r) in ("failed", "killed")]
     needed = referenced_checkpoints(everything)
     for p in dict.fromkeys(chosen):
@@ -395,7 +431,8 @@ def gc_rows(
     folders:list[CheckpointFolder],
 )->list[dict]: # run, generation, checkpoint, size, fate
     "What becomes of what, as a table"
-    return [dict(run=p.run_dir.name, generation=p.generation, checkpoint=p.path.name, size=format_bytes(p.bytes), fate=f"stays: {p.keep}" if p.keep else "goes") for p in folders]
+    return [dict(run=p.run_dir.name, generation=p.generation, checkpoint=p.path.name, size=format_bytes(p.bytes),
+                 fate=f"stays: {p.keep}" if p.keep else "goes") for p in folders]
 
 # %% ../../nbs/70_launch/11_runs.ipynb #098c7b70
 def _note_freed(run_dir:Path, pieces:list[CheckpointFolder], when:str, done:bool):
@@ -421,7 +458,8 @@ def delete_checkpoints(
         hold_run(run_dir)
         try:
             if odd := [p for p in going if not p.path.is_dir() or p.path.is_symlink()]:
-                raise UserError(f"{odd[0].path.name} of {run_dir.name} has changed since it was looked at. Give the command again.")
+                raise UserError(f"{odd[0].path.name} of {run_dir.name} has changed since it was looked at. Give the "
+                                "command again.")
             _note_freed(run_dir, going, when, False)
             for p in going:
                 out = p.path if p.path.name.startswith(".") else p.path.with_name(f".freed-{p.path.name}")
@@ -437,5 +475,6 @@ def freed_lines(
     run_dir, # a run folder
 )->list[str]: # a line for each deletion
     "What was freed of a run, for `runs show`"
-    return [f"freed       {format_bytes(f['bytes'])} on {f['when'][:16]}: generation {page.get('generation', 1)}, {', '.join(f['what'])}" + " (interrupted)"*(not f["done"])
-            for page in generations(read_record(run_dir)) for f in page.get("freed") or []]
+    return [f"freed       {format_bytes(f['bytes'])} on {f['when'][:16]}: generation {page.get('generation', 1)}, "
+            f"{', '.join(f['what'])}" + " (interrupted)"*(not f["done"]) for page in generations(read_record(run_dir))
+            for f in page.get("freed") or []]

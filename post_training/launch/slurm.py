@@ -63,7 +63,9 @@ def shard_workers_of(
     "Workers of a task of the array"
     gpus, each = gpus_of(cfg), cfg.get("tensor_parallel_size") or 1
     if not gpus: return cfg["num_processes"] or cfg["cluster"]["processes_per_node"] or 1
-    if gpus < each: raise UserError(f"tensor_parallel_size={each} needs {each} GPUs of one node, and cluster.gpus_per_node is {gpus}. Set one of them.")
+    if gpus < each:
+        raise UserError(f"tensor_parallel_size={each} needs {each} GPUs of one node, and cluster.gpus_per_node is "
+                        f"{gpus}. Set one of them.")
     return gpus//each
 
 # %% ../../nbs/70_launch/6_slurm.ipynb #57b1aa84
@@ -79,13 +81,16 @@ def shard_worker_weights(
 )->dict|None: # gib; gpus of a worker; limit_gib of each, None where the kind of GPU is not known; least: GPUs that would hold them; None where the sizes are not known here
     "The weights of the model of a worker, against its GPUs"
     if cfg["stage"] not in SHARD_STAGES or not gpus_of(cfg): return None
-    m, words = cfg.get("model_args") or cfg["reward_args"], " ".join(map(str, (cfg.get("server") or {}).get("command") or []))
-    if cfg.get("backend") == "server" and ("{tensor_parallel_size}" not in words or "quant" in words): return None # its own business
+    m, words = cfg.get("model_args") or cfg["reward_args"], " ".join(
+        map(str, (cfg.get("server") or {}).get("command") or []))
+    if cfg.get("backend") == "server" and ("{tensor_parallel_size}" not in words or "quant" in words):
+        return None # its own business
     try: found = config_of(cfg | dict(model_args=m)); n, heads = parameter_counts(found), dense_shape(found)["heads"]
     except Exception: return None # no files here, or a config.json of another kind
     count = n["total"] - (n["head"] if cfg["stage"] == "ref_rewards" else 0) # one score in the place of a vocabulary
     gib, limit = count*(4 if m["dtype"] == "float32" else 2)/2**30, DEVICES.get(cfg["cluster"]["gpu"], {}).get("gib")
-    least = next(k for k in range(1, 10_000) if heads % k == 0 and k*(limit - 2) >= gib or k == heads) if limit else None # 2 GiB: CUDA; servers split heads evenly
+    least = (next(k for k in range(1, 10_000) if heads % k == 0 and k*(limit - 2) >= gib or k == heads) if limit
+             else None) # 2 GiB: CUDA; servers split heads evenly
     return dict(gib=gib, gpus=cfg.get("tensor_parallel_size") or 1, limit_gib=limit, least=least)
 
 # %% ../../nbs/70_launch/6_slurm.ipynb #e9bdc76b
@@ -93,13 +98,19 @@ def check_weights_fit_gpus(
     cfg:dict, # a composed, resolved config
 ):
     "Raise where the weights of a worker's model do not fit on its GPUs"
-    w, gpu, there = shard_worker_weights(cfg), cfg["cluster"]["gpu"], cfg["cluster"]["gpus_per_node"]
+    w = shard_worker_weights(cfg)
+    gpu = cfg["cluster"]["gpu"]
+    there = cfg["cluster"]["gpus_per_node"]
     if not w or not w["limit_gib"] or w["gib"] <= w["gpus"]*(w["limit_gib"] - 2): return
     name = (cfg.get("model_args") or cfg["reward_args"])["model_name_or_path"]
-    text = f"The weights of {name} are {w['gib']:.1f} GiB, and a worker has {w['gpus']} {gpu} of {w['limit_gib']:g} GiB. "
-    if cfg["stage"] == "ref_rewards": raise UserError(text + "A reward model is held by one GPU: choose a smaller one, or a cluster with larger GPUs.")
+    text = (f"The weights of {name} are {w['gib']:.1f} GiB, and a worker has {w['gpus']} {gpu} of {w['limit_gib']:g} "
+            "GiB. ")
+    if cfg["stage"] == "ref_rewards":
+        raise UserError(text
+                        + "A reward model is held by one GPU: choose a smaller one, or a cluster with larger GPUs.")
     if w["least"] <= there: raise UserError(text + f"Set tensor_parallel_size={w['least']}.")
-    more = "a server that spans several, named with server.url" if cfg["stage"] == "ref_completions" else "a cluster with larger nodes"
+    more = ("a server that spans several, named with server.url" if cfg["stage"] == "ref_completions"
+            else "a cluster with larger nodes")
     raise UserError(text + f"It takes {w['least']} of them, and a node has {there}: use {more}.")
 
 # %% ../../nbs/70_launch/6_slurm.ipynb #3cfbe6dc
@@ -109,7 +120,9 @@ def hours_of(
     "A time limit in hours"
     if time is None or time.lower() in ("infinite", "unlimited"): return None
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time.strip())
-    if not match: raise UserError(f"cluster.time={time} is no time limit. Give minutes, HH:MM:SS or D-HH:MM:SS, in quotes in a YAML file.")
+    if not match:
+        raise UserError(f"cluster.time={time} is no time limit. Give minutes, HH:MM:SS or D-HH:MM:SS, in quotes in a "
+                        "YAML file.")
     days, *parts = (int(g) if g else None for g in match.groups())
     if days is not None: scale = (1, 60, 3600) # from hours on
     elif parts[2] is not None: scale = (1, 60, 3600)
@@ -135,7 +148,8 @@ def tokens_at_most(
     "Tokens of a run if every row were as long as it may be"
     if cfg["stage"] not in TRAINING_STAGES: return 0
     sequences = 2 if cfg["stage"] == "train_preference" else 1 # of a pair
-    return steps_of(cfg, rows)*batch_arithmetic(cfg)["global_batch"]*sequences*(cfg["training_args"].get("max_length") or 0)
+    return steps_of(cfg, rows)*batch_arithmetic(cfg)["global_batch"]*sequences*(
+        cfg["training_args"].get("max_length") or 0)
 
 # %% ../../nbs/70_launch/6_slurm.ipynb #3ba95e5e
 def job_nodes(
@@ -150,29 +164,41 @@ def job_arithmetic(
     rows:int=0, # training rows, or packs; 0: not known
 )->list[dict]: # what, value
     "What a job takes and what it does, before it is submitted"
-    nodes, gpus, hours = tasks_of(cfg) or nodes_of(cfg), gpus_of(cfg), hours_of(cfg["cluster"]["time"])
+    nodes = tasks_of(cfg) or nodes_of(cfg)
+    gpus = gpus_of(cfg)
+    hours = hours_of(cfg["cluster"]["time"])
     facts = {"nodes": nodes, "GPUs": nodes*gpus}
-    if cfg["stage"] in SHARD_STAGES: facts = {"shards": cfg["shards"]["number"], "tasks, each one node": nodes, "workers of a task": shard_workers_of(cfg), "GPUs": nodes*gpus}
+    if cfg["stage"] in SHARD_STAGES:
+        facts = {"shards": cfg["shards"]["number"], "tasks, each one node": nodes,
+                 "workers of a task": shard_workers_of(cfg), "GPUs": nodes*gpus}
     if w := shard_worker_weights(cfg):
-        size, many = f"{w['gib']:,.1f} GiB" if w["gib"] >= 0.1 else f"{1024*w['gib']:,.1f} MiB", f"{w['gpus']} GPU{'s'*(w['gpus'] > 1)}"
-        facts["weights of a worker's model"] = f"{size} on {many}" + (f" of {w['limit_gib']:g} GiB" if w["limit_gib"] else "; cluster.gpu is not set: no limit is known")
+        size, many = f"{w['gib']:,.1f} GiB" if w[
+            "gib"] >= 0.1 else f"{1024*w['gib']:,.1f} MiB", f"{w['gpus']} GPU{'s'*(w['gpus'] > 1)}"
+        facts["weights of a worker's model"] = f"{size} on {many}" + (
+            f" of {w['limit_gib']:g} GiB" if w["limit_gib"] else "; cluster.gpu is not set: no limit is known")
     if cfg["stage"] in TRAINING_STAGES:
         b, what = batch_arithmetic(cfg), "pairs" if cfg["stage"] == "train_preference" else "rows"
         unit = f"packs of {what}" if cfg["training_args"].get("packing") else what
-        facts |= {"processes": b["world_size"], f"{unit} per process and micro-batch": b["per_device"], "accumulation": b["accumulation"],
-                  "global batch" if unit == "rows" else f"global batch, {unit}": b["global_batch"], "steps": steps_of(cfg, rows) or "known once the rows are counted"}
+        facts |= {"processes": b["world_size"], f"{unit} per process and micro-batch": b["per_device"],
+                  "accumulation": b["accumulation"],
+                  "global batch" if unit == "rows" else f"global batch, {unit}": b["global_batch"],
+                  "steps": steps_of(cfg, rows) or "known once the rows are counted"}
     which = "tasks and record" if tasks_of(cfg) else "per job"
     facts |= {"time limit of a job": f"{hours:.3g} h" if hours else "the partition's",
-              f"node-hours at most, {which}": round(job_nodes(cfg)*hours, 1) if hours else "not known without cluster.time"}
+              f"node-hours at most, {which}": round(job_nodes(cfg)*hours, 1) if hours
+              else "not known without cluster.time"}
     return [dict(what=k, value=f"{v:,}" if isinstance(v, int) else v) for k, v in facts.items()]
 
 # %% ../../nbs/70_launch/6_slurm.ipynb #7444798b
-SBATCH_OPTIONS = {"partition": "partition", "account": "account", "qos": "qos", "reservation": "reservation", "constraint": "constraint", "exclude": "exclude",
-           "nodelist": "nodelist", "time": "time", "cpus_per_task": "cpus-per-task", "memory": "mem"} # key of cluster -> option of sbatch
+SBATCH_OPTIONS = {"partition": "partition", "account": "account", "qos": "qos", "reservation": "reservation",
+                  "constraint": "constraint", "exclude": "exclude", "nodelist": "nodelist", "time": "time",
+                  "cpus_per_task": "cpus-per-task", "memory": "mem"} # key of cluster -> option of sbatch
 
 # %% ../../nbs/70_launch/6_slurm.ipynb #bc6a6553
-RESERVED_SBATCH_OPTIONS = ("output", "error", "input", "open-mode", "nodes", "ntasks", "ntasks-per-node", "array", "signal", "requeue", "no-requeue", "wrap", "parsable", "wait", "test-only",
-         "export", "export-file", "chdir", "job-name", "overlap") # options of sbatch that are not for cluster.directives
+# options of sbatch that are not for cluster.directives
+RESERVED_SBATCH_OPTIONS = ("output", "error", "input", "open-mode", "nodes", "ntasks", "ntasks-per-node", "array",
+                           "signal", "requeue", "no-requeue", "wrap", "parsable", "wait", "test-only", "export",
+                           "export-file", "chdir", "job-name", "overlap")
 
 # %% ../../nbs/70_launch/6_slurm.ipynb #0fc9c461
 def signal_seconds(
@@ -181,8 +207,10 @@ def signal_seconds(
     "When the work is asked to save and leave; a limit that leaves no time for it is refused"
     hours, ahead = hours_of(cfg["cluster"]["time"]), cfg["cluster"]["signal_seconds"]
     if hours and 3600*hours < ahead + 60:
-        raise UserError(f"cluster.time={cfg['cluster']['time']} is {3600*hours:g} s, and cluster.signal_seconds={ahead} s before its end the work is asked to save and leave: "
-                        "nothing would be done. Give more time, or fewer seconds (at least a step, or a batch, and a save).")
+        raise UserError(
+            f"cluster.time={cfg['cluster']['time']} is {3600*hours:g} s, and cluster.signal_seconds={ahead} s before "
+            "its end the work is asked to save and leave: "
+            "nothing would be done. Give more time, or fewer seconds (at least a step, or a batch, and a save).")
     return ahead
 
 # %% ../../nbs/70_launch/6_slurm.ipynb #ba06a262
@@ -190,7 +218,9 @@ def sbatch_path(
     path, # of a log
 )->str: # with % doubled
     "A path in sbatch's notation for logs, where % begins a number of the job"
-    if "\\" in str(path) or "\n" in str(path): raise UserError(f"{path} holds a backslash or a line break, which Slurm takes in no log's name. Choose another folder.")
+    if "\\" in str(path) or "\n" in str(path):
+        raise UserError(f"{path} holds a backslash or a line break, which Slurm takes in no log's name. Choose another "
+                        "folder.")
     return str(path).replace("%", "%%")
 
 # %% ../../nbs/70_launch/6_slurm.ipynb #8aae91d9
@@ -202,7 +232,8 @@ def sbatch_directives(
     shards:bool=False, # of an annotation stage, the array rather than the job behind it
 )->dict[str, object]: # long option -> value; True for a flag
     "The options of sbatch"
-    c, out, works = cfg["cluster"], {"job-name": name, **logs, "nodes": nodes_of(cfg), "ntasks-per-node": 1}, shards or cfg["stage"] in TRAINING_STAGES
+    c, out, works = cfg["cluster"], {"job-name": name, **logs, "nodes": nodes_of(cfg),
+                                     "ntasks-per-node": 1}, shards or cfg["stage"] in TRAINING_STAGES
     if tasks > 1 or shards: out["array"] = f"0-{tasks - 1}"
     if works and gpus_of(cfg): out["gpus-per-node"] = gpus_of(cfg)
     out |= {option: c[key] for key, option in SBATCH_OPTIONS.items() if c[key] is not None}
@@ -211,13 +242,17 @@ def sbatch_directives(
     if works: out["signal"] = f"B:USR1@{signal_seconds(cfg)}"
     for key, value in c["directives"].items():
         option = key.lstrip("-").replace("_", "-")
-        if not re.fullmatch(r"[a-z][a-z0-9-]*", option): raise UserError(f"cluster.directives.{key} is no long option of sbatch, such as mail-type.")
-        by_key = next((k for k, o in SBATCH_OPTIONS.items() if o == option), option if option in ("exclusive", "requeue") else None)
+        if not re.fullmatch(r"[a-z][a-z0-9-]*", option):
+            raise UserError(f"cluster.directives.{key} is no long option of sbatch, such as mail-type.")
+        by_key = next((k for k, o in SBATCH_OPTIONS.items() if o == option),
+                      option if option in ("exclusive", "requeue") else None)
         if by_key and value is not None: raise UserError(f"cluster.directives.{key}: set cluster.{by_key}.")
-        if option in RESERVED_SBATCH_OPTIONS: raise UserError(f"cluster.directives.{key}: the batch script needs --{option} as it is, or cannot use it.")
+        if option in RESERVED_SBATCH_OPTIONS:
+            raise UserError(f"cluster.directives.{key}: the batch script needs --{option} as it is, or cannot use it.")
         out.pop(option, None)
         if value is not None and value is not False: out[option] = value
-    if bad := [k for k, v in out.items() if any(ch in str(v) for ch in "\n\r\0")]: raise UserError(f"--{bad[0]} of sbatch holds a line break. A directive is one line.")
+    if bad := [k for k, v in out.items() if any(ch in str(v) for ch in "\n\r\0")]:
+        raise UserError(f"--{bad[0]} of sbatch holds a line break. A directive is one line.")
     return out
 
 # %% ../../nbs/70_launch/6_slurm.ipynb #eeb5ba68
@@ -242,7 +277,8 @@ def job_env(
     bad = [k for k in cfg["cluster"]["env"] if not re.fullmatch(r"[A-Za-z_]\w*", str(k))]
     if bad: raise UserError(f"cluster.env.{bad[0]} is no name of a variable.")
     if hidden := [k for k, v in cfg["cluster"]["env"].items() if redact({k: str(v)}) != {k: str(v)}]:
-        raise UserError(f"cluster.env.{hidden[0]} looks like a secret and would stand in the script. Set it in the environment that sbatch is called from: a job inherits it.")
+        raise UserError(f"cluster.env.{hidden[0]} looks like a secret and would stand in the script. Set it in the "
+                        "environment that sbatch is called from: a job inherits it.")
     ours = dict(POST_TRAINING_JOB="1", POST_TRAINING_ROOT=str(project_root()), PYTHONUNBUFFERED="1")
     return {k: str(v) for k, v in (ours | rank_env(cfg) | cfg["cluster"]["env"]).items()}
 
@@ -253,9 +289,11 @@ def render_script(
 )->str:
     "Fill the template of a script; `q` quotes for the shell, `directive` for sbatch"
     import jinja2
-    env = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, trim_blocks=False, autoescape=False)
+    env = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, trim_blocks=False,
+                             autoescape=False)
     env.filters["q"] = lambda v: shlex.quote(str(v))
-    env.filters["directive"] = lambda v: shlex.quote(str(v)).replace("\\", "\\\\") # sbatch's own reader takes a backslash for an escape in quotes of any kind
+    # sbatch's own reader takes a backslash for an escape in quotes of any kind
+    env.filters["directive"] = lambda v: shlex.quote(str(v)).replace("\\", "\\\\")
     return env.from_string((CONFIGS.parent/f"templates/{template}.sbatch.jinja").read_text()).render(**values)
 
 # %% ../../nbs/70_launch/6_slurm.ipynb #95484779
@@ -268,16 +306,21 @@ def job_script(
     logs:dict=None, # see `sbatch_directives`; None: slurm-ID.out in log_dir
 )->str:
     "The batch script of a run, or of several in an array"
-    c, trains, nodes = cfg["cluster"], cfg["stage"] in TRAINING_STAGES, nodes_of(cfg)
-    if bad := [p for p in (*configs, log_dir, script) if "\n" in str(p)]: raise UserError(f"{str(bad[0])!r} holds a line break.")
+    c = cfg["cluster"]
+    trains = cfg["stage"] in TRAINING_STAGES
+    nodes = nodes_of(cfg)
+    if bad := [p for p in (*configs, log_dir, script) if "\n" in str(p)]:
+        raise UserError(f"{str(bad[0])!r} holds a line break.")
     processes = batch_arithmetic(cfg)["world_size"] if trains else 1
     logs = logs or dict(output=sbatch_path(log_dir) + ("/slurm-%A_%a.out" if len(configs) > 1 else "/slurm-%j.out"))
     for p in configs: sbatch_path(p) # the logs of steps lie beside it
     options = "".join(shlex.quote(o) + " " for o in step_options(cfg))
-    return render_script("job", title=f"{cfg['stage']} by post-training; {len(configs)} run{'s'*(len(configs) > 1)}", directives=sbatch_directives(cfg, name, logs, len(configs)),
-                  configs=configs, setup=c["setup"], env=job_env(cfg), root=project_root(), python=c["python"] or sys.executable, step_options=options,
-                  requeue=c["requeue"], script=script, trains=trains, nodes=nodes, processes=processes, per_node=processes//nodes, preflight_seconds=c["preflight_seconds"],
-                  module=f"post_training.{cfg['stage']}")
+    return render_script("job", title=f"{cfg['stage']} by post-training; {len(configs)} run{'s'*(len(configs) > 1)}",
+                         directives=sbatch_directives(cfg, name, logs, len(configs)), configs=configs, setup=c["setup"],
+                         env=job_env(cfg), root=project_root(), python=c["python"] or sys.executable,
+                         step_options=options, requeue=c["requeue"], script=script, trains=trains, nodes=nodes,
+                         processes=processes, per_node=processes//nodes, preflight_seconds=c["preflight_seconds"],
+                         module=f"post_training.{cfg['stage']}")
 
 # %% ../../nbs/70_launch/6_slurm.ipynb #c298a818
 def server_command(
@@ -285,7 +328,8 @@ def server_command(
 )->str: # for a shell; empty where no server is to be started
     "The command of a server, quoted, with $model and $port left to the shell"
     if cfg["stage"] != "ref_completions" or cfg["backend"] != "server" or not cfg["server"]["command"]: return ""
-    known = dict(model='"$model"', port='"$port"', tensor_parallel_size=str(cfg["tensor_parallel_size"]), data_parallel_size=str(shard_workers_of(cfg)))
+    known = dict(model='"$model"', port='"$port"', tensor_parallel_size=str(cfg["tensor_parallel_size"]),
+                 data_parallel_size=str(shard_workers_of(cfg)))
     def word(text): # the parts between placeholders are quoted, empty ones left out
         parts = re.split(r"\{(" + "|".join(known) + r")\}", str(text))
         return "".join(known[p] if i % 2 else shlex.quote(p) if p else "" for i, p in enumerate(parts)) or "''"
@@ -299,7 +343,8 @@ def server_options(
     s, c = cfg["server"], cfg["cluster"]
     own = {k: s[k] for k in ("environment", "container_image")}
     box = (own if any(own.values()) else {}) | dict(container_mounts=s["container_mounts"] or c["container_mounts"])
-    return [o for o in step_options(cfg | dict(cluster=c | box)) if not any(own.values()) or not o.startswith("--container-workdir=")]
+    return [o for o in step_options(cfg | dict(cluster=c | box))
+            if not any(own.values()) or not o.startswith("--container-workdir=")]
 
 # %% ../../nbs/70_launch/6_slurm.ipynb #9fda0ed4
 def shards_script(
@@ -313,12 +358,16 @@ def shards_script(
     c, run_dir = cfg["cluster"], Path(run_dir)
     if bad := [p for p in (config, run_dir) if "\n" in str(p)]: raise UserError(f"{str(bad[0])!r} holds a line break.")
     words, model = server_command(cfg), (cfg.get("model_args") or {}).get("model_name_or_path", "")
-    options, servers = ("".join(shlex.quote(o) + " " for o in these) for these in (step_options(cfg), server_options(cfg) if words else []))
+    options, servers = ("".join(shlex.quote(o) + " " for o in these)
+                        for these in (step_options(cfg), server_options(cfg) if words else []))
     title = f"shards of {cfg['stage']} by post-training; {tasks_of(cfg)} task{'s'*(tasks_of(cfg) > 1)}"
     return render_script("shards", title=title, config=config, place=run_dir/"array", workers=shard_workers_of(cfg),
-                  directives=sbatch_directives(cfg, name, dict(output=sbatch_path(run_dir) + "/slurm-%A_%a.out"), tasks_of(cfg), shards=True), setup=c["setup"], env=job_env(cfg),
-                  root=project_root(), python=c["python"] or sys.executable, step_options=options, requeue=c["requeue"], max_retries=c["max_retries"], server=words,
-                  server_options=servers, start_seconds=cfg["server"]["start_seconds"] if words else 0, model=None if model.startswith("run:") else local_path_or_name(model))
+                         directives=sbatch_directives(cfg, name, dict(output=sbatch_path(run_dir) + "/slurm-%A_%a.out"),
+                                                      tasks_of(cfg), shards=True), setup=c["setup"], env=job_env(cfg),
+                         root=project_root(), python=c["python"] or sys.executable, step_options=options,
+                         requeue=c["requeue"], max_retries=c["max_retries"], server=words, server_options=servers,
+                         start_seconds=cfg["server"]["start_seconds"] if words else 0,
+                         model=None if model.startswith("run:") else local_path_or_name(model))
 
 # %% ../../nbs/70_launch/6_slurm.ipynb #0c5d3350
 def clean_env(
@@ -326,7 +375,9 @@ def clean_env(
 )->dict[str, str]:
     "The environment for the scheduler's commands: without what a surrounding job has set"
     env = os.environ if env is None else env
-    return {k: v for k, v in env.items() if k in ("SLURM_CONF", "SLURM_CLUSTERS") or not k.startswith(("SLURM_", "SBATCH_", "SRUN_", "SQUEUE_", "POST_TRAINING_JOB"))}
+    return {k: v for k, v in env.items()
+            if k in ("SLURM_CONF", "SLURM_CLUSTERS")
+            or not k.startswith(("SLURM_", "SBATCH_", "SRUN_", "SQUEUE_", "POST_TRAINING_JOB"))}
 
 # %% ../../nbs/70_launch/6_slurm.ipynb #64fef383
 def run_slurm(
@@ -334,10 +385,16 @@ def run_slurm(
     timeout:float=60., # seconds
 )->str: # what it printed
     "Run a command of the scheduler, or say why it cannot be run"
-    if not shutil.which(argv[0]): raise UserError(f"{argv[0]} is not on this machine: log in where Slurm is, or set cluster=local.")
+    if not shutil.which(argv[0]):
+        raise UserError(f"{argv[0]} is not on this machine: log in where Slurm is, or set cluster=local.")
     try: done = subprocess.run(list(map(str, argv)), env=clean_env(), capture_output=True, text=True, timeout=timeout)
-    except subprocess.TimeoutExpired: raise UserError(f"{argv[0]} gave no answer within {timeout:g} s: the scheduler may be down or overloaded. Try again.") from None
-    if done.returncode: raise UserError(f"{argv[0]} refused: {redact((done.stderr or done.stdout).strip().rstrip('.')) or f'exit code {done.returncode}'}.")
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{argv[0]} gave no answer within {timeout:g} s: the scheduler may be down or "
+                        "overloaded. Try again.") from None
+    if done.returncode:
+        raise UserError(
+            f"{argv[0]} refused: "
+            f"{redact((done.stderr or done.stdout).strip().rstrip('.')) or f'exit code {done.returncode}'}.")
     return done.stdout
 
 # %% ../../nbs/70_launch/6_slurm.ipynb #fe8c2bd1
@@ -363,10 +420,12 @@ def query_queue(
         if len(set(str(i).split("_")[0] for i in ids)) == 1: return {}
         return {k: v for i in ids for k, v in query_queue([i]).items()} # one unknown id makes squeue refuse them all
     rows = [line.split("|") for line in text.splitlines() if line.count("|") >= 6]
-    return {r[0]: dict(state=r[1], reason=None if r[2] in ("None", "") else r[2], nodes=r[3] or None, elapsed=r[4]) for r in rows}
+    return {r[0]: dict(state=r[1], reason=None if r[2] in ("None", "") else r[2], nodes=r[3] or None, elapsed=r[4])
+            for r in rows}
 
 # %% ../../nbs/70_launch/6_slurm.ipynb #a2855f98
-ACTIVE_STATES = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "PREEMPTED")
+ACTIVE_STATES = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD",
+                 "REQUEUE_FED", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "PREEMPTED")
 
 # %% ../../nbs/70_launch/6_slurm.ipynb #2f5410db
 def job_key(
@@ -381,7 +440,8 @@ def task_states(
     known:dict[str, dict], # from `query_queue`
 )->dict[str, str]: # "123_4" -> state; one entry for a job that is no array of shards, none for what was forgotten
     "The states of a job, of each task where it is the array of a stage's shards"
-    mine = [k for k in known if k.split("_")[0] == str(job["id"])] if job.get("kind") == "shards" else [k for k in (job_key(job),) if k in known]
+    mine = ([k for k in known if k.split("_")[0] == str(job["id"])] if job.get("kind") == "shards"
+            else [k for k in (job_key(job),) if k in known])
     return {k: known[k]["state"] for k in mine}
 
 # %% ../../nbs/70_launch/6_slurm.ipynb #c18f5c3c
@@ -401,7 +461,9 @@ def task_ends(
     for task in range(array.get("tasks") or 0):
         try: code, _, why = (Path(run_dir)/f"array/{array['id']}/{task}.end").read_text().strip().partition(" ")
         except OSError: code, why = "", "cancelled, or ended by the scheduler"
-        if code != "0": out.append(dict(task=task, exit=int(code) if code else None, why=why, log=f"slurm-{array['id']}_{task}.out"))
+        if code != "0":
+            out.append(dict(task=task, exit=int(code) if code else None, why=why,
+                            log=f"slurm-{array['id']}_{task}.out"))
     return out
 
 # %% ../../nbs/70_launch/6_slurm.ipynb #4449fcab
@@ -412,7 +474,8 @@ def active_jobs(
     jobs = record.get("jobs") or []
     if not jobs: return []
     known = query_queue(dict.fromkeys(str(j["id"]) for j in jobs))
-    return list(dict.fromkeys(job_key(j) for j in reversed(jobs) if {*task_states(j, known).values()} & {*ACTIVE_STATES}))
+    return list(dict.fromkeys(job_key(j) for j in reversed(jobs)
+                              if {*task_states(j, known).values()} & {*ACTIVE_STATES}))
 
 # %% ../../nbs/70_launch/6_slurm.ipynb #0c3f3e9c
 def active_job(
@@ -427,7 +490,8 @@ def check_no_active_job(
 ):
     "Raise where a job of this run is waiting or running"
     if busy := active_jobs(read_record(run_dir)):
-        raise UserError(f"Job {busy[0]} is already at {Path(run_dir).name}. `post-training jobs` shows it; scancel {' '.join(busy)} ends it.")
+        raise UserError(f"Job {busy[0]} is already at {Path(run_dir).name}. `post-training jobs` shows it; scancel "
+                        f"{' '.join(busy)} ends it.")
 
 # %% ../../nbs/70_launch/6_slurm.ipynb #28c4becf
 @dataclass
@@ -449,7 +513,8 @@ def emit(
     cfg = composed.cfg
     run_dir = run_folder(cfg)
     script, name = run_dir/"submit.sbatch", f"{cfg['stage']}-{run_dir.name}"
-    texts = {script: job_script(cfg, [run_dir/"submit.yaml"], run_dir, name, script)} # what is wrong with it is told before anything is made
+    # what is wrong with it is told before anything is made
+    texts = {script: job_script(cfg, [run_dir/"submit.yaml"], run_dir, name, script)}
     array = run_dir/"shards.sbatch" if cfg["stage"] in SHARD_STAGES else None
     if array: texts[array] = shards_script(cfg, run_dir/"submit.yaml", run_dir, name)
     check_no_active_job(run_dir) # a job that waits reads what would be written here
@@ -471,11 +536,14 @@ def record_job(
 ):
     "Add a job to a run's record"
     now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    entry = dict(id=job, task=task, script=str(script), log=str(log), submitted=now, after=list(map(str, after)), **more)
+    entry = dict(id=job, task=task, script=str(script), log=str(log), submitted=now, after=list(map(str, after)),
+                 **more)
     def change(r):
         r.setdefault("jobs", []).append(entry)
-        r["chain"] = sum((a.get("job") or {}).get("id") != job for a in r.get("attempts") or []) # tries are counted from here
-        begun = any((a.get("job") or {}).get("id") == job for a in r.get("attempts") or []) # it was faster than this process
+        # tries are counted from here
+        r["chain"] = sum((a.get("job") or {}).get("id") != job for a in r.get("attempts") or [])
+        # it was faster than this process
+        begun = any((a.get("job") or {}).get("id") == job for a in r.get("attempts") or [])
         if r.get("status") != "finished" and not begun: r["status"] = "queued"
         r.pop("stopped", None)
     edit_record(run_dir, change)
@@ -496,7 +564,8 @@ def submit_shards(
 )->int: # the id of the job behind the array: the one that others wait for
     "Submit the array of a stage's shards and the job behind it, which comes whatever became of the tasks, and record both"
     array = run_sbatch(e.array, _dependency(after))
-    record_job(e.run_dir, array, e.array, e.run_dir/f"slurm-{array}_*.out", None, after, kind="shards", tasks=tasks_of(e.composed.cfg))
+    record_job(e.run_dir, array, e.array, e.run_dir/f"slurm-{array}_*.out", None, after, kind="shards",
+               tasks=tasks_of(e.composed.cfg))
     try: job = run_sbatch(e.script, _dependency(after, array))
     except UserError: run_slurm("scancel", str(array)); raise # nobody would merge what it makes
     record_job(e.run_dir, job, e.script, e.run_dir/f"slurm-{job}.out", None, [*after, array])
@@ -523,11 +592,17 @@ def submit_array(
 )->int: # the array's id; task i is the i-th run
     "Submit several runs as one array and record it in each"
     cfgs = [e.composed.cfg for e in emitted]
-    sizes = {json.dumps([nodes_of(c), to_json_types(c["cluster"]), batch_arithmetic(c)["world_size"] if c["stage"] in TRAINING_STAGES else 1, c["stage"]], sort_keys=True) for c in cfgs}
-    if len(sizes) > 1: raise UserError(f"{name}: the runs of an array have the same stage, nodes, processes and cluster keys; these differ. Make them stages of their own.")
+    sizes = {json.dumps([nodes_of(c), to_json_types(c["cluster"]),
+                         batch_arithmetic(c)["world_size"] if c["stage"] in TRAINING_STAGES else 1, c["stage"]],
+                        sort_keys=True) for c in cfgs}
+    if len(sizes) > 1:
+        raise UserError(f"{name}: the runs of an array have the same stage, nodes, processes and cluster keys; these "
+                        "differ. Make them stages of their own.")
     for e in emitted: check_no_active_job(e.run_dir)
     script = Path(folder)/f"{name}.sbatch"
-    write_atomic(script, job_script(cfgs[0], [e.run_dir/"submit.yaml" for e in emitted], Path(folder), name, script)).chmod(0o755)
+    write_atomic(script,
+                 job_script(cfgs[0], [e.run_dir/"submit.yaml" for e in emitted], Path(folder), name,
+                            script)).chmod(0o755)
     job = run_sbatch(script, _dependency(after))
     for i, e in enumerate(emitted):
         task = i if len(emitted) > 1 else None
@@ -541,21 +616,31 @@ def config_warnings(
     "What is allowed and probably not meant"
     c, boxed = cfg["cluster"], bool(cfg["cluster"]["environment"] or cfg["cluster"]["container_image"])
     out, python = [], c["python"] or sys.executable
-    if not boxed and "/" not in python: out.append(f"cluster.python={python} is the nodes' own: for an image's give cluster.environment or cluster.container_image.")
-    if not boxed and "/" in python and not Path(python).exists(): out.append(f"cluster.python={python} is not there on this machine.")
-    s = cfg["server"] if cfg["stage"] == "ref_completions" and cfg["backend"] == "server" and cfg["server"]["command"] else None
+    if not boxed and "/" not in python:
+        out.append(f"cluster.python={python} is the nodes' own: for an image's give cluster.environment or "
+                   "cluster.container_image.")
+    if not boxed and "/" in python and not Path(python).exists():
+        out.append(f"cluster.python={python} is not there on this machine.")
+    s = (cfg["server"] if cfg["stage"] == "ref_completions" and cfg["backend"] == "server" and cfg["server"]["command"]
+         else None)
     if s and boxed and not (s["environment"] or s["container_image"]):
-        out.append(f"the server runs in the workers' container, which then has {s['command'][0]}; server.environment or server.container_image gives it its own.")
-    if s and s["container_mounts"] and not (boxed or s["environment"] or s["container_image"]): out.append("server.container_mounts has no container to be mounted in.")
+        out.append(f"the server runs in the workers' container, which then has {s['command'][0]}; server.environment "
+                   "or server.container_image gives it its own.")
+    if s and s["container_mounts"] and not (boxed or s["environment"] or s["container_image"]):
+        out.append("server.container_mounts has no container to be mounted in.")
     if c["container_mounts"] and not boxed: out.append("cluster.container_mounts has no container to be mounted in.")
     if gpus_of(cfg) and not c["exclusive"] and not c["cpus_per_task"]:
-        out.append("neither cluster.exclusive nor cluster.cpus_per_task is set: most clusters then give one processor to all processes of a node.")
+        out.append("neither cluster.exclusive nor cluster.cpus_per_task is set: most clusters then give one processor "
+                   "to all processes of a node.")
     if cfg["stage"] in (*TRAINING_STAGES, *SHARD_STAGES) and not c["time"]:
-        out.append("cluster.time is not set: the partition's default may be short, and the work is asked to save and leave ahead of it.")
+        out.append("cluster.time is not set: the partition's default may be short, and the work is asked to save and "
+                   "leave ahead of it.")
     if cfg["stage"] in SHARD_STAGES and not c["requeue"]:
-        out.append("cluster.requeue=false: a task that its time limit cuts is not put back. What it made is kept, and the same command goes on.")
+        out.append("cluster.requeue=false: a task that its time limit cuts is not put back. What it made is kept, and "
+                   "the same command goes on.")
     if cfg["stage"] in SHARD_STAGES and gpus_of(cfg) and cfg["shards"]["number"] % shard_workers_of(cfg):
-        out.append(f"shards.number={cfg['shards']['number']} leaves GPUs of the last task idle: a task has {shard_workers_of(cfg)} workers.")
+        out.append(f"shards.number={cfg['shards']['number']} leaves GPUs of the last task idle: a task has "
+                   f"{shard_workers_of(cfg)} workers.")
     return out
 
 # %% ../../nbs/70_launch/6_slurm.ipynb #5ce4e01c
@@ -568,10 +653,14 @@ def dry_run_parts(
     if cfg["cluster"]["launcher"] != "slurm": return {}
     plan = locate_run(composed)
     facts = job_arithmetic(cfg, rows)
-    def table(rows): return "\n".join(f"{r['what']:{max(len(x['what']) for x in rows)}}  {r['value']} {r.get('unit') or ''}".rstrip() for r in rows)
+    def table(rows):
+        return "\n".join(f"{r['what']:{max(len(x['what']) for x in rows)}}  {r['value']} {r.get('unit') or ''}".rstrip()
+                         for r in rows)
     e = estimate_of(cfg, tokens_at_most(cfg, rows))
     name = f"{cfg['stage']}-{plan.run_dir.name}"
     script = job_script(cfg, [plan.run_dir/"submit.yaml"], plan.run_dir, name, plan.run_dir/"submit.sbatch")
     estimated = "\n".join([table(estimate_rows(e)), e.get("assumed") or ""]).strip() if e else ""
-    array = {"script of the array": shards_script(cfg, plan.run_dir/"submit.yaml", plan.run_dir, name)} if cfg["stage"] in SHARD_STAGES else {}
-    return {"job": table(facts), "look again": "\n".join(config_warnings(cfg)), "estimate": estimated, **array, "script": script}
+    array = ({"script of the array": shards_script(cfg, plan.run_dir/"submit.yaml", plan.run_dir, name)}
+             if cfg["stage"] in SHARD_STAGES else {})
+    return {"job": table(facts), "look again": "\n".join(config_warnings(cfg)), "estimate": estimated, **array,
+            "script": script}

@@ -37,8 +37,10 @@ def grid(
 )->list[dict]: # one dict of settings for each point
     "All combinations of the values of some axes; the last axis changes fastest"
     for name, values in axes.items():
-        if not isinstance(values, (list, tuple, range)): raise UserError(f"The axis {name} is {values!r}: give a list of values, [{values!r}].")
-        if not len(values): raise UserError(f"The axis {name} is empty: there is no job at all. Give at least one value.")
+        if not isinstance(values, (list, tuple, range)):
+            raise UserError(f"The axis {name} is {values!r}: give a list of values, [{values!r}].")
+        if not len(values):
+            raise UserError(f"The axis {name} is empty: there is no job at all. Give at least one value.")
     return [dict(zip(axes, point)) for point in itertools.product(*axes.values())]
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #bc35bb4e
@@ -58,7 +60,8 @@ def make_override(
 )->str:
     "The override that sets a key to a value"
     text = f"{key}={_grammar(value)}"
-    if resolve_interpolations({"x": parse_override(text).value})["x"] != value: raise UserError(f"{key}: {value!r} cannot be written as an override.")
+    if resolve_interpolations({"x": parse_override(text).value})["x"] != value:
+        raise UserError(f"{key}: {value!r} cannot be written as an override.")
     return text
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #20b82b12
@@ -72,9 +75,12 @@ def fill_settings(
     alone = re.fullmatch(r"\{(\w+)\}", value)
     if alone and alone[1] in settings: return settings[alone[1]]
     try: return value.format(**settings)
-    except KeyError as e: raise UserError(f"{kind}{value} asks for {e.args[0]}, which the job does not set.{did_you_mean(e.args[0], settings)} It sets {', '.join(settings)}.") from None
+    except KeyError as e:
+        raise UserError(f"{kind}{value} asks for {e.args[0]}, which the job does not "
+                        f"set.{did_you_mean(e.args[0], settings)} It sets {', '.join(settings)}.") from None
     except (ValueError, IndexError, AttributeError, TypeError) as e:
-        raise UserError(f"{kind}{value} is no text with {{name}} in it ({e}). Write a brace that is meant as {{{{.") from None
+        raise UserError(f"{kind}{value} is no text with {{name}} in it ({e}). Write a brace that is meant as "
+                        f"{{{{.") from None
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #4109e140
 @dataclass
@@ -97,7 +103,8 @@ def check_name(
 )->str:
     "A name that is safe as a file name, and as a part of a path"
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,159}", name): return name
-    raise UserError(f"{kind} {name!r} is no safe file name. Use letters, digits, dots, dashes and underscores, at most 160; of a path or a hub name take the last part.")
+    raise UserError(f"{kind} {name!r} is no safe file name. Use letters, digits, dots, dashes and underscores, at most "
+                    "160; of a path or a hub name take the last part.")
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #89453431
 def job_name(
@@ -116,7 +123,9 @@ def make_jobs(
 )->list[SweepJob]:
     "A job for each point; a value of None in `keys` stands for null"
     if not points: raise UserError("There is no point in the grid, so there is no job.")
-    return [SweepJob(job_name(form, p), stage, [make_override(k, fill_settings(v, p, f"{k}=")) for k, v in keys.items()], dict(p)) for p in points]
+    return [SweepJob(job_name(form, p), stage,
+                     [make_override(k, fill_settings(v, p, f"{k}=")) for k, v in keys.items()], dict(p))
+            for p in points]
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #1916cc95
 def run_subdir(
@@ -133,16 +142,19 @@ def job_overrides(
 )->list[str]:
     "A job's overrides with those that follow from its name"
     typed = {parse_override(o).key for o in job.overrides}
-    if taken := typed & {"job_subdir", "wandb.run_name"}: raise UserError(f"{sorted(taken)[0]} of job {job.name} is its experiment and its name: leave it out.")
+    if taken := typed & {"job_subdir", "wandb.run_name"}:
+        raise UserError(f"{sorted(taken)[0]} of job {job.name} is its experiment and its name: leave it out.")
     tags = [] if "wandb.tags" in typed else [make_override("wandb.tags", [experiment])]
-    return [*job.overrides, make_override("job_subdir", run_subdir(experiment, job)), make_override("wandb.run_name", f"{experiment}/{job.name}"), *tags]
+    return [*job.overrides, make_override("job_subdir", run_subdir(experiment, job)),
+            make_override("wandb.run_name", f"{experiment}/{job.name}"), *tags]
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #6570c63b
 @dataclass
 class ChainStage:
     "A stage of a chain"
     stage:str
-    keys:dict # key of the config -> value, or text with {name} of a setting or {stage.data}, {stage.name}, {stage.run} of a stage before
+    # key of the config -> value, or text with {name} of a setting or {stage.data}, {stage.name}, {stage.run} of a stage before
+    keys:dict
     form:str = "" # of the jobs' names; empty: the name of the rows that the stage writes
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #ac739c65
@@ -155,21 +167,35 @@ def chain_jobs(
     if not points or not steps: raise UserError("A chain has at least one point and one stage.")
     made, names = {}, {}
     for p in points:
-        told, before, used = dict(p), (), set()
+        told = dict(p)
+        before = ()
+        used = set()
         for s in steps:
-            if s.stage in told or "before" in p: raise UserError(f"{s.stage} is in the chain twice, or it or before is a setting: {{{s.stage}.data}} would mean two things.")
-            used |= {n for text in (*s.keys.values(), s.form) if isinstance(text, str) for n in re.findall(r"\{(\w+)[}:!]", text)}
+            if s.stage in told or "before" in p:
+                raise UserError(f"{s.stage} is in the chain twice, or it or before is a setting: {{{s.stage}.data}} "
+                                "would mean two things.")
+            used |= {n for text in (*s.keys.values(), s.form) if isinstance(text, str)
+                     for n in re.findall(r"\{(\w+)[}:!]", text)}
             overrides = [make_override(k, fill_settings(v, told, f"{k}=")) for k, v in s.keys.items()]
             key = (s.stage, *overrides)
             if key not in made:
-                if not s.form and s.stage not in SHARD_STAGES: raise UserError(f"stage {s.stage} has no form, and writes no rows that its jobs could be called after.")
-                try: cfg = {} if s.form and s is steps[-1] else compose(s.stage, overrides).cfg # nobody asks where the last one writes
+                if not s.form and s.stage not in SHARD_STAGES:
+                    raise UserError(f"stage {s.stage} has no form, and writes no rows that its jobs could be called "
+                                    "after.")
+                try:
+                    # nobody asks where the last one writes
+                    cfg = {} if s.form and s is steps[-1] else compose(s.stage, overrides).cfg
                 except UserError as e: raise UserError(f"stage {s.stage}: {e}") from None
                 name = job_name(s.form, told) if s.form else check_name(cfg["dataset_name"], "The name of the rows")
                 job = SweepJob(name, s.stage, overrides, {k: v for k, v in p.items() if k in used}, before)
-                if name in names: raise UserError(f"Two jobs are called {name} and differ{_difference(names[name], job)}. Put it into the name; of rows: model_name.")
-                run = cfg and run_folder(cfg | dict(job_subdir=run_subdir(experiment, job))).relative_to(site_path(cfg["runs_dir"]))
-                names[name], made[key] = job, SimpleNamespace(job=name, name=cfg.get("dataset_name"), data=cfg.get("save_data_dir"), run=str(run))
+                if name in names:
+                    raise UserError(f"Two jobs are called {name} and differ{_difference(names[name], job)}. Put it "
+                                    "into the name; of rows: model_name.")
+                run = (cfg
+                       and run_folder(
+                    cfg | dict(job_subdir=run_subdir(experiment, job))).relative_to(site_path(cfg["runs_dir"])))
+                names[name], made[key] = job, SimpleNamespace(
+                    job=name, name=cfg.get("dataset_name"), data=cfg.get("save_data_dir"), run=str(run))
             told[s.stage] = told["before"] = made[key]
             before = (made[key].job,)
     return list(names.values())
@@ -187,23 +213,32 @@ def compose_jobs(
     jobs:list[SweepJob],
 )->list[ComposedConfig]: # one for each job
     "Compose every job; the first mistake in any stops with the job's name"
-    out, names, same = [], {}, {}
+    out = []
+    names = {}
+    same = {}
     for job in jobs:
-        if check_name(job.name, "The job's name") in names: raise UserError(f"Two jobs are called {job.name}. Put what tells them apart into the name.")
+        if check_name(job.name, "The job's name") in names:
+            raise UserError(f"Two jobs are called {job.name}. Put what tells them apart into the name.")
         for before in job.after:
-            if before not in names: raise UserError(f"job {job.name} waits for {before}, and there is no such job before it.{did_you_mean(before, names)}")
+            if before not in names:
+                raise UserError(f"job {job.name} waits for {before}, and there is no such job before "
+                                f"it.{did_you_mean(before, names)}")
             if names[before]["cluster"]["requeue"]: continue
-            raise UserError(f"{job.name} would wait for {before}, which has cluster.requeue=false: what goes on after a cut is another job. Set it to true.")
+            raise UserError(f"{job.name} would wait for {before}, which has cluster.requeue=false: what goes on after "
+                            "a cut is another job. Set it to true.")
         if taken := [s for s in job.settings if s in SWEEP_COLUMNS]:
-            raise UserError(f"{taken[0]} is a column of the results: call the setting of job {job.name} otherwise, max_steps for steps.")
+            raise UserError(f"{taken[0]} is a column of the results: call the setting of job {job.name} otherwise, "
+                            "max_steps for steps.")
         try:
             c = compose(job.stage, job_overrides(experiment, job))
             refuse_secrets(c.cfg)
         except UserError as e: raise UserError(f"job {job.name}: {e}") from None
         if c.cfg["cluster"]["launcher"] != "slurm":
-            raise UserError(f"job {job.name} is for cluster={c.cfg['cluster']['name']}, which has no scheduler. Add cluster=slurm; `run_sweep` runs it here all the same.")
+            raise UserError(f"job {job.name} is for cluster={c.cfg['cluster']['name']}, which has no scheduler. Add "
+                            "cluster=slurm; `run_sweep` runs it here all the same.")
         other = same.setdefault(config_hash({**c.cfg, "job_subdir": "any"}), job.name)
-        if other != job.name: raise UserError(f"{other} and {job.name} are the same run: no key that matters differs. Leave one out.")
+        if other != job.name:
+            raise UserError(f"{other} and {job.name} are the same run: no key that matters differs. Leave one out.")
         names[job.name] = c.cfg
         out.append(c)
     if not out: raise UserError("A sweep has at least one job.")
@@ -267,7 +302,9 @@ def sbatch_line(
 )->list[str]: # arguments
     "The command that submits one job: what is worth seeing at a glance, then the script, which says the rest"
     d = sbatch_directives(cfg, "", logs)
-    shown = [word for flag, key in (("-N", "nodes"), ("-p", "partition"), ("-t", "time"), ("-o", "output"), ("-e", "error")) if d.get(key) for word in (flag, str(d[key]))]
+    shown = [word
+             for flag, key in (("-N", "nodes"), ("-p", "partition"), ("-t", "time"), ("-o", "output"), ("-e", "error"))
+             if d.get(key) for word in (flag, str(d[key]))]
     return ["sbatch", *shown, str(script)]
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #187fc287
@@ -282,7 +319,8 @@ def submit_script(
     text = "\n".join(shlex.join(["submit", name, " ".join(after), array, *words]) for name, after, array, words in jobs)
     names = "|".join(name for name, *_ in jobs if not name.endswith("+shards"))
     q, more = shlex.quote, "".join(f" {shlex.quote(str(r))}" for r in runs)
-    return _SUBMIT.format(question=told, names=names, folder=q(str(folder)), runs=more, root=q(str(project_root())), python=q(sys.executable), lines=text)
+    return _SUBMIT.format(question=told, names=names, folder=q(str(folder)), runs=more, root=q(str(project_root())),
+                          python=q(sys.executable), lines=text)
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #c5fe19a3
 def mark_job(
@@ -317,12 +355,17 @@ def write_sweep(
     for name, what in ((experiment, "The experiment"), (sub_experiment, "The sub-experiment")): check_name(name, what)
     composed = compose_jobs(experiment, jobs)
     folder = Path(folder) if folder else sweep_folder(experiment, sub_experiment)
-    if (folder/"jobs.json").exists(): raise UserError(f"{folder} holds a sweep already. Make another with sweep_folder.")
+    if (folder/"jobs.json").exists():
+        raise UserError(f"{folder} holds a sweep already. Make another with sweep_folder.")
     for part in ("out", "submitted"): (folder/part).mkdir()
-    lines, told, runs = [], [], []
+    lines = []
+    told = []
+    runs = []
     for job, c in zip(jobs, composed):
-        config, script, run_dir = folder/f"configs/{job.name}.yaml", folder/f"scripts/{job.name}.sbatch", run_folder(c.cfg)
-        logs = {kind: sbatch_path(folder/f"out/{job.name}.{end}") for kind, end in (("output", "out"), ("error", "err"))}
+        config, script, run_dir = folder/f"configs/{job.name}.yaml", folder/f"scripts/{job.name}.sbatch", run_folder(
+            c.cfg)
+        logs = {kind: sbatch_path(folder/f"out/{job.name}.{end}")
+                for kind, end in (("output", "out"), ("error", "err"))}
         save_frozen(c.cfg, config, c.overrides)
         write_atomic(script, job_script(c.cfg, [config], folder/"out", job.name, script, logs)).chmod(0o755)
         array = f"{job.name}+shards" if c.stage in SHARD_STAGES else ""
@@ -336,7 +379,8 @@ def write_sweep(
         facts = dict(settings=job.settings, overrides=c.overrides, hash=config_hash(c.cfg), run=shown_path(run_dir))
         told.append(dict(name=job.name, stage=c.stage, after=list(job.after), **facts, jobs=[]))
     write_atomic(folder/"submit.sh", submit_script(folder, lines, question, runs)).chmod(0o755)
-    write_json(folder/"jobs.json", dict(experiment=experiment, sub_experiment=sub_experiment, question=question, jobs=told))
+    write_json(folder/"jobs.json",
+               dict(experiment=experiment, sub_experiment=sub_experiment, question=question, jobs=told))
     return folder
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #818b1b31
@@ -348,7 +392,8 @@ def read_sweep(
     try: jobs = json.loads((Path(folder)/"jobs.json").read_text())["jobs"]
     except OSError: raise UserError(f"{folder} is no folder of a sweep: it has no jobs.json.") from None
     known = [j["name"] for j in jobs]
-    if lost := [n for n in names if n not in known]: raise UserError(f"There is no job {lost[0]}.{did_you_mean(lost[0], known)} Jobs: {', '.join(known)}.")
+    if lost := [n for n in names if n not in known]:
+        raise UserError(f"There is no job {lost[0]}.{did_you_mean(lost[0], known)} Jobs: {', '.join(known)}.")
     return [j for j in jobs if not names or j["name"] in names]
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #cfe029ad
@@ -363,7 +408,8 @@ def show_submit(
         _, name, after, array, first, *rest = shlex.split(line)
         waits = [f"{kind}:{':'.join(n.split())}" for kind, n in (("afterok", after), ("afterany", array)) if n]
         words = [first, *[f"--dependency={','.join(waits)}"]*bool(waits), *rest]
-        if stage in (None, of[name.removesuffix("+shards")]): out.append(shlex.join(word.replace(f"{folder}/", "./") for word in words))
+        if stage in (None, of[name.removesuffix("+shards")]):
+            out.append(shlex.join(word.replace(f"{folder}/", "./") for word in words))
     return "\n".join(out)
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #04e07714
@@ -377,8 +423,9 @@ def sweep_job_rows(
         cfg = load_frozen(Path(folder)/f"configs/{j['name']}.yaml")
         hours, done = hours_of(cfg["cluster"]["time"]), submitted_id(folder, j["name"]) == "done"
         cost = 0 if done else None if hours is None else round(hours*job_nodes(cfg), 1)
-        out.append({"": number[j["name"]], "job": j["name"], "stage": j["stage"], "after": ", ".join(str(number[a]) for a in j["after"]),
-                    "nodes": tasks_of(cfg) or nodes_of(cfg), "hours": hours, "node-hours": cost})
+        out.append({"": number[j["name"]], "job": j["name"], "stage": j["stage"],
+                    "after": ", ".join(str(number[a]) for a in j["after"]), "nodes": tasks_of(cfg) or nodes_of(cfg),
+                    "hours": hours, "node-hours": cost})
     return out
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #106dee93
@@ -392,7 +439,8 @@ def mark_all_jobs(
         c = compose_frozen(Path(folder)/f"configs/{j['name']}.yaml")
         record = read_record(run_folder(c.cfg))
         busy, jobs = active_jobs(record), record.get("jobs") or [{}]
-        if busy and jobs[-1].get("kind") == "shards": mark_job(folder, j["name"], "", str(jobs[-1]["id"])) # the job behind it was refused, or is gone
+        if busy and jobs[-1].get("kind") == "shards":
+            mark_job(folder, j["name"], "", str(jobs[-1]["id"])) # the job behind it was refused, or is gone
         else: mark_job(folder, j["name"], busy[0] if busy else "done" if locate_run(c).status == "done" else "")
         if not submitted_id(folder, j["name"]): left.append(j["name"])
     return left
@@ -406,17 +454,22 @@ def record_submitted(
     sweep = json.loads((folder/"jobs.json").read_text())
     for j in sweep["jobs"]:
         name = j["name"]
-        ids = {n: int(i) for n in (f"{name}+shards", name) if (i := submitted_id(folder, n)).isdigit() and int(i) not in j["jobs"]}
+        ids = {n: int(i) for n in (f"{name}+shards", name)
+               if (i := submitted_id(folder, n)).isdigit() and int(i) not in j["jobs"]}
         if not ids: continue
         c = compose_frozen(folder/f"configs/{name}.yaml")
         run_dir = run_folder(c.cfg)
         if not read_record(run_dir): queue_run(c.cfg, c.origins, c.overrides)
-        known, after = [k["id"] for k in read_record(run_dir).get("jobs") or []], [i for a in j["after"] if (i := submitted_id(folder, a)) != "done"]
+        known, after = [k["id"] for k in read_record(run_dir).get("jobs") or []], [
+            i for a in j["after"] if (i := submitted_id(folder, a)) != "done"]
         for n, i in ids.items():
             if i in known: continue # another experiment's, that this one waits for
-            script, array = folder/f"scripts/{n}.sbatch", [a for a in [submitted_id(folder, f"{name}+shards")] if a.isdigit()]
+            script, array = folder/f"scripts/{n}.sbatch", [a for a in [submitted_id(folder, f"{name}+shards")]
+                                                           if a.isdigit()]
             if n == name: record_job(run_dir, i, script, folder/f"out/{n}.out", None, [*after, *array])
-            else: record_job(run_dir, i, script, run_dir/f"slurm-{i}_*.out", None, after, kind="shards", tasks=tasks_of(c.cfg))
+            else:
+                record_job(run_dir, i, script, run_dir/f"slurm-{i}_*.out", None, after, kind="shards",
+                           tasks=tasks_of(c.cfg))
             if n == name: new[name] = i
         j["jobs"] += ids.values()
     write_json(folder/"jobs.json", sweep)
@@ -429,16 +482,20 @@ def submit_sweep(
 )->dict[str, int]: # name -> id, of what was submitted
     "Submit the jobs of a sweep that are neither finished nor waiting nor at work, and record them"
     folder, chosen = Path(folder), [j["name"] for j in read_sweep(folder, names)]
-    if not shutil.which("sbatch"): raise UserError("sbatch is not on this machine: log in where Slurm is, or run the jobs here with run_sweep.")
+    if not shutil.which("sbatch"):
+        raise UserError("sbatch is not on this machine: log in where Slurm is, or run the jobs here with run_sweep.")
     needed = {n for j in read_sweep(folder, chosen) for n in j["after"]}
     left = [n for n in mark_all_jobs(folder, [*chosen, *(needed - {*chosen})]) if n in chosen]
     for name in left: # what cannot be begun is told before anything is submitted
         c = compose_frozen(folder/f"configs/{name}.yaml")
         queue_run(c.cfg, c.origins, c.overrides)
     if not left: return {}
-    done = subprocess.run([str(folder/"submit.sh"), *left], env=clean_env() | dict(POST_TRAINING_SWEEP="1"), stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    done = subprocess.run([str(folder/"submit.sh"), *left], env=clean_env() | dict(POST_TRAINING_SWEEP="1"),
+                          stdin=subprocess.DEVNULL, capture_output=True, text=True)
     ids = record_submitted(folder)
-    if done.returncode: raise UserError(f"{len(ids)} of {len(left)} jobs were submitted, then: {redact(done.stderr.strip()) or 'sbatch named no job'}")
+    if done.returncode:
+        raise UserError(f"{len(ids)} of {len(left)} jobs were submitted, then: "
+                        f"{redact(done.stderr.strip()) or 'sbatch named no job'}")
     return ids
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #c2fc7256
@@ -451,7 +508,8 @@ def run_sweep(
         overrides = [*j["overrides"], "cluster=local"]
         c = compose(j["stage"], overrides)
         if config_hash(c.cfg) != j["hash"]:
-            raise UserError(f"{j['name']} would be another run on this machine: its global batch follows from the number of processes. Set global_batch_size.")
+            raise UserError(f"{j['name']} would be another run on this machine: its global batch follows from the "
+                            "number of processes. Set global_batch_size.")
         with contextlib.redirect_stdout(io.StringIO()): run_recipe(j["stage"], overrides)
         print(f"{j['name']}: {closing_line(run_folder(c.cfg))}", flush=True)
 
@@ -488,9 +546,11 @@ def sweep_rows(
         accuracy = [(told.get(when) or {}).get("accuracy") for when in ("before", "after")]
         status, attempts = run_status(run_dir, record) if record else "not begun", len(record.get("attempts") or [])
         gain = None if None in accuracy else accuracy[1] - accuracy[0]
-        values = (status, attempts, final.get("step", last.get("step")), last.get("loss"), last.get("eval_loss"), *accuracy, gain,
-                  statistics.median(speed) if speed else None, used_node_hours(record, run_dir) if record else None)
-        out.append(dict(job=j["name"]) | {m: last.get(m) for m in more} | j["settings"] | dict(zip(SWEEP_COLUMNS[1:], values)))
+        values = (status, attempts, final.get("step", last.get("step")), last.get("loss"), last.get("eval_loss"),
+                  *accuracy, gain, statistics.median(speed) if speed else None,
+                  used_node_hours(record, run_dir) if record else None)
+        out.append(dict(job=j["name"]) | {m: last.get(m) for m in more} | j["settings"]
+                   | dict(zip(SWEEP_COLUMNS[1:], values)))
     return out
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #1054e58f
@@ -512,7 +572,8 @@ def sweep_figure(
         lines.setdefault(label or r["job"], []).extend((m["step"], m.get(y)) for m in metrics if "step" in m)
     for label, points in lines.items():
         there = [p for p in points if None not in p]
-        there = sorted(there, key=lambda p: p[0]) if all(isinstance(p[0], (int, float)) for p in there) else [(str(a), b) for a, b in there]
+        there = (sorted(there, key=lambda p: p[0]) if all(isinstance(p[0], (int, float)) for p in there)
+                 else [(str(a), b) for a, b in there])
         if there: ax.plot(*zip(*there), marker=".", lw=1, label=label)
     ax.set(xlabel=x, ylabel=y)
     if ax.lines and any(lines): ax.legend(fontsize=8)
@@ -527,10 +588,12 @@ def sweep_conclusion(
     maximize:bool=False, # the more the better
 )->str: # a sentence
     "Which job was best, by how much, and of how many"
-    told = sorted((r for r in rows if r["status"] == "finished" and r.get(column) is not None), key=lambda r: r[column], reverse=maximize)
+    told = sorted((r for r in rows if r["status"] == "finished" and r.get(column) is not None), key=lambda r: r[column],
+                  reverse=maximize)
     if not told: return f"No answer yet: none of {len(rows)} jobs is finished with a value of {column}."
     best, worst = told[0], told[-1]
-    text = f"Of {len(told)} finished jobs ({len(rows)} in all), the {'highest' if maximize else 'lowest'} {column} is {best[column]:.4g}, at {by} {best[by]}"
+    text = (f"Of {len(told)} finished jobs ({len(rows)} in all), the {'highest' if maximize else 'lowest'} {column} is "
+            f"{best[column]:.4g}, at {by} {best[by]}")
     if len(told) == 1: return text + "; there is nothing to compare it with."
     if best[column] == worst[column]: return text + ", and no other differs from it."
     return f"{text}; the other end is {worst[column]:.4g}, at {by} {worst[by]}."
@@ -543,7 +606,8 @@ def check_experiment_name(
     "The experiment's name, compared with the name of the open notebook where that is known"
     file = Path((os.environ if env is None else env).get("JPY_SESSION_NAME") or "")
     if file.suffix == ".ipynb" and file.parent.name == "experiments" and file.stem != experiment:
-        raise UserError(f"This notebook is {file.name} and its experiment is called {experiment}. Set experiment to {file.stem} in the parameters' cell.")
+        raise UserError(f"This notebook is {file.name} and its experiment is called {experiment}. Set experiment to "
+                        f"{file.stem} in the parameters' cell.")
     return check_name(experiment, "The experiment")
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #81d979d1
@@ -555,9 +619,12 @@ def run_experiment(
     path = Path(path)
     if not path.is_file():
         known = sorted((project_root()/"nbs/experiments").glob("*.ipynb"))
-        raise UserError(f"There is no experiment {path}.{did_you_mean(path.stem, [p.stem for p in known])} Experiments: {', '.join(p.stem for p in known)}.")
+        raise UserError(f"There is no experiment {path}.{did_you_mean(path.stem, [p.stem for p in known])} "
+                        f"Experiments: {', '.join(p.stem for p in known)}.")
     told = recipe_parameters(path) | parameters
-    if told["experiment"] != path.stem: raise UserError(f"{path.name} calls its experiment {told['experiment']}. Set experiment to {path.stem} in its parameters' cell.")
+    if told["experiment"] != path.stem:
+        raise UserError(f"{path.name} calls its experiment {told['experiment']}. Set experiment to {path.stem} in its "
+                        "parameters' cell.")
     folder = sweep_folder(told["experiment"], told["sub_experiment"])
     execute_notebook(path, folder/path.name, dict(parameters, folder=str(folder)))
     (folder/path.name).chmod(0o444)
@@ -573,8 +640,11 @@ def sweep_main(
     try:
         if path == "--record": record_submitted(given[0]); return 0
         if bad := [g for g in given if "=" not in g]: raise UserError(f"{bad[0]} is no parameter: write name=value.")
-        texts = [name for name, default in (recipe_parameters(path) if Path(path).is_file() else {}).items() if isinstance(default, str)] # 48:00:00 is a number in YAML
-        print(shown_path(run_experiment(path, **{name: value if name in texts else yaml.safe_load(value) for name, _, value in (g.partition("=") for g in given)})))
+        texts = [name for name, default in (recipe_parameters(path) if Path(path).is_file() else {}).items()
+                 if isinstance(default, str)] # 48:00:00 is a number in YAML
+        print(shown_path(run_experiment(path,
+                                        **{name: value if name in texts else yaml.safe_load(value)
+                                           for name, _, value in (g.partition("=") for g in given)})))
         return 0
     except JobFailed as e: print(f"error: {e}", file=sys.stderr); return 1
     except UserError as e: print(f"error: {e}", file=sys.stderr); return 2

@@ -128,13 +128,16 @@ def pair_losses(
 )->tuple: # (list of Part, one for each loss; number of betas that a bound changed)
     "Sum and count of each loss over the pairs of a micro-batch"
     used_N = used_answers(lengths_S) if used_N is None else used_N
-    logps, plain, ref, n = (None if x is None else x.index_select(0, used_N) for x in (logps_S, plain_logps_S, ref_logps_S, lengths_S))
+    logps, plain, ref, n = (None if x is None else x.index_select(0, used_N)
+                            for x in (logps_S, plain_logps_S, ref_logps_S, lengths_S))
     scores, clamped = pair_scores(logps, ref, n, beta, **kwargs)
     per_pair = n.view(-1, 2).to(logps.dtype).mean(-1) if normalize_loss_by_length else 1.
     nothing, pairs = logps_S.sum()*0, pair_count(lengths_S) # a filler's zero keeps its gradient
     parts = []
     for name, weight in loss_types.items():
-        if name == "sft": parts.append(LossTerm(nothing - (logps if plain is None else plain)[0::2].sum(), n[0::2].sum().double(), weight))
+        if name == "sft":
+            parts.append(LossTerm(nothing - (logps if plain is None else plain)[0::2].sum(), n[0::2].sum().double(),
+                                  weight))
         else: parts.append(LossTerm(nothing + (PAIR_LOSSES[name](scores)/per_pair).sum(), pairs, weight))
     return parts, clamped
 

@@ -77,7 +77,8 @@ def irl(
     rest = prompt_mask_BT, completion_mask_BT, sequence_BT, prompt_loss_weight, sequence_level
     if lambda_td < 0: raise ValueError(f"lambda_td is {lambda_td}; it must be 0 (plain LN-PLW) or above.")
     if lambda_td == 0: return ln_plw(logps_BT, *rest)
-    if values_BT is None: raise ValueError("irl needs values_BT where lambda_td is above 0: ask the forward for values.")
+    if values_BT is None:
+        raise ValueError("irl needs values_BT where lambda_td is above 0: ask the forward for values.")
     return length_normalised(lambda_td*td_terms(logps_BT, values_BT, sequence_BT, gamma) - logps_BT, *rest)
 
 # %% ../../nbs/05_losses/3_irl.ipynb #b80e2b1a

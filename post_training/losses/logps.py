@@ -88,12 +88,15 @@ def _tiled_forward(hidden_NH, weight_VH, bias_V, labels_N, columns, scale, softc
     "Label logits, logsumexp and argmax of each position in one pass over the tiles"
     buffer = hidden_NH.new_empty(len(hidden_NH), columns)
     max_N = at_least_fp32(hidden_NH.new_full((len(hidden_NH),), -torch.inf))
-    sum_N, logit_N, top_N = torch.zeros_like(max_N), torch.zeros_like(max_N), torch.zeros_like(labels_N)
+    sum_N = torch.zeros_like(max_N)
+    logit_N = torch.zeros_like(max_N)
+    top_N = torch.zeros_like(labels_N)
     for start in range(0, len(weight_VH), columns):
         tile_NC = tile_logits(hidden_NH, weight_VH, bias_V, start, buffer, scale, softcap)
         local_N = labels_N - start
         inside_N = (local_N >= 0) & (local_N < tile_NC.shape[1])
-        logit_N = torch.where(inside_N, tile_NC.gather(1, local_N.clamp(0, tile_NC.shape[1] - 1)[:, None])[:, 0], logit_N)
+        logit_N = torch.where(inside_N, tile_NC.gather(1, local_N.clamp(0, tile_NC.shape[1] - 1)[:, None])[:, 0],
+                              logit_N)
         tile_max_N, tile_top_N = tile_NC.max(1)
         top_N = torch.where(tile_max_N > max_N, tile_top_N + start, top_N)
         new_N = torch.maximum(max_N, tile_max_N)
@@ -107,9 +110,12 @@ class TiledLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_NH, weight_VH, bias_V, labels_N, columns, scale, softcap, dtype, gather):
         "See `tiled_logps`"
-        logit_N, value_N, top_N = _tiled_forward(hidden_NH.to(dtype), weight_VH, bias_V, labels_N, columns, scale, softcap)
+        logit_N, value_N, top_N = _tiled_forward(hidden_NH.to(dtype), weight_VH, bias_V, labels_N, columns, scale,
+                                                 softcap)
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V, labels_N, logit_N, value_N)
-        ctx.args, ctx.dtype, ctx.gather = (columns, scale, softcap), dtype, gather
+        ctx.args = (columns, scale, softcap)
+        ctx.dtype = dtype
+        ctx.gather = gather
         top1_N = top_N == labels_N
         ctx.mark_non_differentiable(top1_N)
         return logit_N - value_N, value_N, top1_N
@@ -153,7 +159,8 @@ def tiled_logps(
 )->tuple: # logps_N and values_N with gradients, top1_N (the label is the first of the likeliest tokens)
     "Log-probabilities, values and top-1 flags without a [N, V] tensor"
     gather = gather or (lambda *_: contextlib.nullcontext())
-    return TiledLogps.apply(hidden_NH, weight_VH, bias_V, labels_N, columns, scale, softcap, dtype or hidden_NH.dtype, gather)
+    return TiledLogps.apply(hidden_NH, weight_VH, bias_V, labels_N, columns, scale, softcap, dtype or hidden_NH.dtype,
+                            gather)
 
 # %% ../../nbs/05_losses/1_logps.ipynb #9fddf616
 def sequence_sums(

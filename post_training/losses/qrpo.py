@@ -24,7 +24,8 @@ def compared_references(
 )->tuple: # mask_SR, among_S, n_S: the number of references it is compared with
     "Check rewards and references; count the references other than the completion itself"
     if reward_S.dtype != ref_rewards_SR.dtype:
-        raise ValueError(f"rewards are {reward_S.dtype}, reference rewards {ref_rewards_SR.dtype}: ties need both in one precision.")
+        raise ValueError(f"rewards are {reward_S.dtype}, reference rewards {ref_rewards_SR.dtype}: ties need both in "
+                         "one precision.")
     mask_SR = torch.ones_like(ref_rewards_SR, dtype=torch.bool) if mask_SR is None else mask_SR.bool()
     among_S = torch.as_tensor(among_S, device=reward_S.device).bool().expand(reward_S.shape)
     if not (reward_S.isfinite().all() and (ref_rewards_SR.isfinite() | ~mask_SR).all()):
@@ -32,7 +33,8 @@ def compared_references(
     if (among_S & ~(mask_SR & (ref_rewards_SR == reward_S[..., None])).any(-1)).any():
         raise ValueError("a completion is said to be among its references, but none of them has its reward.")
     n_S = mask_SR.sum(-1) - among_S.long()
-    if (n_S < 1).any(): raise ValueError("a completion has no reference (other than itself) to be compared with: drop the row.")
+    if (n_S < 1).any():
+        raise ValueError("a completion has no reference (other than itself) to be compared with: drop the row.")
     return mask_SR, among_S, n_S
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #fdf98ccb
@@ -44,7 +46,8 @@ def quantile(
 )->torch.Tensor: # quantiles_S in [0,1], fp32 or better
     "The share of a prompt's reference rewards that are at most as large as the completion's"
     mask_SR, among_S, n_S = compared_references(reward_S, ref_rewards_SR, mask_SR, among_S)
-    below_S = (mask_SR & (ref_rewards_SR <= reward_S[..., None])).sum(-1) - among_S.long() # its own reward is one of those
+    # its own reward is one of those
+    below_S = (mask_SR & (ref_rewards_SR <= reward_S[..., None])).sum(-1) - among_S.long()
     return below_S.to(at_least_fp32(reward_S).dtype)/n_S
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #82d408f8
@@ -181,7 +184,8 @@ def effective_beta(
 )->tuple: # beta_S, and how many completions the bound changed (int64 scalar)
     "The beta of each completion"
     for key, value in dict(beta=beta, max_effective_beta=max_effective_beta).items():
-        if value is not None and not 0 < value < math.inf: raise ValueError(f"{key} is {value}; it must be above 0 and finite.")
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{key} is {value}; it must be above 0 and finite.")
     used_S = lengths_S > 0
     beta_S = torch.full(lengths_S.shape, beta, dtype=dtype, device=lengths_S.device)
     if normalize_beta_by_length: beta_S = beta_S/lengths_S.clamp(min=1)
@@ -201,7 +205,8 @@ def check_quantiles(
     quantiles_S:torch.Tensor, # k/n
 ):
     "Refuse what is no quantile; on a GPU this waits for the device"
-    if not ((quantiles_S >= 0) & (quantiles_S <= 1)).all(): raise ValueError("a quantile is not between 0 and 1: rewards must be made quantiles first.")
+    if not ((quantiles_S >= 0) & (quantiles_S <= 1)).all():
+        raise ValueError("a quantile is not between 0 and 1: rewards must be made quantiles first.")
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #6a339004
 def rewards_of(
@@ -214,7 +219,9 @@ def rewards_of(
     t = transform_of(transform)
     if not checked: check_quantiles(quantiles_S)
     if not t.mid_rank: return t.of_quantile(quantiles_S)
-    if n_S is None: raise ValueError(f"transform '{transform}' is infinite at 0 or 1 and takes mid-ranks: it needs n_refs_S, the references behind each quantile.")
+    if n_S is None:
+        raise ValueError(f"transform '{transform}' is infinite at 0 or 1 and takes mid-ranks: it needs n_refs_S, the "
+                         "references behind each quantile.")
     return t.of_quantile(mid_rank(quantiles_S, n_S))
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #4a0dffd2
@@ -231,7 +238,8 @@ def partition_of(
     if partition != "finite": raise ValueError(f"unknown partition '{partition}'; there are continuous, finite.")
     if n_S is None: raise ValueError("partition 'finite' needs n_refs_S, the references behind each quantile.")
     quantiles_SK, weights_SK = (x.to(beta_S.dtype) for x in (atoms or uniform_atoms(n_S, beta_S.dtype, max_refs)))
-    return finite_beta_log_z(beta_S, rewards_of(quantiles_SK, transform, n_S[..., None], checked=max_refs is not None), weights_SK)
+    return finite_beta_log_z(beta_S, rewards_of(quantiles_SK, transform, n_S[..., None], checked=max_refs is not None),
+                             weights_SK)
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #a561984c
 class QRPOOutput(NamedTuple):
@@ -272,5 +280,6 @@ def qrpo_loss(
     loss_S = (reward_S - log_z_S - beta_S*log_ratio_S)**2
     if normalize_loss_by_length: loss_S = loss_S/lengths_S.clamp(min=1)
     part = LossTerm(torch.where(used_S, loss_S, 0.).sum(), completion_count(lengths_S)[0], 1.)
-    told = [torch.where(used_S, x.detach(), 0.) for x in (reward_S - log_z_S, log_ratio_S, log_z_S + beta_S*log_ratio_S, beta_S)]
+    told = [torch.where(used_S, x.detach(), 0.)
+            for x in (reward_S - log_z_S, log_ratio_S, log_z_S + beta_S*log_ratio_S, beta_S)]
     return QRPOOutput([part], used_S, *told, clamped)

@@ -82,7 +82,8 @@ def reduce_terms(
 )->torch.Tensor: # scalar with gradient; its sum over the step's micro-batches and ranks is the step's loss
     "Weighted sum of fractions; a fraction of nothing is 0 and never NaN"
     ds = [p.denominator for p in terms] if denominators_K is None else list(denominators_K.unbind())
-    if len(ds) != len(terms): raise ValueError(f"{len(terms)} parts but {len(ds)} denominators: both must be of the same loss.")
+    if len(ds) != len(terms):
+        raise ValueError(f"{len(terms)} parts but {len(ds)} denominators: both must be of the same loss.")
     ds = [d.to(p.numerator) for p, d in zip(terms, ds)]
     return sum(p.weight*p.numerator/torch.where(d > 0, d, 1.) for p, d in zip(terms, ds))
 
@@ -139,7 +140,8 @@ def ln_plw(
     sequence_level:bool=False, # means per sequence, then the mean over sequences
 )->list[LossTerm]: # two parts: prompt, completion
     "Length-normalised prompt loss weight"
-    return length_normalised(-logps_BT, prompt_mask_BT, completion_mask_BT, sequence_BT, prompt_loss_weight, sequence_level)
+    return length_normalised(-logps_BT, prompt_mask_BT, completion_mask_BT, sequence_BT, prompt_loss_weight,
+                             sequence_level)
 
 # %% ../../nbs/05_losses/2_sft.ipynb #e04ecd1d
 NLL_LOSSES = {"sft": sft, "plw": plw, "ln-plw": ln_plw}

@@ -84,9 +84,11 @@ def expected_tensor(
     import torch
     from mergekit.io.tasks import LoaderCache
     read = [(LoaderCache().get(ref).get_tensor(name), own, base) for ref, name, own, base in step.inputs]
-    read = [((t.to(getattr(torch, dtype.removeprefix("torch."))) if dtype else t).double(), own, base) for t, own, base in read]
+    read = [((t.to(getattr(torch, dtype.removeprefix("torch."))) if dtype else t).double(), own, base)
+            for t, own, base in read]
     merged = [(t, own) for t, own, base in read if step.method == "linear" or not base]
-    return METHOD_DEFINITIONS[step.method](next((t for t, _, base in read if base), None), [t for t, _ in merged], step.shared, [own for _, own in merged])
+    return METHOD_DEFINITIONS[step.method](next((t for t, _, base in read if base), None), [t for t, _ in merged],
+                                           step.shared, [own for _, own in merged])
 
 # %% ../../nbs/50_merging/4_checks.ipynb #c970eb2b
 def sample_tensors(
@@ -95,7 +97,9 @@ def sample_tensors(
 )->list[str]: # tensors, at least one
     "All tensors, or as many as hold so many elements, drawn with a fixed seed"
     import random
-    names, out, left = sorted(sizes), [], max_elements
+    names = sorted(sizes)
+    out = []
+    left = max_elements
     random.Random(0).shuffle(names)
     for n in names:
         if sizes[n] <= left or not out: out.append(n); left -= sizes[n]
@@ -111,20 +115,25 @@ def compare_with_definition(
     "Hold merged weights against the method's definition in fp64; empty for methods without one here"
     import torch
     from mergekit.io.lazy_tensor_loader import LazyTensorLoader
-    fit = {n: s for n, s in steps.items() if s.method in METHOD_DEFINITIONS and not s.aligned and not s.shared.get("rescale")}
+    fit = {n: s for n, s in steps.items()
+           if s.method in METHOD_DEFINITIONS and not s.aligned and not s.shared.get("rescale")}
     if not fit: return {}
     result, headers = LazyTensorLoader.from_disk(str(folder), lazy_unpickle=False), read_headers(folder)
-    names, largest, off, elements, epsilon = sample_tensors({n: math.prod(headers[n][1]) for n in fit}, max_elements), 0., 0, 0, 0.
+    names, largest, off, elements, epsilon = sample_tensors({n: math.prod(headers[n][1]) for n in fit},
+                                                            max_elements), 0., 0, 0, 0.
     for n in names:
         got, want = result.get_tensor(n), expected_tensor(fit[n], dtype)
         epsilon = torch.finfo(got.dtype).eps
         apart = (got.double() - want).abs()
         rounding = 4*(len(fit[n].inputs) + 1)*epsilon*want.abs().max().clamp(min=1e-30)
-        largest, off, elements = max(largest, apart.max().item()), off + int((apart > rounding).sum()), elements + got.numel()
+        largest, off, elements = max(largest,
+                                     apart.max().item()), off + int((apart > rounding).sum()), elements + got.numel()
     method = fit[names[0]].method
     if off > (1e-2 if method == "ties" else 0)*elements and epsilon < 1e-6:
-        raise UserError(f"The merged weights are not what {method} is: {off:,} of {elements:,} elements differ, by up to {largest:.2g}. Nothing was kept.")
-    return dict(method=method, tensors=len(names), of=len(steps), elements=elements, largest_difference=largest, off=off)
+        raise UserError(f"The merged weights are not what {method} is: {off:,} of {elements:,} elements differ, by up "
+                        f"to {largest:.2g}. Nothing was kept.")
+    return dict(method=method, tensors=len(names), of=len(steps), elements=elements, largest_difference=largest,
+                off=off)
 
 # %% ../../nbs/50_merging/4_checks.ipynb #01acaa21
 def check_finite(
@@ -149,16 +158,21 @@ def check_result(
     from transformers import AutoModelForCausalLM
     from post_training.models.load import quiet_activation
     headers = read_headers(folder)
-    if lost := sorted(set(headers) - set(steps)): raise UserError(f"The result has {len(lost)} tensors that were not planned, such as {lost[0]}.")
+    if lost := sorted(set(headers) - set(steps)):
+        raise UserError(f"The result has {len(lost)} tensors that were not planned, such as {lost[0]}.")
     check_finite(LazyTensorLoader.from_disk(str(folder), lazy_unpickle=False), "The result")
-    facts = dict(tensors=len(headers), parameters=sum(math.prod(s) for _, s in headers.values()), dtype=", ".join(sorted({t for t, _ in headers.values()})), loaded=reload)
+    facts = dict(tensors=len(headers), parameters=sum(math.prod(s) for _, s in headers.values()),
+                 dtype=", ".join(sorted({t for t, _ in headers.values()})), loaded=reload)
     if not reload: return facts
     try:
         with quiet_activation(), torch.no_grad():
-            model, told = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code)
+            model, told = AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code)
             logits = model.eval()(input_ids=torch.tensor([[1, 2, 3]])).logits
-    except (OSError, ValueError, RuntimeError) as e: raise UserError(f"The result does not load as a model: {exception_line(e)}") from e
-    wrong = [f"{k.replace('_', ' ')}: {', '.join(map(str, sorted(v)[:3]))}" for k, v in told.items() if v and k in ("missing_keys", "unexpected_keys", "mismatched_keys")]
+    except (OSError, ValueError, RuntimeError) as e:
+        raise UserError(f"The result does not load as a model: {exception_line(e)}") from e
+    wrong = [f"{k.replace('_', ' ')}: {', '.join(map(str, sorted(v)[:3]))}" for k, v in told.items()
+             if v and k in ("missing_keys", "unexpected_keys", "mismatched_keys")]
     if wrong: raise UserError(f"The result does not load as a model: {'; '.join(wrong)}.")
     if not logits.isfinite().all(): raise UserError("The result's logits are not finite.")
     return facts
@@ -197,8 +211,13 @@ def model_distances(
     from mergekit.io.lazy_tensor_loader import LazyTensorLoader
     from mergekit.io.tasks import LoaderCache
     order = [(str(ref), base) for ref, _, _, base in next(iter(steps.values())).inputs]
-    if any([(str(ref), base) for ref, _, _, base in s.inputs] != order or any(name != n for _, name, _, _ in s.inputs) for n, s in steps.items()): return {}
-    result, by_layer, left_out, size = LazyTensorLoader.from_disk(str(folder), lazy_unpickle=False), {}, 0, 0.
+    if any([(str(ref), base) for ref, _, _, base in s.inputs] != order or any(name != n for _, name, _, _ in s.inputs)
+           for n, s in steps.items()):
+        return {}
+    result = LazyTensorLoader.from_disk(str(folder), lazy_unpickle=False)
+    by_layer = {}
+    left_out = 0
+    size = 0.
     for tensor in [n for n in steps if n in result.index.tensor_paths]:
         read = [(LoaderCache().get(ref).get_tensor(tensor), base) for ref, _, _, base in steps[tensor].inputs]
         made = result.get_tensor(tensor)
@@ -210,7 +229,8 @@ def model_distances(
         by_layer[layer_of(tensor)] = by_layer.get(layer_of(tensor), 0) + inner_products(reference, [*merged, made])
     called = [names.get(ref, Path(ref).name) for ref, base in order if not base] + ["merged"]
     base = next((names.get(ref, Path(ref).name) for ref, base in order if base), "mean of the sources")
-    return dict(models=called, reference=base, reference_norm=size**.5, **product_distances(by_layer, called), left_out=left_out) if by_layer else {}
+    return (dict(models=called, reference=base, reference_norm=size**.5, **product_distances(by_layer, called),
+                 left_out=left_out) if by_layer else {})
 
 # %% ../../nbs/50_merging/4_checks.ipynb #a4463dbf
 def product_distances(
@@ -222,9 +242,11 @@ def product_distances(
     norm = total.diagonal().clamp(min=0).sqrt()
     cosines = total/(norm[:, None]*norm[None]).clamp(min=1e-30)
     apart = (norm[:, None]**2 + norm[None]**2 - 2*total).clamp(min=0).sqrt()
-    rows = [dict(layer=k) | {n: round(v, 6) for n, v in zip(names, g.diagonal().clamp(min=0).sqrt().tolist())} for k, g in by_layer.items()]
+    rows = [dict(layer=k) | {n: round(v, 6) for n, v in zip(names, g.diagonal().clamp(min=0).sqrt().tolist())}
+            for k, g in by_layer.items()]
     table = lambda m: [[round(v, 6) for v in row] for row in m.tolist()]
-    return dict(norm={n: round(v, 6) for n, v in zip(names, norm.tolist())}, layers=rows, cosines=table(cosines), apart=table(apart))
+    return dict(norm={n: round(v, 6) for n, v in zip(names, norm.tolist())}, layers=rows, cosines=table(cosines),
+                apart=table(apart))
 
 # %% ../../nbs/50_merging/4_checks.ipynb #b0fce423
 def plot_distances(
@@ -236,13 +258,16 @@ def plot_distances(
     fig, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), dpi=65, layout="constrained", width_ratios=[3, 2])
     plt.close(fig)
     short = [n if len(n) <= 18 else "..." + n[-15:] for n in distances["models"]]
-    for name, label in zip(distances["models"], short): left.plot([r[name] for r in distances["layers"]], marker=".", lw=1, label=label)
+    for name, label in zip(distances["models"], short):
+        left.plot([r[name] for r in distances["layers"]], marker=".", lw=1, label=label)
     ticks = range(0, len(distances["layers"]), max(1, len(distances["layers"])//8))
     left.set_xticks(ticks, [distances["layers"][i]["layer"] for i in ticks], fontsize=6, rotation=30)
-    left.set_ylabel("distance to the reference", fontsize=8); left.legend(fontsize=6); left.tick_params(axis="y", labelsize=7)
+    left.set_ylabel("distance to the reference", fontsize=8)
+    left.legend(fontsize=6); left.tick_params(axis="y", labelsize=7)
     right.imshow(distances["cosines"], vmin=-1, vmax=1, cmap="RdBu")
     for i, row in enumerate(distances["cosines"] if len(short) <= 8 else []):
         for j, v in enumerate(row): right.text(j, i, f"{v:.2f}", ha="center", va="center", fontsize=6)
-    right.set_xticks(range(len(short)), short, fontsize=6, rotation=30); right.set_yticks(range(len(short)), short, fontsize=6)
+    right.set_xticks(range(len(short)), short, fontsize=6, rotation=30)
+    right.set_yticks(range(len(short)), short, fontsize=6)
     right.set_title("cosine between the changes", fontsize=8)
     return fig

@@ -30,14 +30,17 @@ def document_parts(
     for i, m in enumerate(doc.get("models") or []): yield f"{dot}models[{i}]", "model", m
     for i, s in enumerate(doc.get("slices") or []):
         yield f"{dot}slices[{i}]", "slice", s
-        for j, source in enumerate((s.get("sources") if isinstance(s, dict) else None) or []): yield f"{dot}slices[{i}].sources[{j}]", "source", source
-    for name, module in (doc.get("modules") or {}).items() if level == "document" else (): yield from document_parts(module, f"modules.{name}", "module")
+        for j, source in enumerate((s.get("sources") if isinstance(s, dict) else None) or []):
+            yield f"{dot}slices[{i}].sources[{j}]", "source", source
+    for name, module in (doc.get("modules") or {}).items() if level == "document" else ():
+        yield from document_parts(module, f"modules.{name}", "module")
     tokenizer = doc.get("tokenizer") if level == "document" else None
     if tokenizer is None: return
     yield "tokenizer", "tokenizer", tokenizer
     for name, token in (tokenizer.get("tokens") or {}).items():
         yield f"tokenizer.tokens.{name}", "token", token
-        if isinstance(token.get("source"), dict) and "kind" in token["source"]: yield f"tokenizer.tokens.{name}.source", "token source", token["source"]
+        if isinstance(token.get("source"), dict) and "kind" in token["source"]:
+            yield f"tokenizer.tokens.{name}.source", "token source", token["source"]
 
 # %% ../../nbs/50_merging/1_document.ipynb #827eed9d
 def method_parameters()->dict[str, set]: # method -> names of its parameters
@@ -48,7 +51,8 @@ def method_parameters()->dict[str, set]: # method -> names of its parameters
 # %% ../../nbs/50_merging/1_document.ipynb #f4e46cbc
 def refuse_key(key:str, where:str, known, hint:str=""):
     "Raise for a key that nothing reads"
-    raise UserError(f"{f'{where}.' if where else ''}{key} is no key of mergekit's.{did_you_mean(key, known)}{hint} Keys there: {', '.join(sorted(known))}.")
+    raise UserError(f"{f'{where}.' if where else ''}{key} is no key of mergekit's.{did_you_mean(key, known)}{hint} "
+                    f"Keys there: {', '.join(sorted(known))}.")
 
 # %% ../../nbs/50_merging/1_document.ipynb #248b0a3e
 def check_document(
@@ -57,11 +61,16 @@ def check_document(
     "Refuse unknown keys, methods and parameters with the nearest known name"
     methods = method_parameters()
     known, method = set().union(*methods.values()), doc.get("merge_method")
-    if "experts" in doc: raise UserError("This is a YAML of mergekit-moe, which makes a mixture of experts of another architecture: run that program.")
-    if method not in methods: raise UserError(f"merge_method={method}: there is no such method.{did_you_mean(str(method), methods)} Methods: {', '.join(sorted(methods))}.")
+    if "experts" in doc:
+        raise UserError("This is a YAML of mergekit-moe, which makes a mixture of experts of another architecture: run "
+                        "that program.")
+    if method not in methods:
+        raise UserError(f"merge_method={method}: there is no such method.{did_you_mean(str(method), methods)} Methods: "
+                        f"{', '.join(sorted(methods))}.")
     unread = []
     for where, what, part in document_parts(doc):
-        if not isinstance(part, dict): raise UserError(f"{where} is {part!r}: a mapping is meant, with {', '.join(LEVEL_KEYS[what])}.")
+        if not isinstance(part, dict):
+            raise UserError(f"{where} is {part!r}: a mapping is meant, with {', '.join(LEVEL_KEYS[what])}.")
         for key in part:
             if key not in LEVEL_KEYS[what]: refuse_key(key, where, LEVEL_KEYS[what])
         for key, value in (part.get("parameters") or {}).items():
@@ -69,7 +78,8 @@ def check_document(
             if key not in methods[method]: unread.append(f"{method} does not read the parameter {key}.")
             for setting in [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, dict)]:
                 for k in setting:
-                    if k not in LEVEL_KEYS["setting"]: refuse_key(k, f"{where}.parameters.{key}".lstrip("."), LEVEL_KEYS["setting"])
+                    if k not in LEVEL_KEYS["setting"]:
+                        refuse_key(k, f"{where}.parameters.{key}".lstrip("."), LEVEL_KEYS["setting"])
     return list(dict.fromkeys(unread))
 
 # %% ../../nbs/50_merging/1_document.ipynb #7da9a2e0
@@ -83,17 +93,23 @@ def config_documents(
     given = {k: v for k, v in section.items() if v is not None}
     docs = [dict(d) for d in given.pop("stages", [given])]
     if not docs: raise UserError("model_merging.stages is empty: a YAML of mergekit's has at least one document.")
-    if len(docs) > 1 and (sources or base): raise UserError(f"A YAML of {len(docs)} documents names its own models: leave sources and base out.")
-    if weights and len(weights) != len(sources or []): raise UserError(f"weights has {len(weights)} numbers for {len(sources or [])} sources: give one for each of `sources`.")
+    if len(docs) > 1 and (sources or base):
+        raise UserError(f"A YAML of {len(docs)} documents names its own models: leave sources and base out.")
+    if weights and len(weights) != len(sources or []):
+        raise UserError(f"weights has {len(weights)} numbers for {len(sources or [])} sources: give one for each of "
+                        "`sources`.")
     if sources:
         for key in ("slices", "modules"): docs[0].pop(key, None)
-        docs[0]["models"] = [dict(model=s) | (dict(parameters=dict(weight=w)) if weights else {}) for s, w in zip(sources, weights or sources)]
+        docs[0]["models"] = [dict(model=s) | (dict(parameters=dict(weight=w)) if weights else {})
+                             for s, w in zip(sources, weights or sources)]
     if base: docs[0]["base_model"] = base
     named = {}
     for i, d in enumerate(docs):
         name = (d.pop("name", None), d.pop("out_path", None))
         name = next((str(n) for n in name if n), "")
-        if name in named: raise UserError(f"Two documents of the YAML are called {name or '(no name)'}: names are what tells them apart.")
+        if name in named:
+            raise UserError(f"Two documents of the YAML are called {name or '(no name)'}: names are what tells them "
+                            "apart.")
         named[name] = d
     return merge_order(named)
 
@@ -102,7 +118,9 @@ def merge_order(
     named:dict[str, dict], # name -> document
 )->list[tuple[str, dict]]: # what a document needs comes before it; the result is last
     "Documents in the order in which they can be made"
-    out, begun, last = {}, set(), "" if "" in named else list(named)[-1]
+    out = {}
+    begun = set()
+    last = "" if "" in named else list(named)[-1]
     def visit(name):
         if name in out: return
         if name in begun: raise UserError(f"The documents of the YAML need each other in a circle, at {name}.")
@@ -121,20 +139,25 @@ def check_merge_config(
     cfg:dict, # composed
 )->list[tuple[str, dict]]: # the documents, as `config_documents` gives them
     "Refuse short forms and documents that cannot mean a merge; nothing is loaded"
-    sources, weights, section = cfg["sources"] or [], cfg["weights"] or [], cfg["model_merging"]
-    for key, values, kind, meant in (("sources", sources, str, "a model's name"), ("weights", weights, (int, float), "a number")):
+    sources = cfg["sources"] or []
+    weights = cfg["weights"] or []
+    section = cfg["model_merging"]
+    for key, values, kind, meant in (("sources", sources, str, "a model's name"),
+                                     ("weights", weights, (int, float), "a number")):
         for v in values:
             if not isinstance(v, kind) or isinstance(v, bool): raise UserError(f"{key} has {v!r}: {meant} is meant.")
     twice = next((s for i, s in enumerate(sources) if s in sources[:i]), None)
     if twice: raise UserError(f"sources names {twice} twice: name it once, and give it a larger number in `weights`.")
     tiny = f"{cfg['artifacts_dir']}/models/tiny"
     if sources and not cfg["base"] and section.get("base_model") in (tiny, str(config.site_path(tiny))):
-        raise UserError(f"{section.get('merge_method')} starts from a base, and with `sources` the presets' tiny model is none: set base=MODEL, what they were trained from.")
+        raise UserError(f"{section.get('merge_method')} starts from a base, and with `sources` the presets' tiny model "
+                        "is none: set base=MODEL, what they were trained from.")
     docs = config_documents(section, cfg["sources"], cfg["weights"], cfg["base"])
     for name, doc in docs:
         for key in ("dtype", "out_dtype"):
             if (d := doc.get(key)) is not None and str(d).removeprefix("torch.") not in MERGE_DTYPES:
-                raise UserError(f"model_merging.{key}={d}{f' of {name}' if name else ''} is no dtype of weights.{did_you_mean(str(d), MERGE_DTYPES)} There are {', '.join(MERGE_DTYPES)}.")
+                raise UserError(f"model_merging.{key}={d}{f' of {name}' if name else ''} is no dtype of "
+                                f"weights.{did_you_mean(str(d), MERGE_DTYPES)} There are {', '.join(MERGE_DTYPES)}.")
     return docs
 
 # %% ../../nbs/50_merging/1_document.ipynb #f640fa2e
@@ -149,7 +172,8 @@ def replace_models(
             if part.get(key) is not None: part[key] = change(part[key])
         for key in ("tokenizer_source", *(["source"] if what in ("tokenizer", "token") else [])):
             value = part.get(key)
-            if value is not None and value not in words and not (isinstance(value, dict) and "kind" in value): part[key] = change(value)
+            if value is not None and value not in words and not (isinstance(value, dict) and "kind" in value):
+                part[key] = change(value)
     return out
 
 # %% ../../nbs/50_merging/1_document.ipynb #b8e4d249

@@ -24,12 +24,17 @@ def mergekit_session(
     from mergekit.io.tasks import LoaderCache
     from mergekit.options import MergeOptions, parse_kmb
     gpu = options["gpu"]
-    if gpu and not torch.cuda.is_available(): raise UserError("options.gpu=true, and this machine shows no GPU: leave it out.")
-    if options["low_cpu_memory"] and not gpu: raise UserError("options.low_cpu_memory=true keeps results on the GPU: it needs options.gpu=true.")
+    if gpu and not torch.cuda.is_available():
+        raise UserError("options.gpu=true, and this machine shows no GPU: leave it out.")
+    if options["low_cpu_memory"] and not gpu:
+        raise UserError("options.low_cpu_memory=true keeps results on the GPU: it needs options.gpu=true.")
     try: size = parse_kmb(options["out_shard_size"])
-    except (ValueError, IndexError): raise UserError(f"options.out_shard_size={options['out_shard_size']}: a number of parameters like 500M or 5B.") from None
+    except (ValueError, IndexError):
+        raise UserError(f"options.out_shard_size={options['out_shard_size']}: a number of parameters like "
+                        "500M or 5B.") from None
     keep = {k: options[k] for k in ("low_cpu_memory", "lazy_unpickle", "trust_remote_code", "random_seed")}
-    made = MergeOptions(**keep, cuda=gpu, out_shard_size=size, copy_tokenizer=False, write_model_card=False, quiet=True, lora_merge_cache=str(scratch))
+    made = MergeOptions(**keep, cuda=gpu, out_shard_size=size, copy_tokenizer=False, write_model_card=False, quiet=True,
+                        lora_merge_cache=str(scratch))
     loggers = [logging.getLogger(n) for n in ("mergekit", "root")]
     levels = [log.level for log in loggers]
     for log in loggers: log.setLevel(logging.ERROR)
@@ -55,7 +60,8 @@ def parse_document(
     from mergekit.config import MergeConfiguration
     try: return MergeConfiguration.model_validate(doc)
     except (ValueError, RuntimeError) as e: # pydantic's error is a ValueError
-        raise UserError(f"mergekit does not take this document: {'; '.join(line.strip() for line in str(e).splitlines()[:3])}") from None
+        raise UserError("mergekit does not take this document: "
+                        f"{'; '.join(line.strip() for line in str(e).splitlines()[:3])}") from None
 
 # %% ../../nbs/50_merging/3_merge.ipynb #6241a2e8
 def merge_plan(
@@ -77,7 +83,8 @@ def merge_plan(
     for save in (t for t in tasks if isinstance(t, SaveTensor)):
         task, aligned = save.tensor_task, not hasattr(save.tensor_task.gather_tensors, "weight_info")
         names = (task.gather_tensors.gather_tensors if aligned else task.gather_tensors).weight_info
-        inputs = [(m, names[m].name, dict(task.input_parameters[m].items()), m == task.base_model) for m in task.model_order]
+        inputs = [(m, names[m].name, dict(task.input_parameters[m].items()), m == task.base_model)
+                  for m in task.model_order]
         steps[save.tensor_name] = MergeStep(task.method_name, dict(task.parameters.items()), inputs, aligned)
     return steps
 
@@ -96,19 +103,23 @@ def check_merge_weights(
         weights = {n: p["weight"] for n, p in own if "weight" in p}
         numbers = {f"{k} of {n}": v for n, p in own for k, v in p.items()} | step.shared
         for name, v in numbers.items():
-            if isinstance(v, float) and not math.isfinite(v): raise UserError(f"{name} is {v} for {tensor}: a finite number is meant.")
+            if isinstance(v, float) and not math.isfinite(v):
+                raise UserError(f"{name} is {v} for {tensor}: a finite number is meant.")
         for n, p in own:
-            if not 0 <= p.get("density", 1) <= 1: raise UserError(f"density={p['density']} of {n} for {tensor}: it is a share between 0 and 1.")
+            if not 0 <= p.get("density", 1) <= 1:
+                raise UserError(f"density={p['density']} of {n} for {tensor}: it is a share between 0 and 1.")
         if not weights: continue
         divides = step.shared.get("normalize", step.shared.get("normalize_weights", step.method == "nuslerp"))
         shown = ", ".join(f"{n} {w:g}" for n, w in weights.items())
         if divides and abs(sum(weights.values())) < 1e-8*max(1, *map(abs, weights.values())):
-            raise UserError(f"The weights of {tensor} sum to 0 ({shown}) and {step.method} divides by their sum: change a weight, or set normalize=false in its parameters.")
-        if step.method == "linear" and not any(weights.values()): raise UserError(f"All weights of {tensor} are 0 ({shown}): the result would be 0.")
+            raise UserError(f"The weights of {tensor} sum to 0 ({shown}) and {step.method} divides by their sum: "
+                            "change a weight, or set normalize=false in its parameters.")
+        if step.method == "linear" and not any(weights.values()):
+            raise UserError(f"All weights of {tensor} are 0 ({shown}): the result would be 0.")
 
 # %% ../../nbs/50_merging/3_merge.ipynb #e5522efa
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template.jinja", "chat_template.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
+                   "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json")
 
 # %% ../../nbs/50_merging/3_merge.ipynb #f55c1207
 def moved_ids(
@@ -120,10 +131,12 @@ def moved_ids(
     token_of, out = {i: t for t, i in old.items()}, dict(settings)
     def move(key, i):
         if token_of.get(i) not in new:
-            raise UserError(f"{key}={i} of the donor is the token {token_of.get(i)!r}, which the result's vocabulary does not have: choose another donor or tokenizer source.")
+            raise UserError(f"{key}={i} of the donor is the token {token_of.get(i)!r}, which the result's vocabulary "
+                            "does not have: choose another donor or tokenizer source.")
         return new[token_of[i]]
     for key in [k for k in SPECIAL_ID_KEYS if settings.get(k) is not None]:
-        out[key] = [move(key, i) for i in settings[key]] if isinstance(settings[key], list) else move(key, settings[key])
+        out[key] = ([move(key, i) for i in settings[key]] if isinstance(settings[key], list)
+                    else move(key, settings[key]))
     return out
 
 # %% ../../nbs/50_merging/3_merge.ipynb #7bb310fb
@@ -151,17 +164,20 @@ def write_model_files(
     "Give merged weights the donor's config, tokenizer, template and generation config"
     from post_training.tokens.tokenizer import read_tokenizer
     folder, aligned = Path(folder), (Path(folder)/"tokenizer_config.json").is_file()
-    settings, generation = result_config(json.loads((folder/"config.json").read_text()), donor.config, doc, sources), donor.generation
+    settings, generation = result_config(json.loads((folder/"config.json").read_text()), donor.config, doc,
+                                         sources), donor.generation
     if not aligned:
         for name in TOKENIZER_FILES:
             if (Path(donor.folder)/name).is_file(): shutil.copy(Path(donor.folder)/name, folder)
     tokenizer = read_tokenizer(str(folder), trust_remote_code) if (folder/"tokenizer_config.json").is_file() else None
-    if aligned and donor.vocabulary: settings, generation = (moved_ids(x, donor.vocabulary, tokenizer.get_vocab()) for x in (settings, generation))
+    if aligned and donor.vocabulary:
+        settings, generation = (moved_ids(x, donor.vocabulary, tokenizer.get_vocab()) for x in (settings, generation))
     if tokenizer and not aligned and doc.get("chat_template"):
         from mergekit.merge import _set_chat_template
         try: _set_chat_template(tokenizer, parse_document(doc))
         except RuntimeError:
-            raise UserError(f"chat_template={doc['chat_template']}: auto, a name that mergekit knows (chatml, llama3, mistral, alpaca, exaone), or a Jinja template.") from None
+            raise UserError(f"chat_template={doc['chat_template']}: auto, a name that mergekit knows "
+                            "(chatml, llama3, mistral, alpaca, exaone), or a Jinja template.") from None
         tokenizer.save_pretrained(folder)
     dtypes = {t for t, _ in read_headers(folder).values()}
     names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -179,11 +195,15 @@ def merge_weights(
     "Let mergekit write the merged weights"
     from mergekit.merge import run_merge
     try: run_merge(parse_document(doc), str(folder), options)
-    except (ValueError, RuntimeError, KeyError, TypeError) as e: raise UserError(f"mergekit stopped at this merge: {exception_line(e)}{_hint(doc['merge_method'], str(e))}") from e
+    except (ValueError, RuntimeError, KeyError, TypeError) as e:
+        raise UserError("mergekit stopped at this merge: "
+                        f"{exception_line(e)}{_hint(doc['merge_method'], str(e))}") from e
 
 # %% ../../nbs/50_merging/3_merge.ipynb #0205714a
 def _hint(method:str, message:str)->str:
     "What helps where a method cannot take a tensor: Apertus' activation has two of one element and two constants in each layer"
     if method.startswith("della") and "Expected p_in" in message:
-        return " A tensor of one element has no ranks: density: [{filter: act_fn, value: 1}, {value: 0.5}] keeps Apertus' whole."
-    return " A tensor that no source changed has no direction: leave base_model out, or take another method." if method == "multislerp" and "sum" in message else ""
+        return (" A tensor of one element has no ranks: density: [{filter: act_fn, value: 1}, {value: 0.5}] keeps "
+                "Apertus' whole.")
+    return (" A tensor that no source changed has no direction: leave base_model out, or take another method."
+            if method == "multislerp" and "sum" in message else "")

@@ -26,7 +26,8 @@ def fetch_hub(
     from huggingface_hub import snapshot_download
     wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.py"]
     try: return snapshot_download(name, revision=revision, allow_patterns=wanted)
-    except Exception as e: raise UserError(f"{name} is no folder here, and the hub does not give it: {str(e).splitlines()[0]}") from None
+    except Exception as e:
+        raise UserError(f"{name} is no folder here, and the hub does not give it: {str(e).splitlines()[0]}") from None
 
 # %% ../../nbs/50_merging/2_sources.ipynb #489f04df
 def source_folder(
@@ -39,7 +40,8 @@ def source_folder(
         hub, _, revision = path.partition("@")
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub) or Path(hub).parent.is_dir():
             tried = f" ({Path(path).expanduser().resolve()})" if not Path(name).is_absolute() else ""
-            raise UserError(f"There is no model at {name}{tried}: a source is a folder, a hub name as organisation/model, or run:RUN. Folders are looked for from the project's.")
+            raise UserError(f"There is no model at {name}{tried}: a source is a folder, a hub name as "
+                            "organisation/model, or run:RUN. Folders are looked for from the project's.")
         path = fetch_hub(hub, revision or None)
     folder = Path(path).expanduser().resolve()
     if (folder/"adapter_config.json").is_file() and not (folder/"config.json").is_file():
@@ -57,7 +59,8 @@ def split_mention(
             if k not in LEVEL_KEYS["reference"]: refuse_key(k, "model", LEVEL_KEYS["reference"])
         text = lambda m: m if isinstance(m, str) else m["path"] + (f"@{m['revision']}" if m.get("revision") else "")
         lora = mention.get("lora")
-        return text(mention["model"]), text(lora) if lora else None, {k: v for k, v in mention.items() if k == "override_architecture" and v}
+        return text(mention["model"]), text(lora) if lora else None, {
+            k: v for k, v in mention.items() if k == "override_architecture" and v}
     if not isinstance(mention, str): raise UserError(f"{mention!r} is no model: a name is text.")
     whole = config.site_path(mention).is_dir() or mention.count("+") != 1
     model, _, lora = (mention, "", "") if whole else mention.partition("+")
@@ -96,7 +99,8 @@ def write_variant(
     with atomic_dir(folder, replace=True) as tmp:
         for f in Path(base).iterdir():
             if f.is_file() and f.suffix in (".json", ".jinja") and f.name != "manifest.json": shutil.copy(f, tmp)
-        moved = {k: w + scale*torch.randn(w.shape, generator=g).to(w.dtype) if w.ndim else w for k, w in load_file(Path(base)/"model.safetensors").items()}
+        moved = {k: w + scale*torch.randn(w.shape, generator=g).to(w.dtype) if w.ndim else w
+                 for k, w in load_file(Path(base)/"model.safetensors").items()}
         save_file(moved, tmp/"model.safetensors", metadata=dict(format="pt"))
         write_manifest(tmp, seed=seed, scale=scale, **facts)
     return Path(folder)
@@ -129,10 +133,13 @@ def read_header(
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         try: header = json.loads(f.read(length)) if 8 + length <= size else None
         except ValueError: header = None
-    if not isinstance(header, dict): raise UserError(f"{path} is truncated or no safetensors file: it has {size:,} bytes and no whole header. Copy it again.")
+    if not isinstance(header, dict):
+        raise UserError(f"{path} is truncated or no safetensors file: it has {size:,} bytes and no whole header. Copy "
+                        "it again.")
     header.pop("__metadata__", None)
     end = 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
-    if end != size: raise UserError(f"{path} is truncated: its header speaks of {end:,} bytes and it has {size:,}. Copy it again.")
+    if end != size:
+        raise UserError(f"{path} is truncated: its header speaks of {end:,} bytes and it has {size:,}. Copy it again.")
     return {name: (t["dtype"], tuple(t["shape"])) for name, t in header.items()}
 
 # %% ../../nbs/50_merging/2_sources.ipynb #d7183717
@@ -142,16 +149,19 @@ def read_pickled(
     "The tensors of pickled weights, without their data and without running what they name"
     import torch
     index = folder/"pytorch_model.bin.index.json"
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["pytorch_model.bin"]
+    names = (sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file()
+             else ["pytorch_model.bin"])
     lost, out = [n for n in names if not (folder/n).is_file()], {}
     if lost: raise UserError(f"{folder} lacks {', '.join(lost)}, which its index names. Copy the model again.")
     short = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
     for name in names:
         try: shard = torch.load(folder/name, map_location="meta", weights_only=True)
-        except Exception as e: raise UserError(f"{folder/name} is no file of plain weights: {str(e).splitlines()[0]}") from None
+        except Exception as e:
+            raise UserError(f"{folder/name} is no file of plain weights: {str(e).splitlines()[0]}") from None
         out |= {k: (short.get(t.dtype, str(t.dtype)), tuple(t.shape)) for k, t in shard.items()}
     if alone := [k for k, (_, shape) in out.items() if not shape]:
-        raise UserError(f"{folder}: mergekit's unpickler cannot read single numbers such as {alone[0]}. Save the model as safetensors.")
+        raise UserError(f"{folder}: mergekit's unpickler cannot read single numbers such as {alone[0]}. Save the model "
+                        "as safetensors.")
     return out
 
 # %% ../../nbs/50_merging/2_sources.ipynb #19a07354
@@ -165,16 +175,19 @@ def read_headers(
     if not index.is_file() and not one.is_file():
         old = sorted(p.name for p in folder.glob("pytorch_model*.bin"))
         if old and pickles: return read_pickled(folder)
-        hint = f"; {old[0]} is a pickle: save the model as safetensors, or set options.lazy_unpickle=true" if old else ""
+        hint = (f"; {old[0]} is a pickle: save the model as safetensors, or set options.lazy_unpickle=true" if old
+                else "")
         raise UserError(f"{folder} has no weights: no model.safetensors{hint}.")
     if not index.is_file(): return read_header(one)
     try: where = json.loads(index.read_text())["weight_map"]
     except (ValueError, KeyError): raise UserError(f"{index} is not readable. Copy the model again.") from None
     files = sorted(set(where.values()))
-    if lost := [f for f in files if not (folder/f).is_file()]: raise UserError(f"{folder} lacks {', '.join(lost)}, which its index names. Copy the model again.")
+    if lost := [f for f in files if not (folder/f).is_file()]:
+        raise UserError(f"{folder} lacks {', '.join(lost)}, which its index names. Copy the model again.")
     found = {f: read_header(folder/f) for f in files}
     if lost := [t for t, f in where.items() if t not in found[f]]:
-        raise UserError(f"{folder/where[lost[0]]} lacks {len(lost)} tensors that the index places there, such as {lost[0]}.")
+        raise UserError(f"{folder/where[lost[0]]} lacks {len(lost)} tensors that the index places there, such as "
+                        f"{lost[0]}.")
     return {t: found[f][t] for t, f in where.items()}
 
 # %% ../../nbs/50_merging/2_sources.ipynb #7b902f77
@@ -203,18 +216,22 @@ def read_source(
     from post_training.tokens.tokenizer import read_tokenizer, template_fingerprint, tokenizer_fingerprint
     folder, read = Path(folder), lambda file: json.loads(file.read_text()) if file.is_file() else {}
     try: settings, generation = read(folder/"config.json"), read(folder/"generation_config.json")
-    except ValueError as e: raise UserError(f"{name}: config.json or generation_config.json is not readable ({e}).") from None
+    except ValueError as e:
+        raise UserError(f"{name}: config.json or generation_config.json is not readable ({e}).") from None
     generation = {k: v for k, v in generation.items() if not k.startswith("_") and k != "transformers_version"}
     tokenizer = read_tokenizer(str(folder), trust_remote_code) if (folder/"tokenizer_config.json").is_file() else None
-    marks = (tokenizer.get_vocab(), tokenizer_fingerprint(tokenizer), template_fingerprint(tokenizer)) if tokenizer else (None, "", "")
+    marks = ((tokenizer.get_vocab(), tokenizer_fingerprint(tokenizer), template_fingerprint(tokenizer)) if tokenizer
+             else (None, "", ""))
     try: tensors = read_headers(folder, pickles)
     except UserError as e: raise UserError(f"{name}: {e}") from None
     return MergeSource(name, str(folder), settings, tensors, generation, *marks, base)
 
 # %% ../../nbs/50_merging/2_sources.ipynb #31d2aabc
-COSMETIC_KEYS = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache", "architectures", "_attn_implementation") # of config.json: not computed with
+COSMETIC_KEYS = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache", "architectures",
+                 "_attn_implementation") # of config.json: not computed with
 SPECIAL_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id") # of config.json: follow the tokenizer
-DEPTH_KEYS = ("num_hidden_layers", "layer_types", "max_window_layers") # of config.json: may differ where layers are picked
+# of config.json: may differ where layers are picked
+DEPTH_KEYS = ("num_hidden_layers", "layer_types", "max_window_layers")
 
 # %% ../../nbs/50_merging/2_sources.ipynb #0759ed32
 def tensor_family(
@@ -232,8 +249,10 @@ def weight_differences(
 )->list[str]: # sentences
     "Why the weights of two sources cannot be merged"
     key = tensor_family if sliced else lambda name: name
-    rows = lambda s: {s.config.get("vocab_size"), (s.config.get("text_config") or {}).get("vocab_size")} if new_vocabulary else ()
-    shapes = lambda s: {key(n): tuple("V" if i == 0 and d in rows(s) else d for i, d in enumerate(shape)) for n, (_, shape) in s.tensors.items()}
+    rows = lambda s: {s.config.get("vocab_size"),
+                      (s.config.get("text_config") or {}).get("vocab_size")} if new_vocabulary else ()
+    shapes = lambda s: {key(n): tuple("V" if i == 0 and d in rows(s) else d for i, d in enumerate(shape))
+                        for n, (_, shape) in s.tensors.items()}
     x, y = shapes(a), shapes(b)
     out = [f"{n} is in {(a if n in x else b).name} only" for n in {**x, **y} if (n in x) != (n in y)]
     return out + [f"{n} is {list(x[n])} in {a.name} and {list(y[n])} in {b.name}" for n in x if n in y and x[n] != y[n]]
@@ -246,7 +265,8 @@ def config_differences(
 )->list[str]: # sentences
     "How the configs of two sources differ, in what a model computes"
     keys = [k for k in {**a.config, **b.config} if k not in COSMETIC_KEYS and k not in leave]
-    return [f"{k} is {a.config.get(k)} in {a.name} and {b.config.get(k)} in {b.name}" for k in keys if a.config.get(k) != b.config.get(k)]
+    return [f"{k} is {a.config.get(k)} in {a.name} and {b.config.get(k)} in {b.name}" for k in keys
+            if a.config.get(k) != b.config.get(k)]
 
 # %% ../../nbs/50_merging/2_sources.ipynb #8bb25e80
 def _some(sentences:list, n:int=3)->str:
@@ -263,16 +283,21 @@ def check_weights_fit(
     first = sources[0]
     for s in sources[1:]:
         kinds = [x.config.get("architectures") or [x.config.get("model_type")] for x in (first, s)]
-        if kinds[0] != kinds[1]: raise UserError(f"{first.name} is {kinds[0][0]} and {s.name} is {kinds[1][0]}: only models of one architecture can be merged.")
+        if kinds[0] != kinds[1]:
+            raise UserError(f"{first.name} is {kinds[0][0]} and {s.name} is {kinds[1][0]}: only models of one "
+                            "architecture can be merged.")
         leave = (*(DEPTH_KEYS if sliced else ()), *(("vocab_size",) if tokens else ()), *SPECIAL_ID_KEYS)
         unequal, why = weight_differences(first, s, sliced, tokens), config_differences(first, s, leave)
-        hint = "" if tokens or not any("vocab_size" in w for w in why) else " For other vocabularies set model_merging.tokenizer_source=union or base."
-        if unequal: raise UserError(f"The weights of {first.name} and {s.name} do not fit: {_some(why + unequal)}.{hint}")
-        types = {n: (first.tensors[n][0], s.tensors[n][0]) for n in first.tensors if n in s.tensors and first.tensors[n][0] != s.tensors[n][0]}
+        hint = ("" if tokens or not any("vocab_size" in w for w in why)
+                else " For other vocabularies set model_merging.tokenizer_source=union or base.")
+        if unequal:
+            raise UserError(f"The weights of {first.name} and {s.name} do not fit: {_some(why + unequal)}.{hint}")
+        types = {n: (first.tensors[n][0], s.tensors[n][0]) for n in first.tensors
+                 if n in s.tensors and first.tensors[n][0] != s.tensors[n][0]}
         if types and not doc.get("dtype"):
             n, (x, y) = next(iter(types.items()))
-            raise UserError(f"{len(types)} tensors have another dtype in {s.name} than in {first.name} ({n}: {y} and {x}). "
-                            "Set model_merging.dtype=float32 (or bfloat16) to merge them in one.")
+            raise UserError(f"{len(types)} tensors have another dtype in {s.name} than in {first.name} ({n}: {y} and "
+                            f"{x}). " "Set model_merging.dtype=float32 (or bfloat16) to merge them in one.")
 
 # %% ../../nbs/50_merging/2_sources.ipynb #0b4cc0c1
 def check_use_fits(
@@ -281,22 +306,31 @@ def check_use_fits(
     donor:str=None, # the source that decides where they differ
 ):
     "Refuse sources that are used in different ways where nothing says which is to be the result's"
-    merged, aligned = [s for s in sources if not s.base] or sources, bool(doc.get("tokenizer") or doc.get("tokenizer_source"))
+    merged, aligned = [s for s in sources if not s.base] or sources, bool(
+        doc.get("tokenizer") or doc.get("tokenizer_source"))
     told, first = [], merged[0]
     for s in merged[1:]:
-        told += config_differences(first, s, (*(DEPTH_KEYS if "slices" in doc or "modules" in doc else ()), *(("vocab_size",) if aligned else ())))
-        if s.generation != first.generation: told.append(f"generation_config is {first.generation} in {first.name} and {s.generation} in {s.name}")
-        if s.template != first.template and not doc.get("chat_template"): told.append(f"the chat templates of {first.name} and {s.name} differ")
+        told += config_differences(first, s,
+                                   (*(DEPTH_KEYS if "slices" in doc or "modules" in doc else ()),
+                                    *(("vocab_size",) if aligned else ())))
+        if s.generation != first.generation:
+            told.append(f"generation_config is {first.generation} in {first.name} and {s.generation} in {s.name}")
+        if s.template != first.template and not doc.get("chat_template"):
+            told.append(f"the chat templates of {first.name} and {s.name} differ")
         if s.encodes != first.encodes and s.vocabulary == first.vocabulary:
-            told.append(f"the tokenizers of {first.name} and {s.name} have one vocabulary and differ in how they encode")
+            told.append(f"the tokenizers of {first.name} and {s.name} have one vocabulary and differ in how they "
+                        "encode")
     if told and not donor:
-        raise UserError(f"{_some(list(dict.fromkeys(told)))}. The weights fit: donor=SOURCE says whose config, tokenizer, template and generation config the result gets.")
+        raise UserError(f"{_some(list(dict.fromkeys(told)))}. The weights fit: donor=SOURCE says whose config, "
+                        "tokenizer, template and generation config the result gets.")
     for s in sources[1:]:
         x, y = sources[0].vocabulary, s.vocabulary
         if aligned or donor or x is None or y is None or x == y: continue
         token = next(t for t in [*x, *y] if x.get(t) != y.get(t))
-        raise UserError(f"The vocabularies of {sources[0].name} and {s.name} differ: {token!r} is {x.get(token)} and {y.get(token)}. "
-                        "Set model_merging.tokenizer_source=union (or base), or donor=SOURCE where ids mean the same all the same.")
+        raise UserError(f"The vocabularies of {sources[0].name} and {s.name} differ: {token!r} is {x.get(token)} and "
+                        f"{y.get(token)}. "
+                        "Set model_merging.tokenizer_source=union (or base), or donor=SOURCE where ids mean the same "
+                        "all the same.")
 
 # %% ../../nbs/50_merging/2_sources.ipynb #1629fcea
 def check_slices(
@@ -307,8 +341,10 @@ def check_slices(
     for where, what, part in document_parts(doc):
         if what != "source": continue
         span, layers = part.get("layer_range"), depth[part["model"]["model"]["path"]]
-        if not (isinstance(span, list) and len(span) == 2 and all(isinstance(n, int) for n in span) and 0 <= span[0] < span[1] <= layers):
-            raise UserError(f"{where}.layer_range={span}: the model has {layers} layers, so a range is [first, one after the last] within [0, {layers}].")
+        if not (isinstance(span, list) and len(span) == 2 and all(isinstance(n, int) for n in span)
+                and 0 <= span[0] < span[1] <= layers):
+            raise UserError(f"{where}.layer_range={span}: the model has {layers} layers, so a range is [first, one "
+                            f"after the last] within [0, {layers}].")
 
 # %% ../../nbs/50_merging/2_sources.ipynb #7311b380
 def check_trust(
@@ -317,5 +353,9 @@ def check_trust(
 ):
     "Code that comes with a model from the hub runs only from a named commit"
     names = [split_mention(m)[0] for m in mentions] if trust_remote_code else []
-    loose = [n for n in names if not n.startswith("run:") and not Path(run.local_path_or_name(n)).is_dir() and not re.search(r"@[0-9a-f]{40}$", n)]
-    if loose: raise UserError(f"options.trust_remote_code=true needs a commit: write {loose[0].split('@')[0]}@COMMIT with its 40 hexadecimal digits.")
+    loose = [n for n in names
+             if not n.startswith("run:") and not Path(run.local_path_or_name(n)).is_dir()
+             and not re.search(r"@[0-9a-f]{40}$", n)]
+    if loose:
+        raise UserError(f"options.trust_remote_code=true needs a commit: write {loose[0].split('@')[0]}@COMMIT with "
+                        "its 40 hexadecimal digits.")

@@ -46,7 +46,8 @@ def pick_token(
         before_BV = probs_BV.cumsum(-1) - probs_BV
         probs_BV = probs_BV.masked_fill((before_BV >= top_p) & (before_BV > 0), 0.)
     cum_BV = probs_BV.cumsum(-1, dtype=torch.float64)
-    at_B1 = torch.searchsorted(cum_BV, u_B[:, None].double()*cum_BV[:, -1:], right=True).clamp(max=int(logits_BV.shape[-1]) - 1)
+    at_B1 = torch.searchsorted(cum_BV, u_B[:, None].double()*cum_BV[:, -1:],
+                               right=True).clamp(max=int(logits_BV.shape[-1]) - 1)
     return (at_B1 if ids_BV is None else ids_BV.gather(-1, at_B1)).squeeze(-1)
 
 # %% ../../nbs/30_models/3_generate.ipynb #675857af
@@ -65,7 +66,8 @@ def model_stop_ids(
     "The ids at which generation ends"
     eos = model.generation_config.eos_token_id
     ids = {*([] if eos is None else eos if isinstance(eos, (list, tuple)) else [eos]), *extra}
-    if not ids: raise UserError("The model's generation_config names no eos_token_id: set tokenizer_args.model_eos_token_id.")
+    if not ids:
+        raise UserError("The model's generation_config names no eos_token_id: set tokenizer_args.model_eos_token_id.")
     return sorted(ids)
 
 # %% ../../nbs/30_models/3_generate.ipynb #2fd638ad
@@ -82,12 +84,14 @@ def complete_batch(
 )->list[list[int]]: # new ids of each row, the stop token included
     "Complete one batch of prompts; N = `u_BN.shape[1]` new tokens at most"
     from transformers import DynamicCache
-    device, out, live = model.device, [[] for _ in range(len(prompts)*samples)], torch.arange(len(prompts)*samples)
+    device = model.device
+    out = [[] for _ in range(len(prompts)*samples)]
+    live = torch.arange(len(prompts)*samples)
     ids_BT, mask_BT = (x.to(device) for x in left_pad(prompts, pad_id))
     pos_BT, cache = (mask_BT.cumsum(1) - 1).clamp(min=0), DynamicCache(config=model.config)
     for n in range(u_BN.shape[1]):
-        logits_BV = model(input_ids=ids_BT, attention_mask=mask_BT, position_ids=pos_BT, past_key_values=cache, use_cache=True,
-                          logits_to_keep=1).logits[:, -1]
+        logits_BV = model(input_ids=ids_BT, attention_mask=mask_BT, position_ids=pos_BT, past_key_values=cache,
+                          use_cache=True, logits_to_keep=1).logits[:, -1]
         if n == 0 and samples > 1: # the prompts have been read: from here on each sample goes its own way
             cache.batch_repeat_interleave(samples)
             logits_BV, mask_BT, pos_BT = (x.repeat_interleave(samples, 0) for x in (logits_BV, mask_BT, pos_BT))
@@ -98,11 +102,15 @@ def complete_batch(
             out[row].append(token)
             if token not in stop: going.append(k)
         if not going: break
-        ids_BT, mask_BT, pos_BT = new_B[:, None], torch.cat([mask_BT, mask_BT.new_ones(len(live), 1)], 1), pos_BT[:, -1:] + 1
+        ids_BT, mask_BT, pos_BT = new_B[:, None], torch.cat([mask_BT, mask_BT.new_ones(len(live), 1)],
+                                                            1), pos_BT[:, -1:] + 1
         if len(going) <= .75*len(live): # the finished rows leave
             keep = torch.tensor(going, device=device)
             cache.batch_select_indices(keep)
-            ids_BT, mask_BT, pos_BT, live = ids_BT[keep], mask_BT[keep], pos_BT[keep], live[going]
+            ids_BT = ids_BT[keep]
+            mask_BT = mask_BT[keep]
+            pos_BT = pos_BT[keep]
+            live = live[going]
     return out
 
 # %% ../../nbs/30_models/3_generate.ipynb #5b0a2d5d
@@ -116,8 +124,8 @@ def check_prompts(
     for i, p in enumerate(prompts):
         if not len(p): raise UserError(f"Prompt {i} is empty: a model needs at least one token to go on from.")
         if room and len(p) + max_new_tokens > room:
-            raise UserError(f"Prompt {i} has {len(p)} tokens; with max_new_tokens={max_new_tokens} that is more than the model's {room} positions. "
-                            "Shorten it or lower max_new_tokens.")
+            raise UserError(f"Prompt {i} has {len(p)} tokens; with max_new_tokens={max_new_tokens} that is more than "
+                            f"the model's {room} positions. " "Shorten it or lower max_new_tokens.")
 
 # %% ../../nbs/30_models/3_generate.ipynb #c5227305
 def generate_completions(
@@ -134,13 +142,18 @@ def generate_completions(
 )->list[dict]: # text (without special tokens), ids, finish_reason (stop or length), in the order of the prompts
     "Complete prompts in batches sorted by length"
     check_prompts(model, prompts, max_new_tokens)
-    stop, out, training = model_stop_ids(model, extra_stop), [None]*len(prompts), model.training
+    stop = model_stop_ids(model, extra_stop)
+    out = [None]*len(prompts)
+    training = model.training
     seeds = range(len(prompts)) if seeds is None else seeds
     model.eval()
     try:
         for batch in progress(length_batches([len(p) for p in prompts], batch_size)):
             u_BN = row_noise([seeds[i] for i in batch], max_new_tokens)
-            for i, ids in zip(batch, complete_batch(model, [prompts[i] for i in batch], u_BN, stop, tokenizer.pad_token_id, temperature, top_p)):
-                out[i] = dict(text=tokenizer.decode(ids, skip_special_tokens=True), ids=ids, finish_reason="stop" if ids and ids[-1] in stop else "length")
+            for i, ids in zip(batch,
+                              complete_batch(model, [prompts[i] for i in batch], u_BN, stop, tokenizer.pad_token_id,
+                                             temperature, top_p)):
+                out[i] = dict(text=tokenizer.decode(ids, skip_special_tokens=True), ids=ids,
+                              finish_reason="stop" if ids and ids[-1] in stop else "length")
     finally: model.train(training)
     return out

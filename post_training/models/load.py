@@ -63,7 +63,8 @@ def model_path(
         raise UserError(f"{name} holds no model: it has no config.json.")
     looks_local = name.startswith((".", "~", "/", "artifacts", "runs")) or name.count("/") != 1
     if looks_local or path.parent.is_dir():
-        raise UserError(f"There is no model at {name}: correct model_args.model_name_or_path (a folder, a hub name as organisation/model, or run:RUN).")
+        raise UserError(f"There is no model at {name}: correct model_args.model_name_or_path (a folder, a hub name as "
+                        "organisation/model, or run:RUN).")
     return name
 
 # %% ../../nbs/30_models/1_load.ipynb #cb226c8c
@@ -96,14 +97,16 @@ def load_model(
         with quiet_activation():
             model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), revision=revision,
                                                          trust_remote_code=trust_remote_code, **kwargs)
-    except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as e: # truncated weights, weights of other shapes
+    # truncated weights, weights of other shapes
+    except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as e:
         raise UserError(f"Cannot load the model {name}: {str(e).strip().splitlines()[0]}") from e
     return model.to(device) if device else model
 
 # %% ../../nbs/30_models/1_load.ipynb #537a911c
-TINY_SHAPE = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
-            max_position_embeddings=2048, rope_parameters=dict(rope_type="default", rope_theta=10_000.0),
-            bos_token_id=1, eos_token_id=68, pad_token_id=10)
+TINY_SHAPE = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+                  num_key_value_heads=4, max_position_embeddings=2048,
+                  rope_parameters=dict(rope_type="default", rope_theta=10_000.0), bos_token_id=1, eos_token_id=68,
+                  pad_token_id=10)
 
 # %% ../../nbs/30_models/1_load.ipynb #9d635dc0
 def tiny_config(
@@ -115,7 +118,8 @@ def tiny_config(
     return ApertusConfig(vocab_size=vocab_size, **{**TINY_SHAPE, **changes})
 
 # %% ../../nbs/30_models/1_load.ipynb #40d63b18
-PRETOKENIZE_PATTERN = r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+" # a digit; a word or a run of signs, each with the space before it; other spaces
+# a digit; a word or a run of signs, each with the space before it; other spaces
+PRETOKENIZE_PATTERN = r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+"
 
 # %% ../../nbs/30_models/1_load.ipynb #8b7859d4
 def train_bpe(
@@ -129,8 +133,9 @@ def train_bpe(
     out.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PRETOKENIZE_PATTERN), "isolated"),
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     out.decoder = decoders.ByteLevel()
-    out.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False,
-                                                       initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    out.train_from_iterator(texts,
+                            trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False,
+                                                initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
     return out
 
 # %% ../../nbs/30_models/1_load.ipynb #2e2c98e0
@@ -158,7 +163,8 @@ def build_tiny(
     with torch.random.fork_rng(), quiet_activation():
         torch.manual_seed(seed)
         model = ApertusForCausalLM(config).float() # the activation's own parameters are born in bf16
-    model.generation_config = GenerationConfig(**{k: TINY_SHAPE[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")})
+    model.generation_config = GenerationConfig(**{k: TINY_SHAPE[k]
+                                                  for k in ("bos_token_id", "eos_token_id", "pad_token_id")})
     with atomic_dir(folder, replace=replace) as tmp:
         model.save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)

@@ -73,7 +73,8 @@ def score_positions(
     args = hidden_NH, weight_VH, bias_V, labels_N, 1., columns, softcap, scale, ("is_top1",) if with_top1 else ()
     log_probs_N, _, _, _, top1_N = ChunkedLogProbFunction.apply(*args)
     if not with_values: return log_probs_N, top1_N, None
-    return log_probs_N, top1_N, label_logits(hidden_NH, weight_VH, labels_N, bias_V, scale, softcap, dtype) - log_probs_N
+    return log_probs_N, top1_N, label_logits(hidden_NH, weight_VH, labels_N, bias_V, scale, softcap,
+                                             dtype) - log_probs_N
 
 # %% ../../nbs/30_models/2_score.ipynb #f995698a
 def find_scored_positions(
@@ -102,7 +103,8 @@ def add_score_head(
 
     @functools.wraps(type(target).forward)
     def forward(self, *args, score=False, labels=None, with_top1=False, with_values=False, **kwargs):
-        if score: return score_forward(self, *args, labels=labels, with_top1=with_top1, with_values=with_values, **kwargs)
+        if score:
+            return score_forward(self, *args, labels=labels, with_top1=with_top1, with_values=with_values, **kwargs)
         if labels is not None: kwargs["labels"] = labels
         return inner(self, *args, **kwargs)
 
@@ -124,17 +126,24 @@ def score_forward(
     "Backbone once, labelled positions picked, head in tiles, results put back in their places"
     from trl.trainer.utils import maybe_gather_lm_head_ctx
     if getattr(model.config.get_text_config(), "output_router_logits", False):
-        raise ValueError("The router's balancing loss is not part of the scoring forward: set output_router_logits to false.")
+        raise ValueError("The router's balancing loss is not part of the scoring forward: set output_router_logits to "
+                         "false.")
     flash = cu_seqlens is not None and "flash" in str(model.config._attn_implementation)
-    if flash: kwargs |= dict(cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens, max_length_q=max_seqlen, max_length_k=max_seqlen)
+    if flash:
+        kwargs |= dict(cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens, max_length_q=max_seqlen,
+                       max_length_k=max_seqlen)
     hidden_BTH = model.base_model(*args, **kwargs | dict(use_cache=False)).last_hidden_state
     head = model.get_output_embeddings()
     labels = labels.to(hidden_BTH.device)
-    labels_BT1, places_N = labels[:, 1:], find_scored_positions(labels) if scored_positions is None else scored_positions
-    hidden_NH = hidden_BTH.flatten(0, 1).index_select(0, places_N + places_N//max(labels_BT1.shape[1], 1)) # a row of hidden states has one place more
+    labels_BT1, places_N = labels[:, 1:], find_scored_positions(
+        labels) if scored_positions is None else scored_positions
+    # a row of hidden states has one place more
+    hidden_NH = hidden_BTH.flatten(0, 1).index_select(0, places_N + places_N//max(labels_BT1.shape[1], 1))
     labels_N = labels_BT1.flatten().index_select(0, places_N)
     with maybe_gather_lm_head_ctx(head.weight, head.bias):
-        found = score_positions(hidden_NH, head.weight, head.bias, labels_N, *head_transform(model.config), with_top1, with_values)
+        found = score_positions(hidden_NH, head.weight, head.bias, labels_N, *head_transform(model.config), with_top1,
+                                with_values)
     # index_copy keeps the graph even where nothing was picked: such a micro-batch gives a zero with a gradient
-    back = [None if x is None else x.new_zeros(labels_BT1.numel()).index_copy(0, places_N, x).view(labels_BT1.shape) for x in found]
+    back = [None if x is None else x.new_zeros(labels_BT1.numel()).index_copy(0, places_N, x).view(labels_BT1.shape)
+            for x in found]
     return ScoreOutput(*back)

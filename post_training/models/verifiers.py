@@ -14,8 +14,9 @@ from ..core.files import UserError, did_you_mean
 
 # %% ../../nbs/30_models/4_verifiers.ipynb #d01cfca6
 _DIGITS = r"(?:\d+(?:[.,'’\u00a0\u202f]\d+)*|\.\d+|\d{1,3}(?: \d{3})+(?!\d))"
-NUMBER_PATTERN = re.compile(rf"(?:(?<![\w.)\]}}])[-−–+]\s?)?[$€£]?\s?(?:\d+ +(?=\d+/\d))?(?:\d{{1,3}}(?: \d{{3}})+(?![\d])|{_DIGITS})"
-                    r"(?:[eE][-+]?\d+(?!\w))?(?:\s?[/⁄]\s?\d++(?![\d.,]*\s*[/⁄]))?")
+NUMBER_PATTERN = re.compile(rf"(?:(?<![\w.)\]}}])[-−–+]\s?)?[$€£]?\s?(?:\d+ +(?=\d+/\d))?(?:\d{{1,3}}(?: "
+                            rf"\d{{3}})+(?![\d])|{_DIGITS})"
+                            r"(?:[eE][-+]?\d+(?!\w))?(?:\s?[/⁄]\s?\d++(?![\d.,]*\s*[/⁄]))?")
 
 # %% ../../nbs/30_models/4_verifiers.ipynb #4dd1bf45
 def plain_digits(
@@ -31,7 +32,8 @@ def plain_digits(
     if not seps: return text
     groups = text.split(seps[0])
     thousands = all(len(g) == 3 for g in groups[1:]) and 1 <= len(groups[0]) <= 3 and groups[0] != "0"
-    if len(groups) > 2 or (thousands and seps[0] == ","): return "".join(groups) # a single point with three digits is a decimal point
+    if len(groups) > 2 or (thousands and seps[0] == ","):
+        return "".join(groups) # a single point with three digits is a decimal point
     return text.replace(",", ".")
 
 # %% ../../nbs/30_models/4_verifiers.ipynb #e0d3acfe
@@ -51,7 +53,8 @@ def to_number(
 
 # %% ../../nbs/30_models/4_verifiers.ipynb #d75299f5
 ANSWER_MARKS = (re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}"), re.compile(r"####\s*([^\n]+)"),
-         re.compile(r"(?im)^[^\S\n]*(?:final\s+)?(?:A|Answer)\s*:\s*([^\n]+)"), re.compile(r"(?i)\banswer\s+is:?\s*([^\n]+)")) # the strongest first
+                re.compile(r"(?im)^[^\S\n]*(?:final\s+)?(?:A|Answer)\s*:\s*([^\n]+)"),
+                re.compile(r"(?i)\banswer\s+is:?\s*([^\n]+)")) # the strongest first
 
 # %% ../../nbs/30_models/4_verifiers.ipynb #e6ad6ad1
 def clean_math_text(text:str)->str:
@@ -63,10 +66,12 @@ def clean_math_text(text:str)->str:
     text = re.sub(r"\\[dt]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}", r"\1/\2", text)
     text = re.sub(r"\\[dt]frac|\\frac", "", text)
     text = re.sub(r"\\text\s*\{([^{}]*)\}|\\(?:mathrm|mathbf)\s*\{([^{}]*)\}", lambda m: m[1] or m[2] or "", text)
-    return re.sub(r"\\[,;!: ]|(?<=\d)\{,\}", lambda m: "," if m[0] == "{,}" else " ", text).replace("\\$", "$").replace("\\%", "%")
+    return re.sub(r"\\[,;!: ]|(?<=\d)\{,\}", lambda m: "," if m[0] == "{,}" else " ",
+                  text).replace("\\$", "$").replace("\\%", "%")
 
 # %% ../../nbs/30_models/4_verifiers.ipynb #cb6b5375
-_STEP = re.compile(r"[\s()%$€£]*(?:(?:[+\-−–*/×·÷^=≈]|\\times|\\cdot|\\div|x(?=\s))[\s()%$€£]*)+") # what stands between the numbers of a calculation
+# what stands between the numbers of a calculation
+_STEP = re.compile(r"[\s()%$€£]*(?:(?:[+\-−–*/×·÷^=≈]|\\times|\\cdot|\\div|x(?=\s))[\s()%$€£]*)+")
 
 # %% ../../nbs/30_models/4_verifiers.ipynb #6b936ef8
 def calculation_result(
@@ -75,7 +80,8 @@ def calculation_result(
     "The result of the calculation that a text begins with, else its first number"
     found = list(NUMBER_PATTERN.finditer(text))
     joined = lambda a, b: text[a.end():b.start()] + re.match(r"[-−–+]?", b[0])[0]
-    n = next((k for k in range(1, len(found)) if not _STEP.fullmatch(joined(found[k-1], found[k]))), len(found)) # numbers of the calculation
+    # numbers of the calculation
+    n = next((k for k in range(1, len(found)) if not _STEP.fullmatch(joined(found[k-1], found[k]))), len(found))
     if n > 1 and "=" in joined(found[n-2], found[n-1]): return found[n-1][0].strip()
     return found[0][0].strip() if found else None
 
@@ -99,7 +105,9 @@ def final_number(
 )->float: # 1.0 or 0.0
     "Whether the final number of a text is the right one"
     got, want = find_number(text), find_number(str(answer))
-    if want is None: raise UserError(f"The answer {str(answer)[:60]!r} holds no number: use another verifier for this row, or correct it.")
+    if want is None:
+        raise UserError(f"The answer {str(answer)[:60]!r} holds no number: use another verifier for this row, or "
+                        "correct it.")
     return float(got is not None and abs(got - want) <= Fraction(tolerance)*max(1, abs(want)))
 
 # %% ../../nbs/30_models/4_verifiers.ipynb #7c72eb47
@@ -120,7 +128,9 @@ def regex_match(
     "Whether a regular expression is found in the text; anchor it with ^ and $ to ask for the whole"
     import regex as engine # like re, with a limit of time
     try: return float(engine.search(answer, text or "", timeout=seconds) is not None)
-    except TimeoutError: raise UserError(f"The answer {answer[:60]!r} took over {seconds:g} seconds on {str(text)[:40]!r}: write it without nested repetition.") from None
+    except TimeoutError:
+        raise UserError(f"The answer {answer[:60]!r} took over {seconds:g} seconds on {str(text)[:40]!r}: "
+                        "write it without nested repetition.") from None
     except engine.error as e: raise UserError(f"The answer {answer[:60]!r} is no regular expression: {e}.") from e
 
 # %% ../../nbs/30_models/4_verifiers.ipynb #82a9ef4f
@@ -151,16 +161,19 @@ def json_schema(
 )->float: # 1.0 or 0.0
     "Whether the text is JSON that the schema accepts; needs the package jsonschema"
     try: import jsonschema
-    except ImportError as e: raise UserError("The verifier json_schema needs the package jsonschema: install it.") from e
+    except ImportError as e:
+        raise UserError("The verifier json_schema needs the package jsonschema: install it.") from e
     try:
         schema = json.loads(answer) if isinstance(answer, str) else answer
         jsonschema.Draft202012Validator.check_schema(schema)
-    except (ValueError, jsonschema.SchemaError) as e: raise UserError(f"The answer is no JSON schema: {str(e).splitlines()[0]}.") from e
+    except (ValueError, jsonschema.SchemaError) as e:
+        raise UserError(f"The answer is no JSON schema: {str(e).splitlines()[0]}.") from e
     try: return float(jsonschema.Draft202012Validator(schema).is_valid(json.loads(text or "")))
     except ValueError: return 0.
 
 # %% ../../nbs/30_models/4_verifiers.ipynb #bc8aa596
-VERIFIERS = dict(final_number=final_number, exact_match=exact_match, regex=regex_match, length=length_match, json_match=json_match, json_schema=json_schema)
+VERIFIERS = dict(final_number=final_number, exact_match=exact_match, regex=regex_match, length=length_match,
+                 json_match=json_match, json_schema=json_schema)
 
 # %% ../../nbs/30_models/4_verifiers.ipynb #fe179ea6
 def run_verifier(
@@ -169,8 +182,10 @@ def run_verifier(
     answer, # the answer of the row
 )->float: # 1.0 or 0.0
     "Check a text with a verifier chosen by name"
-    if name not in VERIFIERS: raise UserError(f"Unknown verifier {name!r}.{did_you_mean(name, VERIFIERS)} Known: {', '.join(VERIFIERS)}.")
-    if answer is None: raise UserError(f"The verifier {name} got a row without an answer: give it one, or leave the row out.")
+    if name not in VERIFIERS:
+        raise UserError(f"Unknown verifier {name!r}.{did_you_mean(name, VERIFIERS)} Known: {', '.join(VERIFIERS)}.")
+    if answer is None:
+        raise UserError(f"The verifier {name} got a row without an answer: give it one, or leave the row out.")
     return VERIFIERS[name](text, answer)
 
 # %% ../../nbs/30_models/4_verifiers.ipynb #5ce414b3

@@ -27,7 +27,8 @@ def prompts_as_ids(
     prompts:list[list[dict]], # messages, each ending before an answer
 )->list: # list of ids, or a `Refused`, for each
     "The ids that a model is given for each prompt"
-    return [e if isinstance(e, Refused) else e.prompt_ids for e in encode_completions(tokenizer, prompts, [[]]*len(prompts))]
+    return [e if isinstance(e, Refused) else e.prompt_ids
+            for e in encode_completions(tokenizer, prompts, [[]]*len(prompts))]
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #c2b3ea0c
 def prompt_lengths(
@@ -59,7 +60,8 @@ def too_long(
     return bool(max_seq_len) and tokens + max_new_tokens > max_seq_len
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #c163bdbc
-TURN_MARKS = {"<SPECIAL_69>": "thoughts", "<SPECIAL_70>": "response", "<SPECIAL_71>": "call", "<SPECIAL_72>": "call"} # of the apertus template: what follows
+# of the apertus template: what follows
+TURN_MARKS = {"<SPECIAL_69>": "thoughts", "<SPECIAL_70>": "response", "<SPECIAL_71>": "call", "<SPECIAL_72>": "call"}
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #8d656c98
 def call_stops(
@@ -74,15 +76,20 @@ def written_blocks(
     ids:Sequence[int], # what the model wrote, without the token it stopped at
 )->list[tuple[str, str]]|str: # kind and text of each block; or the reason why there are none
     "The blocks of a generated turn"
-    marks = {tokenizer.convert_tokens_to_ids(m): kind for m, kind in TURN_MARKS.items()} if wants_blocks(tokenizer.chat_template) else {}
-    special, out, kind, run = encoder_for(tokenizer).is_special, [], "response", []
+    marks = ({tokenizer.convert_tokens_to_ids(m): kind for m, kind in TURN_MARKS.items()}
+             if wants_blocks(tokenizer.chat_template) else {})
+    special = encoder_for(tokenizer).is_special
+    out = []
+    kind = "response"
+    run = []
     for i in [*ids, None]:
         if i is not None and i < len(special) and not special[i]: run.append(i); continue
         if run: out.append((kind, tokenizer.decode(run)))
         kind, run = marks.get(i), []
         if kind == "call": return "calls a tool"
         if i is not None and kind is None: return "holds a control token"
-    if not any(k == "response" and text.strip() for k, text in out): return "no answer after the thoughts" if out and out[0][0] == "thoughts" else "empty"
+    if not any(k == "response" and text.strip() for k, text in out):
+        return "no answer after the thoughts" if out and out[0][0] == "thoughts" else "empty"
     return out
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #47df565b
@@ -92,14 +99,19 @@ def answer_content(
     blocks:bool, # whether the row is structured
 )->tuple: # (content, None), or (None, why there is none)
     "The content of a generated completion"
-    if answer["finish_reason"] != "stop": return None, "stopped by length" if answer["finish_reason"] == "length" else f"ended by {answer['finish_reason']}"
+    if answer["finish_reason"] != "stop":
+        return None, "stopped by length" if answer[
+            "finish_reason"] == "length" else f"ended by {answer['finish_reason']}"
     ids = answer["ids"]
     if ids is None:
-        if wants_blocks(tokenizer.chat_template): raise UserError("The server returns no token ids, and under this template thoughts and calls show in them alone. Use vllm serve.")
+        if wants_blocks(tokenizer.chat_template):
+            raise UserError("The server returns no token ids, and under this template thoughts and calls show in them "
+                            "alone. Use vllm serve.")
         return (text_content(answer["text"], blocks), None) if answer["text"].strip() else (None, "empty")
     special = encoder_for(tokenizer).is_special
     marked = bool(ids) and (ids[-1] == tokenizer.eos_token_id or ids[-1] < len(special) and special[ids[-1]])
-    ends = marked or bool(ids) and tokenizer.decode(ids[:-1], skip_special_tokens=True) == answer["text"] # a server may leave the stop token out
+    # a server may leave the stop token out
+    ends = marked or bool(ids) and tokenizer.decode(ids[:-1], skip_special_tokens=True) == answer["text"]
     found = written_blocks(tokenizer, ids[:-1] if ends else ids)
     if isinstance(found, str): return None, found
     if blocks: return dict(blocks=[make_block(kind, text) for kind, text in found]), None
@@ -124,10 +136,14 @@ def check_sampling(
 ):
     "Raise a `UserError` for options that cannot be meant"
     if n < 1: raise UserError(f"generation.n={n}: there has to be one completion at least.")
-    if max_new_tokens < 1: raise UserError(f"generation.max_new_tokens={max_new_tokens}: there has to be one token at least.")
-    if temperature < 0: raise UserError(f"generation.temperature={temperature}: it is 0 for the likeliest token, or more.")
+    if max_new_tokens < 1:
+        raise UserError(f"generation.max_new_tokens={max_new_tokens}: there has to be one token at least.")
+    if temperature < 0:
+        raise UserError(f"generation.temperature={temperature}: it is 0 for the likeliest token, or more.")
     if not 0 < top_p <= 1: raise UserError(f"generation.top_p={top_p}: it is above 0 and at most 1.")
-    if n > 1 and temperature == 0: raise UserError(f"At temperature 0 all {n} completions of a prompt would be the same. Set generation.n=1 or a higher generation.temperature.")
+    if n > 1 and temperature == 0:
+        raise UserError(f"At temperature 0 all {n} completions of a prompt would be the same. Set generation.n=1 or a "
+                        "higher generation.temperature.")
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #c9af7c40
 def transformers_backend(
@@ -141,13 +157,16 @@ def transformers_backend(
 )->Callable: # complete(prompts, n, seeds)
     "Completions by a model in this process"
     from post_training.models.generate import check_prompts, complete_batch, row_noise, model_stop_ids
-    stop, pad = model_stop_ids(model.eval(), call_stops(tokenizer) if extra_stop is None else extra_stop), tokenizer.pad_token_id
+    stop, pad = model_stop_ids(model.eval(),
+                               call_stops(tokenizer) if extra_stop is None else extra_stop), tokenizer.pad_token_id
     def complete(prompts, n, seeds):
         check_sampling(n, max_new_tokens, temperature, top_p)
         check_prompts(model, prompts, max_new_tokens)
         u_BN, again = row_noise([s for mine in seeds for s in mine], max_new_tokens), 1 if share_prompts else n
-        ids = complete_batch(model, [p for p in prompts for _ in range(again)], u_BN, stop, pad, temperature, top_p, samples=n//again)
-        text = lambda i: tokenizer.decode(i[:-1] if i[-1] in stop else i, skip_special_tokens=True) # without what ended it, as servers give it
+        ids = complete_batch(model, [p for p in prompts for _ in range(again)], u_BN, stop, pad, temperature, top_p,
+                             samples=n//again)
+        # without what ended it, as servers give it
+        text = lambda i: tokenizer.decode(i[:-1] if i[-1] in stop else i, skip_special_tokens=True)
         out = [dict(ids=i, text=text(i), finish_reason="stop" if i[-1] in stop else "length") for i in ids]
         return [out[k:k + n] for k in range(0, len(out), n)]
     return complete
@@ -169,8 +188,10 @@ def base_url(
     "The address before /v1"
     url = (url or "").strip().rstrip("/").removesuffix("/v1")
     parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname: raise UserError(f"server.url={redact(url)!r} is no address of a server: it looks like http://HOST:8000.")
-    if parts.username or parts.password: raise UserError(f"server.url holds a name or a password: set {KEY_VARIABLE} instead.")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(f"server.url={redact(url)!r} is no address of a server: it looks like http://HOST:8000.")
+    if parts.username or parts.password:
+        raise UserError(f"server.url holds a name or a password: set {KEY_VARIABLE} instead.")
     return url
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #76020183
@@ -219,17 +240,22 @@ def request_error(
     said = redact(answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False))
     said = f"It says ({status}): {(said.replace(secret, '[redacted]') if secret else said)[:400]}"
     low, at = said.lower(), f"The server at {url}"
-    if status in (401, 403): return UserError(f"{at} wants another key: set {KEY_VARIABLE} to the one it was started with. {said}")
+    if status in (401, 403):
+        return UserError(f"{at} wants another key: set {KEY_VARIABLE} to the one it was started with. {said}")
     if re.search(r"context length|max_model_len|maximum model length|longer than the max|too large|too long", low):
         what = f"a prompt of {tokens} tokens and {max_new_tokens} new ones"
-        return UserError(f"{at} has no room for {what}. Lower max_seq_len to what it takes: longer rows are then dropped and counted. {said}")
+        return UserError(f"{at} has no room for {what}. Lower max_seq_len to what it takes: longer rows are then "
+                         f"dropped and counted. {said}")
     if re.search(r"prompt\W+(must|should) be a (valid )?string|string_type", low):
-        return UserError(f"{at} takes no token ids as a prompt. Use one that does, such as vllm serve, or backend=transformers. {said}")
+        return UserError(f"{at} takes no token ids as a prompt. Use one that does, such as vllm serve, or "
+                         f"backend=transformers. {said}")
     if re.search(r"model\b.*(does not exist|not found)|pinned to|unknown model", low):
         return UserError(f"{at} does not serve {requested_model!r}. Set server.model to a name that it lists. {said}")
-    if status in (404, 405) or 300 <= status < 400: return UserError(f"{at} has no /v1/completions: server.url is the address before /v1. {said}")
+    if status in (404, 405) or 300 <= status < 400:
+        return UserError(f"{at} has no /v1/completions: server.url is the address before /v1. {said}")
     if re.search(r"unexpected field|extra (fields|inputs)|unrecognized", low):
-        return UserError(f"{at} does not take vLLM's fields of a request. Use vllm serve, or backend=transformers. {said}")
+        return UserError(f"{at} does not take vLLM's fields of a request. Use vllm serve, or backend=transformers. "
+                         f"{said}")
     return UserError(f"{at} refuses a request. {said}")
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #b003a0c2
@@ -247,12 +273,15 @@ def request_with_retries(
     for k in range(retries + 1):
         if k: time.sleep(min(pause*2**(k - 1), 30.))
         try: status, answer = http_json(url + path, body, key, timeout)
-        except (OSError, HTTPException) as e: problem = f"{type(e).__name__}: {getattr(e, 'reason', None) or e}"; continue
+        except (OSError, HTTPException) as e:
+            problem = f"{type(e).__name__}: {getattr(e, 'reason', None) or e}"; continue
         if status == 200 and isinstance(answer, dict): return answer
         problem = f"it says ({status}) {str(answer)[:200]}"
-        if 300 <= status < 500 and status not in (408, 409, 425, 429): raise request_error(status, answer, url, secret=key, **asked)
+        if 300 <= status < 500 and status not in (408, 409, 425, 429):
+            raise request_error(status, answer, url, secret=key, **asked)
     problem = redact(problem.replace(key, "[redacted]") if key else problem)
-    raise ServerFailed(f"The server at {url} did not answer {path} in {retries + 1} tries: {problem}. Look at its log. What is saved is kept.")
+    raise ServerFailed(f"The server at {url} did not answer {path} in {retries + 1} tries: {problem}. Look at its log. "
+                       "What is saved is kept.")
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #70ec4877
 def served_model(
@@ -262,16 +291,21 @@ def served_model(
     **tries, # timeout, retries and pause of `request_with_retries`
 )->str: # the name to ask for
     "The name of the model that a server has, checked"
-    try: found = request_with_retries(url, "/v1/models", key=os.environ.get(KEY_VARIABLE), **{"timeout": 60., "retries": 3, **tries})
+    try:
+        found = request_with_retries(url, "/v1/models", key=os.environ.get(KEY_VARIABLE),
+                                     **{"timeout": 60., "retries": 3, **tries})
     except ServerFailed as e: raise UserError(f"No server answers at {url}: start it, or set server.url. {e}") from e
     except UserError as e: raise UserError(str(e).replace("/v1/completions", "/v1/models")) from e
     cards = {c["id"]: c for c in found.get("data") or [] if isinstance(c, dict) and isinstance(c.get("id"), str)}
     if model is None and len(cards) == 1: model = next(iter(cards))
     if model not in cards:
-        raise UserError(f"The server at {url} serves {', '.join(cards) or 'no model'}{f', not {model!r}' if model else ''}. Set server.model to one of its names.")
+        raise UserError(f"The server at {url} serves "
+                        f"{', '.join(cards) or 'no model'}{f', not {model!r}' if model else ''}. Set server.model to "
+                        "one of its names.")
     room = cards[model].get("max_model_len")
     if room and max_seq_len and max_seq_len > room:
-        raise UserError(f"The server at {url} takes {room} tokens at most, and max_seq_len is {max_seq_len}. Lower it, or start the server with a larger limit.")
+        raise UserError(f"The server at {url} takes {room} tokens at most, and max_seq_len is {max_seq_len}. Lower it, "
+                        "or start the server with a larger limit.")
     return model
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #f7901e8c
@@ -283,11 +317,15 @@ def checked_choices(
 )->list[dict]: # ids (None where the server gives none), text, finish_reason
     "The completions in an answer"
     choices, at = answer.get("choices") or [], f"The server at {url}"
-    if len(choices) != n: raise UserError(f"{at} gave {len(choices)} completions where {n} were asked for. Use one that takes n, such as vllm serve, or backend=transformers.")
+    if len(choices) != n:
+        raise UserError(f"{at} gave {len(choices)} completions where {n} were asked for. Use one that takes n, such as "
+                        "vllm serve, or backend=transformers.")
     read = (answer.get("usage") or {}).get("prompt_tokens")
     if read is not None and read != tokens:
-        raise UserError(f"{at} read {read} tokens where a prompt of {tokens} ids was given: it does not take ids as they are. Use vllm serve, or backend=transformers.")
-    return [dict(ids=c.get("token_ids"), text=c.get("text") or "", finish_reason=c.get("finish_reason") or "nothing") for c in sorted(choices, key=lambda c: c.get("index", 0))]
+        raise UserError(f"{at} read {read} tokens where a prompt of {tokens} ids was given: it does not take ids as "
+                        "they are. Use vllm serve, or backend=transformers.")
+    return [dict(ids=c.get("token_ids"), text=c.get("text") or "", finish_reason=c.get("finish_reason") or "nothing")
+            for c in sorted(choices, key=lambda c: c.get("index", 0))]
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #92873a26
 def in_threads(
@@ -296,7 +334,9 @@ def in_threads(
     threads:int, # at work at a time
 )->list: # results, in the order of the items
     "f of each item; the first error ends it"
-    todo, done, stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
+    todo = queue.SimpleQueue()
+    done = queue.SimpleQueue()
+    stop = threading.Event()
     for job in enumerate(items): todo.put(job)
     def work():
         while not stop.is_set():
@@ -304,7 +344,8 @@ def in_threads(
             except queue.Empty: return
             try: done.put((i, f(x), None))
             except BaseException as e: done.put((i, None, e))
-    for _ in range(min(threads, len(items))): threading.Thread(target=work, daemon=True).start() # a worker that is stopped does not wait for them
+    for _ in range(min(threads, len(items))):
+        threading.Thread(target=work, daemon=True).start() # a worker that is stopped does not wait for them
     out = [None]*len(items)
     try:
         for _ in items:
@@ -328,14 +369,17 @@ def server_backend(
 )->Callable: # complete(prompts, n, seeds)
     "Completions by an OpenAI-compatible server that takes token ids"
     url, key = base_url(url), os.environ.get(KEY_VARIABLE)
-    fixed = dict(model=model, max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, **fields, **({"stop_token_ids": list(stop)} if stop else {}))
+    fixed = dict(model=model, max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, **fields,
+                 **({"stop_token_ids": list(stop)} if stop else {}))
     def one(job):
         prompt, seed, k = job
-        answer = request_with_retries(url, "/v1/completions", dict(fixed, prompt=list(prompt), n=k, seed=seed), key, **tries, error_facts=model, tokens=len(prompt), max_new_tokens=max_new_tokens)
+        answer = request_with_retries(url, "/v1/completions", dict(fixed, prompt=list(prompt), n=k, seed=seed), key,
+                                      **tries, error_facts=model, tokens=len(prompt), max_new_tokens=max_new_tokens)
         return [dict(c, seed=seed) for c in checked_choices(answer, k, len(prompt), url)]
     def complete(prompts, n, seeds):
         check_sampling(n, max_new_tokens, temperature, top_p)
-        jobs = [(p, s[j], min(samples_per_request, n - j)) for p, s in zip(prompts, seeds) for j in range(0, n, samples_per_request)]
+        jobs = [(p, s[j], min(samples_per_request, n - j)) for p, s in zip(prompts, seeds)
+                for j in range(0, n, samples_per_request)]
         flat = [c for choices in in_threads(one, jobs, concurrency) for c in choices]
         return [flat[k:k + n] for k in range(0, len(flat), n)]
     return complete
@@ -369,8 +413,9 @@ def kept_completions(
     for answer, seed in zip(answers, seeds):
         content, why = answer_content(tokenizer, answer, blocks)
         if why: lost[why] += 1; continue
-        out.append(make_completion(content, policy=policy, is_reference_completion=True, finish_reason=answer["finish_reason"], token_ids=answer["ids"],
-                              seed=answer.get("seed", seed), prompt_tokens=len(prompt)))
+        out.append(make_completion(content, policy=policy, is_reference_completion=True,
+                                   finish_reason=answer["finish_reason"], token_ids=answer["ids"],
+                                   seed=answer.get("seed", seed), prompt_tokens=len(prompt)))
     return out, dict(sorted(lost.items()))
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #c2498ff1

@@ -22,7 +22,9 @@ def filtering_lengths(
     for start in range(0, len(rows), 1000):
         batch = rows[start:start + 1000]
         for prompt, found in zip(batch["prompt"], batch["completions"]):
-            out.append(1 + (len(content_text(prompt))*max(len(found), 1) + sum(len(content_text(c["content"])) for c in found))//4)
+            out.append(1
+                       + (len(content_text(prompt))*max(len(found), 1)
+                          + sum(len(content_text(c["content"])) for c in found))//4)
     return out
 
 # %% ../../nbs/35_preferences/2_filter.ipynb #df2ae4a5
@@ -34,13 +36,16 @@ def filter_row(
 )->dict: # completions, or dropped; lost completions by reason
     "The completions of a row that fit, with their lengths"
     if isinstance(encoded, Refused): return dict(dropped=encoded.reason, lost={})
-    n, kept, lost = len(encoded.prompt_ids), [], Counter()
+    n = len(encoded.prompt_ids)
+    kept = []
+    lost = Counter()
     if n >= max_seq_len: return dict(dropped="the prompt leaves no room for an answer", lost={})
     for c, e in zip(completions, encoded.completions):
         if isinstance(e, Refused): lost[e.reason] += 1
         elif n + len(e.ids) > max_seq_len: lost["longer than max_seq_len"] += 1
         else: kept.append(dict(c, num_tokens=e.length, prompt_tokens=n))
-    out = dict(completions=kept) if len(kept) >= min_completions else dict(dropped=f"fewer than {min_completions} completions")
+    out = (dict(completions=kept) if len(kept) >= min_completions
+           else dict(dropped=f"fewer than {min_completions} completions"))
     return dict(out, lost=dict(lost))
 
 # %% ../../nbs/35_preferences/2_filter.ipynb #11dd3393
@@ -51,11 +56,13 @@ def filter_batch_fn(
     min_completions:int=0, # rows with fewer are dropped; 0: prompts alone pass
 ): # function: indices of rows -> a dict for each
     "Count the tokens of completions, and leave out what does not fit"
-    if max_seq_len < 2: raise UserError(f"max_seq_len is {max_seq_len}: a prompt and an answer have two tokens at least.")
+    if max_seq_len < 2:
+        raise UserError(f"max_seq_len is {max_seq_len}: a prompt and an answer have two tokens at least.")
     if min_completions < 0: raise UserError(f"min_completions is {min_completions}: 0 or more.")
     def make(indices):
         batch = rows[list(indices)]
-        found = encode_completions(tokenizer, batch["prompt"], [[c["content"] for c in cs] for cs in batch["completions"]])
+        found = encode_completions(tokenizer, batch["prompt"],
+                                   [[c["content"] for c in cs] for cs in batch["completions"]])
         return [filter_row(cs, e, max_seq_len, min_completions) for cs, e in zip(batch["completions"], found)]
     return make
 
@@ -69,6 +76,9 @@ def plot_fit(
     fig, ax = plt.subplots(figsize=(6, 2.4), dpi=70, layout="constrained")
     plt.close(fig)
     ax.ecdf(totals)
-    if max_seq_len: ax.axvline(max_seq_len, color="tab:red", lw=1); ax.annotate(" max_seq_len", (max_seq_len, .05), color="tab:red", fontsize=8)
-    ax.set_xlabel("tokens of prompt and completion"); ax.set_ylabel("share that fits"); ax.set_ylim(0, 1.02); ax.spines[["top", "right"]].set_visible(False)
+    if max_seq_len:
+        ax.axvline(max_seq_len, color="tab:red", lw=1)
+        ax.annotate(" max_seq_len", (max_seq_len, .05), color="tab:red", fontsize=8)
+    ax.set_xlabel("tokens of prompt and completion")
+    ax.set_ylabel("share that fits"); ax.set_ylim(0, 1.02); ax.spines[["top", "right"]].set_visible(False)
     return fig

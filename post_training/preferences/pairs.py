@@ -35,10 +35,12 @@ def text_key(
     content, # of a completion
 )->str: # equal for equal contents, however Arrow fills them
     "What two completions are compared by"
-    return content if isinstance(content, str) else json.dumps(without_none(content), sort_keys=True, ensure_ascii=False)
+    return (content if isinstance(content, str)
+            else json.dumps(without_none(content), sort_keys=True, ensure_ascii=False))
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #2f77e1b0
-REFERENCE_CHOICES = dict(sampled=lambda c: bool(c["is_reference_completion"]), all=lambda c: True) # name: whether a completion is one
+# name: whether a completion is one
+REFERENCE_CHOICES = dict(sampled=lambda c: bool(c["is_reference_completion"]), all=lambda c: True)
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #7ecb72e2
 CANDIDATE_CHOICES = dict( # name: whether a completion may become chosen or rejected
@@ -51,7 +53,8 @@ def reference_pool(
     num_ref_rewards:int|None=None, # the first so many; None: all
 )->list[int]: # indices
     "The completions whose rewards others are compared with"
-    return [i for i, c in enumerate(completions) if REFERENCE_CHOICES[references](c) and not completion_fault(c)][:num_ref_rewards]
+    return [i for i, c in enumerate(completions)
+            if REFERENCE_CHOICES[references](c) and not completion_fault(c)][:num_ref_rewards]
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #0106e3d3
 def quantile_of(
@@ -87,7 +90,9 @@ def first_pair(
     "A pair from the top and the bottom of the quantiles, or as near as there is"
     drawn = rng.sample(pool, len(pool)) # among equals, the first that was drawn
     best, worst = (lambda cs: max(cs, key=lambda c: c.reward)), (lambda cs: min(cs, key=lambda c: c.reward))
-    def parts(cs): return [c for c in cs if c.quantile == 1], [c for c in cs if low < c.quantile < 1], [c for c in cs if c.quantile <= low]
+    def parts(cs):
+        return [c for c in cs if c.quantile == 1], [c for c in cs
+                                                    if low < c.quantile < 1], [c for c in cs if c.quantile <= low]
     top, middle, bottom = parts(drawn)
     chosen = top[0] if top else best(middle or bottom)
     left = [c for c in drawn if ordered_pair(chosen, c)]
@@ -146,7 +151,8 @@ def k_random_pairs(
     return rng.sample(every, min(num_pairs, len(every)))
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #32139a72
-PAIR_MODES = {"heuristic": heuristic_pairs, "best-worst": best_worst_pairs, "random": random_pairs, "k-random": k_random_pairs, "offline": None} # the last one needs no rewards
+PAIR_MODES = {"heuristic": heuristic_pairs, "best-worst": best_worst_pairs, "random": random_pairs,
+              "k-random": k_random_pairs, "offline": None} # the last one needs no rewards
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #3ac79078
 def own_pair(
@@ -163,12 +169,17 @@ def pair_features(
     "The types of pairs"
     from datasets import Features, List, Value
     from post_training.data.swissai import message_features
-    text, number, count, messages = Value("string"), Value("float64"), Value("int32"), message_features(blocks)
+    text = Value("string")
+    number = Value("float64")
+    count = Value("int32")
+    messages = message_features(blocks)
     both = lambda name, kind: {name.format(s): kind for s in ("chosen", "rejected")}
-    return Features(dict(id=text, source=text, prompt=messages, **both("{}", messages), answer=text, verifier=text, **both("ref_{}_logprob", number),
-        **both("ref_{}_logprobs", List(Value("float32"))), **both("{}_reward", number), ref_rewards=List(number), **both("{}_quantile_reward", number),
-        **both("{}_is_reference", Value("bool")), **both("{}_reference", count), **both("{}_length", count), prompt_length=count, **both("{}_policy", text),
-        pair=count, reference=text))
+    return Features(dict(id=text, source=text, prompt=messages, **both("{}", messages), answer=text, verifier=text,
+                         **both("ref_{}_logprob", number), **both("ref_{}_logprobs", List(Value("float32"))),
+                         **both("{}_reward", number), ref_rewards=List(number), **both("{}_quantile_reward", number),
+                         **both("{}_is_reference", Value("bool")), **both("{}_reference", count),
+                         **both("{}_length", count), prompt_length=count, **both("{}_policy", text), pair=count,
+                         reference=text))
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #fadbf92e
 def pair_row(
@@ -185,11 +196,14 @@ def pair_row(
     for side, i in (("chosen", chosen), ("rejected", rejected)):
         c = row["completions"][i]
         reward = None if c["reward"] is None or not math.isfinite(c["reward"]) else c["reward"]
-        out |= {side: [dict(role="assistant", content=c["content"])], f"ref_{side}_logprob": c["ref_logprob"], f"ref_{side}_logprobs": c["ref_logprobs"],
-                f"{side}_reward": reward, f"{side}_quantile_reward": None if reward is None else quantile_of(reward, rewards),
-                f"{side}_is_reference": i in refs, f"{side}_reference": refs.index(i) if i in refs else None, f"{side}_length": c["num_tokens"], f"{side}_policy": c["policy"]}
+        out |= {side: [dict(role="assistant", content=c["content"])], f"ref_{side}_logprob": c["ref_logprob"],
+                f"ref_{side}_logprobs": c["ref_logprobs"], f"{side}_reward": reward,
+                f"{side}_quantile_reward": None if reward is None else quantile_of(reward, rewards),
+                f"{side}_is_reference": i in refs, f"{side}_reference": refs.index(i) if i in refs else None,
+                f"{side}_length": c["num_tokens"], f"{side}_policy": c["policy"]}
     c = row["completions"][chosen]
-    return dict(out, ref_rewards=rewards, prompt_length=c["prompt_tokens"], pair=pair, reference=row.get("reference") or reference)
+    return dict(out, ref_rewards=rewards, prompt_length=c["prompt_tokens"], pair=pair,
+                reference=row.get("reference") or reference)
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #9fbe413a
 def row_pairs(
@@ -209,10 +223,12 @@ def row_pairs(
     lost = dict(Counter(f for c in found if (f := completion_fault(c, rewarded=not offline))))
     refs = reference_pool(found, references, num_ref_rewards)
     rewards = [found[i]["reward"] for i in refs]
-    if len(refs) < min_num_ref_rewards: return dict(dropped=f"fewer than {min_num_ref_rewards} reference rewards", lost=lost)
+    if len(refs) < min_num_ref_rewards:
+        return dict(dropped=f"fewer than {min_num_ref_rewards} reference rewards", lost=lost)
     if offline: pairs, why = own_pair(found), "the row came without a pair"
     else:
-        pool = [Candidate(i, c["reward"], quantile_of(c["reward"], rewards), text_key(c["content"])) for i, c in enumerate(found) if CANDIDATE_CHOICES[candidates](c) and not completion_fault(c)]
+        pool = [Candidate(i, c["reward"], quantile_of(c["reward"], rewards), text_key(c["content"]))
+                for i, c in enumerate(found) if CANDIDATE_CHOICES[candidates](c) and not completion_fault(c)]
         if len(pool) < 2: return dict(dropped="fewer than two completions to choose from", lost=lost)
         if len({c.reward for c in pool}) < 2: return dict(dropped="all rewards are the same", lost=lost)
         rng, why = random.Random(seed_of(seed, "pairs", row["id"])), "chosen equals rejected"
@@ -235,18 +251,24 @@ def pairs_batch_fn(
     reference:str|None=None, # fingerprint of reference model, tokenizer and template, where the rows do not name it
 ): # function: indices of rows -> a dict for each
     "Make the pairs of rows"
-    for name, value, known in (("mode", mode, PAIR_MODES), ("candidates", candidates, CANDIDATE_CHOICES), ("references", references, REFERENCE_CHOICES)):
-        if value not in known: raise UserError(f"{name}={value!r}: {', '.join(known)}.{did_you_mean(str(value), known)}")
+    for name, value, known in (("mode", mode, PAIR_MODES), ("candidates", candidates, CANDIDATE_CHOICES),
+                               ("references", references, REFERENCE_CHOICES)):
+        if value not in known:
+            raise UserError(f"{name}={value!r}: {', '.join(known)}.{did_you_mean(str(value), known)}")
     if num_pairs < 1: raise UserError(f"num_pairs is {num_pairs}: 1 or more.")
-    if mode == "offline" and num_pairs > 1: raise UserError(f"num_pairs is {num_pairs}, but mode=offline takes the one pair that a row came with.")
+    if mode == "offline" and num_pairs > 1:
+        raise UserError(f"num_pairs is {num_pairs}, but mode=offline takes the one pair that a row came with.")
     if mode == "heuristic" and min_num_ref_rewards < 1:
-        raise UserError("mode=heuristic compares with reference rewards: set min_num_ref_rewards to 1 or more, or take best-worst, random, k-random or offline.")
+        raise UserError("mode=heuristic compares with reference rewards: set min_num_ref_rewards to 1 or more, or take "
+                        "best-worst, random, k-random or offline.")
     if num_ref_rewards is not None and num_ref_rewards < max(min_num_ref_rewards, 1):
-        raise UserError(f"num_ref_rewards is {num_ref_rewards}: it must be at least 1, and not below min_num_ref_rewards={min_num_ref_rewards}, or every row would be dropped.")
+        raise UserError(f"num_ref_rewards is {num_ref_rewards}: it must be at least 1, and not below "
+                        f"min_num_ref_rewards={min_num_ref_rewards}, or every row would be dropped.")
     def make(indices):
         batch = rows[list(indices)]
         each = [dict(zip(batch, values)) for values in zip(*batch.values())]
-        return [row_pairs(r, mode, num_pairs, min_num_ref_rewards, num_ref_rewards, candidates, references, seed, reference) for r in each]
+        return [row_pairs(r, mode, num_pairs, min_num_ref_rewards, num_ref_rewards, candidates, references, seed,
+                          reference) for r in each]
     return make
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #97a7c41a
@@ -255,7 +277,8 @@ def pool_columns(
 )->dict: # arrays with an entry for each completion: row, policy, reward, length, finish_reason, is_reference
     "What is known of all completions, read column by column and some rows at a time"
     import pyarrow.compute as pc
-    fields = dict(policy="policy", reward="reward", length="num_tokens", finish_reason="finish_reason", is_reference="is_reference_completion")
+    fields = dict(policy="policy", reward="reward", length="num_tokens", finish_reason="finish_reason",
+                  is_reference="is_reference_completion")
     lacking = dict(policy="unknown", reward=math.nan, length=math.nan, finish_reason="unknown", is_reference=False)
     kinds, parts = dict(policy=object, finish_reason=object, is_reference=bool), {k: [] for k in ("row", *fields)}
     arrow = rows.select_columns(["completions"]).with_format("arrow")
@@ -265,7 +288,8 @@ def pool_columns(
         for k, name in fields.items():
             column = pc.struct_field(found.flatten(), [name])
             column = pc.cast(column, "float64") if k in ("reward", "length") else column
-            parts[k].append(np.array(pc.fill_null(column, lacking[k]).to_numpy(zero_copy_only=False), kinds.get(k, float)))
+            parts[k].append(np.array(pc.fill_null(column, lacking[k]).to_numpy(zero_copy_only=False),
+                                     kinds.get(k, float)))
     return {k: np.concatenate(v) if v else np.zeros(0) for k, v in parts.items()}
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #76298afe
@@ -304,7 +328,8 @@ def within_rows(
 ): # numpy array
     "Values less the mean of their row: what is left when prompts are taken out"
     fine = np.isfinite(values)
-    n, total = np.bincount(row[fine], minlength=1 + max(row, default=0)), np.bincount(row[fine], values[fine], minlength=1 + max(row, default=0))
+    n, total = np.bincount(row[fine], minlength=1 + max(row, default=0)), np.bincount(
+        row[fine], values[fine], minlength=1 + max(row, default=0))
     return values - (total/np.maximum(n, 1))[row]
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #614c91c9
@@ -319,8 +344,9 @@ def pool_table(
         fine, won = np.isfinite(reward), [w for (a, _), (w, _) in wins.items() if a == name]
         mean = lambda v: float(np.mean(v[np.isfinite(v)])) if np.isfinite(v).any() else None
         ends = Counter(columns["finish_reason"][at])
-        out.append(dict(policy=name, completions=n, rewarded=int(fine.sum()), reward=mean(reward), length=mean(length), stopped_by_length=ends["length"],
-                        win_rate=float(np.mean(won)) if won else None, length_and_reward=pearson_correlation(length, reward)))
+        out.append(dict(policy=name, completions=n, rewarded=int(fine.sum()), reward=mean(reward), length=mean(length),
+                        stopped_by_length=ends["length"], win_rate=float(np.mean(won)) if won else None,
+                        length_and_reward=pearson_correlation(length, reward)))
     return out
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #af956b17
@@ -341,7 +367,8 @@ def pair_numbers(
     "The numbers of pairs that are looked at, margins included"
     keys = [f"{s}_{k}" for s in ("chosen", "rejected") for k in ("reward", "quantile_reward", "length")]
     out = {k: np.array([math.nan if v is None else v for v in pairs[k][:]], dtype=float) for k in keys}
-    return out | {f"{k}_margin": out[f"chosen_{k}"] - out[f"rejected_{k}"] for k in ("reward", "quantile_reward", "length")}
+    return out | {f"{k}_margin": out[f"chosen_{k}"] - out[f"rejected_{k}"]
+                  for k in ("reward", "quantile_reward", "length")}
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #19fe4153
 def tie_table(
@@ -352,9 +379,12 @@ def tie_table(
     order = np.flatnonzero(np.isfinite(columns["reward"]))
     groups = np.split(order, np.flatnonzero(np.diff(columns["row"][order])) + 1) if len(order) else []
     groups = [g for g in groups if len(g) > 1]
-    def equal(of): return float(np.mean([sum(n*(n - 1) for n in Counter(of[i] for i in g).values())/(len(g)*(len(g) - 1)) for g in groups])) if groups else None
+    def equal(of):
+        return (float(np.mean([sum(n*(n - 1) for n in Counter(of[i] for i in g).values())/(len(g)*(len(g) - 1))
+                               for g in groups])) if groups else None)
     tied = sum(len(set(columns["reward"][g])) == 1 for g in groups)
-    return dict(prompts=len(groups), all_tied=tied, equal_rewards=equal(columns["reward"]), equal_texts=None if texts is None else equal(texts))
+    return dict(prompts=len(groups), all_tied=tied, equal_rewards=equal(columns["reward"]),
+                equal_texts=None if texts is None else equal(texts))
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #e1d28cb0
 def pool_texts(
@@ -378,23 +408,32 @@ def pair_diagnostics(
     mean = lambda v: float(np.nanmean(v)) if np.isfinite(v).any() else None
     share = lambda v: float(np.mean(v)) if len(v) else None
     longer, backwards = numbers["length_margin"] > 0, numbers["reward_margin"] < 0
-    out = {"pairs": [dict(pairs=len(pairs), prompts=len(set(pairs["id"][:])), reward_margin=mean(numbers["reward_margin"]), quantile_margin=mean(numbers["quantile_reward_margin"]),
-                          chosen_is_longer=share(longer[np.isfinite(numbers["length_margin"])]), same_reward=int((numbers["reward_margin"] == 0).sum()),
+    out = {"pairs": [dict(pairs=len(pairs), prompts=len(set(pairs["id"][:])),
+                          reward_margin=mean(numbers["reward_margin"]),
+                          quantile_margin=mean(numbers["quantile_reward_margin"]),
+                          chosen_is_longer=share(longer[np.isfinite(numbers["length_margin"])]),
+                          same_reward=int((numbers["reward_margin"] == 0).sum()),
                           chosen_has_less_reward=int(backwards.sum()), references=len(set(pairs["reference"][:])))]}
-    out["quantile rewards"] = [{"from": a["from"], "to": a["to"], "chosen": a["count"], "rejected": b["count"]} for a, b in
-                               zip(histogram_counts(numbers["chosen_quantile_reward"], quarters), histogram_counts(numbers["rejected_quantile_reward"], quarters))]
+    out["quantile rewards"] = [{"from": a["from"], "to": a["to"], "chosen": a["count"], "rejected": b["count"]}
+                               for a,
+                               b in zip(histogram_counts(numbers["chosen_quantile_reward"], quarters),
+                                            histogram_counts(numbers["rejected_quantile_reward"], quarters))]
     out["reward margins"] = histogram_counts(numbers["reward_margin"])
-    sides = Counter((c or "unknown", r or "unknown") for c, r in zip(pairs["chosen_policy"][:], pairs["rejected_policy"][:]))
+    sides = Counter((c or "unknown", r or "unknown")
+                    for c, r in zip(pairs["chosen_policy"][:], pairs["rejected_policy"][:]))
     out["who is chosen over whom"] = [dict(chosen=c, rejected=r, pairs=n) for (c, r), n in sides.most_common(20)]
     if rows is None: return out
     columns = pool_columns(rows)
     reward, length = (within_rows(columns[k], columns["row"]) for k in ("reward", "length"))
     out["policies"] = pool_table(columns)
-    out["wins on the same prompt"] = [dict(policy=a, against=b, wins=w, prompts=n) for (a, b), (w, n) in win_rates(columns).items()]
+    out["wins on the same prompt"] = [dict(policy=a, against=b, wins=w, prompts=n)
+                                      for (a, b), (w, n) in win_rates(columns).items()]
     out["ties"] = [tie_table(columns, pool_texts(rows))]
-    out["length and reward"] = [dict(over="all completions", correlation=pearson_correlation(columns["length"], columns["reward"])),
+    out["length and reward"] = [dict(over="all completions",
+                                     correlation=pearson_correlation(columns["length"], columns["reward"])),
                                 dict(over="within prompts", correlation=pearson_correlation(length, reward))]
-    out["finish reasons"] = [dict(finish_reason=k, completions=n) for k, n in Counter(columns["finish_reason"]).most_common()]
+    out["finish reasons"] = [dict(finish_reason=k, completions=n)
+                             for k, n in Counter(columns["finish_reason"]).most_common()]
     return out
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #b2da9020
@@ -432,11 +471,14 @@ def plot_pool(
     for name in dict.fromkeys(a for a, _ in wins) or dict.fromkeys(columns["policy"]):
         at = np.flatnonzero(columns["policy"] == name)[::step]
         left.scatter(length[at], reward[at], s=4, alpha=.5, label=name[:24])
-    left.set_xlabel("tokens, less the prompt's mean"); left.set_ylabel("reward, likewise"); left.legend(fontsize=7, frameon=False)
+    left.set_xlabel("tokens, less the prompt's mean")
+    left.set_ylabel("reward, likewise"); left.legend(fontsize=7, frameon=False)
     names = list(dict.fromkeys(a for a, _ in wins))
     table = np.array([[wins.get((a, b), (math.nan,))[0] for b in names] for a in names]).reshape(len(names), len(names))
     if names: right.imshow(table, vmin=0, vmax=1, cmap="RdYlGn")
-    for i, j in zip(*np.nonzero(np.isfinite(table))): right.text(j, i, f"{table[i, j]:.2f}", ha="center", va="center", fontsize=8)
-    right.set_xticks(range(len(names)), [n[:12] for n in names], fontsize=7); right.set_yticks(range(len(names)), [n[:12] for n in names], fontsize=7)
+    for i, j in zip(*np.nonzero(np.isfinite(table))):
+        right.text(j, i, f"{table[i, j]:.2f}", ha="center", va="center", fontsize=8)
+    right.set_xticks(range(len(names)), [n[:12] for n in names], fontsize=7)
+    right.set_yticks(range(len(names)), [n[:12] for n in names], fontsize=7)
     right.set_title("wins of the row over the column", fontsize=8)
     return fig

@@ -35,8 +35,11 @@ def scoring_lengths(
     for start in range(0, len(rows), 1000):
         batch = rows[start:start + 1000]
         for prompt, found in zip(batch["prompt"], batch["completions"]):
-            asked = next((c["prompt_tokens"] for c in found if c["prompt_tokens"]), None) or len(content_text(prompt))//4
-            out.append(1 + asked + sum(c["num_tokens"] or len(c["token_ids"] or ()) or len(content_text(c["content"]))//4 for c in found))
+            asked = (next((c["prompt_tokens"] for c in found if c["prompt_tokens"]), None)
+                     or len(content_text(prompt))//4)
+            out.append(1 + asked
+                       + sum(c["num_tokens"] or len(c["token_ids"] or ()) or len(content_text(c["content"]))//4
+                             for c in found))
     return out
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #b801103c
@@ -82,7 +85,8 @@ def read_row(
     for n, c in enumerate(encoded.completions):
         if isinstance(c, Refused): lost[c.reason] += 1
         elif not c.length: lost["no token to score"] += 1
-        elif room and len(encoded.prompt_ids) + len(c.ids) > room: lost[f"longer than the model's {room} positions"] += 1
+        elif room and len(encoded.prompt_ids) + len(c.ids) > room:
+            lost[f"longer than the model's {room} positions"] += 1
         else: pieces.append(ScoringPiece(row, n, encoded.prompt_ids, c.ids, c.scored))
     return pieces, None if pieces else "no completion can be scored", dict(lost)
 
@@ -95,7 +99,8 @@ def read_pieces(
 )->list[tuple]: # of each row: pieces, reason to drop it or None, lost completions by reason
     "Rows as pieces to score"
     found = [cs or [] for cs in batch["completions"]]
-    encoded = encode_completions(tokenizer, batch["prompt"], [[c["content"] for c in cs] for cs in found], allow_control_tokens_in_content)
+    encoded = encode_completions(tokenizer, batch["prompt"], [[c["content"] for c in cs] for cs in found],
+                                 allow_control_tokens_in_content)
     return [read_row(i, e, room) for i, e in enumerate(encoded)]
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #a6e7603a
@@ -117,7 +122,8 @@ def score_after(
 )->list: # of each piece: an fp32 array, one number for each scored token
     "Log-probabilities of pieces in one forward"
     ids_BT = right_pad([[*b, *p.ids] for b, p in zip(before, pieces)], 0)
-    labels_BT = right_pad([[IGNORE]*len(b) + [i if s else IGNORE for i, s in zip(p.ids, p.scored)] for b, p in zip(before, pieces)], IGNORE)
+    labels_BT = right_pad([[IGNORE]*len(b) + [i if s else IGNORE for i, s in zip(p.ids, p.scored)]
+                           for b, p in zip(before, pieces)], IGNORE)
     out = model(input_ids=ids_BT.to(model.device), labels=labels_BT.to(model.device), score=True, **kwargs)
     found_BT1, scored_BT1 = out.log_probs.float().cpu(), labels_BT[:, 1:] != IGNORE
     return [row[mask].numpy() for row, mask in zip(found_BT1, scored_BT1)]
@@ -146,7 +152,8 @@ def read_prompts(
     target = model.get_base_model() if hasattr(model, "get_base_model") else model
     ids_BP, mask_BP = left_pad(prompts, 0)
     cache, positions_BP = DynamicCache(config=target.config), (mask_BP.cumsum(1) - 1).clamp(min=0)
-    target.base_model(input_ids=ids_BP.to(model.device), attention_mask=mask_BP.to(model.device), position_ids=positions_BP.to(model.device), past_key_values=cache, use_cache=True)
+    target.base_model(input_ids=ids_BP.to(model.device), attention_mask=mask_BP.to(model.device),
+                      position_ids=positions_BP.to(model.device), past_key_values=cache, use_cache=True)
     return cache, mask_BP
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #7d712f46
@@ -174,8 +181,10 @@ def score_group(
     for batch in token_batches([1 + len(p.ids) + width//4 for p in pieces], tokens):
         some, index_B = [pieces[i] for i in batch], torch.tensor([prompt_of[i] for i in batch])
         S, before_BP = 1 + max(len(p.ids) for p in some), mask_BP[index_B]
-        extra = dict(attention_mask=torch.cat([before_BP, before_BP.new_ones(len(batch), S)], 1), position_ids=before_BP.sum(1, keepdim=True) + torch.arange(S))
-        found = score_after(model, [p.prompt[-1:] for p in some], some, past_key_values=take_prompts(cache, index_B), **{k: x.to(model.device) for k, x in extra.items()})
+        extra = dict(attention_mask=torch.cat([before_BP, before_BP.new_ones(len(batch), S)], 1),
+                     position_ids=before_BP.sum(1, keepdim=True) + torch.arange(S))
+        found = score_after(model, [p.prompt[-1:] for p in some], some, past_key_values=take_prompts(cache, index_B),
+                            **{k: x.to(model.device) for k, x in extra.items()})
         for i, x in zip(batch, found): out[i] = x
     return out
 
@@ -192,7 +201,8 @@ def score_shared(
     prompts = [pieces[at[0]].prompt for at in found]
     for group in token_batches([len(p) for p in prompts], tokens):
         flat = [(n, i) for n, g in enumerate(group) for i in found[g]]
-        got = score_group(model, [prompts[g] for g in group], [pieces[i] for _, i in flat], [n for n, _ in flat], tokens)
+        got = score_group(model, [prompts[g] for g in group], [pieces[i] for _, i in flat], [n for n, _ in flat],
+                          tokens)
         for (_, i), x in zip(flat, got): out[i] = x
     return out
 
@@ -221,7 +231,8 @@ def score_pieces(
     return out
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #9ddfdd8d
-LOGPROB_TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.02} # mean absolute difference of a token's log-probability
+# mean absolute difference of a token's log-probability
+LOGPROB_TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.02}
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #c1b0a768
 def score_plain_checked(
@@ -232,8 +243,8 @@ def score_plain_checked(
     "Log-probabilities by the plain way; raises where they are not numbers"
     found = score_plain(model, pieces, tokens) if pieces else []
     if all(np.isfinite(x).all() for x in found): return found
-    raise UserError("The model gives log-probabilities that are not finite, from the first rows on: look at its weights, and at model_args.dtype "
-                    "(float16 overflows where bfloat16 does not).")
+    raise UserError("The model gives log-probabilities that are not finite, from the first rows on: look at its "
+                    "weights, and at model_args.dtype " "(float16 overflows where bfloat16 does not).")
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #1d553a9c
 def probe_sharing(
@@ -246,7 +257,8 @@ def probe_sharing(
     at, gaps = [i for i, p in enumerate(pieces) if len(p.prompt) > 1], {}
     try: shared = score_shared(model, [pieces[i] for i in at], tokens)
     except torch.OutOfMemoryError: raise
-    except Exception as e: return math.inf, f"{type(e).__name__}: {str(e).strip().splitlines()[0][:200] if str(e).strip() else ''}"
+    except Exception as e:
+        return math.inf, f"{type(e).__name__}: {str(e).strip().splitlines()[0][:200] if str(e).strip() else ''}"
     for i, x in zip(at, shared): gaps.setdefault(pieces[i].row, []).append(np.abs(x - plain[i]))
     worst = max((float(np.concatenate(g).mean()) for g in gaps.values()), default=0.)
     return (worst, "") if math.isfinite(worst) else (math.inf, "not finite")
@@ -260,10 +272,13 @@ def decide_sharing(
     notice=print, # is told why the plain way is taken
 )->bool:
     "Whether prompts are read once, after a probe"
-    if share_prompts not in ("auto", True, False): raise UserError(f"share_prompts={share_prompts!r}: auto, true or false.")
+    if share_prompts not in ("auto", True, False):
+        raise UserError(f"share_prompts={share_prompts!r}: auto, true or false.")
     plain = score_plain_checked(model, pieces, tokens)
     if share_prompts is False: return False
-    (gap, why), limit, dtype = probe_sharing(model, pieces, plain, tokens), LOGPROB_TOLERANCES.get(model.dtype, 0.02), str(model.dtype).removeprefix("torch.")
+    (gap, why), limit, dtype = probe_sharing(
+        model, pieces, plain,
+        tokens), LOGPROB_TOLERANCES.get(model.dtype, 0.02), str(model.dtype).removeprefix("torch.")
     if gap <= limit: return True
     why = why or f"the log-probabilities differ by {gap:.2g} per token, and {limit:g} is the limit in {dtype}"
     told = f"A prompt cannot be read once for all of its completions with this model: {why}."
@@ -300,7 +315,8 @@ def sampled_pieces(
     room:int|None=None, # positions of the model
 )->tuple: # how many were compared, `ScoringPiece`s with the ids as sampled where they differ
     "Completions whose text encodes to other ids than those that were sampled"
-    known = [(p, list(ids)) for p in pieces if (c := completions[p.number])["is_reference_completion"] and (ids := c["token_ids"])]
+    known = [(p, list(ids)) for p in pieces
+             if (c := completions[p.number])["is_reference_completion"] and (ids := c["token_ids"])]
     differ = [ScoringPiece(p.row, p.number, p.prompt, ids, [True]*len(ids)) for p, ids in known if ids != p.ids]
     return len(known), [p for p in differ if not room or p.total <= room]
 
@@ -311,7 +327,8 @@ def reencoding_report(
     "How often ids as sampled differ from those of the text, and by how much the sums of log-probabilities"
     n, k = (sum(f[key] for f in results) for key in ("compared", "differ"))
     gaps = [a - b for f in results for a, b in f["sums"]]
-    return dict(compared=n, differ=k, share=k/n if n else 0., mean_difference=math.fsum(gaps)/len(gaps) if gaps else 0., largest_difference=max(map(abs, gaps), default=0.))
+    return dict(compared=n, differ=k, share=k/n if n else 0., mean_difference=math.fsum(gaps)/len(gaps) if gaps else 0.,
+                largest_difference=max(map(abs, gaps), default=0.))
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #a95cc32e
 def row_result(
@@ -322,11 +339,14 @@ def row_result(
     skipped:dict, # completions by reason
 )->dict: # completions, lost, reencoded; or dropped
     "The completions of a row with their log-probabilities"
-    if not all(np.isfinite(x).all() for _, x in [*scored, *sampled]): return dict(dropped="log-probabilities that are not finite", lost=skipped)
+    if not all(np.isfinite(x).all() for _, x in [*scored, *sampled]):
+        return dict(dropped="log-probabilities that are not finite", lost=skipped)
     sums = {p.number: math.fsum(x.tolist()) for p, x in scored}
-    out = [dict(completions[p.number], num_tokens=len(x), prompt_tokens=len(p.prompt), ref_logprob=sums[p.number], ref_logprobs=pack_floats(x)) for p, x in scored]
+    out = [dict(completions[p.number], num_tokens=len(x), prompt_tokens=len(p.prompt), ref_logprob=sums[p.number],
+                ref_logprobs=pack_floats(x)) for p, x in scored]
     both = [[math.fsum(x.tolist()), sums[p.number]] for p, x in sampled]
-    return dict(completions=out, lost=skipped) | (dict(reencoded=dict(compared=compared, differ=len(sampled), sums=both)) if compared else {})
+    return dict(completions=out, lost=skipped) | (dict(reencoded=dict(
+        compared=compared, differ=len(sampled), sums=both)) if compared else {})
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #b840624f
 def add_logprobs(
@@ -360,12 +380,16 @@ def logprobs_batch_fn(
     allow_control_tokens_in_content:bool=False, # encode control tokens in contents as control tokens
 ): # function: indices of rows -> a dict for each
     "Log-probabilities of completions under the reference model"
-    config, options = model.config.get_text_config(), dict(allow_control_tokens_in_content=allow_control_tokens_in_content)
+    config, options = model.config.get_text_config(), dict(
+        allow_control_tokens_in_content=allow_control_tokens_in_content)
     n, ids = len(tokenizer), model.get_input_embeddings().num_embeddings
     if n > ids: raise UserError(f"The tokenizer has {n} ids and the model {ids}: they do not belong together.")
-    if getattr(config, "output_router_logits", False): config.output_router_logits = False # the balancing loss of experts has no place here
-    model, room, tokens = add_score_head(model).eval(), getattr(config, "max_position_embeddings", None), forward_tokens(batch_tokens, model.device)
-    share = decide_sharing(model, probe_pieces(rows, tokenizer, room, probe_rows, **options), tokens, share_prompts, notice)
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False # the balancing loss of experts has no place here
+    model, room, tokens = add_score_head(model).eval(), getattr(
+        config, "max_position_embeddings", None), forward_tokens(batch_tokens, model.device)
+    share = decide_sharing(model, probe_pieces(rows, tokenizer, room, probe_rows, **options), tokens, share_prompts,
+                           notice)
     def make(indices): return add_logprobs(rows[list(indices)], tokenizer, model, tokens, share, room, **options)
     return make
 
@@ -381,10 +405,13 @@ def weights_fingerprint(
     "A digest of a model's weights and of what its config says about them"
     folder, total = Path(name_or_path).expanduser(), hashlib.sha256()
     if not folder.is_dir(): return hashlib.sha256(f"{name_or_path}@{commit}".encode()).hexdigest()
-    files = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" or p.suffix == ".bin" and p.name.startswith(("pytorch_model", "adapter_model")))
+    files = sorted(p for p in folder.iterdir()
+                   if p.suffix == ".safetensors" or p.suffix == ".bin"
+                   and p.name.startswith(("pytorch_model", "adapter_model")))
     if not files: raise UserError(f"{name_or_path} holds no weights: there is no .safetensors file.")
     for p in (p for p in (folder/"config.json", folder/"adapter_config.json") if p.is_file()):
-        total.update(json.dumps({k: v for k, v in json.loads(p.read_text()).items() if k not in IGNORED_CONFIG_KEYS}, sort_keys=True).encode())
+        total.update(json.dumps({k: v for k, v in json.loads(p.read_text()).items() if k not in IGNORED_CONFIG_KEYS},
+                                sort_keys=True).encode())
     for p in files: total.update(f"{p.name}\0{path_fingerprint(p)}\0".encode())
     return total.hexdigest()
 
@@ -395,7 +422,8 @@ def reference_identity(
     commit:str|None=None, # of a hub model
 )->dict: # model, tokenizer, template: fingerprints; reference: a short one of the three
     "What reference log-probabilities belong to"
-    parts = dict(model=weights_fingerprint(name_or_path, commit), tokenizer=tokenizer_fingerprint(tokenizer), template=template_fingerprint(tokenizer))
+    parts = dict(model=weights_fingerprint(name_or_path, commit), tokenizer=tokenizer_fingerprint(tokenizer),
+                 template=template_fingerprint(tokenizer))
     return parts | dict(reference=hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12])
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #7cc332d2
@@ -409,5 +437,5 @@ def check_reference(
     other = [k for k in kinds if recorded and recorded.get(k) and recorded[k] != reference[k]]
     if not other or allow_other_reference: return other
     named = ", ".join(f"another {kinds[k]} ({recorded[k][:12]} there, {reference[k][:12]} here)" for k in other)
-    raise UserError(f"The reference completions were written with {named}: quantiles and log-ratios would belong to different models. "
-                    "Give this stage what wrote them, or set allow_other_reference=true.")
+    raise UserError(f"The reference completions were written with {named}: quantiles and log-ratios would belong to "
+                    "different models. " "Give this stage what wrote them, or set allow_other_reference=true.")

@@ -31,7 +31,8 @@ def visible_text(
 )->str:
     "What a reader sees of a message: its text, tool calls and their outputs; no thoughts"
     if not isinstance(content, dict): return plain_text(content) or ""
-    if content.get("blocks") is not None: return "\n".join(show_block(b) for b in content["blocks"] if b["type"] != "thoughts")
+    if content.get("blocks") is not None:
+        return "\n".join(show_block(b) for b in content["blocks"] if b["type"] != "thoughts")
     if content.get("parts") is not None: return "".join(p["text"] for p in content["parts"])
     return content.get("formatted_tools") or content.get("text") or ""
 
@@ -44,11 +45,13 @@ def plain_turns(
     system_prompt:str="keep", # keep or drop
 )->list[dict]: # role and text
     "A conversation as the plain turns that a reward model reads; `UnsupportedContent` where something has no place in them"
-    if system_prompt not in SYSTEM_PROMPTS: raise UserError(f"system_prompt={system_prompt!r}: one of {', '.join(SYSTEM_PROMPTS)}.")
+    if system_prompt not in SYSTEM_PROMPTS:
+        raise UserError(f"system_prompt={system_prompt!r}: one of {', '.join(SYSTEM_PROMPTS)}.")
     system, out = [], []
     for m in as_written(messages):
         if m.get("tool_calls"): raise UnsupportedContent("a plain message calls tools: make the rows structured")
-        (system if m["role"] in ("system", "developer") else out).append(dict(role=m["role"], content=visible_text(m["content"])))
+        (system if m["role"] in ("system", "developer") else out).append(
+            dict(role=m["role"], content=visible_text(m["content"])))
     text = "\n\n".join(m["content"] for m in system if m["content"])
     return [dict(role="system", content=text)]*bool(text and system_prompt == "keep") + out
 
@@ -57,7 +60,9 @@ def own_bos(
     tokenizer, # of the reward model
 )->int|None:
     "The BOS that a tokenizer puts before a text by itself; None where it does not"
-    return tokenizer.bos_token_id if tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else None
+    return (tokenizer.bos_token_id
+            if tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+            else None)
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #ef459f94
 def as_chat(
@@ -68,7 +73,8 @@ def as_chat(
     "The plain turns of a conversation in the form that the template takes, or the reason why not"
     try:
         turns = plain_turns(messages, system_prompt)
-        if not turns[-1]["content"].strip(): return Refused("empty completion", "the completion is empty, or holds thoughts only")
+        if not turns[-1]["content"].strip():
+            return Refused("empty completion", "the completion is empty, or holds thoughts only")
         return to_structured(turns) if wants_blocks(tokenizer.chat_template) else turns
     except UnsupportedContent as e: return Refused(f"unsupported_roles: {e}", str(e))
     except (MalformedRow, KeyError, TypeError, AttributeError) as e: return Refused("malformed", f"{e!r:.80}")
@@ -110,12 +116,16 @@ def read_scores(
     scores = out.score if getattr(out, "score", None) is not None else out.logits
     if scores.ndim == 1: scores = scores[:, None]
     if scores.ndim != 2:
-        raise UserError(f"The reward model returns scores of shape {list(scores.shape)}: one number for a conversation is needed. It is no sequence classification model.")
+        raise UserError(f"The reward model returns scores of shape {list(scores.shape)}: one number for a conversation "
+                        "is needed. It is no sequence classification model.")
     k = scores.shape[1]
     if score_index is None and k > 1:
         has = ", ".join(f"{i}: {(names or {}).get(i, '?')}" for i in range(min(k, 20)))
-        raise UserError(f"The reward model has {k} outputs where one is expected ({has}). Set reward_args.score_index to the one that is the reward.")
-    if not 0 <= (score_index or 0) < k: raise UserError(f"reward_args.score_index={score_index}: the reward model has {k} output{'s'*(k > 1)}, counted from 0.")
+        raise UserError(f"The reward model has {k} outputs where one is expected ({has}). Set reward_args.score_index "
+                        "to the one that is the reward.")
+    if not 0 <= (score_index or 0) < k:
+        raise UserError(f"reward_args.score_index={score_index}: the reward model has {k} output{'s'*(k > 1)}, counted "
+                        "from 0.")
     return scores[:, score_index or 0]
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #ac60fab1
@@ -145,11 +155,14 @@ def pad_of(
         pad = tokenizer.pad_token_id
         if pad is None or pad == tokenizer.eos_token_id:
             has = "none" if pad is None else f"only its eos token {name!r}"
-            raise UserError(f"The reward model's config names no pad_token_id, and its tokenizer has {has}: in a batch the score would be read at the wrong token. "
+            raise UserError(f"The reward model's config names no pad_token_id, and its tokenizer has {has}: in a batch "
+                            "the score would be read at the wrong token. "
                             "Write the pad_token_id that it was trained with into its config.json.")
         config.pad_token_id = model.config.pad_token_id = pad
     n = model.get_input_embeddings().weight.shape[0]
-    if not 0 <= pad < n: raise UserError(f"The reward model's pad_token_id {pad} is not among its {n} embeddings. Correct pad_token_id in its config.json.")
+    if not 0 <= pad < n:
+        raise UserError(f"The reward model's pad_token_id {pad} is not among its {n} embeddings. Correct pad_token_id "
+                        "in its config.json.")
     return pad
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #99c4d969
@@ -164,7 +177,8 @@ def widen_head(
     head.register_forward_pre_hook(lambda _, args: tuple(a.float() for a in args))
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #f47791ba
-PARITY_TOLERANCES = dict(float32=1e-3, float16=0.02, bfloat16=0.05) # largest difference, as a share of the largest score
+# largest difference, as a share of the largest score
+PARITY_TOLERANCES = dict(float32=1e-3, float16=0.02, bfloat16=0.05)
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #df5946cd
 def check_parity(
@@ -174,13 +188,16 @@ def check_parity(
 )->float: # the largest difference, as a share of the largest score
     "Raise a `UserError` where scores depend on the batch"
     if not all(map(math.isfinite, [*alone, *together])):
-        raise UserError(f"The reward model gives NaN or infinite scores in {dtype} already on a sample. Set reward_args.dtype to bfloat16 or float32, and check its weights.")
+        raise UserError(f"The reward model gives NaN or infinite scores in {dtype} already on a sample. Set "
+                        "reward_args.dtype to bfloat16 or float32, and check its weights.")
     scale = max(map(abs, alone), default=0.) or 1.
     off = max((abs(a - b) for a, b in zip(alone, together)), default=0.)/scale
     if off > PARITY_TOLERANCES[dtype]:
         i = max(range(len(alone)), key=lambda i: abs(alone[i] - together[i]))
-        raise UserError(f"The reward model scores a conversation {alone[i]:.4g} alone and {together[i]:.4g} in a batch ({dtype}, {PARITY_TOLERANCES[dtype]:.1%} of the largest is allowed): "
-                        "it reads padding. Check pad_token_id in its config.json, and try reward_args.attn_implementation=eager or reward_args.dtype=float32.")
+        raise UserError(f"The reward model scores a conversation {alone[i]:.4g} alone and {together[i]:.4g} in a batch "
+                        f"({dtype}, {PARITY_TOLERANCES[dtype]:.1%} of the largest is allowed): "
+                        "it reads padding. Check pad_token_id in its config.json, and try "
+                        "reward_args.attn_implementation=eager or reward_args.dtype=float32.")
     return off
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #f0205249
@@ -198,16 +215,19 @@ class ModelScorer:
     revision:str="main" # for the record
 
     def __post_init__(self):
-        if self.padding_side not in ("right", "left"): raise UserError(f"padding_side={self.padding_side!r}: right or left.")
+        if self.padding_side not in ("right", "left"):
+            raise UserError(f"padding_side={self.padding_side!r}: right or left.")
         self.model.eval()
         self.model.config.use_cache = False
         self.pad_id, self.parity = pad_of(self.model, self.tokenizer), None
         self.dtype = str(self.model.dtype).removeprefix("torch.")
         if len(self.tokenizer) > (ids := self.model.get_input_embeddings().num_embeddings):
-            raise UserError(f"The tokenizer of the reward model has {len(self.tokenizer)} ids and the model {ids}: they do not belong together.")
+            raise UserError(f"The tokenizer of the reward model has {len(self.tokenizer)} ids and the model {ids}: "
+                            "they do not belong together.")
         widen_head(self.model)
         room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 10**9
-        if self.max_length and self.max_length > room: raise UserError(f"reward_args.max_length={self.max_length}: the reward model has {room} positions.")
+        if self.max_length and self.max_length > room:
+            raise UserError(f"reward_args.max_length={self.max_length}: the reward model has {room} positions.")
         self.max_length = self.max_length or room
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #5b7fc77f
@@ -252,7 +272,8 @@ def score(self:ModelScorer, rows:list[dict])->list[list]: # of each row, for eac
 @patch
 def start(self:ModelScorer, rows, sample:int=8, among:int=64)->float|None: # the largest relative difference; None where there is nothing to score
     "Check that scores do not depend on the batch, on a sample of conversations from the shortest to the longest"
-    ids = sorted((v for row in self.encode([rows[i] for i in range(min(among, len(rows)))]) for v in row if isinstance(v, list)), key=len)
+    ids = sorted((v for row in self.encode([rows[i] for i in range(min(among, len(rows)))]) for v in row
+                  if isinstance(v, list)), key=len)
     ids = [ids[i] for i in sorted({round(k*(len(ids) - 1)/max(sample - 1, 1)) for k in range(sample)})] if ids else []
     if not ids: return None
     alone = [score_batch(self.model, [x], self.pad_id, self.score_index, self.padding_side)[0] for x in ids]
@@ -265,8 +286,9 @@ def start(self:ModelScorer, rows, sample:int=8, among:int=64)->float|None: # the
 def facts(self:ModelScorer)->dict:
     "What scored, for the record"
     attention = getattr(self.model.config, "_attn_implementation", None)
-    return dict(kind="model", name=self.name, revision=self.revision, dtype=self.dtype, attention=attention, pad_token_id=self.pad_id, max_length=self.max_length,
-                system_prompt=self.system_prompt, parity=self.parity, tokenizer=tokenizer_fingerprint(self.tokenizer)[:16],
+    return dict(kind="model", name=self.name, revision=self.revision, dtype=self.dtype, attention=attention,
+                pad_token_id=self.pad_id, max_length=self.max_length, system_prompt=self.system_prompt,
+                parity=self.parity, tokenizer=tokenizer_fingerprint(self.tokenizer)[:16],
                 template=template_fingerprint(self.tokenizer)[:16])
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #13bd2453
@@ -283,16 +305,21 @@ def load_reward_model(
     from transformers.utils import logging
     path = model_path(name)
     if trust_remote_code and not Path(path).is_dir() and not re.fullmatch("[0-9a-f]{40}", revision):
-        raise UserError(f"{name} brings code of its own: set reward_args.model_revision to the commit that you have read (40 hexadecimal digits), not {revision!r}.")
+        raise UserError(f"{name} brings code of its own: set reward_args.model_revision to the commit that you have "
+                        f"read (40 hexadecimal digits), not {revision!r}.")
     kwargs = dict(attn_implementation=attn_implementation) if attn_implementation else {}
     said = logging.get_verbosity()
     logging.set_verbosity_error() # the warning about weights that are missing: it is an error here
-    try: model, info = AutoModelForSequenceClassification.from_pretrained(path, dtype=getattr(torch, dtype), revision=revision, trust_remote_code=trust_remote_code,
-                                                                          output_loading_info=True, **kwargs)
-    except (OSError, ValueError, ImportError, RuntimeError) as e: raise UserError(f"Cannot load the reward model {name}: {str(e).strip().splitlines()[0]}") from e
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path, dtype=getattr(torch, dtype), revision=revision, trust_remote_code=trust_remote_code,
+            output_loading_info=True, **kwargs)
+    except (OSError, ValueError, ImportError, RuntimeError) as e:
+        raise UserError(f"Cannot load the reward model {name}: {str(e).strip().splitlines()[0]}") from e
     finally: logging.set_verbosity(said)
     if missing := sorted(info["missing_keys"]):
-        raise UserError(f"{name} is no reward model: it has no weights for {', '.join(missing[:3])}, which would be random. Name a sequence classification checkpoint.")
+        raise UserError(f"{name} is no reward model: it has no weights for {', '.join(missing[:3])}, which would be "
+                        "random. Name a sequence classification checkpoint.")
     return model
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #6c1001c1
@@ -305,12 +332,19 @@ def load_reward_tokenizer(
     "The tokenizer of a reward model, of the same revision, with the template it was trained with"
     from transformers import AutoTokenizer
     template = template_text(chat_template_name) if chat_template_name else None
-    try: tokenizer = AutoTokenizer.from_pretrained(model_path(name), revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as e: raise UserError(f"Cannot load the tokenizer of the reward model {name}: {str(e).strip().splitlines()[0]}") from e
-    if not tokenizer.is_fast: raise UserError(f"The reward model {name} has no fast tokenizer: conversations are encoded with one.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_path(name), revision=revision,
+                                                  trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as e:
+        raise UserError(f"Cannot load the tokenizer of the reward model {name}: "
+                        f"{str(e).strip().splitlines()[0]}") from e
+    if not tokenizer.is_fast:
+        raise UserError(f"The reward model {name} has no fast tokenizer: conversations are encoded with one.")
     if isinstance(tokenizer.chat_template, dict): tokenizer.chat_template = tokenizer.chat_template.get("default")
     if template: tokenizer.chat_template = template
-    if not tokenizer.chat_template: raise UserError(f"The reward model {name} has no chat template of its own: set reward_args.chat_template_name to the one it was trained with.")
+    if not tokenizer.chat_template:
+        raise UserError(f"The reward model {name} has no chat template of its own: set reward_args.chat_template_name "
+                        "to the one it was trained with.")
     check_bos(tokenizer)
     return tokenizer
 
@@ -333,8 +367,10 @@ def model_scorer(
     device = device or default_device()
     auto = resolve_auto(device, "inference", dtype, attn_implementation, flash_available(device))
     tokenizer = load_reward_tokenizer(model_name_or_path, chat_template_name, model_revision, trust_remote_code)
-    model = load_reward_model(model_name_or_path, auto["dtype"], auto["attn_implementation"], model_revision, trust_remote_code).to(device)
-    return ModelScorer(model, tokenizer, batch_tokens, max_length, score_index, padding_side, system_prompt, str(model_name_or_path), model_revision)
+    model = load_reward_model(model_name_or_path, auto["dtype"], auto["attn_implementation"], model_revision,
+                              trust_remote_code).to(device)
+    return ModelScorer(model, tokenizer, batch_tokens, max_length, score_index, padding_side, system_prompt,
+                       str(model_name_or_path), model_revision)
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #6d234b7f
 def answer_of(
@@ -345,7 +381,8 @@ def answer_of(
     if not isinstance(content, dict): return plain_text(content) or ""
     blocks = content.get("blocks") or []
     if calls and (found := [b for b in blocks if b["type"] == "tool_calls"]):
-        return json.dumps([{c["name"]: json.loads(c["arguments"] or "{}")} for c in found[-1]["calls"]], ensure_ascii=False)
+        return json.dumps([{c["name"]: json.loads(c["arguments"] or "{}")} for c in found[-1]["calls"]],
+                          ensure_ascii=False)
     last = max((i for i, b in enumerate(blocks) if b["type"] != "response"), default=-1)
     return "\n".join(b["text"] for b in blocks[last + 1:])
 
@@ -354,8 +391,11 @@ def check_verifier(
     name:str, # of `VERIFIERS`
 ):
     "Raise a `UserError` where there is no verifier of that name, or its package is missing"
-    if name not in VERIFIERS: raise UserError(f"Unknown verifier {name!r}.{did_you_mean(name, VERIFIERS)} Known: {', '.join(VERIFIERS)}; or null for the one that each row names.")
-    if name == "json_schema" and find_spec("jsonschema") is None: raise UserError("The verifier json_schema needs the package jsonschema: install it.")
+    if name not in VERIFIERS:
+        raise UserError(f"Unknown verifier {name!r}.{did_you_mean(name, VERIFIERS)} Known: {', '.join(VERIFIERS)}; or "
+                        "null for the one that each row names.")
+    if name == "json_schema" and find_spec("jsonschema") is None:
+        raise UserError("The verifier json_schema needs the package jsonschema: install it.")
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #63e6648e
 @dataclass
@@ -365,7 +405,8 @@ class VerifierScorer:
     on_malformed:str="drop" # drop or error: what an answer does that the verifier cannot use
 
     def __post_init__(self):
-        if self.on_malformed not in ("drop", "error"): raise UserError(f"on_malformed={self.on_malformed!r}: drop or error.")
+        if self.on_malformed not in ("drop", "error"):
+            raise UserError(f"on_malformed={self.on_malformed!r}: drop or error.")
         if self.name is not None: check_verifier(self.name)
     def start(self, rows): return None
     def lengths(self, rows:list[dict])->list[int]: return [max(1, len(r["completions"])) for r in rows]
@@ -374,7 +415,8 @@ class VerifierScorer:
         "0 or 1 for each completion of each row, or the reason against a row"
         out = [self.score_row(r) for r in rows]
         for r, v in zip(rows, out):
-            if isinstance(v, Refused) and self.on_malformed == "error" and v.reason != "no answer": raise UserError(f"Row {r.get('id')!r}: {v.detail}")
+            if isinstance(v, Refused) and self.on_malformed == "error" and v.reason != "no answer":
+                raise UserError(f"Row {r.get('id')!r}: {v.detail}")
         return out
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #4e708d52
@@ -383,10 +425,14 @@ def score_row(self:VerifierScorer, row:dict): # a list of 0.0 or 1.0, or a `Refu
     "Verify the completions of one row; an empty one is wrong"
     if row.get("answer") is None: return Refused("no answer", "a verifier needs the right answer")
     name = self.name or row_verifier(row)
-    if name is None: return Refused("no verifier", "the row names no verifier and its answer does not call for one: set reward_args.verifier")
+    if name is None:
+        return Refused("no verifier",
+                       "the row names no verifier and its answer does not call for one: set reward_args.verifier")
     if name not in VERIFIERS: return Refused(f"unknown verifier {name!r:.40}", f"known are {', '.join(VERIFIERS)}")
     check_verifier(name)
-    try: return [run_verifier(name, answer_of(c["content"], name.startswith("json")), row["answer"]) for c in row["completions"]]
+    try:
+        return [run_verifier(name, answer_of(c["content"], name.startswith("json")), row["answer"])
+                for c in row["completions"]]
     except UserError as e: return Refused(f"{name} cannot use the answer", str(e))
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #7ad76b24
@@ -404,7 +450,8 @@ def reward_lengths(
     chunk:int=1000, # rows at a time
 )->list[int]:
     "What each row costs to score: tokens of its conversations, or completions to verify"
-    return [n for i in range(0, len(rows), chunk) for n in scorer.lengths([rows[j] for j in range(i, min(i + chunk, len(rows)))])]
+    return [n for i in range(0, len(rows), chunk)
+            for n in scorer.lengths([rows[j] for j in range(i, min(i + chunk, len(rows)))])]
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #b10a361c
 def add_rewards(

@@ -17,9 +17,9 @@ from ..core.files import UserError
 from ..data.messages import (
     OPTIONAL_COLUMNS, MalformedRow, UnsupportedContent, as_written, check_messages, format_of, from_chosen, row_id,
     to_messages, messages_from_texts, without_none)
-from ..data.swissai import (
-    DISPLAY_ANSWERS, SWISSAI_COLUMNS, developer_message, has_blocks, is_structured, keep_good, linearise_branch, parse_json, message_features,
-    plain_messages, to_structured, texts_only, tool_list, uses_tools)
+from ..data.swissai import (DISPLAY_ANSWERS, SWISSAI_COLUMNS, developer_message, has_blocks, is_structured,
+                                        keep_good, linearise_branch, parse_json, message_features, plain_messages,
+                                        to_structured, texts_only, tool_list, uses_tools)
 from ..data.mixture import mix_sources, read_splits, parse_sources
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #df881c3f
@@ -42,7 +42,8 @@ def make_completion(
     **fields, # others of `COMPLETION_KEYS`
 )->dict:
     "A completion with all its fields"
-    if unknown := fields.keys() - COMPLETION_DEFAULTS.keys(): raise UserError(f"A completion has no field {sorted(unknown)[0]!r}: {', '.join(COMPLETION_KEYS)}.")
+    if unknown := fields.keys() - COMPLETION_DEFAULTS.keys():
+        raise UserError(f"A completion has no field {sorted(unknown)[0]!r}: {', '.join(COMPLETION_KEYS)}.")
     return {**COMPLETION_DEFAULTS, **fields, "content": content}
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #0c4ef5f3
@@ -51,7 +52,8 @@ def text_content(
     blocks:bool, # whether the row is structured
 ): # content of an assistant's message
     "A generated text as the content of a completion"
-    return dict(blocks=[dict(type="response", text=text, calls=[dict(name="", arguments="")], outputs=[dict(name="", output="")])]) if blocks else text
+    return (dict(blocks=[dict(type="response", text=text, calls=[dict(name="", arguments="")],
+                              outputs=[dict(name="", output="")])]) if blocks else text)
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #bf9d63fe
 def row_features(
@@ -61,10 +63,12 @@ def row_features(
     "The types of rows"
     from datasets import Features, List, Value
     text, messages = Value("string"), message_features(blocks)
-    kinds = dict(is_reference_completion=Value("bool"), token_ids=List(Value("int32")), seed=Value("int64"), num_tokens=Value("int32"), prompt_tokens=Value("int32"),
-                 ref_logprob=Value("float64"), ref_logprobs=List(Value("float32")), reward=Value("float64"), content=messages.feature["content"])
+    kinds = dict(is_reference_completion=Value("bool"), token_ids=List(Value("int32")), seed=Value("int64"),
+                 num_tokens=Value("int32"), prompt_tokens=Value("int32"), ref_logprob=Value("float64"),
+                 ref_logprobs=List(Value("float32")), reward=Value("float64"), content=messages.feature["content"])
     completions = List({k: kinds.get(k, text) for k in COMPLETION_KEYS})
-    return Features(dict(id=text, source=text, prompt=messages, answer=text, verifier=text, completions=completions, **(extra or {})))
+    return Features(dict(id=text, source=text, prompt=messages, answer=text, verifier=text, completions=completions,
+                         **(extra or {})))
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #648ea870
 def branch_conversations(row:dict)->list[tuple]: # (messages or a `MalformedRow`, fields of the completion)
@@ -74,7 +78,9 @@ def branch_conversations(row:dict)->list[tuple]: # (messages or a `MalformedRow`
         branch = branch if isinstance(branch, dict) else {}
         fields = {k: branch[k] for k in COMPLETION_KEYS if k != "content" and branch.get(k) is not None}
         label = next((str(branch[k]) for k in ("policy", "model", "label") if branch.get(k) is not None), None)
-        try: messages = linearise_branch(row if row["conversation_branches"] else dict(row, conversation_branches=[branch]), b)
+        try:
+            messages = linearise_branch(row if row["conversation_branches"] else dict(
+                row, conversation_branches=[branch]), b)
         except MalformedRow as e: messages = e
         out.append((messages, dict(fields, policy=label)))
     return out
@@ -89,7 +95,8 @@ def pair_conversations(row:dict)->list[tuple]: # (messages or a `MalformedRow`, 
     "The chosen and the rejected side of a pair"
     out = []
     for side in ("chosen", "rejected"):
-        fields = {k: next((row[c.format(side)] for c in names if row.get(c.format(side)) is not None), None) for k, names in SIDE_COLUMNS.items()}
+        fields = {k: next((row[c.format(side)] for c in names if row.get(c.format(side)) is not None), None)
+                  for k, names in SIDE_COLUMNS.items()}
         try: messages = from_chosen(dict(row, chosen=row[side]))
         except MalformedRow as e: messages = e
         out.append((messages, dict({k: v for k, v in fields.items() if v is not None}, policy=side)))
@@ -109,18 +116,22 @@ def solution_conversations(
 )->list[tuple]: # (messages, fields of the completion)
     "The models' solutions of a question"
     found = [(k, row[k]) for k in names if row.get(k)]
-    return [(messages_from_texts(("user", row["question"]), ("assistant", v["solution"])), dict(policy=k) | ({} if v.get("is_correct") is None else dict(reward=float(v["is_correct"]))))
+    return [(messages_from_texts(("user", row["question"]), ("assistant", v["solution"])),
+             dict(policy=k) | ({} if v.get("is_correct") is None else dict(reward=float(v["is_correct"]))))
             for k, v in found]
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #f81a9219
 def completion_conversations(row:dict)->list[tuple]: # (messages, fields of the completion)
     "The completions of a row that has this form already"
     prompt = row["prompt"] if isinstance(row["prompt"], list) else messages_from_texts(("user", row["prompt"]))
-    found = [make_completion(**{k: v for k, v in c.items() if k in COMPLETION_DEFAULTS}) if isinstance(c, dict) else make_completion(c) for c in row["completions"] or []]
-    return [([*prompt, dict(role="assistant", content=c["content"])], {k: v for k, v in c.items() if k != "content"}) for c in found] or [(prompt, {})]
+    found = [make_completion(**{k: v for k, v in c.items() if k in COMPLETION_DEFAULTS}) if isinstance(c, dict)
+             else make_completion(c) for c in row["completions"] or []]
+    return ([([*prompt, dict(role="assistant", content=c["content"])], {k: v for k, v in c.items() if k != "content"})
+             for c in found] or [(prompt, {})])
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #5577375d
-PREFERENCE_FORMS = dict(rows=("prompt", "completions"), branches=("conversation_branches",), pairs=("chosen", "rejected"), solutions=("question", "ground_truth")) # form: columns it needs
+PREFERENCE_FORMS = dict(rows=("prompt", "completions"), branches=("conversation_branches",),
+                        pairs=("chosen", "rejected"), solutions=("question", "ground_truth")) # form: columns it needs
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #d0bff826
 def row_form(
@@ -143,8 +154,11 @@ def used_columns(
 )->list[str]:
     "The columns that go into the row form and do not stay beside it"
     have, own = dataset.column_names, list(row_features(False))
-    used = {"rows": [], "branches": [*SWISSAI_COLUMNS, "conversation_id"], "solutions": [*PREFERENCE_FORMS["solutions"], *solution_columns(dataset.features)], "prompt": [],
-            "pairs": ["chosen", "rejected", *(c.format(s) for names in SIDE_COLUMNS.values() for c in names for s in ("chosen", "rejected"))]}.get(form)
+    used = {"rows": [], "branches": [*SWISSAI_COLUMNS, "conversation_id"],
+            "solutions": [*PREFERENCE_FORMS["solutions"], *solution_columns(dataset.features)], "prompt": [],
+            "pairs": ["chosen", "rejected",
+                      *(c.format(s) for names in SIDE_COLUMNS.values() for c in names
+                        for s in ("chosen", "rejected"))]}.get(form)
     if used is None: used = [*(columns := format_of(have)), *OPTIONAL_COLUMNS.get(columns, ())]
     return [c for c in have if c in {*own, *used, *(["tools"] if blocks else [])}]
 
@@ -154,7 +168,8 @@ def needs_blocks(
     structure:str="auto", # auto, plain or structured
 )->bool:
     "Whether rows are to have structured contents: where they have them, come from Swiss-AI rows or use tools"
-    if structure not in ("auto", "plain", "structured"): raise UserError(f"structure={structure!r}: auto, plain or structured.")
+    if structure not in ("auto", "plain", "structured"):
+        raise UserError(f"structure={structure!r}: auto, plain or structured.")
     if structure != "auto": return structure == "structured"
     for name in ("prompt", "chosen"):
         feature = getattr(dataset.features.get(name), "feature", None)
@@ -171,8 +186,10 @@ def common_prompt(
     notes = [m["content"] for p in prompts for m in p if m["role"] == "developer" and isinstance(m["content"], dict)]
     if not notes or all(n == notes[0] for n in notes): return prompts[0]
     tools = {json.dumps(t): t for n in notes for t in tool_list(n["tools"])}
-    if len({t["name"] for t in tools.values()}) < len(tools): raise MalformedRow("the completions are offered different tools of one name")
-    return [developer_message(list(tools.values()), any(n["has_thinking"] for n in notes)) if m["role"] == "developer" else m for m in prompts[0]]
+    if len({t["name"] for t in tools.values()}) < len(tools):
+        raise MalformedRow("the completions are offered different tools of one name")
+    return [developer_message(list(tools.values()), any(n["has_thinking"] for n in notes)) if m["role"] == "developer"
+            else m for m in prompts[0]]
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #b36f91ae
 def split_conversation(
@@ -199,7 +216,8 @@ def known_answer_text(
     return value if value is None or isinstance(value, str) else json.dumps(without_none(value), ensure_ascii=False)
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #70b07b1a
-NUMBER_KEYS = ("reward", "ref_logprob", "ref_logprobs") # fields of a completion that a stage cannot keep where they are NaN or infinite
+# fields of a completion that a stage cannot keep where they are NaN or infinite
+NUMBER_KEYS = ("reward", "ref_logprob", "ref_logprobs")
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #44fe5987
 def make_completion_row(
@@ -209,20 +227,25 @@ def make_completion_row(
     blocks:bool, # structured contents
 )->tuple[dict, list[str]]: # the row, and why completions were lost
     "A row of prompt and completions; raises where nothing can be made of it"
-    prompts, completions, lost = [], [], []
+    prompts = []
+    completions = []
+    lost = []
     for messages, fields in talks:
         try:
             if isinstance(messages, MalformedRow): raise messages
             prompt, content = split_conversation(messages, blocks, row.get("tools"))
         except (MalformedRow, UnsupportedContent) as e: lost.append(str(e)); continue
         prompts.append(prompt)
-        odd = [k for k, v in fields.items() if k in NUMBER_KEYS and v is not None and not all(map(math.isfinite, v if isinstance(v, list) else [v]))]
+        odd = [k for k, v in fields.items()
+               if k in NUMBER_KEYS and v is not None and not all(map(math.isfinite, v if isinstance(v, list) else [v]))]
         lost += [f"{k} is not finite: left out" for k in odd]
-        if content is not None: completions.append(make_completion(content, **{k: v for k, v in fields.items() if k not in odd}))
+        if content is not None:
+            completions.append(make_completion(content, **{k: v for k, v in fields.items() if k not in odd}))
     if not prompts: raise MalformedRow(lost[0] if lost else "no completion and no prompt")
     answer = row["ground_truth"] if row.get("ground_truth") is not None else row.get("answer")
     source, verifier = (None if row.get(k) is None else str(row[k]) for k in ("source", "verifier"))
-    return dict(id=row_id(row, index), source=source, prompt=common_prompt(prompts), answer=known_answer_text(answer), verifier=verifier, completions=completions), lost
+    return dict(id=row_id(row, index), source=source, prompt=common_prompt(prompts), answer=known_answer_text(answer),
+                verifier=verifier, completions=completions), lost
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #0aa3e690
 def rows_batch(
@@ -235,17 +258,23 @@ def rows_batch(
     on_malformed:str, # drop or error
 )->dict: # columns of rows, and why there are none
     "A batch of rows; each comes out, with a fault where it is not to be kept"
-    read = dict(rows=completion_conversations, branches=branch_conversations, pairs=pair_conversations, solutions=lambda r: solution_conversations(r, names), prompt=lambda r: completion_conversations(dict(r, completions=[])),
+    read = dict(rows=completion_conversations, branches=branch_conversations, pairs=pair_conversations,
+                solutions=lambda r: solution_conversations(r, names),
+                prompt=lambda r: completion_conversations(dict(r, completions=[])),
                 messages=lambda r: [(to_messages(r, columns), {})])[form]
     out = {k: [] for k in (*row_features(False), "_fault", "_row", "_lost")}
     for i, values in zip(indices, zip(*batch.values())):
-        row, fault, lost = dict(zip(batch, values)), "", []
+        row = dict(zip(batch, values))
+        fault = ""
+        lost = []
         if form == "solutions" and not row.get("verifier"): row["verifier"] = "final_number"
         try: made, lost = make_completion_row(row, i, read(row), blocks)
         except (MalformedRow, UnsupportedContent, KeyError, TypeError, AttributeError) as e:
             fault = str(e) if isinstance(e, UserError) else "a field is missing or has another type"
             made = dict(id=row_id(row, i), source=None, prompt=[], answer=None, verifier=None, completions=[])
-        if on_malformed == "error" and (fault or lost): raise UserError(f"Row {made['id']}: {fault or lost[0]}. Set on_malformed=drop to leave it out and count it.")
+        if on_malformed == "error" and (fault or lost):
+            raise UserError(f"Row {made['id']}: {fault or lost[0]}. Set on_malformed=drop to leave it out and count "
+                            "it.")
         for k, v in dict(made, _fault=fault, _row=made["id"], _lost=lost).items(): out[k].append(v)
     return out
 
@@ -254,7 +283,9 @@ def unique_ids(
     ids:list[str],
 )->list[str]:
     "Ids with those that come again told apart"
-    seen, out, again = set(ids), [], Counter()
+    seen = set(ids)
+    out = []
+    again = Counter()
     for name in ids:
         again[name] += 1
         new = name
@@ -274,7 +305,9 @@ def all_finite(
     for i in range(0, len(dataset), 5000):
         found = pc.list_flatten(arrow[i:i + 5000]["completions"])
         values = [pc.struct_field(found, [k]) for k in NUMBER_KEYS]
-        if not all(pc.all(pc.is_finite(v if k != "ref_logprobs" else pc.list_flatten(v)), min_count=0).as_py() for k, v in zip(NUMBER_KEYS, values)): return False
+        if not all(pc.all(pc.is_finite(v if k != "ref_logprobs" else pc.list_flatten(v)), min_count=0).as_py()
+                   for k, v in zip(NUMBER_KEYS, values)):
+            return False
     return True
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #ab56d60e
@@ -294,7 +327,8 @@ def count_completions(
     "How many completions there are, without reading them into Python"
     import pyarrow.compute as pc
     arrow = dataset.select_columns(["completions"]).with_format("arrow")
-    return sum(pc.sum(pc.list_value_length(arrow[i:i + 5000]["completions"])).as_py() or 0 for i in range(0, len(dataset), 5000))
+    return sum(pc.sum(pc.list_value_length(arrow[i:i + 5000]["completions"])).as_py() or 0
+               for i in range(0, len(dataset), 5000))
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #8c06049f
 def to_rows(
@@ -308,19 +342,26 @@ def to_rows(
     if on_malformed not in ("drop", "error"): raise UserError(f"on_malformed={on_malformed!r}: drop or error.")
     form, blocks = row_form(dataset), needs_blocks(dataset, structure)
     if form == "rows" and has_form(dataset, blocks):
-        return dataset, {"in": len(dataset), "out": len(dataset), "dropped": {}, "examples": {}, "completions": count_completions(dataset), "lost": {}}
-    features = Features({**row_features(blocks), "_fault": Value("string"), "_row": Value("string"), "_lost": List(Value("string"))})
+        return dataset, {"in": len(dataset), "out": len(dataset), "dropped": {}, "examples": {},
+                         "completions": count_completions(dataset), "lost": {}}
+    features = Features({**row_features(blocks), "_fault": Value("string"), "_row": Value("string"),
+                         "_lost": List(Value("string"))})
     if not len(dataset): raise UserError("The dataset has no rows.")
     kept = dataset.remove_columns(used_columns(dataset, form, blocks))
     where = os.path.join(get_temporary_cache_files_directory(), f"rows-{os.urandom(8).hex()}.arrow")
-    data = dataset.map(rows_batch, batched=True, with_indices=True, batch_size=500, features=features, remove_columns=dataset.column_names, load_from_cache_file=False,
-        cache_file_name=where, new_fingerprint=os.urandom(8).hex(), desc="Rows", fn_kwargs=dict(form=form, columns=format_of(dataset.column_names) if form == "messages" else None,
+    data = dataset.map(rows_batch, batched=True, with_indices=True, batch_size=500, features=features,
+                       remove_columns=dataset.column_names, load_from_cache_file=False, cache_file_name=where,
+                       new_fingerprint=os.urandom(8).hex(), desc="Rows",
+                       fn_kwargs=dict(
+        form=form, columns=format_of(dataset.column_names) if form == "messages" else None,
         names=solution_columns(dataset.features), blocks=blocks, on_malformed=on_malformed))
     lost = Counter(reason for row in data["_lost"][:] for reason in row)
-    data, counts = keep_good((concatenate_datasets([data, kept], axis=1) if kept.column_names else data).remove_columns("_lost"))
+    data, counts = keep_good((concatenate_datasets([data, kept], axis=1) if kept.column_names
+                              else data).remove_columns("_lost"))
     ids = data["id"][:]
     if len(set(ids)) < len(ids):
-        data = data.remove_columns("id").add_column("id", unique_ids(ids), feature=Value("string")).select_columns(["id", *(c for c in data.column_names if c != "id")])
+        data = data.remove_columns("id").add_column("id", unique_ids(ids), feature=Value("string")).select_columns(
+            ["id", *(c for c in data.column_names if c != "id")])
     return data, dict(counts, completions=count_completions(data), lost=dict(lost.most_common()))
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #faca1404
@@ -334,11 +375,13 @@ def block_parts(
         if b["type"] == "thoughts": out.append(part("thought", content=b["text"]))
         elif b["type"] == "response": out.append(part("response", content=b["text"]))
         elif b["type"] == "tool_calls":
-            answers = parse_json(b["calls"][0]["arguments"], "arguments") if [c["name"] for c in b["calls"]] == ["display_answers"] else {}
+            answers = (parse_json(b["calls"][0]["arguments"], "arguments")
+                       if [c["name"] for c in b["calls"]] == ["display_answers"] else {})
             shown = isinstance(answers, dict) and [*answers] == ["answers"]
             if shown: out.append(part("verifiable-responses", answers=list(map(str, answers["answers"]))))
             else: out += [part("function-call", name=c["name"], args=c["arguments"]) for c in b["calls"]]
-        elif not shown or b["outputs"][0]["output"] != '"Answers displayed"': out += [part("function-output", content=o["output"]) for o in b["outputs"]]
+        elif not shown or b["outputs"][0]["output"] != '"Answers displayed"':
+            out += [part("function-output", content=o["output"]) for o in b["outputs"]]
     return out
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #7fc3abdc
@@ -352,17 +395,23 @@ def swissai_row(
     if not said or said[0]["role"] != "user": raise MalformedRow("the prompt does not begin with a user turn")
     asked = lambda m: "".join(p["text"] for p in m["content"]["parts"])
     part = lambda text: dict(type="response", content=text, name=None, args=None, answers=None)
-    context = [dict(role=m["role"], parts=block_parts(m["content"]["blocks"]) if m["role"] == "assistant" else [part(p["text"]) for p in m["content"]["parts"]]) for m in said[1:]]
+    context = [dict(role=m["role"],
+                    parts=block_parts(m["content"]["blocks"]) if m["role"] == "assistant"
+                    else [part(p["text"]) for p in m["content"]["parts"]]) for m in said[1:]]
     branches = []
     for c in row["completions"]:
-        turn = to_structured([*prompt, dict(role="assistant", content=c["content"])])[-1] if isinstance(c["content"], dict) else dict(content=text_content(c["content"], True))
+        turn = (to_structured([*prompt, dict(role="assistant", content=c["content"])])[-1]
+                if isinstance(c["content"], dict) else dict(content=text_content(c["content"], True)))
         fields = {k: v for k, v in c.items() if k != "content"}
-        branches.append(dict(messages=[*context, dict(role="assistant", parts=block_parts(turn["content"]["blocks"]))], **fields))
+        branches.append(dict(messages=[*context, dict(role="assistant", parts=block_parts(turn["content"]["blocks"]))],
+                             **fields))
     shows = any(p["type"] == "verifiable-responses" for b in branches for m in b["messages"] for p in m["parts"])
     tools = [t for n in notes for t in tool_list(n["tools"]) if not (shows and t == DISPLAY_ANSWERS)]
-    return dict(conversation_id=row["id"], system_prompt=dict(content=system[0]["text"], metadata=None) if system else None,
-                available_functions=[dict(t, parameters=json.dumps(t["parameters"], ensure_ascii=False)) for t in tools],
-                initial_prompt=dict(role="user", content=asked(said[0]), metadata=None), conversation_branches=branches or [dict(messages=context, **make_completion(None))])
+    return dict(
+        conversation_id=row["id"], system_prompt=dict(content=system[0]["text"], metadata=None) if system else None,
+        available_functions=[dict(t, parameters=json.dumps(t["parameters"], ensure_ascii=False)) for t in tools],
+        initial_prompt=dict(role="user", content=asked(said[0]), metadata=None),
+        conversation_branches=branches or [dict(messages=context, **make_completion(None))])
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #a871ba48
 def to_swissai(
@@ -370,10 +419,13 @@ def to_swissai(
 ): # `datasets.Dataset` of Swiss-AI rows
     "Rows of prompts and completions as branching conversations; other columns stay"
     from datasets import Dataset, Features, List, Value, concatenate_datasets
-    text, fields = Value("string"), {k: v for k, v in row_features(False)["completions"].feature.items() if k != "content"}
+    text, fields = Value("string"), {k: v for k, v in row_features(False)["completions"].feature.items()
+                                     if k != "content"}
     part = dict(type=text, content=text, name=text, args=text, answers=List(text))
-    features = Features(conversation_id=text, system_prompt=dict(content=text, metadata=text), available_functions=List(dict(name=text, description=text, parameters=text)),
-                        initial_prompt=dict(role=text, content=text, metadata=text), conversation_branches=List(dict(messages=List(dict(role=text, parts=List(part))), **fields)))
+    features = Features(conversation_id=text, system_prompt=dict(content=text, metadata=text),
+                        available_functions=List(dict(name=text, description=text, parameters=text)),
+                        initial_prompt=dict(role=text, content=text, metadata=text),
+                        conversation_branches=List(dict(messages=List(dict(role=text, parts=List(part))), **fields)))
     kept = dataset.select_columns([c for c in dataset.column_names if c not in ("id", "prompt", "completions")])
     rows = [swissai_row(r) for r in dataset.select_columns(["id", "prompt", "completions"])]
     made = Dataset.from_dict({k: [r[k] for r in rows] for k in features}, features=features)
@@ -384,7 +436,8 @@ def pair_of(
     row:dict, # with completions
 )->dict|None: # chosen and rejected messages; None where there are not both
     "The pair that a row came with: its completions called chosen and rejected"
-    side = lambda name: next(([dict(role="assistant", content=c["content"])] for c in row["completions"] if c["policy"] == name), None)
+    side = lambda name: next(([dict(role="assistant", content=c["content"])] for c in row["completions"]
+                              if c["policy"] == name), None)
     out = dict(chosen=side("chosen"), rejected=side("rejected"))
     return out if all(out.values()) else None
 
@@ -401,13 +454,21 @@ def to_preference(
         if not pair: continue
         found = {c["policy"]: c["reward"] for c in row.get("completions") or []}
         try: talk = plain_messages([*row["prompt"], *pair["chosen"], *pair["rejected"]])
-        except UnsupportedContent as e: raise UserError(f"Row {row['id']}: {e}, for which plain rows have no place. Leave such rows out, or use `to_swissai`.") from e
+        except UnsupportedContent as e:
+            raise UserError(f"Row {row['id']}: {e}, for which plain rows have no place. Leave such rows out, or "
+                            "use `to_swissai`.") from e
         one = dict(id=row["id"], source=row["source"], prompt=talk[:-2], chosen=talk[-2:-1], rejected=talk[-1:])
-        if texts and len(talk) > 3: raise UserError(f"Row {row['id']}: its prompt has {len(talk) - 2} messages, which are no single text. Leave texts off.")
+        if texts and len(talk) > 3:
+            raise UserError(f"Row {row['id']}: its prompt has {len(talk) - 2} messages, which are no single text. "
+                            "Leave texts off.")
         out.append({k: v[0]["content"] if texts and isinstance(v, list) else v for k, v in one.items()}
-                   | {f"{s}_reward": row[f"{s}_reward"] if f"{s}_reward" in row else found.get(s) for s in ("chosen", "rejected")})
-    kind, text, number = Value("string") if texts else message_features(False), Value("string"), Value("float64")
-    features = Features(id=text, source=text, prompt=kind, chosen=kind, rejected=kind, chosen_reward=number, rejected_reward=number)
+                   | {f"{s}_reward": row[f"{s}_reward"] if f"{s}_reward" in row else found.get(s)
+                      for s in ("chosen", "rejected")})
+    kind = Value("string") if texts else message_features(False)
+    text = Value("string")
+    number = Value("float64")
+    features = Features(id=text, source=text, prompt=kind, chosen=kind, rejected=kind, chosen_reward=number,
+                        rejected_reward=number)
     return Dataset.from_dict({k: [r[k] for r in out] for k in features}, features=features)
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #63eab607
@@ -415,7 +476,8 @@ def references_of(
     dataset, # `datasets.Dataset` of pairs
 )->dict: # reference: pairs
     "How many pairs belong to which reference model"
-    return dict(Counter(dataset["reference"][:] if "reference" in dataset.column_names else [None]*len(dataset)).most_common())
+    return dict(Counter(dataset["reference"][:] if "reference" in dataset.column_names
+                        else [None]*len(dataset)).most_common())
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #51ffde09
 def mix_pairs(
@@ -435,5 +497,6 @@ def mix_pairs(
     found = {r for refs in references.values() for r in refs}
     if len(found) > 1 and not allow_other_references:
         each = "; ".join(f"{name}: {', '.join(str(r or 'none') for r in refs)}" for name, refs in references.items())
-        raise UserError(f"The pairs belong to different reference models ({each}). Compute the log-probabilities of all with one, or set allow_other_references=true.")
+        raise UserError(f"The pairs belong to different reference models ({each}). Compute the log-probabilities of "
+                        "all with one, or set allow_other_references=true.")
     return mix_sources(sources, columns_to_keep=list(columns), seed=seed, shuffle=shuffle)

@@ -34,7 +34,8 @@ def check_frozen(
     counts, rest = config_changes(yaml.safe_load((Path(run_dir)/"config.yaml").read_text()), cfg)
     if counts:
         listed = "; ".join(f"{k}: {a!r} in the folder, {b!r} now" for k, (a, b) in counts.items())
-        raise UserError(f"The config differs from the one frozen in {run_dir}: {listed}. Restore config.yaml, or set another job_subdir for a run of its own.")
+        raise UserError(f"The config differs from the one frozen in {run_dir}: {listed}. Restore config.yaml, or set "
+                        "another job_subdir for a run of its own.")
     return rest
 
 # %% ../../nbs/15_run/6_attempt.ipynb #127298e2
@@ -67,12 +68,16 @@ def _claim_generation(
 # %% ../../nbs/15_run/6_attempt.ipynb #86b8f226
 def refuse_secrets(cfg:dict):
     "A config is kept and shown: a token in it would be too"
-    flat = {k: v for k, v in flatten(cfg).items() if isinstance(v, str) and not k.startswith("model_merging.tokenizer.")} # a token there is a piece of text
+    flat = {k: v for k, v in flatten(cfg).items()
+            if isinstance(v, str) and not k.startswith("model_merging.tokenizer.")} # a token there is a piece of text
     hidden = [k for k, v in flat.items() if redact({k.split(".")[-1]: v})[k.split(".")[-1]] != v]
-    if hidden: raise UserError(f"{', '.join(hidden)} looks like a secret, and a config is kept in the record. Set it in the environment (HF_TOKEN, WANDB_API_KEY).")
+    if hidden:
+        raise UserError(f"{', '.join(hidden)} looks like a secret, and a config is kept in the record. Set it in the "
+                        "environment (HF_TOKEN, WANDB_API_KEY).")
 
 # %% ../../nbs/15_run/6_attempt.ipynb #65018ab8
-RUN_KEYS = ("stage", "hash", "config", "origins", "overrides", "attempts", "earlier") # the rest of a record is about one generation
+# the rest of a record is about one generation
+RUN_KEYS = ("stage", "hash", "config", "origins", "overrides", "attempts", "earlier")
 
 # %% ../../nbs/15_run/6_attempt.ipynb #5ec6b244
 def _begin_generation(
@@ -90,7 +95,8 @@ def _begin_generation(
     save_frozen(cfg, run_dir/"config.yaml", facts.get("overrides") or ())
     def change(r):
         if r: r.setdefault("earlier", []).append({k: r.pop(k) for k in list(r) if k not in RUN_KEYS})
-        r.update(stage=cfg["stage"], hash=digest, id=run_id, generation=n, status="queued", checkpoints_dir=str(folder), config=cfg, **facts)
+        r.update(stage=cfg["stage"], hash=digest, id=run_id, generation=n, status="queued", checkpoints_dir=str(folder),
+                 config=cfg, **facts)
         r.setdefault("attempts", [])
     edit_record(run_dir, change)
     return folder
@@ -106,7 +112,8 @@ def _mark_killed(run_dir:Path):
 # %% ../../nbs/15_run/6_attempt.ipynb #687d8417
 def _write_exit(run_dir:Path, attempt:dict):
     "The end of an attempt, in its own folder: a reader of the folder alone sees whether it holds a whole notebook or a last saved state"
-    write_json(run_dir/f"attempts/{attempt['number']}/exit.json", {k: attempt[k] for k in ("number", "exit", "started", "ended", "noticed") if k in attempt})
+    write_json(run_dir/f"attempts/{attempt['number']}/exit.json",
+               {k: attempt[k] for k in ("number", "exit", "started", "ended", "noticed") if k in attempt})
 
 # %% ../../nbs/15_run/6_attempt.ipynb #6ed279de
 def _attach(cfg:dict, attempt:int)->Attempt:
@@ -117,7 +124,8 @@ def _attach(cfg:dict, attempt:int)->Attempt:
         raise UserError(f"Attempt {attempt} of {run_dir} is not open. Leave attempt=0 to open one here.")
     if os.environ.get("POST_TRAINING_PARENT") == str(os.getppid()): die_with_parent(os.getppid())
     folder = run_dir/f"attempts/{attempt}"
-    return Attempt(run_dir, folder, attempt, folder/"config.yaml", plan.checkpoints_dir, plan.hash, attempts[attempt - 1]["began_as"], attached=True)
+    return Attempt(run_dir, folder, attempt, folder/"config.yaml", plan.checkpoints_dir, plan.hash,
+                   attempts[attempt - 1]["began_as"], attached=True)
 
 # %% ../../nbs/15_run/6_attempt.ipynb #15a37ae3
 def open_run(
@@ -133,7 +141,9 @@ def open_run(
     refuse_secrets(cfg)
     run_dir = run_folder(cfg)
     hold_run(run_dir)
-    try: opened = _open_held(cfg, locate_run(cfg), origins or {}, list(overrides), force, redact(list(command or sys.argv)))
+    try:
+        opened = _open_held(cfg, locate_run(cfg), origins or {}, list(overrides), force,
+                            redact(list(command or sys.argv)))
     except BaseException: release_run(run_dir); raise
     if opened.status == "done": release_run(run_dir)
     else: atexit.register(_close_at_exit, opened, os.getpid())
@@ -150,11 +160,14 @@ def _choose_generation(
     run_dir, record = plan.run_dir, read_record(plan.run_dir)
     existing = bool(record) and not not_begun(record)
     if record: _mark_killed(run_dir)
-    if force or not record: return _begin_generation(run_dir, {**cfg, "resuming_dir": str(plan.checkpoints_dir)}, plan.hash, facts), {}, "new"
+    if force or not record:
+        return _begin_generation(run_dir, {**cfg, "resuming_dir": str(plan.checkpoints_dir)}, plan.hash,
+                                 facts), {}, "new"
     changed, best = check_frozen(run_dir, cfg), newest_verified(plan.checkpoints_dir)[0]
     if best: check_topology(record.get("topology"), training_topology(cfg))
     elif record.get("freed"):
-        raise UserError(f"The checkpoints of {run_dir.name} were freed ({record['freed'][-1]['when']}): there is nothing to continue from. Add --force to begin anew from step 0.")
+        raise UserError(f"The checkpoints of {run_dir.name} were freed ({record['freed'][-1]['when']}): there is "
+                        "nothing to continue from. Add --force to begin anew from step 0.")
     return plan.checkpoints_dir, changed, "resume" if existing else "new"
 
 # %% ../../nbs/15_run/6_attempt.ipynb #b5f9cb37
@@ -162,13 +175,15 @@ def _refuse_existing(cfg:dict, run_dir:Path):
     "With `resuming.resume` false a run that was begun is left alone"
     record = read_record(run_dir)
     if record and not not_begun(record) and not (cfg.get("resuming") or {}).get("resume", True):
-        raise UserError(f"{run_dir} exists and resuming.resume is false. Set resuming.resume=true, force a new attempt, or choose another job_subdir.")
+        raise UserError(f"{run_dir} exists and resuming.resume is false. Set resuming.resume=true, force a new "
+                        "attempt, or choose another job_subdir.")
 
 # %% ../../nbs/15_run/6_attempt.ipynb #50f9eaa8
 def _refuse_changed(run_dir:Path):
     "A finished run stands for the inputs that it had"
     if changed := changed_inputs(read_record(run_dir)):
-        raise UserError(f"{', '.join(changed)} changed since the finished run in {run_dir}. Add --force (force=True) to make it anew, or choose another job_subdir.")
+        raise UserError(f"{', '.join(changed)} changed since the finished run in {run_dir}. Add --force (force=True) "
+                        "to make it anew, or choose another job_subdir.")
 
 # %% ../../nbs/15_run/6_attempt.ipynb #965a2dd4
 def _open_held(cfg:dict, plan:RunState, origins:dict, overrides:list, force:bool, command:list)->Attempt:
@@ -183,7 +198,8 @@ def _open_held(cfg:dict, plan:RunState, origins:dict, overrides:list, force:bool
     cfg = {**cfg, "run_dir": str(run_dir), "resuming_hash": plan.hash}
     folder, changed, status = _choose_generation(cfg, plan, dict(origins=origins, overrides=overrides), force)
     made = Attempt(run_dir, run_dir/f"attempts/{len(attempts)+1}", len(attempts)+1, None, folder, plan.hash, status)
-    facts = dict(changed=changed, command=command, overrides=overrides, began_as=status, topology=training_topology(cfg)) | (dict(job=job) if (job := this_job()) else {})
+    facts = dict(changed=changed, command=command, overrides=overrides, began_as=status,
+                 topology=training_topology(cfg)) | (dict(job=job) if (job := this_job()) else {})
     return _start_attempt(made, {**cfg, "resuming_dir": str(folder)}, facts)
 
 # %% ../../nbs/15_run/6_attempt.ipynb #9ecb5656
@@ -201,7 +217,8 @@ def queue_run(
         plan = locate_run(cfg)
         if not force: _refuse_existing(cfg, run_dir)
         if plan.status == "done" and not force: _refuse_changed(run_dir); return plan
-        folder, _, status = _choose_generation({**cfg, "run_dir": str(run_dir), "resuming_hash": plan.hash}, plan, dict(origins=origins or {}, overrides=list(overrides)), force)
+        folder, _, status = _choose_generation({**cfg, "run_dir": str(run_dir), "resuming_hash": plan.hash}, plan,
+                                               dict(origins=origins or {}, overrides=list(overrides)), force)
         return RunState(plan.hash, run_dir, folder, status, plan.why)
     finally: release_run(run_dir)
 
@@ -218,8 +235,10 @@ def _start_attempt(
     git = git_state()
     if git["diff"]: write_atomic(attempt.attempt_dir/"diff.patch", redact(git["diff"]))
     git["diff"] = "attempts/%d/diff.patch" % attempt.number if git["diff"] else None
-    entry = dict(number=attempt.number, started=_now(), pid=os.getpid(), host=host_facts(), git=git, versions=stack_versions(), **facts)
-    state = "finished" if attempt.status == "resume" and is_trained(attempt.run_dir, attempt.checkpoints_dir) else "running" # what comes after training may be left to do
+    entry = dict(number=attempt.number, started=_now(), pid=os.getpid(), host=host_facts(), git=git,
+                 versions=stack_versions(), **facts)
+    state = ("finished" if attempt.status == "resume" and is_trained(attempt.run_dir, attempt.checkpoints_dir)
+             else "running") # what comes after training may be left to do
     def change(r):
         r.update(status=state, checkpoints_dir=str(attempt.checkpoints_dir), topology=facts["topology"])
         r["attempts"].append({**entry, "generation": r["generation"]})
@@ -253,7 +272,8 @@ def finish_output(
 ):
     "Record that a data stage is finished and where its output is"
     parents = [p for path in facts.get("inputs") or {} for p in made_by(path)]
-    update_record(attempt.run_dir, status="finished", final=dict(output=str(output)), **(dict(parents=parents) if parents else {}), **facts)
+    update_record(attempt.run_dir, status="finished", final=dict(output=str(output)),
+                  **(dict(parents=parents) if parents else {}), **facts)
     finish_attempt(attempt)
 
 # %% ../../nbs/15_run/6_attempt.ipynb #c8a01be6

@@ -23,7 +23,8 @@ def all_runs(
 )->list[Path]: # run folders, by name; the examples are left out
     "Folders that hold a record"
     root = site_path(root or runs_root())
-    return sorted(p.parent for p in root.rglob("record.json") if p.relative_to(root).parts[0] != "examples" and "attempts" not in p.relative_to(root).parts)
+    return sorted(p.parent for p in root.rglob("record.json")
+                  if p.relative_to(root).parts[0] != "examples" and "attempts" not in p.relative_to(root).parts)
 
 # %% ../../nbs/15_run/7_find.ipynb #8b633fba
 def find_run(
@@ -35,10 +36,14 @@ def find_run(
     for p in (Path(name), site_path(name), site_path(root or runs_root())/name):
         if (p/"record.json").is_file(): return p
     runs, top = all_runs(root), site_path(root or runs_root())
-    hits = [r for r in runs if r.name == name or r.name.endswith(f"-{name[:8]}")] or [r for r in runs if parts and name in str(r.relative_to(top))]
+    hits = ([r for r in runs if r.name == name or r.name.endswith(f"-{name[:8]}")]
+            or [r for r in runs if parts and name in str(r.relative_to(top))])
     if len(hits) == 1: return hits[0]
-    if hits: raise UserError(f"{name!r} means {len(hits)} runs: {', '.join(h.name for h in hits[:5])}. Give more of the name.")
-    raise UserError(f"There is no run {name!r}.{did_you_mean(name, [r.name for r in runs])} `post-training runs` lists them.")
+    if hits:
+        raise UserError(f"{name!r} means {len(hits)} runs: {', '.join(h.name for h in hits[:5])}. Give more of the "
+                        "name.")
+    raise UserError(f"There is no run {name!r}.{did_you_mean(name, [r.name for r in runs])} `post-training runs` lists "
+                    "them.")
 
 # %% ../../nbs/15_run/7_find.ipynb #ddf71603
 def local_path_or_name(
@@ -58,6 +63,9 @@ def base_model(
     record = read_record(find_run(name[4:], runs_dir, parts=False))
     path, skipped = newest_verified(record["checkpoints_dir"])
     output = site_path((record.get("final") or {}).get("output") or "")
-    if path is None and (output/"config.json").is_file() and not verify_manifest(output): path = output # a model that was exported
-    if path is None: raise UserError(f"{name} has no checkpoint that verifies" + (f" ({skipped[0][0].name}: {skipped[0][1]})" if skipped else "") + ".")
+    if path is None and (output/"config.json").is_file() and not verify_manifest(output):
+        path = output # a model that was exported
+    if path is None:
+        raise UserError(f"{name} has no checkpoint that verifies"
+                        + (f" ({skipped[0][0].name}: {skipped[0][1]})" if skipped else "") + ".")
     return str(path), dict(parents=[dict(run=record.get("id"), hash=record.get("hash"), checkpoint=path.name)])

@@ -16,7 +16,8 @@ from ..config.batch import accelerate_file, batch_arithmetic
 from .provenance import git_state
 
 # %% ../../nbs/15_run/3_identity.ipynb #951ff32f
-SITE_KEYS = ("run_dir", "resuming_dir", "resuming_hash", "resuming", "artifacts_dir", "artifacts_subdir", "runs_dir", "submit", "num_processes")
+SITE_KEYS = ("run_dir", "resuming_dir", "resuming_hash", "resuming", "artifacts_dir", "artifacts_subdir", "runs_dir",
+             "submit", "num_processes")
 
 # %% ../../nbs/15_run/3_identity.ipynb #d573c168
 def _portable(
@@ -57,7 +58,8 @@ def canonical_config(
 )->dict: # what the identity is computed from
     "The config without the keys that do not change the result, with portable paths"
     out = json.loads(json.dumps(cfg, default=str))
-    if cfg["stage"] in TRAINING_STAGES: out["global_batch_size"] = cfg.get("global_batch_size") or batch_arithmetic(cfg)["global_batch"]
+    if cfg["stage"] in TRAINING_STAGES:
+        out["global_batch_size"] = cfg.get("global_batch_size") or batch_arithmetic(cfg)["global_batch"]
     for key in (*SITE_KEYS, *((cfg.get("resuming") or {}).get("ignore_keys") or [])): _drop_key(out, key)
     return _portable(out, _machine_folders(cfg))
 
@@ -69,7 +71,8 @@ def config_hash(
     "The identity of a run: a hash of the canonical config, and of the commit where `resuming.use_commit` asks for it"
     what = canonical_config(cfg)
     if (cfg.get("resuming") or {}).get("use_commit"): what["commit"] = commit or git_state()["commit"]
-    return hashlib.sha256(json.dumps(what, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(what, sort_keys=True, separators=(",", ":"),
+                                     ensure_ascii=False).encode()).hexdigest()
 
 # %% ../../nbs/15_run/3_identity.ipynb #7963a101
 def run_slug(
@@ -77,7 +80,8 @@ def run_slug(
 )->str: # lower case, letters, digits, dots and dashes
     "A readable name for a run: the last parts of the model's and the dataset's names, or a merge's method"
     model = (cfg.get("model_args") or {}).get("model_name_or_path")
-    names = [*((cfg.get("checkpoints") or [])[:3] or [model]), cfg.get("dataset_name"), (cfg.get("model_merging") or {}).get("merge_method")]
+    names = [*((cfg.get("checkpoints") or [])[:3] or [model]), cfg.get("dataset_name"),
+             (cfg.get("model_merging") or {}).get("merge_method")]
     text = "-".join(str(n).rstrip("/").split("/")[-1] for n in names if n) or cfg["stage"]
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")[:48]
 
@@ -94,7 +98,8 @@ def run_folder(
     cfg:dict, # a composed, resolved config
 )->Path: # RUNS/STAGE/JOB_SUBDIR/SLUG-HASH8
     "Where the record of a config's run is"
-    return site_path(cfg.get("runs_dir") or "runs")/cfg["stage"]/_job_subdir(cfg)/f"{run_slug(cfg)}-{config_hash(cfg)[:8]}"
+    return site_path(cfg.get("runs_dir")
+                     or "runs")/cfg["stage"]/_job_subdir(cfg)/f"{run_slug(cfg)}-{config_hash(cfg)[:8]}"
 
 # %% ../../nbs/15_run/3_identity.ipynb #456b7115
 def checkpoints_root(
@@ -113,8 +118,12 @@ def config_changes(
     def differ(a, b):
         a, b = flatten(a), flatten(b)
         return {k: (a.get(k), b.get(k)) for k in sorted({*a, *b}) if a.get(k) != b.get(k)}
-    counts = differ(canonical_config(frozen), canonical_config({**cfg, "resuming": {**(cfg.get("resuming") or {}), "ignore_keys": (frozen.get("resuming") or {}).get("ignore_keys")}}))
-    rest = {k: v for k, v in differ(frozen, cfg).items() if k not in counts and k.split(".")[0] not in ("run_dir", "resuming_dir", "resuming_hash")}
+    counts = differ(canonical_config(frozen),
+                    canonical_config({**cfg,
+                                      "resuming": {**(cfg.get("resuming") or {}),
+                                                   "ignore_keys": (frozen.get("resuming") or {}).get("ignore_keys")}}))
+    rest = {k: v for k, v in differ(frozen, cfg).items()
+            if k not in counts and k.split(".")[0] not in ("run_dir", "resuming_dir", "resuming_hash")}
     return counts, {k: v for k, v in rest.items() if not any(k.startswith(c + ".") for c in counts)}
 
 # %% ../../nbs/15_run/3_identity.ipynb #10c7dce4
@@ -124,7 +133,8 @@ def training_topology(
     "How the work of a step is divided; empty for stages without steps"
     if cfg["stage"] not in TRAINING_STAGES: return {}
     preset, b = yaml.safe_load(accelerate_file(cfg["accelerate_config"]).read_text()), batch_arithmetic(cfg)
-    zero = (preset.get("deepspeed_config") or {}).get("zero_stage", 0) if preset.get("distributed_type") == "DEEPSPEED" else None
+    zero = ((preset.get("deepspeed_config") or {}).get("zero_stage", 0) if preset.get("distributed_type") == "DEEPSPEED"
+            else None)
     return dict(world_size=b["world_size"], per_device=b["per_device"], accumulation=b["accumulation"], zero_stage=zero)
 
 # %% ../../nbs/15_run/3_identity.ipynb #b8f598c4
@@ -134,6 +144,10 @@ def check_topology(
 ):
     "Refuse to continue under a division of work that the engine's checkpoints cannot be loaded in"
     if not saved or not current or all(saved.get(k) == current[k] for k in ("world_size", "zero_stage")): return
-    if saved.get("zero_stage") is None and current["zero_stage"] is None: return # plain data parallel: every rank holds everything
-    raise UserError("DeepSpeed's checkpoints load only where they were saved: " + ", ".join(f"{k} was {saved.get(k)} and is {current[k]}"
-        for k in ("world_size", "zero_stage") if saved.get(k) != current[k]) + ". Resume with the former accelerate_config and number of processes, or start another job_subdir.")
+    if saved.get("zero_stage") is None and current["zero_stage"] is None:
+        return # plain data parallel: every rank holds everything
+    raise UserError(
+        "DeepSpeed's checkpoints load only where they were saved: "
+        + ", ".join(f"{k} was {saved.get(k)} and is {current[k]}" for k in ("world_size", "zero_stage")
+                    if saved.get(k) != current[k])
+        + ". Resume with the former accelerate_config and number of processes, or start another job_subdir.")

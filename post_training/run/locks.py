@@ -23,7 +23,10 @@ def is_live(
         path = Path(run_dir)/name
         if not path.exists(): continue
         with open(path) as f:
-            try: fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB) if name == ".lock" else fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(f,
+                            fcntl.LOCK_SH
+                            | fcntl.LOCK_NB) if name == ".lock" else fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError: return True
     return False
 
@@ -39,7 +42,8 @@ def hold_run(
     if workers: workers.close()
     else:
         if lock: lock.close()
-        raise UserError(f"Another attempt is at work on {run_dir}. Wait for it or stop it; two attempts would spoil each other's files.")
+        raise UserError(f"Another attempt is at work on {run_dir}. Wait for it or stop it; two attempts would spoil "
+                        "each other's files.")
     _HELD[str(run_dir)] = lock
 
 # %% ../../nbs/15_run/4_locks.ipynb #c3072af1
@@ -57,6 +61,7 @@ def join_run(
     "What a training process calls first: die with its launcher, and keep other attempts out until then"
     if "POST_TRAINING_ATTEMPT" in os.environ or "LOCAL_RANK" in os.environ: die_with_parent()
     run_dir, first = Path(run_dir), os.environ.get("RANK", "0") == "0"
-    locks = [try_lock(run_dir/".workers", fcntl.LOCK_SH, 5.)] + ([try_lock(run_dir/".worker0", fcntl.LOCK_EX, 5.)] if first else [])
+    locks = [try_lock(run_dir/".workers", fcntl.LOCK_SH, 5.)] + (
+        [try_lock(run_dir/".worker0", fcntl.LOCK_EX, 5.)] if first else [])
     if not all(locks): raise UserError(f"Another attempt is at work on {run_dir}. Wait for it or stop it.")
     _HELD[f"{run_dir} (worker)"] = locks

@@ -15,8 +15,8 @@ from ..config.presets import project_root, site_path
 from .record import read_record, update_record
 
 # %% ../../nbs/15_run/2_provenance.ipynb #5ec3929d
-STACK = ("torch", "transformers", "trl", "accelerate", "deepspeed", "datasets", "tokenizers", "peft", "mergekit", "wandb", "papermill",
-         "hydra-core", "nbdev", "numpy", "pytorch-optimizer", "post_training")
+STACK = ("torch", "transformers", "trl", "accelerate", "deepspeed", "datasets", "tokenizers", "peft", "mergekit",
+         "wandb", "papermill", "hydra-core", "nbdev", "numpy", "pytorch-optimizer", "post_training")
 
 # %% ../../nbs/15_run/2_provenance.ipynb #cbe7f691
 def stack_versions(
@@ -50,9 +50,11 @@ def git_state(
 # %% ../../nbs/15_run/2_provenance.ipynb #2087a315
 def host_facts()->dict:
     "This machine: name, processors, memory, accelerators as the driver lists them"
-    gpus = _run_quietly("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader") if shutil.which("nvidia-smi") else None
+    gpus = (_run_quietly("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+            if shutil.which("nvidia-smi") else None)
     return dict(name=socket.gethostname(), platform=platform.platform(), cpus=len(os.sched_getaffinity(0)),
-                memory_gb=round(os.sysconf("SC_PAGE_SIZE")*os.sysconf("SC_PHYS_PAGES")/2**30, 1), gpus=(gpus or "").strip().splitlines())
+                memory_gb=round(os.sysconf("SC_PAGE_SIZE")*os.sysconf("SC_PHYS_PAGES")/2**30, 1),
+                gpus=(gpus or "").strip().splitlines())
 
 # %% ../../nbs/15_run/2_provenance.ipynb #172d281e
 def path_fingerprint(
@@ -61,7 +63,9 @@ def path_fingerprint(
 )->str: # hex digest
     "A digest of names, sizes and contents, the same on every machine"
     path = Path(path)
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts))
+    files = ([path] if path.is_file()
+             else sorted(p for p in path.rglob("*")
+                         if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)))
     if not files: raise UserError(f"{path} does not exist or holds no files.")
     total = hashlib.sha256()
     for p in files:
@@ -80,7 +84,9 @@ def check_fingerprints(
     "Record digests on the first start of a generation; refuse a change afterwards"
     before = read_record(run_dir).get("fingerprints") or {}
     changed = [f"{k} ({before[k][:8]} then, {v[:8]} now)" for k, v in now.items() if before.get(k, v) != v]
-    if changed: raise UserError(f"What the run in {run_dir} was started with has changed: {', '.join(changed)}. Restore it, or force the run to start anew.")
+    if changed:
+        raise UserError(f"What the run in {run_dir} was started with has changed: {', '.join(changed)}. Restore it, or "
+                        "force the run to start anew.")
     update_record(run_dir, fingerprints=now)
 
 # %% ../../nbs/15_run/2_provenance.ipynb #1caff675
@@ -90,7 +96,9 @@ def input_files(
     "The files of an input on this machine"
     path = site_path(path)
     found = sorted(path.parent.glob(path.name)) if any(c in path.name for c in "*?[") else [path]
-    return [f for p in found for f in ([p] if p.is_file() else sorted(q for q in p.rglob("*") if q.is_file() and not q.name.startswith(".")))]
+    return [f for p in found
+            for f in ([p] if p.is_file()
+                      else sorted(q for q in p.rglob("*") if q.is_file() and not q.name.startswith(".")))]
 
 # %% ../../nbs/15_run/2_provenance.ipynb #573b95a6
 def inputs_of(
@@ -112,7 +120,8 @@ def changed_inputs(
 )->list[str]: # paths whose content is another now
     "Which inputs of a run have changed since; contents are read only where names, sizes or times differ"
     before = {path: was for path, was in (record.get("inputs") or {}).items() if was.get("content")}
-    there = {path: inputs_of([path], content=False)[path] for path in before} # what is gone cannot be compared, and a finished run stands
+    # what is gone cannot be compared, and a finished run stands
+    there = {path: inputs_of([path], content=False)[path] for path in before}
     touched = [path for path, now in there.items() if now and now["stat"] != before[path]["stat"]]
     return [path for path in touched if inputs_of([path])[path].get("content") != before[path]["content"]]
 
@@ -123,4 +132,5 @@ def made_by(
     "The run that wrote a folder of rows, as its manifest says"
     try: manifest = json.loads((site_path(path)/"manifest.json").read_text())
     except (OSError, ValueError): return []
-    return [dict(stage=manifest.get("stage"), hash=manifest["run_hash"], dataset=str(path))] if manifest.get("run_hash") else []
+    return ([dict(stage=manifest.get("stage"), hash=manifest["run_hash"], dataset=str(path))]
+            if manifest.get("run_hash") else [])

@@ -19,7 +19,9 @@ def read_record(
     "The record of a run"
     try: return json.loads((Path(run_dir)/"record.json").read_text())
     except FileNotFoundError: return {}
-    except ValueError: raise UserError(f"{run_dir}/record.json is not readable as JSON. Move the run folder away to start anew.") from None
+    except ValueError:
+        raise UserError(f"{run_dir}/record.json is not readable as JSON. Move the run folder away to start "
+                        "anew.") from None
 
 # %% ../../nbs/15_run/1_record.ipynb #8c1c5e56
 def _merge(old, new):
@@ -37,7 +39,8 @@ def to_json_types(
     if isinstance(obj, dict): return {str(k): to_json_types(v) for k, v in obj.items()}
     if isinstance(obj, (list, tuple, set)): return [to_json_types(v) for v in obj]
     if hasattr(obj, "item") and not isinstance(obj, (str, bytes)): obj = obj.item()
-    if isinstance(obj, float) and not math.isfinite(obj): return "NaN" if math.isnan(obj) else "Infinity" if obj > 0 else "-Infinity"
+    if isinstance(obj, float) and not math.isfinite(obj):
+        return "NaN" if math.isnan(obj) else "Infinity" if obj > 0 else "-Infinity"
     return obj if obj is None or isinstance(obj, (bool, int, float, str)) else str(obj)
 
 # %% ../../nbs/15_run/1_record.ipynb #537d3350

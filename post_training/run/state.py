@@ -21,7 +21,8 @@ def is_trained(
     "Whether the record says finished and the final checkpoint verifies"
     record = read_record(run_dir)
     if record.get("status") != "finished": return False
-    if str((record.get("final") or {}).get("output")).startswith("hub:"): return True # what is on the hub cannot be verified from here
+    if str((record.get("final") or {}).get("output")).startswith("hub:"):
+        return True # what is on the hub cannot be verified from here
     final = final_checkpoint(record, checkpoints_dir or record["checkpoints_dir"])
     return bool(final and not verify_manifest(final))
 
@@ -60,7 +61,8 @@ def not_begun(
     record:dict, # of a run
 )->bool:
     "Whether a generation was handed to a scheduler and no attempt has opened it yet"
-    return bool(record) and record.get("status") == "queued" and not any(a.get("generation") == record["generation"] for a in record.get("attempts") or [])
+    return (bool(record) and record.get("status") == "queued"
+            and not any(a.get("generation") == record["generation"] for a in record.get("attempts") or []))
 
 # %% ../../nbs/15_run/5_state.ipynb #6067789e
 def locate_run(
@@ -68,21 +70,26 @@ def locate_run(
 )->RunState:
     "Look a config's run up; nothing is written"
     cfg = getattr(cfg, "cfg", cfg)
-    digest, run_dir, record = config_hash(cfg), run_folder(cfg), read_record(run_folder(cfg))
+    digest = config_hash(cfg)
+    run_dir = run_folder(cfg)
+    record = read_record(run_folder(cfg))
     if not record: return RunState(digest, run_dir, checkpoints_root(cfg), "new", "no run of this config is recorded")
     folder = generation_folder(cfg, record)
     if not_begun(record): return RunState(digest, run_dir, folder, "new", "made for a scheduler, not begun yet")
-    if is_done(run_dir, folder): return RunState(digest, run_dir, folder, "done", f"finished, {final_checkpoint(record, folder).name} verifies")
+    if is_done(run_dir, folder):
+        return RunState(digest, run_dir, folder, "done", f"finished, {final_checkpoint(record, folder).name} verifies")
     return RunState(digest, run_dir, folder, "resume", _why_resume(run_dir, record, folder))
 
 # %% ../../nbs/15_run/5_state.ipynb #94826d9a
 def _why_resume(run_dir:Path, record:dict, folder:Path)->str:
     "One sentence: how the last attempt ended and what there is to continue from"
     state = run_status(run_dir, record)
-    how = dict(running="is at work now", killed="was killed", failed="failed", finished="finished", queued="was handed over").get(state, state)
+    how = dict(running="is at work now", killed="was killed", failed="failed", finished="finished",
+               queued="was handed over").get(state, state)
     best, skipped = newest_verified(folder)
     passed = "".join(f"; passed over {p.name}: {why}" for p, why in skipped)
-    return f"attempt {len(record.get('attempts') or [])} {how}; {best.name if best else 'no checkpoint'} is the newest whole one{passed}"
+    return (f"attempt {len(record.get('attempts') or [])} {how}; {best.name if best else 'no checkpoint'} is the "
+            f"newest whole one{passed}")
 
 # %% ../../nbs/15_run/5_state.ipynb #98ba7f80
 def run_status(

@@ -34,7 +34,9 @@ def tracking_mode(
     if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes"): return "disabled"
     name = os.environ.get("WANDB_MODE") or mode
     if not name: return "online" if has_credentials() else "offline"
-    if name not in WANDB_MODES: raise UserError(f"wandb mode {name!r} is not known. Choose online, offline or disabled (WANDB_MODE or wandb.mode).")
+    if name not in WANDB_MODES:
+        raise UserError(f"wandb mode {name!r} is not known. Choose online, offline or disabled (WANDB_MODE or "
+                        "wandb.mode).")
     return WANDB_MODES[name]
 
 # %% ../../nbs/15_run/8_tracking.ipynb #4d815c54
@@ -43,7 +45,8 @@ def load_wandb(
 ):
     "Load what a tracker in this mode needs"
     if tracking_mode(mode) == "disabled": return
-    with contextlib.suppress(ImportError): importlib.import_module("wandb.sdk.launch.inputs.internal") # what `wandb.init` loads late
+    with contextlib.suppress(ImportError):
+        importlib.import_module("wandb.sdk.launch.inputs.internal") # what `wandb.init` loads late
 
 # %% ../../nbs/15_run/8_tracking.ipynb #92f79355
 class Tracker:
@@ -54,20 +57,28 @@ class Tracker:
         config:dict, # shown with the run, secrets removed
         run_id:str=None, # None: the id in the record
     ):
-        self.run_dir, self.cfg, self.config = Path(run_dir), dict(cfg_wandb or {}), config
+        self.run_dir = Path(run_dir)
+        self.cfg = dict(cfg_wandb or {})
+        self.config = config
         self.run_id = run_id or read_record(run_dir).get("id") or self.run_dir.name
-        self.run, self.mode, self.sent = None, "disabled", dict(step=-1, lines=0)
-        self.position, self.step, self.at_step, self.count = 0, -1, 0, 0 # bytes read; step of the last line and its lines so far; lines sent
+        self.run = None
+        self.mode = "disabled"
+        self.sent = dict(step=-1, lines=0)
+        # bytes read; step of the last line and its lines so far; lines sent
+        self.position = 0
+        self.step = -1
+        self.at_step = 0
+        self.count = 0
 
 # %% ../../nbs/15_run/8_tracking.ipynb #7e468c91
 def wandb_settings(
     run_dir, # everything wandb writes is below RUN_DIR/wandb
 )->dict: # keyword arguments of `wandb.Settings`
     "What wandb may know and write"
-    return dict(root_dir=str(run_dir), silent=True, console="off", save_code=False, disable_code=True, disable_git=True, disable_job_creation=True,
-                program="post_training", program_relpath="", host="", username="", email="", init_timeout=30,
-                x_disable_meta=True, x_disable_machine_info=True, x_disable_stats=True, x_save_requirements=False,
-                x_transaction_log_flush_interval=2.0)
+    return dict(root_dir=str(run_dir), silent=True, console="off", save_code=False, disable_code=True, disable_git=True,
+                disable_job_creation=True, program="post_training", program_relpath="", host="", username="", email="",
+                init_timeout=30, x_disable_meta=True, x_disable_machine_info=True, x_disable_stats=True,
+                x_save_requirements=False, x_transaction_log_flush_interval=2.0)
 
 # %% ../../nbs/15_run/8_tracking.ipynb #e0d9d732
 @patch
@@ -77,11 +88,13 @@ def start(self:Tracker,
     "Open the run at Weights & Biases, under the same id as before; where it cannot be reached, keep the lines here"
     self.mode = mode or tracking_mode(self.cfg.get("mode"))
     if self.mode == "disabled": return self
-    for name in ("CACHE", "DATA", "ARTIFACT"): os.environ.setdefault(f"WANDB_{name}_DIR", str(self.run_dir/"wandb/local"))
+    for name in ("CACHE", "DATA", "ARTIFACT"):
+        os.environ.setdefault(f"WANDB_{name}_DIR", str(self.run_dir/"wandb/local"))
     try: self._init()
     except Exception as e:
         if mode or self.mode == "offline": raise
-        print(f"wandb is not reachable ({type(e).__name__}); the run is kept offline, post-training wandb-sync sends it later")
+        print(f"wandb is not reachable ({type(e).__name__}); the run is kept offline, post-training wandb-sync sends "
+              "it later")
         import wandb
         wandb.teardown() # a failed start keeps the id in use
         self.mode = "offline"
@@ -96,8 +109,10 @@ def _init(self:Tracker):
     import wandb
     (self.run_dir/"wandb").mkdir(parents=True, exist_ok=True)
     c = self.cfg
-    self.run = wandb.init(project=c.get("project") or "post-training", entity=c.get("entity"), name=c.get("run_name"), group=c.get("group"), tags=list(c.get("tags") or []),
-        id=self.run_id, resume="allow", config=redact(self.config), dir=str(self.run_dir), mode=self.mode, settings=wandb.Settings(**wandb_settings(self.run_dir)))
+    self.run = wandb.init(project=c.get("project") or "post-training", entity=c.get("entity"), name=c.get("run_name"),
+                          group=c.get("group"), tags=list(c.get("tags") or []), id=self.run_id, resume="allow",
+                          config=redact(self.config), dir=str(self.run_dir), mode=self.mode,
+                          settings=wandb.Settings(**wandb_settings(self.run_dir)))
     self.run.define_metric("*", step_metric="step")
 
 # %% ../../nbs/15_run/8_tracking.ipynb #e3553f89
@@ -208,7 +223,8 @@ def wandb_sync(
     mode:str="online", # offline only shows what would be sent, in wandb's own files
 )->list[tuple[Path, int]]: # run folder, lines sent
     "Send what runs logged and Weights & Biases does not have yet"
-    if mode == "online" and not has_credentials(): raise UserError("wandb finds no credentials. Run `wandb login`, or set WANDB_API_KEY.")
+    if mode == "online" and not has_credentials():
+        raise UserError("wandb finds no credentials. Run `wandb login`, or set WANDB_API_KEY.")
     out = []
     for run_dir in map(Path, runs):
         if not (run_dir/"config.yaml").exists(): raise UserError(f"{run_dir} is no run folder: it has no config.yaml.")

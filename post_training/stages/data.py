@@ -39,9 +39,11 @@ def dataset_mixture(
         from post_training.preferences.rows import mix_pairs
         return mix_pairs(sources, cfg["seed"], cfg["shuffle"], cfg["allow_other_references"])
     tokenizer = tokenizer_of(cfg)
-    return mix_sources(sources, columns_to_keep=cfg["columns_to_keep"], need_columns=cfg["need_columns"], keep_ids=cfg["keep_ids"], shuffle=cfg["shuffle"], seed=cfg["seed"],
-               blocks=wants_structure(cfg["message_format"], sources), checks=cfg["role_checks"], on_malformed=cfg["on_malformed"], max_drop_fraction=cfg["max_drop_fraction"],
-               count_tokens=partial(count_tokens, tokenizer=tokenizer) if tokenizer else None)
+    return mix_sources(sources, columns_to_keep=cfg["columns_to_keep"], need_columns=cfg["need_columns"],
+                       keep_ids=cfg["keep_ids"], shuffle=cfg["shuffle"], seed=cfg["seed"],
+                       blocks=wants_structure(cfg["message_format"], sources), checks=cfg["role_checks"],
+                       on_malformed=cfg["on_malformed"], max_drop_fraction=cfg["max_drop_fraction"],
+                       count_tokens=partial(count_tokens, tokenizer=tokenizer) if tokenizer else None)
 
 # %% ../../nbs/65_stages/3_data.ipynb #272603b3
 def count_repeats(
@@ -58,7 +60,8 @@ def count_repeats(
     for path in cfg["overlap_with"]:
         try: found = load_splits(run.local_path_or_name(path))
         except UserError as e: raise UserError(f"overlap_with: {e}") from e
-        others |= {f"{path}{f' ({split})' if len(found) > 1 else ''}": as_messages(rows)[0] for split, rows in found.items()}
+        others |= {f"{path}{f' ({split})' if len(found) > 1 else ''}": as_messages(rows)[0]
+                   for split, rows in found.items()}
     return count_duplicates(mixture.train, **n), count_overlap(mixture.train, others, **n) if others else {}
 
 # %% ../../nbs/65_stages/3_data.ipynb #b6a7db12
@@ -71,8 +74,9 @@ def dataset_split(
     from post_training.demo.data import ensure_demo
     ensure_demo(cfg)
     a = cfg["dataset_args"]
-    return split_dataset(load_splits(run.local_path_or_name(a["dataset_name"])), a["train_split"]["name"], a["eval_split"]["name"], a["eval_split"]["ratio"], a["stratify_by_column"],
-                         cfg["seed"], cfg["rare_classes"])
+    return split_dataset(load_splits(run.local_path_or_name(a["dataset_name"])), a["train_split"]["name"],
+                         a["eval_split"]["name"], a["eval_split"]["ratio"], a["stratify_by_column"], cfg["seed"],
+                         cfg["rare_classes"])
 
 # %% ../../nbs/65_stages/3_data.ipynb #87da23a5
 def linearise(
@@ -87,10 +91,14 @@ def linearise(
     ensure_demo(cfg)
     found = load_splits(run.local_path_or_name(cfg["dataset_args"]["dataset_name"]))
     for name in cfg["splits"] or []:
-        if name not in found: raise UserError(f"{cfg['dataset_args']['dataset_name']} has no split {name!r}; it has {', '.join(found)}.{did_you_mean(name, found)}")
-    done = {name: linearise_dataset(rows, cfg["branches"], cfg["on_malformed"], cfg["num_proc"]) for name, rows in found.items() if name in (cfg["splits"] or found)}
+        if name not in found:
+            raise UserError(f"{cfg['dataset_args']['dataset_name']} has no split {name!r}; it has "
+                            f"{', '.join(found)}.{did_you_mean(name, found)}")
+    done = {name: linearise_dataset(rows, cfg["branches"], cfg["on_malformed"], cfg["num_proc"])
+            for name, rows in found.items() if name in (cfg["splits"] or found)}
     for _, counts in done.values(): check_dropped(counts, cfg["max_drop_fraction"])
-    counts = {name: dict(c, conversations=len(found[name])) for name, (_, c) in done.items()} # in and out are branches where all of them are taken
+    # in and out are branches where all of them are taken
+    counts = {name: dict(c, conversations=len(found[name])) for name, (_, c) in done.items()}
     return {name: rows for name, (rows, _) in done.items()}, counts
 
 # %% ../../nbs/65_stages/3_data.ipynb #4026be93
@@ -121,7 +129,8 @@ def mixture_lines(
     columns=("source", "rows_in", "dropped", "drawn", "copies", "rows", "row_share", "tokens", "completion_tokens", "token_share", "eval_rows"), # in this order
 )->list[dict]:
     "The table of a mixture as it is shown: shares in percent, columns without a value left out"
-    rows = [{c: f"{100*row[c]:.1f} %" if c.endswith("share") and row.get(c) is not None else row.get(c) for c in columns} for row in mixture.table]
+    rows = [{c: f"{100*row[c]:.1f} %" if c.endswith("share") and row.get(c) is not None else row.get(c)
+             for c in columns} for row in mixture.table]
     return [{c: row[c] for c in columns if any(r[c] is not None for r in rows)} for row in rows]
 
 # %% ../../nbs/65_stages/3_data.ipynb #7a9e6e30
@@ -130,22 +139,26 @@ def repeat_lines(
 )->list[dict]:
     "Duplicates within the training rows by source; copies that were asked for are not counted"
     if not duplicates: return []
-    rows = [dict(source=name, **{k: c[k] for k in ("rows", "exact", "near")}) for name, c in duplicates["by_source"].items()]
-    return [*rows, dict(source="all", **{k: duplicates[k] for k in ("rows", "exact", "near")})] if len(rows) > 1 else rows
+    rows = [dict(source=name, **{k: c[k] for k in ("rows", "exact", "near")})
+            for name, c in duplicates["by_source"].items()]
+    return ([*rows, dict(source="all", **{k: duplicates[k] for k in ("rows", "exact", "near")})] if len(rows) > 1
+            else rows)
 
 # %% ../../nbs/65_stages/3_data.ipynb #f73bac72
 def overlap_lines(
     shared:dict, # overlaps, from `count_repeats`
 )->list[dict]:
     "Rows that one evaluates on and that training rows repeat, by dataset"
-    return [dict(dataset=name, **{k.replace("_", " "): v for k, v in c.items() if isinstance(v, int)}) for name, c in shared.items()]
+    return [dict(dataset=name, **{k.replace("_", " "): v for k, v in c.items() if isinstance(v, int)})
+            for name, c in shared.items()]
 
 # %% ../../nbs/65_stages/3_data.ipynb #fa038264
 def drop_lines(
     counts:dict, # of each source or split: in, out, dropped by reason, examples
 )->list[dict]:
     "What was dropped, by source and reason, with the id of the first row"
-    return [dict(source=name, reason=reason, rows=n, first=c.get("examples", {}).get(reason)) for name, c in counts.items() for reason, n in c["dropped"].items()]
+    return [dict(source=name, reason=reason, rows=n, first=c.get("examples", {}).get(reason))
+            for name, c in counts.items() for reason, n in c["dropped"].items()]
 
 # %% ../../nbs/65_stages/3_data.ipynb #edeae996
 def preview_stage(
@@ -156,10 +169,11 @@ def preview_stage(
         mixture = dataset_mixture(cfg)
         found, shared = count_repeats(mixture, cfg)
         out = {"rows and tokens": mixture_lines(mixture), "dropped": drop_lines(mixture.counts),
-               "the same, or nearly the same, as an earlier row": repeat_lines(found), "occur in training": overlap_lines(shared),
-               "notes": [dict(note=n) for n in mixture.notes]}
+               "the same, or nearly the same, as an earlier row": repeat_lines(found),
+               "occur in training": overlap_lines(shared), "notes": [dict(note=n) for n in mixture.notes]}
     elif cfg["stage"] == "dataset_split":
         splits, table = dataset_split(cfg)
-        out = {"splits": [dict(split=k, rows=len(v)) for k, v in splits.items()], "classes": table or [dict(note="the evaluation split is there: nothing would be done")]}
+        out = {"splits": [dict(split=k, rows=len(v)) for k, v in splits.items()],
+               "classes": table or [dict(note="the evaluation split is there: nothing would be done")]}
     else: out = {}
     return {title: rows for title, rows in out.items() if rows}

@@ -29,12 +29,18 @@ def check_evaluation_config(
 ):
     "Refuse what cannot be meant, before anything is read"
     e, wrong = cfg["evaluation"], [m for m in cfg["measure"] if m not in MEASURES]
-    if wrong: raise UserError(f"measure names {wrong[0]!r}.{did_you_mean(str(wrong[0]), MEASURES)} Known: {', '.join(MEASURES)}.")
-    if not cfg["measure"] and not cfg["lm_eval"]["tasks"]: raise UserError("Nothing is measured: give measure=[accuracy,perplexity], one of them, or lm_eval.tasks.")
+    if wrong:
+        raise UserError(f"measure names {wrong[0]!r}.{did_you_mean(str(wrong[0]), MEASURES)} Known: "
+                        f"{', '.join(MEASURES)}.")
+    if not cfg["measure"] and not cfg["lm_eval"]["tasks"]:
+        raise UserError("Nothing is measured: give measure=[accuracy,perplexity], one of them, or lm_eval.tasks.")
     if e["samples"] > 1 and not e["temperature"]:
-        raise UserError(f"evaluation.samples={e['samples']} at temperature 0 is one answer {e['samples']} times: set evaluation.temperature=1.0.")
-    if odd := [c for c in cfg["checkpoints"] if not isinstance(c, str) or not c]: raise UserError(f"checkpoints names {odd[0]!r}: give folders, hub names or run:RUN.")
-    if twice := [c for c in cfg["checkpoints"] if cfg["checkpoints"].count(c) > 1]: raise UserError(f"checkpoints names {twice[0]} twice.")
+        raise UserError(f"evaluation.samples={e['samples']} at temperature 0 is one answer {e['samples']} times: set "
+                        "evaluation.temperature=1.0.")
+    if odd := [c for c in cfg["checkpoints"] if not isinstance(c, str) or not c]:
+        raise UserError(f"checkpoints names {odd[0]!r}: give folders, hub names or run:RUN.")
+    if twice := [c for c in cfg["checkpoints"] if cfg["checkpoints"].count(c) > 1]:
+        raise UserError(f"checkpoints names {twice[0]} twice.")
 
 # %% ../../nbs/65_stages/6_evaluate.ipynb #b693f873
 HELD_OUT = ("eval", "test", "validation", "dev") # names of splits that one evaluates on, the first that is there
@@ -49,9 +55,12 @@ def evaluation_rows(
     path, name = run.local_path_or_name(args["dataset_name"]), args["split"] or args["eval_split"]["name"]
     if name is None and (names := split_names(path)):
         name = names[0] if len(names) == 1 else next((n for n in HELD_OUT if n in names), None)
-        if name is None: raise UserError(f"{args['dataset_name']} has the splits {', '.join(names)}: say which in dataset_args.split.")
+        if name is None:
+            raise UserError(f"{args['dataset_name']} has the splits {', '.join(names)}: say which in "
+                            "dataset_args.split.")
     rows = load_rows(path, name)
-    if not len(rows): raise UserError(f"{args['dataset_name']}{f' ({name})' if name else ''} has no rows to evaluate on.")
+    if not len(rows):
+        raise UserError(f"{args['dataset_name']}{f' ({name})' if name else ''} has no rows to evaluate on.")
     return rows.select(evaluation_statistics.evenly_spaced_indices(len(rows), cfg["evaluation"]["num_prompts"])), name
 
 # %% ../../nbs/65_stages/6_evaluate.ipynb #79d15f5b
@@ -63,9 +72,10 @@ def check_answers(
     "Refuse an evaluation set that gives nothing to compare answers with"
     if any(r.get("answer") is not None and (verifier or row_verifier(r)) for r in rows): return
     if any(r.get("answer") is not None for r in rows):
-        raise UserError(f"The answers of {where} are no numbers, and no row names a verifier: set evaluation.verifier=exact_match (or regex, json_match, ...), "
-                        "or add a column verifier.")
-    raise UserError(f"No row of {where} has an answer to compare with: add a column answer (and verifier, where it is no number), or set measure=[perplexity], which needs none.")
+        raise UserError(f"The answers of {where} are no numbers, and no row names a verifier: set "
+                        "evaluation.verifier=exact_match (or regex, json_match, ...), " "or add a column verifier.")
+    raise UserError(f"No row of {where} has an answer to compare with: add a column answer (and verifier, where it is "
+                    "no number), or set measure=[perplexity], which needs none.")
 
 # %% ../../nbs/65_stages/6_evaluate.ipynb #eb5c80de
 def short_names(
@@ -88,8 +98,10 @@ def candidate_checkpoints(
     for given in cfg["checkpoints"] or [cfg["model_args"]["model_name_or_path"]]:
         path, lineage = run.base_model(given, cfg["runs_dir"])
         out.append(dict(given=given, path=model_path(path), parents=lineage.get("parents", [])))
-    if twice := [w["given"] for i, w in enumerate(out) if w["path"] in [o["path"] for o in out[:i]]]: raise UserError(f"checkpoints names {twice[0]} twice, in two ways.")
-    ends = [f"{run.find_run(w['given'][4:], cfg['runs_dir'], parts=False).name}/{Path(w['path']).name}" if w["given"].startswith("run:") else w["path"] for w in out]
+    if twice := [w["given"] for i, w in enumerate(out) if w["path"] in [o["path"] for o in out[:i]]]:
+        raise UserError(f"checkpoints names {twice[0]} twice, in two ways.")
+    ends = [f"{run.find_run(w['given'][4:], cfg['runs_dir'], parts=False).name}/{Path(w['path']).name}"
+            if w["given"].startswith("run:") else w["path"] for w in out]
     return [w | dict(name=n) for w, n in zip(out, short_names(ends))]
 
 # %% ../../nbs/65_stages/6_evaluate.ipynb #22dac167
@@ -101,7 +113,8 @@ def candidate_tokenizer(
     from post_training.tokens.tokenizer import load_tokenizer
     t = dict(cfg["tokenizer_args"])
     name = t.pop("tokenizer_name_or_path")
-    return load_tokenizer(path if name == cfg["model_args"]["model_name_or_path"] else run.base_model(name, cfg["runs_dir"])[0], **t)
+    return load_tokenizer(path if name == cfg["model_args"]["model_name_or_path"] else run.base_model(
+        name, cfg["runs_dir"])[0], **t)
 
 # %% ../../nbs/65_stages/6_evaluate.ipynb #e4085a1a
 def model_input(
@@ -154,8 +167,10 @@ def open_candidate(
     from post_training.stages.tokenized_data import expected_stop_ids
     m, device = cfg["model_args"], cfg["cluster"]["device"]
     stops = sorted(s for s in expected_stop_ids(path, tokenizer) if s is not None) or None
-    return evaluation_answers.load_for_generation(path, None if device == "auto" else device, stops, cfg["tensor_parallel_size"] > 1, dtype=m["dtype"],
-                                      attn_implementation=m["attn_implementation"], revision=m["model_revision"], trust_remote_code=m["trust_remote_code"])
+    return evaluation_answers.load_for_generation(
+        path, None if device == "auto" else device, stops, cfg["tensor_parallel_size"] > 1, dtype=m["dtype"],
+        attn_implementation=m["attn_implementation"], revision=m["model_revision"],
+        trust_remote_code=m["trust_remote_code"])
 
 # %% ../../nbs/65_stages/6_evaluate.ipynb #9a4b148c
 def measure_accuracy(
@@ -168,20 +183,25 @@ def measure_accuracy(
 )->tuple[dict, list[dict], list]: # numbers, answers, score of each row
     "Answers and how many are right"
     e = cfg["evaluation"]
-    prompts = evaluation_answers.prompts_that_fit(model, evaluation_answers.prompts_of(tokenizer, rows), e["max_new_tokens"])
-    if all(isinstance(p, str) for p in prompts): raise UserError(f"No row gives a prompt for {path}: {next(iter(evaluation_answers.count_reasons(prompts)))}")
+    prompts = evaluation_answers.prompts_that_fit(model, evaluation_answers.prompts_of(tokenizer, rows),
+                                                  e["max_new_tokens"])
+    if all(isinstance(p, str) for p in prompts):
+        raise UserError(f"No row gives a prompt for {path}: {next(iter(evaluation_answers.count_reasons(prompts)))}")
     done = saved_answers(answers_file, answers_key(path, prompts))
     if done: print(f"{len(done)} of {sum(not isinstance(p, str) for p in prompts)} prompts were answered before")
-    made = evaluation_answers.generate_answers(model, tokenizer, prompts, e["max_new_tokens"], e["batch_size"], e["temperature"], e["top_p"], e["samples"], cfg["seed"], done,
-                                    lambda batch: save_answers(answers_file, batch))
+    made = evaluation_answers.generate_answers(model, tokenizer, prompts, e["max_new_tokens"], e["batch_size"],
+                                               e["temperature"], e["top_p"], e["samples"], cfg["seed"], done,
+                                               lambda batch: save_answers(answers_file, batch))
     written = [made.get(i) for i in range(len(rows))]
     answers = evaluation_answers.read_answers(tokenizer, rows, prompts, written, e["verifier"])
-    told, scores = evaluation_answers.evaluation_result(tokenizer, rows, prompts, written, e["num_samples_shown"], answers), evaluation_answers.row_scores(answers, len(rows))
+    told, scores = evaluation_answers.evaluation_result(tokenizer, rows, prompts, written, e["num_samples_shown"],
+                                                        answers), evaluation_answers.row_scores(answers, len(rows))
     groups = {}
     for r, s in zip(rows, scores):
         if s is not None: groups.setdefault(r.get("skill") or r.get("source") or "all", []).append(s)
     for k in told["skills"]: told["skills"][k]["interval"] = bootstrap(groups[k])
-    return told | dict(answers=len(answers), new_tokens=sum(len(w["ids"]) for ws in made.values() for w in ws)), answers, scores
+    return told | dict(answers=len(answers),
+                       new_tokens=sum(len(w["ids"]) for ws in made.values() for w in ws)), answers, scores
 
 # %% ../../nbs/65_stages/6_evaluate.ipynb #37575204
 def measure_checkpoint(
@@ -195,19 +215,25 @@ def measure_checkpoint(
     import torch
     from post_training.evaluation.lm_eval import run_tasks
     tokenizer, asked = candidate_tokenizer(cfg, candidate["path"]), rows.to_list()
-    model, told, beside, tasks = open_candidate(cfg, candidate["path"], tokenizer), dict(checkpoint=candidate["given"]), {}, cfg["lm_eval"]
+    model, told, beside, tasks = open_candidate(cfg, candidate["path"],
+                                                tokenizer), dict(checkpoint=candidate["given"]), {}, cfg["lm_eval"]
     if "accuracy" in cfg["measure"]:
-        numbers, beside["answers"], beside["scores"] = measure_accuracy(cfg, model, tokenizer, asked, candidate["path"], answers_folder)
+        numbers, beside["answers"], beside["scores"] = measure_accuracy(
+            cfg, model, tokenizer, asked, candidate["path"], answers_folder)
         told |= numbers
     if "perplexity" in cfg["measure"]:
-        tokens = tokenized_rows(rows, tokenizer, getattr(model.config.get_text_config(), "max_position_embeddings", None), cfg["evaluation"]["verifier"])
+        tokens = tokenized_rows(rows, tokenizer,
+                                getattr(model.config.get_text_config(), "max_position_embeddings", None),
+                                cfg["evaluation"]["verifier"])
         beside["scored"] = completion_likelihoods(model, tokenizer, tokens, cfg["evaluation"]["batch_tokens"])
         told["perplexity"] = perplexity_of(beside["scored"], tokens, asked)
         if not told["perplexity"]["rows"] and "accuracy" not in cfg["measure"]:
-            raise UserError(f"No row has a completion to score for {candidate['name']}: {'; '.join(told['perplexity']['dropped_why']) or 'there are none'}.")
+            raise UserError(f"No row has a completion to score for {candidate['name']}: "
+                            f"{'; '.join(told['perplexity']['dropped_why']) or 'there are none'}.")
     if manager is not None:
         how = {k: tasks[k] for k in ("limit", "num_fewshot", "apply_chat_template")}
-        told["lm_eval"], beside["lm_eval"] = run_tasks(model, tokenizer, tasks["tasks"], manager, batch_size=cfg["evaluation"]["batch_size"], **how)
+        told["lm_eval"], beside["lm_eval"] = run_tasks(model, tokenizer, tasks["tasks"], manager,
+                                                       batch_size=cfg["evaluation"]["batch_size"], **how)
     del model
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
@@ -232,7 +258,8 @@ def paired_differences(
                 before, after = (resampled_rates(s["nats"][at]/math.log(2), s["bytes"][at]) for s in (a, b))
                 exact = [float(s["nats"][at].sum()/math.log(2)/s["bytes"][at].sum()) for s in (a, b)]
                 interval = [round(float(q), 5) for q in np.quantile(after - before, [.025, .975])]
-                told["bits_per_byte"] = dict(before=round(exact[0], 5), after=round(exact[1], 5), difference=round(exact[1] - exact[0], 5), interval=interval, n=len(at))
+                told["bits_per_byte"] = dict(before=round(exact[0], 5), after=round(exact[1], 5),
+                                             difference=round(exact[1] - exact[0], 5), interval=interval, n=len(at))
         out[name] = told
     return out
 
@@ -246,15 +273,21 @@ def write_evaluation(
     "Write what was measured, whole or not at all"
     from post_training.data.messages import row_id
     folder, ids = Path(task.checkpoints_dir)/"evaluation", [row_id(r, i) for i, r in enumerate(rows)]
-    dump = lambda path, lines: path.write_text("".join(json.dumps(x, ensure_ascii=False, default=str) + "\n" for x in lines)) if lines else None
-    said = lambda a: dict(id=ids[a["row"]]) | {k: a[k] for k in ("row", "sample", "prompt", "expected", "got")} | dict(
-        right=bool(a["right"]) if a["right"] in (0, 1) else a["right"]) | {k: a[k] for k in ("why", "finish_reason", "skill", "source")}
+    dump = lambda path, lines: path.write_text("".join(json.dumps(x, ensure_ascii=False, default=str) + "\n"
+                                                       for x in lines)) if lines else None
+    said = (lambda a: dict(id=ids[a["row"]]) | {k: a[k] for k in ("row", "sample", "prompt", "expected", "got")}
+            | dict(right=bool(a["right"]) if a["right"] in (0, 1) else a["right"])
+            | {k: a[k] for k in ("why", "finish_reason", "skill", "source")})
     with atomic_dir(folder, replace=True) as tmp:
-        dump(tmp/"answers.jsonl", [dict(checkpoint=n) | said(a) for n, b in row_scores.items() for a in b.get("answers", [])])
-        dump(tmp/"perplexity.jsonl", [dict(checkpoint=n, id=ids[i], row=i, source=r.get("source")) | {k: round(v[i].item(), 6) for k, v in b["scored"].items()}
-                                      for n, b in row_scores.items() if "scored" in b for i, r in enumerate(rows)])
+        dump(tmp/"answers.jsonl",
+             [dict(checkpoint=n) | said(a) for n, b in row_scores.items() for a in b.get("answers", [])])
+        dump(tmp/"perplexity.jsonl",
+             [dict(checkpoint=n, id=ids[i], row=i, source=r.get("source"))
+              | {k: round(v[i].item(), 6) for k, v in b["scored"].items()} for n, b in row_scores.items()
+              if "scored" in b for i, r in enumerate(rows)])
         dump(tmp/"lm_eval.jsonl", [dict(checkpoint=n) | x for n, b in row_scores.items() for x in b.get("lm_eval", [])])
-        pages = [f"<h3>{n}</h3>{evaluation_answers.show_samples(c)}" for n, c in results["checkpoints"].items() if c.get("samples")]
+        pages = [f"<h3>{n}</h3>{evaluation_answers.show_samples(c)}" for n, c in results["checkpoints"].items()
+                 if c.get("samples")]
         if pages: (tmp/"samples.html").write_text("<!doctype html><meta charset='utf-8'>" + "".join(pages))
         write_json(tmp/"results.json", run.to_json_types(results))
         write_manifest(tmp, run_hash=task.hash, stage="evaluate", checkpoints=list(row_scores))
@@ -267,9 +300,12 @@ def summary_line(
     "The result in one line"
     out = []
     for name, c in results["checkpoints"].items():
-        parts = [f"accuracy {100*c['accuracy']:.1f} % ({100*c['interval'][0]:.1f} to {100*c['interval'][1]:.1f}) on {c['n']} prompts"] if c.get("accuracy") is not None else []
-        if (c.get("perplexity") or {}).get("perplexity"): parts.append(f"perplexity {c['perplexity']['perplexity']:.4g}")
-        parts += [f"{t} {next((f'{k} {v:.4g}' for k, v in m.items() if k != 'n' and isinstance(v, float)), '')}".strip() for t, m in list((c.get("lm_eval") or {}).items())[:2]]
+        parts = ([f"accuracy {100*c['accuracy']:.1f} % ({100*c['interval'][0]:.1f} to {100*c['interval'][1]:.1f}) on "
+                  f"{c['n']} prompts"] if c.get("accuracy") is not None else [])
+        if (c.get("perplexity") or {}).get("perplexity"):
+            parts.append(f"perplexity {c['perplexity']['perplexity']:.4g}")
+        parts += [f"{t} {next((f'{k} {v:.4g}' for k, v in m.items() if k != 'n' and isinstance(v, float)), '')}".strip()
+                  for t, m in list((c.get("lm_eval") or {}).items())[:2]]
         out.append(f"{name}: {', '.join(parts) or 'nothing could be checked'}")
     return "; ".join(out[:4]) + (f"; and {len(out) - 4} more" if len(out) > 4 else "")
 
@@ -281,24 +317,33 @@ def evaluate(
     "Measure the checkpoints of a config, write what they said, and close the run's record"
     from post_training.demo.data import ensure_demo
     from post_training.evaluation.lm_eval import find_tasks, load_tasks, task_inputs
-    if task.status == "done": return json.loads((Path(run.read_record(task.run_dir)["final"]["output"])/"results.json").read_text())
+    if task.status == "done":
+        return json.loads((Path(run.read_record(task.run_dir)["final"]["output"])/"results.json").read_text())
     check_evaluation_config(cfg)
     ensure_demo({k: v for k, v in cfg.items() if not cfg["checkpoints"] or k not in ("model_args", "tokenizer_args")})
-    (rows, split), every, h, beside = evaluation_rows(cfg), candidate_checkpoints(cfg), cfg["lm_eval"], {}
-    if "accuracy" in cfg["measure"]: check_answers(rows.to_list(), cfg["evaluation"]["verifier"], cfg["dataset_args"]["dataset_name"])
+    (rows, split) = evaluation_rows(cfg)
+    every = candidate_checkpoints(cfg)
+    h = cfg["lm_eval"]
+    beside = {}
+    if "accuracy" in cfg["measure"]:
+        check_answers(rows.to_list(), cfg["evaluation"]["verifier"], cfg["dataset_args"]["dataset_name"])
     for who in every: candidate_tokenizer(cfg, who["path"]) # all of them are looked at before the first is asked
     manager = find_tasks(h["tasks"], h["include_path"] and config.site_path(h["include_path"])) if h["tasks"] else None
     told = task_inputs(h["tasks"], load_tasks(manager, h["tasks"])) if manager else [] # files of the harness's tasks
-    results, work = dict(dataset=cfg["dataset_args"]["dataset_name"], split=split, rows=len(rows), checkpoints={}), Path(task.checkpoints_dir)/"work"
+    results, work = dict(dataset=cfg["dataset_args"]["dataset_name"], split=split, rows=len(rows),
+                         checkpoints={}), Path(task.checkpoints_dir)/"work"
     for i, who in enumerate(every):
-        results["checkpoints"][who["name"]], beside[who["name"]] = measure_checkpoint(cfg, who, rows, work/f"answers-{i}.jsonl", manager)
+        results["checkpoints"][who["name"]], beside[who["name"]] = measure_checkpoint(
+            cfg, who, rows, work/f"answers-{i}.jsonl", manager)
         print(summary_line(dict(checkpoints={who["name"]: results["checkpoints"][who["name"]]})), flush=True)
     results["differences"] = paired_differences(beside)
     output = write_evaluation(task, results, beside, rows.to_list())
     if parents := [p for who in every for p in who["parents"]]: run.update_record(task.run_dir, parents=parents)
     numbers = {n: {k: v for k, v in c.items() if k != "samples"} for n, c in results["checkpoints"].items()}
-    read = [cfg["dataset_args"]["dataset_name"], *(model_input(who["path"]) for who in every), *([h["include_path"]] if h["include_path"] else []), *told]
-    run.finish_output(task, output, summary=summary_line(results), evaluation=numbers, differences=results["differences"], inputs=run.inputs_of(read))
+    read = [cfg["dataset_args"]["dataset_name"], *(model_input(who["path"]) for who in every),
+            *([h["include_path"]] if h["include_path"] else []), *told]
+    run.finish_output(task, output, summary=summary_line(results), evaluation=numbers,
+                      differences=results["differences"], inputs=run.inputs_of(read))
     shutil.rmtree(work, ignore_errors=True)
     return results
 
@@ -314,12 +359,16 @@ def summary_rows(
         d, p = results.get("differences", {}).get(name, {}), c.get("perplexity") or {}
         row = dict(checkpoint=name)
         if "accuracy" in c:
-            against = f"{100*d['accuracy']['difference']:+.1f} ({span(d['accuracy']['interval'], percent)})" if d.get("accuracy") else None
-            row |= {"accuracy %": None if c["accuracy"] is None else percent(c["accuracy"]), "95 %": span(c["interval"], percent), "against the first": against, "prompts": c["n"],
+            against = (f"{100*d['accuracy']['difference']:+.1f} ({span(d['accuracy']['interval'], percent)})"
+                       if d.get("accuracy") else None)
+            row |= {"accuracy %": None if c["accuracy"] is None else percent(c["accuracy"]),
+                    "95 %": span(c["interval"], percent), "against the first": against, "prompts": c["n"],
                     "not checked": c["not_checked"], "no prompt": c["no_prompt"], "cut": c["cut"]}
         if p:
-            against = f"{d['bits_per_byte']['difference']:+.4g} ({span(d['bits_per_byte']['interval'], plain)})" if d.get("bits_per_byte") else None
-            row |= {"nats per token": p["nats_per_token"], "perplexity": p["perplexity"], "bits per byte": p["bits_per_byte"], "bits against the first": against, "rows": p["rows"],
+            against = (f"{d['bits_per_byte']['difference']:+.4g} ({span(d['bits_per_byte']['interval'], plain)})"
+                       if d.get("bits_per_byte") else None)
+            row |= {"nats per token": p["nats_per_token"], "perplexity": p["perplexity"],
+                    "bits per byte": p["bits_per_byte"], "bits against the first": against, "rows": p["rows"],
                     "left out": p["dropped"]}
         out.append(row)
     shown = [k for k in out[0] if any(r.get(k) is not None for r in out)]
@@ -332,16 +381,22 @@ def group_rows(
     "Accuracy by skill, perplexity by source, tasks of the harness, and why rows do not count"
     cs, out = results["checkpoints"], {}
     names = lambda key: sorted({k for c in cs.values() for k in key(c)})
-    skills, sources, tasks = (lambda c: c.get("skills") or {}), (lambda c: (c.get("perplexity") or {}).get("sources") or {}), (lambda c: c.get("lm_eval") or {})
+    skills, sources, tasks = (lambda c: c.get("skills") or {}), (
+        lambda c: (c.get("perplexity") or {}).get("sources") or {}), (lambda c: c.get("lm_eval") or {})
     percent = lambda v: f"{100*v['accuracy']:.1f}" if v else None
     prompts = lambda k: next(skills(c)[k]["n"] for c in cs.values() if k in skills(c))
-    out["accuracy by skill or source, %"] = [dict(what=k, prompts=prompts(k)) | {n: percent(skills(c).get(k)) for n, c in cs.items()} for k in names(skills)]
-    out["perplexity by source"] = [dict(what=k) | {n: sources(c).get(k, {}).get("perplexity") for n, c in cs.items()} for k in names(sources)]
-    metrics = sorted({(t, m) for c in cs.values() for t, found in tasks(c).items() for m in found if not m.endswith("_stderr")}, key=lambda tm: (tm[0], tm[1] == "n", tm[1]))
-    out["lm-evaluation-harness"] = [dict(task=t, metric=m) | {n: tasks(c).get(t, {}).get(m) for n, c in cs.items()} for t, m in metrics]
+    out["accuracy by skill or source, %"] = [
+        dict(what=k, prompts=prompts(k)) | {n: percent(skills(c).get(k)) for n, c in cs.items()} for k in names(skills)]
+    out["perplexity by source"] = [dict(what=k) | {n: sources(c).get(k, {}).get("perplexity") for n, c in cs.items()}
+                                   for k in names(sources)]
+    metrics = sorted({(t, m) for c in cs.values() for t, found in tasks(c).items() for m in found
+                      if not m.endswith("_stderr")}, key=lambda tm: (tm[0], tm[1] == "n", tm[1]))
+    out["lm-evaluation-harness"] = [dict(task=t, metric=m) | {n: tasks(c).get(t, {}).get(m) for n, c in cs.items()}
+                                    for t, m in metrics]
     reasons = lambda c: (("not checked", c.get("not_checked_why")), ("no prompt", c.get("no_prompt_why")),
                          ("left out of perplexity", (c.get("perplexity") or {}).get("dropped_why")))
-    why = [dict(checkpoint=n, what=what, reason=reason, rows=k) for n, c in cs.items() for what, found in reasons(c) for reason, k in (found or {}).items()]
+    why = [dict(checkpoint=n, what=what, reason=reason, rows=k) for n, c in cs.items() for what, found in reasons(c)
+           for reason, k in (found or {}).items()]
     out["why rows do not count"] = why
     return {title: table for title, table in out.items() if table}
 
@@ -352,22 +407,30 @@ def plot_evaluation(
     "Accuracy in all and by skill, and bits per byte by source: a colour for each checkpoint, bars are 95 % intervals"
     from matplotlib import pyplot as plt
     cs = results["checkpoints"]
-    spans = lambda c: {"all": (c["accuracy"], c["interval"])} | {k: (v["accuracy"], v.get("interval")) for k, v in c["skills"].items() if k != "all"}
-    per_byte = lambda p: {"all": (p["bits_per_byte"], None)} | {k: (v["bits_per_byte"], None) for k, v in p["sources"].items()}
+    spans = lambda c: {"all": (c["accuracy"], c["interval"])} | {
+        k: (v["accuracy"], v.get("interval")) for k, v in c["skills"].items() if k != "all"}
+    per_byte = lambda p: {"all": (p["bits_per_byte"], None)} | {
+        k: (v["bits_per_byte"], None) for k, v in p["sources"].items()}
     cells = {n: spans(c) for n, c in cs.items() if c.get("accuracy") is not None}
-    bits = {n: per_byte(c["perplexity"]) for n, c in cs.items() if (c.get("perplexity") or {}).get("bits_per_byte") is not None}
-    panels = [(title, found) for title, found in (("accuracy", cells), ("bits per byte of completions", bits)) if found] or [("nothing was measured on rows", {})]
+    bits = {n: per_byte(c["perplexity"]) for n, c in cs.items()
+            if (c.get("perplexity") or {}).get("bits_per_byte") is not None}
+    panels = ([(title, found) for title, found in (("accuracy", cells), ("bits per byte of completions", bits))
+               if found] or [("nothing was measured on rows", {})])
     rows = max([len({k for v in found.values() for k in v}) for _, found in panels] + [1])
-    fig, axes = plt.subplots(1, len(panels), figsize=(4.4*len(panels), 1.1 + rows*(.2 + .1*min(len(cs), 12))), dpi=70, layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(1, len(panels), figsize=(4.4*len(panels), 1.1 + rows*(.2 + .1*min(len(cs), 12))), dpi=70,
+                             layout="constrained", squeeze=False)
     plt.close(fig)
     for ax, (title, found) in zip(axes[0], panels):
         keys = list(dict.fromkeys(k for v in found.values() for k in v))
         for j, (name, v) in enumerate(found.items()):
             ys = [keys.index(k) + .7*((j + .5)/len(found) - .5) for k in v]
-            ax.scatter([x for x, _ in v.values()], ys, s=14, color=f"C{list(cs).index(name)%10}", label=name[-40:], zorder=3)
+            ax.scatter([x for x, _ in v.values()], ys, s=14, color=f"C{list(cs).index(name)%10}", label=name[-40:],
+                       zorder=3)
             for y, (_, interval) in zip(ys, v.values()):
                 if interval: ax.plot(interval, [y, y], lw=1.2, color=f"C{list(cs).index(name)%10}")
-        ax.set_yticks(range(len(keys)), keys, fontsize=8); ax.invert_yaxis(); ax.set_title(title, fontsize=9); ax.tick_params(axis="x", labelsize=7); ax.grid(axis="x", alpha=.3)
+        ax.set_yticks(range(len(keys)), keys, fontsize=8)
+        ax.invert_yaxis()
+        ax.set_title(title, fontsize=9); ax.tick_params(axis="x", labelsize=7); ax.grid(axis="x", alpha=.3)
     if len(cs) > 1: fig.legend(*axes[0][0].get_legend_handles_labels(), fontsize=7, loc="outside lower center", ncols=2)
     return fig
 

@@ -12,9 +12,8 @@ from pathlib import Path
 from .. import config, run
 from ..core.files import MANIFEST, UserError, atomic_dir, redact, write_atomic, write_manifest
 from ..export.weights import CheckpointSource, find_checkpoint_source, load_checkpoint_source, load_weights
-from post_training.export.parity import (
-    check_tokenizer, compare_ids, compare_logits, check_export_parity, logits_of, own_dialogues, set_generation_ids, training_dialogues,
-    with_plain_messages)
+from ..export.parity import (check_tokenizer, compare_ids, compare_logits, check_export_parity, logits_of,
+                                         own_dialogues, set_generation_ids, training_dialogues, with_plain_messages)
 from ..export.card import model_card
 from .tokenized_data import tokenizer_of
 
@@ -62,17 +61,22 @@ def export_checkpoint(
     check_tokenizer(tokenizer, model, source.record)
     set_generation_ids(model, tokenizer)
     before_dtype, stops = str(model.dtype).removeprefix("torch."), model.generation_config.eos_token_id
-    compared = compare_ids(tokenizer, out := _with_template(tokenizer, cfg["plain_messages"]), dialogues + own_dialogues())
-    warned = check_stop_tokens(tokenizer, [r["chat"] for r in compared if r["chat"]], stops, cfg["parity"]["on_missing_stop"])
+    compared = compare_ids(tokenizer, out := _with_template(tokenizer, cfg["plain_messages"]),
+                           dialogues + own_dialogues())
+    warned = check_stop_tokens(tokenizer, [r["chat"] for r in compared if r["chat"]], stops,
+                               cfg["parity"]["on_missing_stop"])
     ids = [r["ids"] for r in compared if r["ids"]]
     before = logits_of(model, ids)
     dtype = before_dtype if cfg["dtype"] == "auto" else cfg["dtype"]
     write_folder(folder, model.to(getattr(torch, dtype)), out, cfg["max_shard_size"])
-    facts = dict(architecture=type(model).__name__, parameters=model.num_parameters(), dtype=dtype, from_dtype=before_dtype, stops=[tokenizer.decode([i]) for i in stops],
+    facts = dict(architecture=type(model).__name__, parameters=model.num_parameters(), dtype=dtype,
+                 from_dtype=before_dtype, stops=[tokenizer.decode([i]) for i in stops],
                  plain=not wants_blocks(out.chat_template) or cfg["plain_messages"])
     del model
     compared = compare_ids(tokenizer, AutoTokenizer.from_pretrained(folder), dialogues + own_dialogues())
-    logits = compare_logits(before, logits_of(load_weights(str(folder), trust_remote_code=cfg["model_args"]["trust_remote_code"]).eval(), ids))
+    logits = compare_logits(before,
+                            logits_of(
+        load_weights(str(folder), trust_remote_code=cfg["model_args"]["trust_remote_code"]).eval(), ids))
     check_export_parity(compared, logits, dtype == before_dtype, cfg["parity"]["max_difference"])
     facts |= dict(max_difference=logits["max_difference"], dialogues=sum(bool(r["same"]) for r in compared))
     write_atomic(Path(folder)/"README.md", model_card(source, name, facts, cfg["runs_dir"]))
@@ -100,7 +104,8 @@ def output_folder(
     try: mine = json.loads((folder/MANIFEST).read_text()).get("run_hash") == task.hash
     except (OSError, ValueError): mine = folder.is_dir() and not any(folder.iterdir())
     if mine: return folder
-    raise UserError(f"save_dir={cfg['save_dir']} holds something that this configuration did not write: it is left as it is. Choose another folder, or remove it.")
+    raise UserError(f"save_dir={cfg['save_dir']} holds something that this configuration did not write: it is left as "
+                    "it is. Choose another folder, or remove it.")
 
 # %% ../../nbs/65_stages/7_export.ipynb #9492c721
 def export(
@@ -118,10 +123,12 @@ def export(
     folder = output_folder(task, cfg, source)
     with atomic_dir(folder, replace=True) as tmp:
         result = export_checkpoint(cfg, source, tokenizer_of(cfg), tmp, folder.name)
-        write_manifest(tmp, stage="export", run_hash=task.hash, source=source.name, **{k: v for k, v in result.facts.items() if k != "stops"})
+        write_manifest(tmp, stage="export", run_hash=task.hash, source=source.name,
+                       **{k: v for k, v in result.facts.items() if k != "stops"})
     if cfg["push_to_hub"]: push_folder(folder, cfg["push_to_hub"], cfg["private"])
     told = dict(result.told(), source=source.path)
-    run.edit_record(task.run_dir, lambda r: r.update(parity=told, **(dict(parents=source.parents) if source.parents else {})))
+    run.edit_record(task.run_dir,
+                    lambda r: r.update(parity=told, **(dict(parents=source.parents) if source.parents else {})))
     return folder, told
 
 # %% ../../nbs/65_stages/7_export.ipynb #c249d7a0
@@ -130,9 +137,11 @@ def check_push(
 ):
     "Refuse a push that cannot succeed: a name of another form, offline, no token"
     from huggingface_hub import constants, get_token
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name): raise UserError(f"push_to_hub={name}: give organisation/name, or null to keep the export here.")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(f"push_to_hub={name}: give organisation/name, or null to keep the export here.")
     if constants.HF_HUB_OFFLINE: raise UserError("push_to_hub is set and HF_HUB_OFFLINE too: unset one of them.")
-    if not get_token(): raise UserError("push_to_hub needs a token: run `hf auth login`, or set HF_TOKEN in the environment.")
+    if not get_token():
+        raise UserError("push_to_hub needs a token: run `hf auth login`, or set HF_TOKEN in the environment.")
 
 # %% ../../nbs/65_stages/7_export.ipynb #68ed335d
 def push_folder(
@@ -146,7 +155,9 @@ def push_folder(
     api = HfApi()
     try:
         api.create_repo(name, private=private, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=str(folder), commit_message=f"Export of {folder.name}", ignore_patterns=[MANIFEST])
+        api.upload_folder(repo_id=name, folder_path=str(folder), commit_message=f"Export of {folder.name}",
+                          ignore_patterns=[MANIFEST])
     except (HfHubHTTPError, OSError, ValueError) as e:
-        raise UserError(f"The export is whole in {folder} but could not be sent to {name}: {redact(str(e)).strip().splitlines()[0]}") from e
+        raise UserError(f"The export is whole in {folder} but could not be sent to {name}: "
+                        f"{redact(str(e)).strip().splitlines()[0]}") from e
     return f"hub:{name}"

@@ -28,20 +28,27 @@ def check_sources(
 )->tuple[dict, list[MergeSource], MergeSource]: # (the document with folders, sources, donor)
     "Find the sources of a document and refuse what does not fit"
     names = mentioned_models(doc)
-    if not names: raise UserError("The merge names no models: set sources=[run:A,run:B], or give a YAML with models or slices.")
+    if not names:
+        raise UserError("The merge names no models: set sources=[run:A,run:B], or give a YAML with models or slices.")
     check_trust(names, options["trust_remote_code"])
     with_folders, sources = replace_models(doc, change), []
-    listed = [json.dumps(p.get("model"), sort_keys=True) for _, what, p in document_parts(doc) if what in ("model", "source")]
+    listed = [json.dumps(p.get("model"), sort_keys=True) for _, what, p in document_parts(doc)
+              if what in ("model", "source")]
     for m in names:
         model, lora, _ = split_mention(m)
         name = model + (f"+{lora}" if lora else "")
         alone = m == doc.get("base_model") and json.dumps(m, sort_keys=True) not in listed
         sources.append(read_source(name, folders[name], alone, options["lazy_unpickle"], options["trust_remote_code"]))
-    chosen = [s for s in sources if donor in (s.name, s.folder) or (donor and Path(run.local_path_or_name(donor)).resolve() == Path(s.folder))]
-    if donor and not chosen: raise UserError(f"donor={donor} is none of the sources.{did_you_mean(donor, [s.name for s in sources])} They are {', '.join(s.name for s in sources)}.")
+    chosen = [s for s in sources
+              if donor in (s.name, s.folder)
+              or (donor and Path(run.local_path_or_name(donor)).resolve() == Path(s.folder))]
+    if donor and not chosen:
+        raise UserError(f"donor={donor} is none of the sources.{did_you_mean(donor, [s.name for s in sources])} They "
+                        f"are {', '.join(s.name for s in sources)}.")
     check_weights_fit(sources, doc)
     check_use_fits(sources, doc, donor)
-    check_slices(with_folders, {s.folder: (s.config.get("text_config") or s.config).get("num_hidden_layers", 0) for s in sources})
+    check_slices(with_folders,
+                 {s.folder: (s.config.get("text_config") or s.config).get("num_hidden_layers", 0) for s in sources})
     return with_folders, sources, (chosen or [s for s in sources if not s.base] or sources)[0]
 
 # %% ../../nbs/65_stages/8_model_merging.ipynb #a31f9434
@@ -60,13 +67,16 @@ def merge_document(
     with mergekit_session(cfg["options"], scratch) as options:
         steps = merge_plan(with_folders, options)
         check_merge_weights(steps)
-        for s in sources: check_finite(LoaderCache().get(parse_document(dict(merge_method="linear", models=[dict(model=change(s.name))])).models[0].model), s.name)
+        for s in sources:
+            check_finite(LoaderCache().get(parse_document(dict(
+                merge_method="linear", models=[dict(model=change(s.name))])).models[0].model), s.name)
         merge_weights(with_folders, folder, options)
         write_model_files(folder, donor, with_folders, sources, trust)
         facts = check_result(folder, steps, cfg["checks"]["reload"], trust)
         compared = compare_with_definition(folder, steps, doc.get("dtype"), cfg["checks"]["max_elements"])
         far = model_distances(folder, steps, {s.folder: s.name for s in sources})
-    return dict(result=facts, compared=compared, distances=far, donor=donor.name, notices=notices), {s.name: s.folder for s in sources}, parents
+    return dict(result=facts, compared=compared, distances=far, donor=donor.name,
+                notices=notices), {s.name: s.folder for s in sources}, parents
 
 # %% ../../nbs/65_stages/8_model_merging.ipynb #0b728ae1
 @contextlib.contextmanager
@@ -86,12 +96,18 @@ def model_merging(
 )->tuple[str, dict]: # (folder of the result, facts for the record)
     "Merge what a config names into the run's checkpoint; a finished run's is left as it is"
     folder, record = Path(task.checkpoints_dir)/"checkpoint-0", run.read_record(task.run_dir)
-    if task.status == "done": return str(record["final"]["output"]), {k: record[k] for k in ("merge", "inputs", "summary")}
+    if task.status == "done":
+        return str(record["final"]["output"]), {k: record[k] for k in ("merge", "inputs", "summary")}
     ensure_variants(cfg)
-    docs, made, used, parents, told = check_merge_config(cfg), {}, {}, [], {}
+    docs = check_merge_config(cfg)
+    made = {}
+    used = {}
+    parents = []
+    told = {}
     for name, doc in docs: check_document(doc)
     with file_lock(folder.parent/".merge.lock"), respect_hub_offline():
-        for left in folder.parent.glob(".tmp-*"): shutil.rmtree(left, ignore_errors=True) # of a killed merge: the lock is ours
+        for left in folder.parent.glob(".tmp-*"):
+            shutil.rmtree(left, ignore_errors=True) # of a killed merge: the lock is ours
         with atomic_dir(folder, replace=True) as tmp, scratch_dir(folder.parent) as scratch:
             for i, (name, doc) in enumerate(docs):
                 out = tmp if i == len(docs) - 1 else scratch/f"document-{i}"
@@ -100,7 +116,8 @@ def model_merging(
                 made[name], told[name or "result"] = str(out), facts
                 used |= {n: f for n, f in sources.items() if n not in made}
                 parents += [p for p in lineage if p not in parents]
-            (tmp/"merge.yaml").write_text(yaml.safe_dump_all([dict(name=n, **d) if n else d for n, d in docs], sort_keys=False))
+            (tmp/"merge.yaml").write_text(yaml.safe_dump_all(
+                [dict(name=n, **d) if n else d for n, d in docs], sort_keys=False))
             write_manifest(tmp, stage="model_merging", step=0, config_hash=task.hash, sources=list(used))
     if parents: run.update_record(task.run_dir, parents=parents)
     return str(folder), dict(merge=told, inputs=run.inputs_of(used.values()), summary=merge_summary(told))
@@ -121,12 +138,15 @@ def merge_summary(
 )->str: # one line
     "What was merged, in one line"
     facts = list(facts.values())[-1]
-    r, c, far = facts["result"], facts["compared"], facts["distances"]
+    r = facts["result"]
+    c = facts["compared"]
+    far = facts["distances"]
     out = f"{r['tensors']} tensors, {r['parameters']:,} parameters in {r['dtype']}"
     if c: out += f"; {c['method']} in fp64 differs by at most {c['largest_difference']:.1e}"
     if c: out += (f" ({c['tensors']} of {c['of']} tensors compared)" if c["tensors"] < c["of"] else "")
     if far: out += f"; {far['apart'][0][-1]:.4g} from {Path(far['models'][0]).name}"
-    if far: out += f", {far['norm']['merged']:.4g} from {Path(far['reference']).name} (norm {far['reference_norm']:.4g})"
+    if far:
+        out += f", {far['norm']['merged']:.4g} from {Path(far['reference']).name} (norm {far['reference_norm']:.4g})"
     return out
 
 # %% ../../nbs/65_stages/8_model_merging.ipynb #d7fa9c11
@@ -134,8 +154,9 @@ def merge_rows(
     merge:dict, # name of a document -> its facts, as a record has them
 )->list[dict]:
     "What was made and compared, a row for each document"
-    return [dict(document=name, **{k: f["result"][k] for k in ("tensors", "parameters", "dtype", "loaded")}, donor=Path(f["donor"]).name,
-                 compared=f["compared"].get("tensors"), largest_difference=f["compared"].get("largest_difference")) for name, f in merge.items()]
+    return [dict(document=name, **{k: f["result"][k] for k in ("tensors", "parameters", "dtype", "loaded")},
+                 donor=Path(f["donor"]).name, compared=f["compared"].get("tensors"),
+                 largest_difference=f["compared"].get("largest_difference")) for name, f in merge.items()]
 
 # %% ../../nbs/65_stages/8_model_merging.ipynb #f10d14a3
 def merging_conclusion(
@@ -147,9 +168,11 @@ def merging_conclusion(
     of = lambda kind: [t for t in table if t["kind"] == kind]
     merge, expert, base = (max(of(kind), key=lambda t: t["mean"]) for kind in ("merge", "expert", "base"))
     own = {t["model"]: t[t["model"]] for t in of("expert")}
-    word = lambda t: "better than" if gaps[t["model"]][0] > 0 else "worse than" if gaps[t["model"]][1] < 0 else "not told apart from"
+    word = lambda t: "better than" if gaps[t[
+        "model"]][0] > 0 else "worse than" if gaps[t["model"]][1] < 0 else "not told apart from"
     kept = ", ".join(f"{s} {merge[s]:.0%} (its expert {own[s]:.0%})" for s in skills)
-    said = "Yes" if all(merge[s] >= own[s] - .05 for s in skills) else {"better than": "In part", "worse than": "No"}.get(word(expert), "Not seen")
+    said = ("Yes" if all(merge[s] >= own[s] - .05 for s in skills)
+            else {"better than": "In part", "worse than": "No"}.get(word(expert), "Not seen"))
     return (f"{said}: the best merge, {merge['model']}, has {merge['mean']:.0%} right "
             f"over all skills, {word(expert)} the best expert ({expert['model']}, {expert['mean']:.0%}) "
             f"and {word(base)} the base ({base['mean']:.0%}); by skill: {kept}.")

@@ -34,10 +34,13 @@ def check_output(
     where = cfg["save_data_dir"]
     if where.startswith("hub:"): return where
     folder = config.site_path(where)
-    if folder.suffix in (".jsonl", ".json", ".parquet"): raise UserError(f"save_data_dir={where}: a stage writes a folder. Leave the ending out.")
+    if folder.suffix in (".jsonl", ".json", ".parquet"):
+        raise UserError(f"save_data_dir={where}: a stage writes a folder. Leave the ending out.")
     if folder.exists() and written_by(folder) != rows_hash(cfg):
-        raise UserError(f"{folder} holds {'the rows of another configuration' if written_by(folder) else 'something that was not written here'}: it is left as it is. "
-                        "Choose another dataset_name or save_data_dir, or remove it.")
+        raise UserError(
+            f"{folder} holds "
+            f"{'the rows of another configuration' if written_by(folder) else 'something that was not written here'}: "
+            "it is left as it is. " "Choose another dataset_name or save_data_dir, or remove it.")
     return str(folder)
 
 # %% ../../nbs/65_stages/1_output.ipynb #f8156470
@@ -55,8 +58,10 @@ def write_rows(
     if where.startswith("hub:"): return save_rows(DatasetDict(splits), where)
     with file_lock(Path(where).parent/f".{Path(where).name}.lock"):
         check_output(cfg) # another run may have come first
-        for left in Path(where).parent.glob(f".tmp-{Path(where).name}-*"): shutil.rmtree(left, ignore_errors=True) # of a killed save: the lock is ours
-        facts |= dict(run_hash=task.hash, rows_hash=rows_hash(cfg), stage=cfg["stage"], rows={k: len(v) for k, v in splits.items()})
+        for left in Path(where).parent.glob(f".tmp-{Path(where).name}-*"):
+            shutil.rmtree(left, ignore_errors=True) # of a killed save: the lock is ours
+        facts |= dict(run_hash=task.hash, rows_hash=rows_hash(cfg), stage=cfg["stage"],
+                      rows={k: len(v) for k, v in splits.items()})
         return save_rows(DatasetDict(splits), where, replace=True, **facts)
 
 # %% ../../nbs/65_stages/1_output.ipynb #1e829657

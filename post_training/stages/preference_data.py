@@ -64,7 +64,9 @@ def read_annotation_rows(
     from post_training.data.io import load_splits
     from post_training.demo.data import ensure_demo
     ensure_demo(cfg); ensure_reward(cfg)
-    args, parts, counts = cfg["dataset_args"], [], {}
+    args = cfg["dataset_args"]
+    parts = []
+    counts = {}
     found = load_splits(run.local_path_or_name(args["dataset_name"]), [args["split"]] if args["split"] else None)
     structure = cfg.get("structure", "auto")
     if structure == "auto" and len(found) > 1: # all splits alike
@@ -99,8 +101,10 @@ def max_sequence_tokens(
     "What a configuration allows, and not more than the model has positions"
     from transformers import AutoConfig
     m = cfg["model_args"]
-    found = AutoConfig.from_pretrained(run.base_model(m["model_name_or_path"], cfg["runs_dir"])[0], revision=m["model_revision"], trust_remote_code=m["trust_remote_code"])
-    return min(cfg["max_seq_len"], getattr(found.get_text_config(), "max_position_embeddings", None) or cfg["max_seq_len"])
+    found = AutoConfig.from_pretrained(run.base_model(m["model_name_or_path"], cfg["runs_dir"])[0],
+                                       revision=m["model_revision"], trust_remote_code=m["trust_remote_code"])
+    return min(cfg["max_seq_len"],
+               getattr(found.get_text_config(), "max_position_embeddings", None) or cfg["max_seq_len"])
 
 # %% ../../nbs/65_stages/4_preference_data.ipynb #c0d04947
 def completion_batches(
@@ -111,7 +115,8 @@ def completion_batches(
     "Prompts of similar length; a batch counts n completions of max_new_tokens for each"
     from post_training.preferences.completions import plan_lengths, prompt_lengths
     g = cfg["generation"]
-    return dict(lengths=plan_lengths(prompt_lengths(rows, tokenizer), g["n"], g["max_new_tokens"], max_sequence_tokens(cfg)), budget=g["batch_tokens"])
+    return dict(lengths=plan_lengths(prompt_lengths(rows, tokenizer), g["n"], g["max_new_tokens"],
+                                     max_sequence_tokens(cfg)), budget=g["batch_tokens"])
 
 # %% ../../nbs/65_stages/4_preference_data.ipynb #d67bc41e
 def logprob_batches(
@@ -131,7 +136,8 @@ def reward_batches(
 )->dict: # lengths and budget, or batches, for `shards.make_shard_plan`
     "Prompts of similar length, estimated: the reward model has a tokenizer of its own, and sorts the conversations of a batch; verifiers take them as they come"
     from post_training.preferences.filter import filtering_lengths
-    return fixed_size_batches(len(rows)) if cfg["reward_args"]["kind"] == "verifier" else dict(lengths=filtering_lengths(rows), budget=16*cfg["reward_args"]["batch_tokens"])
+    return (fixed_size_batches(len(rows)) if cfg["reward_args"]["kind"] == "verifier"
+            else dict(lengths=filtering_lengths(rows), budget=16*cfg["reward_args"]["batch_tokens"]))
 
 # %% ../../nbs/65_stages/4_preference_data.ipynb #7076d617
 BATCH_PLANNERS = { # stage -> how its rows are batched
@@ -147,9 +153,11 @@ def annotation_model(
     m, device = cfg["model_args"], cfg["cluster"]["device"]
     device = default_device() if device == "auto" else device
     how = resolve_auto(device, "inference", m["dtype"], m["attn_implementation"], flash_available(device))
-    path, several = run.base_model(m["model_name_or_path"], cfg["runs_dir"])[0], device == "cuda" and cfg.get("tensor_parallel_size", 1) > 1
+    path, several = run.base_model(m["model_name_or_path"],
+                                   cfg["runs_dir"])[0], device == "cuda" and cfg.get("tensor_parallel_size", 1) > 1
     spread = dict(device_map="auto") if several else {} # layer after layer over the GPUs that this worker sees
-    model = load_model(path, how["dtype"], how["attn_implementation"], None if several else device, m["model_revision"], m["trust_remote_code"], **spread)
+    model = load_model(path, how["dtype"], how["attn_implementation"], None if several else device, m["model_revision"],
+                       m["trust_remote_code"], **spread)
     eos = cfg["tokenizer_args"]["model_eos_token_id"]
     if eos is not None: model.generation_config.eos_token_id = eos
     return model.eval()
@@ -180,10 +188,14 @@ def ref_completions(
     if cfg["backend"] == "transformers": complete = transformers_backend(annotation_model(cfg), tokenizer, **how)
     else:
         url = s["url"] or os.environ.get("POST_TRAINING_SERVER_URL")
-        if not url: raise UserError("backend=server needs a server: give server.url, or server.command for one that is started in the job of a cluster.")
+        if not url:
+            raise UserError("backend=server needs a server: give server.url, or server.command for one that is started "
+                            "in the job of a cluster.")
         stop = sorted({*([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]), *call_stops(tokenizer)})
-        complete = server_backend(url, served_model(base_url(url), s["model"], cfg["max_seq_len"]), stop=stop, concurrency=s["concurrency"], **how)
-    return completions_batch_fn(rows, tokenizer, complete, facts["model_name"], g["n"], cfg["seed"], max_sequence_tokens(cfg), g["max_new_tokens"], cfg["keep_existing"], token_rate())
+        complete = server_backend(url, served_model(base_url(url), s["model"], cfg["max_seq_len"]), stop=stop,
+                                  concurrency=s["concurrency"], **how)
+    return completions_batch_fn(rows, tokenizer, complete, facts["model_name"], g["n"], cfg["seed"],
+                                max_sequence_tokens(cfg), g["max_new_tokens"], cfg["keep_existing"], token_rate())
 
 # %% ../../nbs/65_stages/4_preference_data.ipynb #05196419
 def ref_logprobs(
@@ -194,7 +206,8 @@ def ref_logprobs(
 ): # function: indices of rows -> a result for each
     "Score completions under the reference model"
     from post_training.preferences.reference_logprobs import logprobs_batch_fn
-    return logprobs_batch_fn(rows, tokenizer, annotation_model(cfg), cfg["batch_tokens"], cfg["share_prompts"], facts["probe_rows"])
+    return logprobs_batch_fn(rows, tokenizer, annotation_model(cfg), cfg["batch_tokens"], cfg["share_prompts"],
+                             facts["probe_rows"])
 
 # %% ../../nbs/65_stages/4_preference_data.ipynb #3a4075dd
 def ref_rewards(
@@ -209,7 +222,8 @@ def ref_rewards(
     if r["kind"] == "verifier": return rewards_batch_fn(rows, verifier_scorer(r["verifier"], cfg["on_malformed"]))
     device = None if cfg["cluster"]["device"] == "auto" else cfg["cluster"]["device"]
     given = {k: v for k, v in r.items() if k not in ("kind", "name", "verifier", "model_name_or_path")}
-    return rewards_batch_fn(rows, model_scorer(run.base_model(r["model_name_or_path"], cfg["runs_dir"])[0], device=device, **given))
+    return rewards_batch_fn(
+        rows, model_scorer(run.base_model(r["model_name_or_path"], cfg["runs_dir"])[0], device=device, **given))
 
 # %% ../../nbs/65_stages/4_preference_data.ipynb #b4123012
 def make_pairs(
@@ -220,11 +234,14 @@ def make_pairs(
 ): # function: indices of rows -> a result for each
     "Choose pairs"
     from post_training.preferences.pairs import pairs_batch_fn
-    asked = {k: cfg[k] for k in ("mode", "num_pairs", "min_num_ref_rewards", "num_ref_rewards", "candidates", "references", "seed")}
+    asked = {k: cfg[k]
+             for k in ("mode", "num_pairs", "min_num_ref_rewards", "num_ref_rewards", "candidates", "references",
+                       "seed")}
     return pairs_batch_fn(rows, reference=facts["reference"], **asked)
 
 # %% ../../nbs/65_stages/4_preference_data.ipynb #d79064fa
-BATCH_FNS = {"filter": filter_rows, "ref_completions": ref_completions, "ref_logprobs": ref_logprobs, "ref_rewards": ref_rewards, "pairs": make_pairs} # stage -> its map
+BATCH_FNS = {"filter": filter_rows, "ref_completions": ref_completions, "ref_logprobs": ref_logprobs,
+             "ref_rewards": ref_rewards, "pairs": make_pairs} # stage -> its map
 
 # %% ../../nbs/65_stages/4_preference_data.ipynb #a00c9499
 def work_folder(
@@ -238,7 +255,9 @@ def history_of(
     cfg:dict, # composed
 )->list[dict]: # an entry for each annotation stage before this one
     "What was done to the rows that a stage reads, as their manifest tells"
-    try: return json.loads((config.site_path(cfg["dataset_args"]["dataset_name"])/MANIFEST).read_text()).get("history") or []
+    try:
+        return (json.loads((config.site_path(cfg["dataset_args"]["dataset_name"])/MANIFEST).read_text()).get("history")
+                or [])
     except (OSError, ValueError): return []
 
 # %% ../../nbs/65_stages/4_preference_data.ipynb #51327e57
@@ -255,8 +274,11 @@ def stage_facts(
     if cfg["stage"] == "ref_rewards":
         name = cfg["reward_args"]["model_name_or_path"] if cfg["reward_args"]["kind"] == "model" else None
         path = name and run.base_model(name, cfg["runs_dir"])[0]
-        facts = dict(reward=cfg["reward_args"]["name"], model=run.path_fingerprint(path) if path and Path(path).exists() else name)
-    if cfg["stage"] == "pairs": facts = dict(reference=before.get("ref_logprobs", {}).get("reference"), reward=before.get("ref_rewards", {}).get("reward"))
+        facts = dict(reward=cfg["reward_args"]["name"],
+                     model=run.path_fingerprint(path) if path and Path(path).exists() else name)
+    if cfg["stage"] == "pairs":
+        facts = dict(reference=before.get("ref_logprobs", {}).get("reference"),
+                     reward=before.get("ref_rewards", {}).get("reward"))
     return facts
 
 # %% ../../nbs/65_stages/4_preference_data.ipynb #785f6ef9
@@ -279,14 +301,19 @@ def plan_work(
     with file_lock(folder.parent/".plan.lock"):
         if not (folder/shards.PLAN_FILE).exists(): return _plan_rows(cfg, folder)
     plan, told = shards.load_shard_plan(folder), json.loads((folder/"facts.json").read_text())
-    if changed := run.changed_inputs(told): raise UserError(f"{changed[0]} has changed since this work began. Remove {folder} to begin anew with what is there now.")
+    if changed := run.changed_inputs(told):
+        raise UserError(f"{changed[0]} has changed since this work began. Remove {folder} to begin anew with what is "
+                        "there now.")
     tokenizer = tokenizer_of(cfg) if "tokenizer_args" in cfg else None
     now = stage_facts(cfg, tokenizer)
-    if other := [k for k in now if now[k] != told["facts"].get(k)]: raise UserError(f"Another {', '.join(other)} than when this work began. Remove {folder} to begin anew.")
+    if other := [k for k in now if now[k] != told["facts"].get(k)]:
+        raise UserError(f"Another {', '.join(other)} than when this work began. Remove {folder} to begin anew.")
     number = max(1, min(cfg["shards"]["number"], len(plan.batches)))
     if number == plan.shards: return plan
     costs = shards.balance_batches(plan.costs, number)
-    return shards.save_shard_plan(folder, shards.ShardPlan(plan.keys, plan.batches, plan.costs, plan.params, number, costs, plan.fingerprint)) # refused where shards are begun
+    # refused where shards are begun
+    return shards.save_shard_plan(
+        folder, shards.ShardPlan(plan.keys, plan.batches, plan.costs, plan.params, number, costs, plan.fingerprint))
 
 # %% ../../nbs/65_stages/4_preference_data.ipynb #f7525487
 def _plan_rows(cfg:dict, folder:Path)->shards.ShardPlan:
@@ -299,12 +326,17 @@ def _plan_rows(cfg:dict, folder:Path)->shards.ShardPlan:
         raise UserError(f"No row of {cfg['dataset_args']['dataset_name']} can be used: {why or 'there are none'}.")
     tokenizer = tokenizer_of(cfg) if "tokenizer_args" in cfg else None
     facts = stage_facts(cfg, tokenizer)
-    params = dict(stage=cfg["stage"], config=run.config_hash(cfg), rows=rows_fingerprint(rows), device=device_kind(cfg), **facts)
-    plan = shards.make_shard_plan(row_keys(rows), params=params, shards=cfg["shards"]["number"], **BATCH_PLANNERS[cfg["stage"]](cfg, rows, tokenizer))
+    params = dict(stage=cfg["stage"], config=run.config_hash(cfg), rows=rows_fingerprint(rows), device=device_kind(cfg),
+                  **facts)
+    plan = shards.make_shard_plan(row_keys(rows), params=params, shards=cfg["shards"]["number"],
+                                  **BATCH_PLANNERS[cfg["stage"]](cfg, rows, tokenizer))
     facts["probe_rows"] = plan.batches[0][:4] if plan.batches else [] # the longest
     with atomic_dir(folder/"rows", replace=True) as tmp: rows.save_to_disk(str(tmp))
-    paths = [cfg["dataset_args"]["dataset_name"], (cfg.get("model_args") or cfg.get("reward_args") or {}).get("model_name_or_path")]
-    write_json(folder/"facts.json", dict(facts=facts, counts=counts, history=history_of(cfg), inputs=run.inputs_of([p for p in paths if p and not p.startswith("run:")])))
+    paths = [cfg["dataset_args"]["dataset_name"],
+             (cfg.get("model_args") or cfg.get("reward_args") or {}).get("model_name_or_path")]
+    write_json(folder/"facts.json",
+               dict(facts=facts, counts=counts, history=history_of(cfg),
+                    inputs=run.inputs_of([p for p in paths if p and not p.startswith("run:")])))
     return shards.save_shard_plan(folder, plan)
 
 # %% ../../nbs/65_stages/4_preference_data.ipynb #647b704d
@@ -360,7 +392,8 @@ def shard_progress_line(
 )->str:
     "How far the work is"
     speed = f", {progress['per_second']:,.1f} rows a second" if progress["per_second"] else ""
-    return f"{progress['rows']:,} of {progress['of']:,} rows, {progress['shards']} of {progress['of_shards']} shards, {100*progress['share']:.0f} % of the work{speed}"
+    return (f"{progress['rows']:,} of {progress['of']:,} rows, {progress['shards']} of {progress['of_shards']} shards, "
+            f"{100*progress['share']:.0f} % of the work{speed}")
 
 # %% ../../nbs/65_stages/4_preference_data.ipynb #373f5019
 def notebook_progress():
@@ -387,7 +420,8 @@ def unpack_logprobs(
     completions:list[dict], # with packed log-probabilities
 )->list[dict]:
     "Completions with their log-probabilities as numbers"
-    return [c | dict(ref_logprobs=shards.unpack_floats(c["ref_logprobs"])) if isinstance(c.get("ref_logprobs"), str) else c for c in completions]
+    return [c | dict(ref_logprobs=shards.unpack_floats(c["ref_logprobs"])) if isinstance(c.get("ref_logprobs"), str)
+            else c for c in completions]
 
 # %% ../../nbs/65_stages/4_preference_data.ipynb #f8d82fa1
 def output_rows(
@@ -411,7 +445,9 @@ def write_splits(
     writers = {}
     for row in rows:
         split = row.pop(SPLIT_COLUMN)
-        if split not in writers: writers[split] = ArrowWriter(path=str(Path(folder)/f"{split}.arrow"), features=features, writer_batch_size=1000)
+        if split not in writers:
+            writers[split] = ArrowWriter(path=str(Path(folder)/f"{split}.arrow"), features=features,
+                                         writer_batch_size=1000)
         writers[split].write(row)
     for w in writers.values(): w.finalize(); w.close()
     return {split: Dataset.from_file(str(Path(folder)/f"{split}.arrow")) for split in writers}
@@ -423,7 +459,9 @@ def completion_counts(
     "What became of completions"
     from collections import Counter
     from post_training.preferences.reference_logprobs import reencoding_report
-    n, lost, again = 0, Counter(), []
+    n = 0
+    lost = Counter()
+    again = []
     for _, r in results:
         n += len(r.get("completions") or r.get("rows") or [])
         lost.update(r.get("lost") or {})
@@ -439,11 +477,15 @@ def collect_output(
     from post_training.preferences.rows import needs_blocks, row_features
     from post_training.data.messages import check_dropped
     folder = work_folder(cfg)
-    rows, told, out = load_from_disk(str(folder/"rows")), json.loads((folder/"facts.json").read_text()), folder/"merged.jsonl"
+    rows, told, out = load_from_disk(str(folder/"rows")), json.loads(
+        (folder/"facts.json").read_text()), folder/"merged.jsonl"
     done, read = shards.merge_shards(folder, out), told["counts"].values()
-    dropped = {k: sum(c["dropped"].get(k, 0) for c in read) for k in dict.fromkeys(k for c in read for k in c["dropped"])} | done["dropped"]
-    counts = {"in": sum(c["in"] for c in read), "out": done["rows"], "dropped": dropped, "examples": {k: v for c in read for k, v in c["examples"].items()} | done["examples"],
-              "completions": completion_counts(merged_results(out)), "lost before": {k: v for c in read for k, v in c["lost"].items()}}
+    dropped = {k: sum(c["dropped"].get(k, 0) for c in read)
+               for k in dict.fromkeys(k for c in read for k in c["dropped"])} | done["dropped"]
+    counts = {"in": sum(c["in"] for c in read), "out": done["rows"], "dropped": dropped,
+              "examples": {k: v for c in read for k, v in c["examples"].items()} | done["examples"],
+              "completions": completion_counts(merged_results(out)),
+              "lost before": {k: v for c in read for k, v in c["lost"].items()}}
     check_dropped(counts, cfg["max_drop_fraction"])
     blocks = needs_blocks(rows)
     extra = {k: f for k, f in rows.features.items() if k not in (*row_features(blocks), SPLIT_COLUMN)}
@@ -458,7 +500,9 @@ def history_settings(
     cfg:dict, # composed
 )->dict: # the keys that a reader of the result wants to know
     "What a stage was asked for, for the history"
-    return {k: cfg[k] for k in ("max_seq_len", "generation", "backend", "mode", "num_pairs", "candidates", "reward_args", "num_ref_rewards") if k in cfg}
+    return {k: cfg[k]
+            for k in ("max_seq_len", "generation", "backend", "mode", "num_pairs", "candidates", "reward_args",
+                      "num_ref_rewards") if k in cfg}
 
 # %% ../../nbs/65_stages/4_preference_data.ipynb #13685644
 def run_annotation(
@@ -476,10 +520,13 @@ def run_annotation(
     if not this_job(): work_on_shards(cfg, task.config_path, tick=tick) # on a cluster an array has done the work
     splits, counts = collect_output(cfg)
     told = json.loads((work_folder(cfg)/"facts.json").read_text())
-    history = [*told["history"], dict(stage=cfg["stage"], run_hash=task.hash, **history_settings(cfg), **{k: v for k, v in told["facts"].items() if k != "probe_rows"})]
+    history = [*told["history"],
+               dict(stage=cfg["stage"], run_hash=task.hash, **history_settings(cfg),
+                    **{k: v for k, v in told["facts"].items() if k != "probe_rows"})]
     where = write_rows(task, cfg, splits, history=history)
     summary = f"{counts['in']:,} rows read, {sum(map(len, splits.values())):,} written"
-    run.update_record(task.run_dir, inputs=told["inputs"], counts=counts, history=history, outputs={s: str(where) for s in splits})
+    run.update_record(task.run_dir, inputs=told["inputs"], counts=counts, history=history,
+                      outputs={s: str(where) for s in splits})
     run.finish_output(task, where, summary=summary)
     splits = load_splits(where)
     shutil.rmtree(work_folder(cfg), ignore_errors=True)
@@ -492,8 +539,10 @@ def history_rows(
     "What was done to the rows of a stage before, in a table"
     rows = history_of(cfg)
     who = lambda h: ", ".join(f"{k} {str(h[k])[:24]}" for k in ("model_name", "reference", "reward") if h.get(k))
-    asked = lambda h: ", ".join(f"{k}={json.dumps(v)}" for k, v in h.items() if k in ("max_seq_len", "generation", "mode", "num_pairs", "backend"))
-    return [dict(stage=h["stage"], asked=asked(h), by=who(h)) for h in rows] or [dict(stage="none", asked="rows as their source gives them", by="")]
+    asked = lambda h: ", ".join(f"{k}={json.dumps(v)}" for k, v in h.items()
+                                if k in ("max_seq_len", "generation", "mode", "num_pairs", "backend"))
+    return ([dict(stage=h["stage"], asked=asked(h), by=who(h)) for h in rows]
+            or [dict(stage="none", asked="rows as their source gives them", by="")])
 
 # %% ../../nbs/65_stages/4_preference_data.ipynb #e5b1d470
 def messages_text(
@@ -521,7 +570,8 @@ def has_unfinished_shards(
     "Whether this task of an array has shards that are not finished: a server is started for nothing else"
     cfg = config.load_frozen(config_path)
     plan = plan_work(cfg)
-    return any(shards.shard_faults(shards.shard_folder(work_folder(cfg), plan, k), plan) for k in shards.array_shards(plan))
+    return any(shards.shard_faults(shards.shard_folder(work_folder(cfg), plan, k), plan)
+               for k in shards.array_shards(plan))
 
 # %% ../../nbs/65_stages/4_preference_data.ipynb #63f147bb
 def annotation_main(
@@ -529,7 +579,10 @@ def annotation_main(
 )->int: # exit code: 2 for a mistake of the user's, 3 for a task without work that asks, 143 where it was asked to leave
     "`CONFIG --array`, `CONFIG --array --ask`, or `CONFIG FOLDER --shard N` of one worker"
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or {"-h", "--help"} & {*argv}: print("python -m post_training.stages.preference_data CONFIG.yaml --array [--ask] | CONFIG.yaml FOLDER --shard N"); return 0
+    if not argv or {"-h", "--help"} & {*argv}:
+        print("python -m post_training.stages.preference_data CONFIG.yaml --array [--ask] | CONFIG.yaml FOLDER --shard "
+              "N")
+        return 0
     try:
         if "--ask" in argv: return 0 if has_unfinished_shards(argv[0]) else 3
         if "--array" in argv:

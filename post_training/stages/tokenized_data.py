@@ -15,7 +15,8 @@ from ..core.files import UserError, gc_paused, verify_manifest
 # %% ../../nbs/65_stages/2_tokenized_data.ipynb #12ed0796
 def quiet_libraries():
     "No telemetry, no progress bars in logs, no advice that is meant for scripts of another kind"
-    wishes = dict(HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="true", TRANSFORMERS_VERBOSITY="error")
+    wishes = dict(HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="true",
+                  TRANSFORMERS_VERBOSITY="error")
     for k, v in wishes.items(): os.environ.setdefault(k, v)
     with gc_paused(): import datasets, transformers, warnings
     datasets.disable_progress_bars()
@@ -31,7 +32,8 @@ def load_split(
     from post_training.data.io import load_rows
     args = cfg["dataset_args"]
     if split == "eval" and not (args.get("eval_split") or {}).get("name"):
-        raise UserError("Evaluation needs rows that are not trained on: name a split in dataset_args.eval_split.name, or set training_args.eval_strategy=no.")
+        raise UserError("Evaluation needs rows that are not trained on: name a split in dataset_args.eval_split.name, "
+                        "or set training_args.eval_strategy=no.")
     rows = load_rows(run.local_path_or_name(args["dataset_name"]), (args.get(f"{split}_split") or {}).get("name"))
     n = (args.get("debug_subsample") or {}).get(split) or 0
     return rows.select(range(min(n, len(rows)))) if n else rows
@@ -84,10 +86,13 @@ class TokenizedData:
     fingerprints: dict = field(default_factory=dict) # rows, tokenizer, template
     notices: list = field(default_factory=list) # what a gate warned of
     paths: dict = field(default_factory=dict) # split -> folder of the tokenized rows
-    def told(self)->dict: return {k: getattr(self, k) for k in ("counts", "fingerprints", "notices", "paths")} # what another process needs to read the same
+    def told(self)->dict:
+        # what another process needs to read the same
+        return {k: getattr(self, k) for k in ("counts", "fingerprints", "notices", "paths")}
 
 # %% ../../nbs/65_stages/2_tokenized_data.ipynb #34397d58
-RECORDED_COUNTS = ("in", "out", "dropped", "left_out", "truncated", "tokens", "completion_tokens") # what the record keeps of a split
+# what the record keeps of a split
+RECORDED_COUNTS = ("in", "out", "dropped", "left_out", "truncated", "tokens", "completion_tokens")
 
 # %% ../../nbs/65_stages/2_tokenized_data.ipynb #af4b6077
 def splits_of(
@@ -111,11 +116,14 @@ def load_tokenized_data(
     tokenizer = tokenizer_of(cfg)
     folder = config.site_path(cfg["artifacts_dir"])/cfg["artifacts_subdir"]/"tokenized"
     parameters = {k: v for k, v in cfg["tokenization"].items() if k != "on_missing_stop"}
-    out = TokenizedData(tokenizer, None, fingerprints=dict(tokenizer=tokenizer_fingerprint(tokenizer), template=template_fingerprint(tokenizer)))
+    out = TokenizedData(tokenizer, None,
+                        fingerprints=dict(tokenizer=tokenizer_fingerprint(tokenizer),
+                                          template=template_fingerprint(tokenizer)))
     for split in splits_of(cfg):
         raw = load_split(cfg, split)
         if split == "train": out.notices = check_gates(cfg, conversations(raw), tokenizer)
-        rows, counts = (tokenize or cached_tokenize)(folder, raw, tokenizer, max_drop_fraction=cfg["max_drop_fraction"], fingerprint=out.fingerprints["tokenizer"], **parameters)
+        rows, counts = (tokenize or cached_tokenize)(folder, raw, tokenizer, max_drop_fraction=cfg["max_drop_fraction"],
+                                                     fingerprint=out.fingerprints["tokenizer"], **parameters)
         out.counts[split] = {k: counts[k] for k in RECORDED_COUNTS if counts.get(k)}
         out.fingerprints[f"{split}_rows"] = counts["rows_fingerprint"]
         out.paths[split] = str(folder/counts["key"][:16])
@@ -131,8 +139,10 @@ def read_tokenized_data(
     from datasets import load_from_disk
     for split, path in shared["paths"].items():
         if wrong := verify_manifest(path, hashes=False):
-            raise UserError(f"The tokenized rows of {split} in {path} are not whole ({wrong[0]}): run post-training tokenize with the same overrides.")
-    return TokenizedData(tokenizer_of(cfg), **{split: load_from_disk(path) for split, path in shared["paths"].items()}, **shared)
+            raise UserError(f"The tokenized rows of {split} in {path} are not whole ({wrong[0]}): run post-training "
+                            "tokenize with the same overrides.")
+    return TokenizedData(tokenizer_of(cfg), **{split: load_from_disk(path) for split, path in shared["paths"].items()},
+                         **shared)
 
 # %% ../../nbs/65_stages/2_tokenized_data.ipynb #090f891b
 def row_examples(
@@ -142,4 +152,5 @@ def row_examples(
     "What the model sees of some rows: (prompt | completion, whether a control token, text)"
     from post_training.tokens.colours import token_runs
     rows = data.train.select(range(min(n, len(data.train))))
-    return [dict(row_id=r["row_id"], source=r.get("source"), runs=token_runs(data.tokenizer, r["input_ids"], r["completion_mask"])) for r in rows]
+    return [dict(row_id=r["row_id"], source=r.get("source"),
+                 runs=token_runs(data.tokenizer, r["input_ids"], r["completion_mask"])) for r in rows]

@@ -25,7 +25,8 @@ def wants_cpu(
     "Whether training is to run on the CPU"
     import torch
     device = cfg["cluster"]["device"]
-    if device == "cuda" and not torch.cuda.is_available(): raise UserError("cluster.device=cuda, but no GPU is visible to this process. Set cluster.device=cpu or auto.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("cluster.device=cuda, but no GPU is visible to this process. Set cluster.device=cpu or auto.")
     return device == "cpu" or not torch.cuda.is_available()
 
 # %% ../../nbs/65_stages/5_training.ipynb #434339d2
@@ -39,7 +40,8 @@ def init_distributed(
     ks = dict(timeout=datetime.timedelta(seconds=timeout)) if "LOCAL_RANK" in os.environ else {}
     if cpu: state = PartialState(backend="gloo", **ks) if deepspeed else PartialState(cpu=True, **ks)
     else: state = PartialState(**ks)
-    return dict(world_size=state.num_processes, rank=state.process_index, zero_stage=zero_stage() if deepspeed else None)
+    return dict(world_size=state.num_processes, rank=state.process_index,
+                zero_stage=zero_stage() if deepspeed else None)
 
 # %% ../../nbs/65_stages/5_training.ipynb #192af713
 def zero_stage()->int:
@@ -56,9 +58,12 @@ def check_world(
     stage:str="train_sft", # for the message
 ):
     "Refuse to train in another world than the config's"
-    def say(w): return f"{w['world_size']} process{'es'*(w['world_size'] != 1)}, " + ("no DeepSpeed" if w["zero_stage"] is None else f"DeepSpeed ZeRO-{w['zero_stage']}")
+    def say(w):
+        return f"{w['world_size']} process{'es'*(w['world_size'] != 1)}, " + (
+            "no DeepSpeed" if w["zero_stage"] is None else f"DeepSpeed ZeRO-{w['zero_stage']}")
     if all(expected[k] == actual[k] for k in ("world_size", "zero_stage")): return
-    raise UserError(f"accelerate_config={accelerate_config} wants {say(expected)}; this worker was started with {say(actual)}. Start it with `post-training {stage} ...`, "
+    raise UserError(f"accelerate_config={accelerate_config} wants {say(expected)}; this worker was started with "
+                    f"{say(actual)}. Start it with `post-training {stage} ...`, "
                     "or with `accelerate launch` and the same preset and number of processes.")
 
 # %% ../../nbs/65_stages/5_training.ipynb #5a99db97
@@ -70,7 +75,8 @@ class TrainingStage:
     arguments: Callable # (training_args, output_dir, cpu, deepspeed) -> TRL's arguments
     trainer: Callable # (worker, data, auto, args, write_line, order) -> trainer
     examples: Callable = row_examples # Data -> what the record shows of some rows
-    ready: Callable|None = None # (worker, data, auto) -> facts for the record: what all ranks do to the data before a trainer is made
+    # (worker, data, auto) -> facts for the record: what all ranks do to the data before a trainer is made
+    ready: Callable|None = None
     @property
     def module(self): return f"post_training.{self.name}"
 
@@ -105,7 +111,8 @@ def read_args(
     "A frozen config file, or a config composed from overrides"
     frozen = len(argv) == 1 and "=" not in argv[0]
     cfg = config.load_frozen(argv[0]) if frozen else config.compose(stage.name, argv).cfg
-    if cfg["stage"] != stage.name: raise UserError(f"{argv[0]} is a config of stage {cfg['stage']}: this is {stage.name}.")
+    if cfg["stage"] != stage.name:
+        raise UserError(f"{argv[0]} is a config of stage {cfg['stage']}: this is {stage.name}.")
     return cfg, frozen and bool(cfg.get("run_dir"))
 
 # %% ../../nbs/65_stages/5_training.ipynb #1bc6c8a8
@@ -132,11 +139,13 @@ def start_rank(
     data = stage.prepare(cfg) if is_rank0_before_init() else None
     have = init_distributed(cpu, cfg["training_args"].get("ddp_timeout") or 1800)
     check_world(run.training_topology(cfg), have, cfg["accelerate_config"], stage.name)
-    found = dict(path=argv[0], number=int(os.environ.get("POST_TRAINING_ATTEMPT", 1)), done=False, owned=False) if frozen else from_rank0(have, lambda: open_composed_run(stage, argv))
+    found = (dict(path=argv[0], number=int(os.environ.get("POST_TRAINING_ATTEMPT", 1)), done=False, owned=False)
+             if frozen else from_rank0(have, lambda: open_composed_run(stage, argv)))
     if not frozen: cfg = config.load_frozen(found["path"])
     run_dir = Path(cfg["run_dir"])
-    return RankContext(cfg, run_dir, run_dir/"attempts"/str(found["number"]), found["number"], Path(cfg["resuming_dir"]), have["rank"], have["world_size"],
-                  have["zero_stage"], cpu, found["owned"] and have["rank"] == 0, found["done"], data)
+    return RankContext(cfg, run_dir, run_dir/"attempts"/str(found["number"]), found["number"],
+                       Path(cfg["resuming_dir"]), have["rank"], have["world_size"], have["zero_stage"], cpu,
+                       found["owned"] and have["rank"] == 0, found["done"], data)
 
 # %% ../../nbs/65_stages/5_training.ipynb #2c6dfe74
 def open_composed_run(
@@ -180,11 +189,13 @@ def resolve_auto_settings(
     "What `auto` means for this worker"
     from post_training.models.load import flash_available, resolve_auto
     m, device = w.cfg["model_args"], "cpu" if w.cpu else "cuda"
-    auto = resolve_auto(device, "none" if w.zero_stage is None else "deepspeed", m["dtype"], m["attn_implementation"], flash_available(device))
+    auto = resolve_auto(device, "none" if w.zero_stage is None else "deepspeed", m["dtype"], m["attn_implementation"],
+                        flash_available(device))
     bf16 = w.cfg["training_args"].get("bf16")
     if bf16 is None: bf16 = auto["autocast"] == "bfloat16" or w.zero_stage is not None and auto["dtype"] == "bfloat16"
     if w.cpu and w.zero_stage is not None and (bf16 or auto["dtype"] != "float32"):
-        raise UserError("DeepSpeed on a CPU trains in float32 only. Leave model_args.dtype=auto and training_args.bf16=null, or use accelerate_config=ddp.")
+        raise UserError("DeepSpeed on a CPU trains in float32 only. Leave model_args.dtype=auto and "
+                        "training_args.bf16=null, or use accelerate_config=ddp.")
     return dict(dtype=auto["dtype"], attn_implementation=auto["attn_implementation"], bf16=bf16, device=device)
 
 # %% ../../nbs/65_stages/5_training.ipynb #9909dbed
@@ -194,7 +205,8 @@ def trl_args(
     auto:dict, # from `resolve_auto_settings`
 ):
     "TRL's arguments: the user's, without what this project reads itself"
-    args = dict(w.cfg["training_args"], bf16=auto["bf16"], gradient_accumulation_steps=config.batch_arithmetic(w.cfg)["accumulation"], packing=False)
+    args = dict(w.cfg["training_args"], bf16=auto["bf16"],
+                gradient_accumulation_steps=config.batch_arithmetic(w.cfg)["accumulation"], packing=False)
     return stage.arguments(args, w.checkpoints_dir, cpu=w.cpu, deepspeed=w.zero_stage is not None)
 
 # %% ../../nbs/65_stages/5_training.ipynb #fc9fc9df
@@ -209,16 +221,21 @@ def load_base(
     from post_training.tokens.tokenizer import config_ids
     m = w.cfg["model_args"]
     own = name in (None, m["model_name_or_path"])
-    model = load_model(run.base_model(name or m["model_name_or_path"], w.cfg["runs_dir"])[0], dtype=auto["dtype"], attn_implementation=auto["attn_implementation"],
-                       revision=own and m.get("model_revision") or "main", trust_remote_code=m.get("trust_remote_code", False))
+    model = load_model(run.base_model(name or m["model_name_or_path"], w.cfg["runs_dir"])[0], dtype=auto["dtype"],
+                       attn_implementation=auto["attn_implementation"],
+                       revision=own and m.get("model_revision") or "main",
+                       trust_remote_code=m.get("trust_remote_code", False))
     ids, size = config_ids(tokenizer), model.config.get_text_config().vocab_size
-    if len(tokenizer) > size: raise UserError(f"The tokenizer has {len(tokenizer)} ids and the model only {size}: tokenizer_args and model_args do not belong together.")
+    if len(tokenizer) > size:
+        raise UserError(f"The tokenizer has {len(tokenizer)} ids and the model only {size}: tokenizer_args and "
+                        "model_args do not belong together.")
     for name, value in ids.items():
         setattr(model.config.get_text_config(), name, value)
         if name != "eos_token_id": setattr(model.generation_config, name, value)
     others = model.generation_config.eos_token_id
     others = [others] if isinstance(others, int) else list(others or [])
-    model.generation_config.eos_token_id = [ids["eos_token_id"], *(i for i in others if i != ids["eos_token_id"])] # any of them stops
+    # any of them stops
+    model.generation_config.eos_token_id = [ids["eos_token_id"], *(i for i in others if i != ids["eos_token_id"])]
     return model
 
 # %% ../../nbs/65_stages/5_training.ipynb #9926b207
@@ -232,7 +249,8 @@ def load_policy(
     m, lora = w.cfg["model_args"], lora_config(w.cfg["model_args"])
     model, name = load_base(w, auto, tokenizer), m["model_name_or_path"]
     if Path(name).is_absolute(): name = Path(name).name # nothing of this machine in a checkpoint
-    return add_adapters(model, lora, w.cfg["training_args"]["seed"], name, upcast=w.zero_stage is None) if lora else model
+    return (add_adapters(model, lora, w.cfg["training_args"]["seed"], name, upcast=w.zero_stage is None) if lora
+            else model)
 
 # %% ../../nbs/65_stages/5_training.ipynb #6a6a6a67
 def packs_of(
@@ -243,7 +261,8 @@ def packs_of(
     "Which rows are packed together"
     from post_training.tokens.collate import best_fit_pack
     t = cfg["training_args"]
-    return best_fit_pack(rows["length"][:], sequences*(t.get("max_length") or 0) or max(rows["length"][:])) if t.get("packing") else None
+    return (best_fit_pack(rows["length"][:], sequences*(t.get("max_length") or 0) or max(rows["length"][:]))
+            if t.get("packing") else None)
 
 # %% ../../nbs/65_stages/5_training.ipynb #d3d90cb6
 def collator_of(
@@ -253,8 +272,10 @@ def collator_of(
     "Rows to a padded or a packed batch"
     from post_training.tokens.collate import PackCollator, PadCollator
     t = cfg["training_args"]
-    multiple = t["pad_to_multiple_of"] if isinstance(t.get("pad_to_multiple_of"), int) else None # auto is for devices that this project does not run on
-    return PackCollator(tokenizer.pad_token_id, multiple) if t.get("packing") else PadCollator(tokenizer.pad_token_id, tokenizer.padding_side, multiple)
+    # auto is for devices that this project does not run on
+    multiple = t["pad_to_multiple_of"] if isinstance(t.get("pad_to_multiple_of"), int) else None
+    return (PackCollator(tokenizer.pad_token_id, multiple) if t.get("packing")
+            else PadCollator(tokenizer.pad_token_id, tokenizer.padding_side, multiple))
 
 # %% ../../nbs/65_stages/5_training.ipynb #4d8abd1c
 def trainer_options(
@@ -264,11 +285,15 @@ def trainer_options(
 )->dict: # keyword arguments of the trainer
     "What every trainer of this worker is given: evaluation rows, packs, facts for the manifests, how to stop, which checkpoint is best"
     t = w.cfg["training_args"]
-    bins, eval_bins = (None if rows is None else packs_of(w.cfg, rows, sequences_per_row) for rows in (data.train, data.eval))
-    facts = dict(engine=w.engine, zero_stage=w.zero_stage, global_batch=config.batch_arithmetic(w.cfg)["global_batch"], config_hash=w.cfg.get("resuming_hash"))
+    bins, eval_bins = (None if rows is None else packs_of(w.cfg, rows, sequences_per_row)
+                       for rows in (data.train, data.eval))
+    facts = dict(engine=w.engine, zero_stage=w.zero_stage, global_batch=config.batch_arithmetic(w.cfg)["global_batch"],
+                 config_hash=w.cfg.get("resuming_hash"))
     metric = t.get("metric_for_best_model") or "loss"
-    greater = any(k in metric for k in ("accuracy", "margin")) if t.get("greater_is_better") is None else t["greater_is_better"]
-    return dict(eval_dataset=data.eval, bins=bins, eval_bins=eval_bins, facts=facts, stop=(w.attempt_dir/"stop").exists, drop_last=t.get("dataloader_drop_last", False),
+    greater = (any(k in metric for k in ("accuracy", "margin")) if t.get("greater_is_better") is None
+               else t["greater_is_better"])
+    return dict(eval_dataset=data.eval, bins=bins, eval_bins=eval_bins, facts=facts, stop=(w.attempt_dir/"stop").exists,
+                drop_last=t.get("dataloader_drop_last", False),
                 best_metric=metric if metric.startswith("eval_") else f"eval_{metric}", greater_is_better=greater)
 
 # %% ../../nbs/65_stages/5_training.ipynb #5ccda5b1
@@ -278,16 +303,19 @@ def resume_point(
     "The checkpoint to continue from, verified"
     path, skipped = run.newest_verified(w.checkpoints_dir)
     if path is None and skipped:
-        raise UserError(f"No checkpoint in {w.checkpoints_dir} verifies ({skipped[0][0].name}: {skipped[0][1]}). Restore one, or force a new attempt from step 0 (--force).")
+        raise UserError(f"No checkpoint in {w.checkpoints_dir} verifies ({skipped[0][0].name}: {skipped[0][1]}). "
+                        "Restore one, or force a new attempt from step 0 (--force).")
     if path is None and w.cfg.get("resume_from"):
         path = config.site_path(w.cfg["resume_from"])
-        if wrong := verify_manifest(path): raise UserError(f"resume_from={w.cfg['resume_from']} does not verify: {wrong[0]}.")
+        if wrong := verify_manifest(path):
+            raise UserError(f"resume_from={w.cfg['resume_from']} does not verify: {wrong[0]}.")
     if path is not None:
         manifest = json.loads((path/"manifest.json").read_text())
         run.check_topology(manifest, run.training_topology(w.cfg))
         batch = config.batch_arithmetic(w.cfg)["global_batch"]
         if manifest.get("global_batch", batch) != batch:
-            raise UserError(f"{path.name} was trained with a global batch of {manifest['global_batch']}, not {batch}. Keep it, or start from its weights.")
+            raise UserError(f"{path.name} was trained with a global batch of {manifest['global_batch']}, not {batch}. "
+                            "Keep it, or start from its weights.")
     return path, skipped
 
 # %% ../../nbs/65_stages/5_training.ipynb #1cbc1cbc
@@ -302,8 +330,12 @@ def probe_memory(
     lengths = data.train["length"][:]
     with tempfile.TemporaryDirectory() as d:
         args = trl_args(stage, w, auto)
-        args.output_dir, args.max_steps, args.eval_strategy, args.eval_on_start = d, 2, "no", False
-        order = None if w.cfg["training_args"].get("packing") else sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        args.output_dir = d
+        args.max_steps = 2
+        args.eval_strategy = "no"
+        args.eval_on_start = False
+        order = (None if w.cfg["training_args"].get("packing")
+                 else sorted(range(len(lengths)), key=lambda i: -lengths[i]))
         if not w.cpu: torch.cuda.reset_peak_memory_stats()
         trainer, start = stage.trainer(w, data, auto, args, order=order), time.perf_counter()
         trainer.save_nothing = True
@@ -330,12 +362,15 @@ def record_inputs(
 ):
     "Compare what the run is made of with what the record says, and complete the record"
     name, lineage = run.base_model(w.cfg["model_args"]["model_name_or_path"], w.cfg["runs_dir"])
-    run.check_fingerprints(w.run_dir, **data.fingerprints, **(dict(base_weights=run.path_fingerprint(name)) if Path(name).is_dir() else {}))
+    run.check_fingerprints(w.run_dir, **data.fingerprints,
+                           **(dict(base_weights=run.path_fingerprint(name)) if Path(name).is_dir() else {}))
     seeds = {k: w.cfg["training_args"].get(k) for k in ("seed", "data_seed")}
     tokenizer_from = run.base_model(w.cfg["tokenizer_args"]["tokenizer_name_or_path"], w.cfg["runs_dir"])[0]
     parents = lineage.get("parents", []) + run.made_by(run.local_path_or_name(w.cfg["dataset_args"]["dataset_name"]))
-    run.update_record(w.run_dir, counts=data.counts, notices=data.notices, resolved=auto, seeds=seeds, **(dict(parents=parents) if parents else {}),
-                      inputs=run.inputs_of({run.local_path_or_name(w.cfg["dataset_args"]["dataset_name"]), name, tokenizer_from}))
+    run.update_record(w.run_dir, counts=data.counts, notices=data.notices, resolved=auto, seeds=seeds,
+                      **(dict(parents=parents) if parents else {}),
+                      inputs=run.inputs_of({run.local_path_or_name(w.cfg["dataset_args"]["dataset_name"]), name,
+                                            tokenizer_from}))
 
 # %% ../../nbs/65_stages/5_training.ipynb #75e9f54e
 def train_rank(
@@ -349,14 +384,16 @@ def train_rank(
     from post_training.training.lora import adapter_facts
     import transformers
     data = shared_data(stage, w)
-    point, skipped = from_rank0(dict(world_size=w.world_size, rank=w.rank), lambda: resume_point(w)) # one rank reads and hashes the files
+    # one rank reads and hashes the files
+    point, skipped = from_rank0(dict(world_size=w.world_size, rank=w.rank), lambda: resume_point(w))
     auto = resolve_auto_settings(w)
     if w.main:
         remove_partial_checkpoints(w.checkpoints_dir)
         run.truncate_metrics(w.run_dir, int(point.name.split("-")[1]) if point else -1)
         record_inputs(w, data, auto)
         write_json(w.run_dir/"examples.json", stage.examples(data))
-        for text in [*data.notices, *(f"passed over {p.name}: {why}" for p, why in skipped)]: print(text, file=sys.stderr)
+        for text in [*data.notices, *(f"passed over {p.name}: {why}" for p, why in skipped)]:
+            print(text, file=sys.stderr)
     if stage.ready and (facts := stage.ready(w, data, auto)) and w.main: run.update_record(w.run_dir, **facts)
     if w.cfg["dataset_args"].get("debug_oom") and point is None:
         probe = probe_memory(stage, w, data, auto)
@@ -367,7 +404,8 @@ def train_rank(
     trainer = stage.trainer(w, data, auto, trl_args(stage, w, auto), write_line=write_line)
     facts = adapter_facts(trainer.model)
     if w.main:
-        run.update_record(w.run_dir, total_steps=trainer.total_steps(), resumed_from={str(w.number): point and point.name}, **(dict(adapters=facts) if facts else {}))
+        run.update_record(w.run_dir, total_steps=trainer.total_steps(),
+                          resumed_from={str(w.number): point and point.name}, **(dict(adapters=facts) if facts else {}))
         tracker.start()
     code = 1
     try: trainer.train(point); code = 0
@@ -384,7 +422,8 @@ def hand_over(
 ):
     "Verify what was saved, and leave word for the attempt that goes on"
     path, skipped = run.newest_verified(w.checkpoints_dir)
-    if path is None or path.name != f"checkpoint-{step}": raise RuntimeError(f"checkpoint-{step} was saved and does not verify: {skipped[:1]}")
+    if path is None or path.name != f"checkpoint-{step}":
+        raise RuntimeError(f"checkpoint-{step} was saved and does not verify: {skipped[:1]}")
     write_json(w.attempt_dir/"handed-over.json", dict(step=step, checkpoint=path.name))
 
 # %% ../../nbs/65_stages/5_training.ipynb #b665b347
@@ -398,15 +437,19 @@ def record_final(
     step, final, manifest = saved[-1]
     lines = run.read_metrics(w.run_dir)
     last = lambda key: next((l[key] for l in reversed(lines) if key in l), None)
-    facts = dict(checkpoint=final.name, step=step, train_loss=last("loss"), total_trained_tokens=last("total_trained_tokens"), metrics=manifest["metrics"])
+    facts = dict(checkpoint=final.name, step=step, train_loss=last("loss"),
+                 total_trained_tokens=last("total_trained_tokens"), metrics=manifest["metrics"])
     best = best_checkpoint(w.checkpoints_dir, trainer.best_metric, trainer.greater_is_better)
     if best: facts["best"] = dict(checkpoint=best[0].name, metric=trainer.best_metric, value=best[1])
-    kept = {p.name: dict(step=s, metrics=m["metrics"], bytes=sum(f["size"] for f in m["files"].values())) for s, p, m in saved}
+    kept = {p.name: dict(step=s, metrics=m["metrics"], bytes=sum(f["size"] for f in m["files"].values()))
+            for s, p, m in saved}
     run.update_record(w.run_dir, status="finished", final=facts, checkpoints=kept, peak_memory_gib=peak_memory(w.cpu))
 
 # %% ../../nbs/65_stages/5_training.ipynb #0e92f99d
-TRANSIENT_ERROR_WORDS = ("nccl", "gloo", "connection closed", "connection reset", "connection refused", "broken pipe", "timed out", "timeout", "watchdog", "tcpstore", "rendezvous",
-        "ecc error", "unspecified launch failure", "device unavailable", "stale file handle", "input/output error", "transport endpoint", "remote i/o") # in lower case
+TRANSIENT_ERROR_WORDS = ("nccl", "gloo", "connection closed", "connection reset", "connection refused", "broken pipe",
+                         "timed out", "timeout", "watchdog", "tcpstore", "rendezvous", "ecc error",
+                         "unspecified launch failure", "device unavailable", "stale file handle", "input/output error",
+                         "transport endpoint", "remote i/o") # in lower case
 
 # %% ../../nbs/65_stages/5_training.ipynb #8355824c
 def error_kind(
@@ -415,7 +458,8 @@ def error_kind(
     "Whose fault an error is: the user's, the program's, or that of a machine or of another rank that is gone, where another try may help"
     if isinstance(e, UserError): return "user"
     by_type = isinstance(e, (ConnectionError, TimeoutError, EOFError)) or type(e).__name__.startswith("Dist")
-    by_text = isinstance(e, (RuntimeError, OSError)) and any(word in str(e).lower() for word in TRANSIENT_ERROR_WORDS) and "out of memory" not in str(e).lower()
+    by_text = (isinstance(e, (RuntimeError, OSError)) and any(word in str(e).lower() for word in TRANSIENT_ERROR_WORDS)
+               and "out of memory" not in str(e).lower())
     return "lost" if by_type or by_text else "fault"
 
 # %% ../../nbs/65_stages/5_training.ipynb #c01c5ffa
@@ -441,8 +485,12 @@ def run_training_stage(
 )->int: # exit code
     "Train what a frozen config or overrides describe"
     argv = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"} & {*argv}: print(f"python -m {stage.module} CONFIG.yaml | key=value ...   (post-training {stage.name} --help lists the keys)"); return 0
-    attempt_dir = Path(argv[0]).parent if len(argv) == 1 and "=" not in argv[0] and "POST_TRAINING_ATTEMPT" in os.environ else None
+    if {"-h", "--help"} & {*argv}:
+        print(f"python -m {stage.module} CONFIG.yaml | key=value ...   (post-training {stage.name} --help lists the "
+              "keys)")
+        return 0
+    attempt_dir = (Path(argv[0]).parent
+                   if len(argv) == 1 and "=" not in argv[0] and "POST_TRAINING_ATTEMPT" in os.environ else None)
     w, code = None, 0
     try:
         w = start_rank(stage, argv)
@@ -451,7 +499,10 @@ def run_training_stage(
         else:
             if w.main: print(f"attempt {w.number} in {w.run_dir}", flush=True)
             train_rank(stage, w)
-            if w.main: print("stopped as asked: the same command goes on" if w.cut else f"finished: {w.checkpoints_dir/run.read_record(w.run_dir)['final']['checkpoint']}")
+            if w.main:
+                print("stopped as asked: the same command goes on" if w.cut
+                      else f"finished: {w.checkpoints_dir/run.read_record(w.run_dir)['final']['checkpoint']}")
     except Exception as e: code = report_error(e, attempt_dir)
-    if w is not None and w.owned and not w.done: run.close_attempt(w.run_dir, w.number, run.HANDED_OVER if w.cut and not code else code)
+    if w is not None and w.owned and not w.done:
+        run.close_attempt(w.run_dir, w.number, run.HANDED_OVER if w.cut and not code else code)
     return code

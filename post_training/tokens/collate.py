@@ -43,7 +43,9 @@ class PadCollator:
         pad_to_multiple_of:int|None=None, # round the length up
     ):
         if padding_side not in ("left", "right"): raise UserError(f"padding_side is {padding_side!r}: left or right.")
-        self.pad_token_id, self.padding_side, self.pad_to_multiple_of = pad_token_id, padding_side, pad_to_multiple_of
+        self.pad_token_id = pad_token_id
+        self.padding_side = padding_side
+        self.pad_to_multiple_of = pad_to_multiple_of
     def __call__(self, rows:list[dict])->dict: # batch of tensors
         import torch
         arrays = [row_arrays(r) for r in rows]
@@ -52,9 +54,13 @@ class PadCollator:
         prompt_BT, completion_BT = np.zeros((2, B, T), bool)
         for b, (ids_T, prompt_T, completion_T) in enumerate(arrays):
             at = slice(0, len(ids_T)) if self.padding_side == "right" else slice(T - len(ids_T), T)
-            ids_BT[b, at], prompt_BT[b, at], completion_BT[b, at], sequence_BT[b, at] = ids_T, prompt_T, completion_T, b
-        out = dict(input_ids=ids_BT, attention_mask=(sequence_BT >= 0).astype(np.int64), prompt_mask=prompt_BT, completion_mask=completion_BT,
-                   sequence=sequence_BT, row_index=np.array([r.get("row_index", -1) for r in rows], np.int64))
+            ids_BT[b, at] = ids_T
+            prompt_BT[b, at] = prompt_T
+            completion_BT[b, at] = completion_T
+            sequence_BT[b, at] = b
+        out = dict(input_ids=ids_BT, attention_mask=(sequence_BT >= 0).astype(np.int64), prompt_mask=prompt_BT,
+                   completion_mask=completion_BT, sequence=sequence_BT,
+                   row_index=np.array([r.get("row_index", -1) for r in rows], np.int64))
         return {k: torch.from_numpy(v) for k, v in out.items()}
 
 # %% ../../nbs/25_tokens/9_collate.ipynb #b234a1f3
@@ -73,7 +79,8 @@ class PackCollator:
         ids_T, prompt_T, completion_T = map(np.concatenate, zip(*arrays))
         sequence_T = np.repeat([*range(len(rows)), -1], [*lengths, fill])
         position_T = np.concatenate([np.arange(n) for n in [*lengths, fill]])
-        out = dict(input_ids=ids_T, position_ids=position_T, prompt_mask=prompt_T, completion_mask=completion_T, sequence=sequence_T)
+        out = dict(input_ids=ids_T, position_ids=position_T, prompt_mask=prompt_T, completion_mask=completion_T,
+                   sequence=sequence_T)
         out = {k: torch.from_numpy(v)[None] for k, v in out.items()}
         return {**out, "row_index": torch.tensor([r.get("row_index", -1) for r in rows])}
 
@@ -84,14 +91,16 @@ def pair_sides(
     "The two sequences of a pair; outputs of tools inside an answer are prompt"
     nothing = np.zeros(len(pair["prompt_ids"]), bool)
     return [dict(input_ids=np.concatenate([np.asarray(pair[k], np.int64) for k in ("prompt_ids", f"{s}_ids")]),
-                 completion_mask=np.concatenate([nothing, np.asarray(pair[f"{s}_scored"], bool)])) for s in ("chosen", "rejected")]
+                 completion_mask=np.concatenate([nothing, np.asarray(pair[f"{s}_scored"], bool)]))
+            for s in ("chosen", "rejected")]
 
 # %% ../../nbs/25_tokens/9_collate.ipynb #eed89bfa
 def empty_pair(
     token_id:int=0, # any id of the vocabulary
 )->dict: # a pair without answers
     "A filler pair: its masks are all zero"
-    return dict(prompt_ids=[token_id], chosen_ids=[token_id], chosen_scored=[0], rejected_ids=[token_id], rejected_scored=[0], row_index=-1)
+    return dict(prompt_ids=[token_id], chosen_ids=[token_id], chosen_scored=[0], rejected_ids=[token_id],
+                rejected_scored=[0], row_index=-1)
 
 # %% ../../nbs/25_tokens/9_collate.ipynb #38c1ddae
 def reference_sums(
@@ -99,7 +108,9 @@ def reference_sums(
     ld_alpha:float|None=None, # weight of the tokens of an answer beyond the length of the shorter one (LD-DPO); None: 1
 )->list: # chosen, rejected; NaN where it is not known
     "The reference's log-probability of both answers"
-    if ld_alpha is None: return [float("nan") if x is None else x for x in (pair.get("ref_chosen_logprob"), pair.get("ref_rejected_logprob"))]
+    if ld_alpha is None:
+        return [float("nan") if x is None else x
+                for x in (pair.get("ref_chosen_logprob"), pair.get("ref_rejected_logprob"))]
     found = [pair.get(f"ref_{s}_logprobs") for s in ("chosen", "rejected")]
     each = [[] if x is None else np.asarray(x, float).tolist() for x in found]
     shared = min(int(np.sum(pair[f"{s}_scored"])) for s in ("chosen", "rejected"))
@@ -115,9 +126,13 @@ class PairCollator:
     def __call__(self, pairs:list[dict])->dict: # batch of tensors
         import torch
         batch = self.collator([side for p in pairs for side in pair_sides(p)])
-        def numbers(name): return [float("nan") if p.get(f"{s}_{name}") is None else p[f"{s}_{name}"] for p in pairs for s in ("chosen", "rejected")]
-        return {**batch, "row_index": torch.tensor([p.get("row_index", -1) for p in pairs]), "quantiles": torch.tensor(numbers("quantile"), dtype=torch.float32),
-                "ref_logps": torch.tensor([x for p in pairs for x in reference_sums(p, self.ld_alpha)], dtype=torch.float64),
+        def numbers(name):
+            return [float("nan") if p.get(f"{s}_{name}") is None else p[f"{s}_{name}"] for p in pairs
+                    for s in ("chosen", "rejected")]
+        return {**batch, "row_index": torch.tensor([p.get("row_index", -1) for p in pairs]),
+                "quantiles": torch.tensor(numbers("quantile"), dtype=torch.float32),
+                "ref_logps": torch.tensor([x for p in pairs for x in reference_sums(p, self.ld_alpha)],
+                                          dtype=torch.float64),
                 "n_refs": torch.tensor([p.get(f"{s}_n_refs") or 0 for p in pairs for s in ("chosen", "rejected")])}
 
 # %% ../../nbs/25_tokens/9_collate.ipynb #9462365c
@@ -128,8 +143,11 @@ def best_fit_pack(
     "Pack rows into lines of at most `max_length` tokens, best fit, longest first"
     lengths = np.asarray(lengths, np.int64)
     if len(lengths) and lengths.max() > max_length:
-        raise UserError(f"Row {int(lengths.argmax())} has {lengths.max()} tokens and does not fit into a line of {max_length}.")
-    lines, free, rooms = [], [[] for _ in range(max_length + 1)], 0
+        raise UserError(f"Row {int(lengths.argmax())} has {lengths.max()} tokens and does not fit into a line of "
+                        f"{max_length}.")
+    lines = []
+    free = [[] for _ in range(max_length + 1)]
+    rooms = 0
     for i in np.argsort(-lengths, kind="stable").tolist():
         n = int(lengths[i])
         room = n + ((hit := rooms >> n) & -hit).bit_length() - 1 if rooms >> n else None

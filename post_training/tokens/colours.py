@@ -28,7 +28,8 @@ def token_runs(
     special = encoder_for(tokenizer).is_special[ids]
     code = np.where(completion, 1, np.where(prompt, 0, 2))*2 + special
     cuts = np.flatnonzero(np.diff(code, prepend=-1))
-    return [(("prompt", "completion", "ignored")[code[a]//2], bool(special[a]), tokenizer.decode(ids[a:b].tolist(), skip_special_tokens=False))
+    return [(("prompt", "completion", "ignored")[code[a]//2], bool(special[a]),
+             tokenizer.decode(ids[a:b].tolist(), skip_special_tokens=False))
             for a, b in zip(cuts, [*cuts[1:], len(ids)])]
 
 # %% ../../nbs/25_tokens/6_colours.ipynb #9b79fbd4
@@ -50,7 +51,9 @@ def colour_html(
         mark = f"border-bottom:2px solid {'#8a5cc2' if kind != 'ignored' else '#bbb'};" if special else ""
         fade = "color:#aaa;" if kind == "ignored" else ""
         return f'<span style="background:{KIND_COLOURS[kind][0]};{mark}{fade}">{html.escape(text)}</span>'
-    body = "".join(span(*r) for r in token_runs(tokenizer, input_ids, completion_mask, prompt_mask, max_tokens)).replace("\n", "⏎\n")
+    body = "".join(span(*r)
+                   for r in token_runs(tokenizer, input_ids, completion_mask, prompt_mask,
+                                       max_tokens)).replace("\n", "⏎\n")
     more = f" … {len(input_ids) - max_tokens} more tokens" if len(input_ids) > max_tokens else ""
     names = [span(k, False, k) for k in ("prompt", "completion", "ignored")] + [span("prompt", True, "special")]
     head = f'<div style="font-size:80%">{" ".join(names)}</div>' if legend else ""

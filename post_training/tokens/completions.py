@@ -40,8 +40,10 @@ def chat_for(
         if wants_blocks(tokenizer.chat_template): return to_structured(messages)
         return [dict(m, content=plain_text(m["content"])) for m in plain_messages(messages)]
     except MalformedRow as e: return Refused(f"malformed: {e}", str(e))
-    except UnsupportedContent as e: return Refused(f"unsupported_roles: {e}", f"{e}; the chat template takes plain texts only")
-    except (KeyError, TypeError, AttributeError) as e: return Refused("malformed: unexpected fields", f"a field is missing or has another type ({e!r:.80})")
+    except UnsupportedContent as e:
+        return Refused(f"unsupported_roles: {e}", f"{e}; the chat template takes plain texts only")
+    except (KeyError, TypeError, AttributeError) as e:
+        return Refused("malformed: unexpected fields", f"a field is missing or has another type ({e!r:.80})")
 
 # %% ../../nbs/25_tokens/10_completions.ipynb #357ffdec
 def prompt_chats(
@@ -62,11 +64,15 @@ def cut_completion(
     prompt:list[int], # ids of the prompt
 )->EncodedCompletion|Refused:
     "The answer of a tokenized conversation, where its prompt stands before it to the token"
-    ids_T, mask_T, n = chat.input_ids, chat.completion_mask, len(prompt)
+    ids_T = chat.input_ids
+    mask_T = chat.completion_mask
+    n = len(prompt)
     last_T = mask_T & (np.arange(len(ids_T)) >= n)
     if not last_T.any(): return Refused("no completion", "no token of the answer is the model's")
     if ids_T[:n].tolist() != prompt or not mask_T[n]:
-        return Refused("generation prompt", "the ids before the answer are not those of the generation prompt: the model would be scored for an answer to another prompt")
+        return Refused("generation prompt",
+                       "the ids before the answer are not those of the generation prompt: the model would be scored "
+                       "for an answer to another prompt")
     end = int(np.flatnonzero(last_T)[-1]) + 1
     return EncodedCompletion(ids_T[n:end].tolist(), mask_T[n:end].tolist())
 
@@ -79,8 +85,8 @@ def encode_answers(
     allow_control_tokens_in_content:bool=False, # as for `tokenize_chats`
 )->list: # an `EncodedCompletion` or a `Refused` for each
     "Answers to prompts whose ids are known"
-    out = [chat_for(tokenizer, [*p, dict(role="assistant", content=c)]) if content_text(c).strip() else Refused("empty completion", "the answer is empty")
-           for p, c in zip(prompts, contents)]
+    out = [chat_for(tokenizer, [*p, dict(role="assistant", content=c)]) if content_text(c).strip()
+           else Refused("empty completion", "the answer is empty") for p, c in zip(prompts, contents)]
     at = [i for i, v in enumerate(out) if not isinstance(v, Refused)]
     for i, chat in zip(at, tokenize_chats(tokenizer, [out[i] for i in at], allow_control_tokens_in_content)):
         out[i] = chat if isinstance(chat, Refused) else cut_completion(chat, prompt_ids[i])
@@ -99,6 +105,7 @@ def encode_completions(
     ids = dict(zip(good, prompt_chats(tokenizer, [chats[i] for i in good], allow_control_tokens_in_content)))
     good = [i for i in good if not isinstance(ids[i], Refused)]
     flat = [(i, c) for i in good for c in contents[i]]
-    done = iter(encode_answers(tokenizer, [prompts[i] for i, _ in flat], [c for _, c in flat], [ids[i] for i, _ in flat], allow_control_tokens_in_content))
+    done = iter(encode_answers(tokenizer, [prompts[i] for i, _ in flat], [c for _, c in flat],
+                               [ids[i] for i, _ in flat], allow_control_tokens_in_content))
     rows = {i: EncodedRow(ids[i], [next(done) for _ in contents[i]]) for i in good}
     return [rows.get(i, ids.get(i, c)) for i, c in enumerate(chats)]

@@ -54,7 +54,8 @@ def check_policies(
     "Every policy with its choice; a `UserError` for a wrong one"
     for name, choice in policies.items():
         if name not in ROW_POLICIES: raise UserError(f"Unknown policy {name!r}: {', '.join(ROW_POLICIES)}.")
-        if choice not in ROW_POLICIES[name]: raise UserError(f"tokenization.{name}={choice!r}: {' or '.join(ROW_POLICIES[name])}.")
+        if choice not in ROW_POLICIES[name]:
+            raise UserError(f"tokenization.{name}={choice!r}: {' or '.join(ROW_POLICIES[name])}.")
     return {k: policies.get(k, v[0]) for k, v in ROW_POLICIES.items()}
 
 # %% ../../nbs/25_tokens/7_dataset.ipynb #e9fc7a4d
@@ -63,7 +64,8 @@ def policy_for_reason(
 )->str: # the policy that decides about it
     "Which policy decides about a reason"
     if reason.startswith("no completion after"): return "overlength"
-    return dict(malformed="on_malformed", unsupported_roles="unsupported_roles", overlength="overlength").get(reason.split(":")[0], "on_unverifiable")
+    return dict(malformed="on_malformed", unsupported_roles="unsupported_roles",
+                overlength="overlength").get(reason.split(":")[0], "on_unverifiable")
 
 # %% ../../nbs/25_tokens/7_dataset.ipynb #d5c91766
 def batch_chats(
@@ -76,8 +78,10 @@ def batch_chats(
     for row in rows:
         try: out.append(row_messages(row, columns, blocks))
         except MalformedRow as e: out.append(Refused(f"malformed: {e}", str(e)))
-        except UnsupportedContent as e: out.append(Refused(f"unsupported_roles: {e}", f"{e}; the chat template takes plain texts only"))
-        except (KeyError, TypeError, AttributeError) as e: out.append(Refused("malformed: unexpected fields", f"a field is missing or has another type ({e!r})"))
+        except UnsupportedContent as e:
+            out.append(Refused(f"unsupported_roles: {e}", f"{e}; the chat template takes plain texts only"))
+        except (KeyError, TypeError, AttributeError) as e:
+            out.append(Refused("malformed: unexpected fields", f"a field is missing or has another type ({e!r})"))
     return out
 
 # %% ../../nbs/25_tokens/7_dataset.ipynb #82a49e78
@@ -91,8 +95,10 @@ def tokenize_conversations(
     "Messages and tokens of rows, with the tools that stand beside them"
     blocks = wants_blocks(tokenizer.chat_template)
     talks = batch_chats(rows, columns, blocks)
-    at, chats, tools = [i for i, v in enumerate(talks) if not isinstance(v, Refused)], list(talks), template_tools(rows, columns, blocks)
-    done = tokenize_chats(tokenizer, [talks[i] for i in at], allow_control_tokens_in_content, unsupported_roles, [tools[i] for i in at])
+    at, chats, tools = [i for i, v in enumerate(talks)
+                        if not isinstance(v, Refused)], list(talks), template_tools(rows, columns, blocks)
+    done = tokenize_chats(tokenizer, [talks[i] for i in at], allow_control_tokens_in_content, unsupported_roles,
+                          [tools[i] for i in at])
     for i, chat in zip(at, done): chats[i] = chat
     return talks, chats
 
@@ -108,7 +114,8 @@ def fit_to_length(
         return Refused("overlength", f"it has {n} tokens and max_length is {max_length}")
     ids_T, completion_T = chat.input_ids[:max_length], chat.completion_mask[:max_length]
     if completion_T[1:].any(): return ids_T, completion_T
-    return Refused("no completion after truncation" if max_length and n > max_length else "no completion", "no token is left to train on")
+    return Refused("no completion after truncation" if max_length and n > max_length else "no completion",
+                   "no token is left to train on")
 
 # %% ../../nbs/25_tokens/7_dataset.ipynb #f6b6d6e6
 def tokenize_row_batch(
@@ -124,16 +131,21 @@ def tokenize_row_batch(
     "Tokenize a batch of raw rows; every row comes out, with a reason where it is not to be kept"
     if serial: os.environ["TOKENIZERS_PARALLELISM"] = "false"
     rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
-    _, whole = tokenize_conversations(rows, tokenizer, columns, policies["unsupported_roles"], allow_control_tokens_in_content)
-    out = [chat if isinstance(chat, Refused) else fit_to_length(chat, max_length, policies["overlength"]) for chat in whole]
-    left_out = ["" if isinstance(chat, Refused) else ", ".join(sorted({d.split(".")[0] for d in chat.dropped})) for chat in whole]
+    _, whole = tokenize_conversations(rows, tokenizer, columns, policies["unsupported_roles"],
+                                      allow_control_tokens_in_content)
+    out = [chat if isinstance(chat, Refused) else fit_to_length(chat, max_length, policies["overlength"])
+           for chat in whole]
+    left_out = ["" if isinstance(chat, Refused) else ", ".join(sorted({d.split(".")[0] for d in chat.dropped}))
+                for chat in whole]
     ids = [row_id(r, i) for r, i in zip(rows, indices)]
     for name, v in zip(ids, out):
         if isinstance(v, Refused) and policies.get(policy_for_reason(v.reason)) == "error":
-            raise UserError(f"Row {name}: {v.detail}. Set tokenization.{policy_for_reason(v.reason)}=drop to leave such rows out and count them.")
+            raise UserError(f"Row {name}: {v.detail}. Set tokenization.{policy_for_reason(v.reason)}=drop to leave "
+                            "such rows out and count them.")
     empty = np.zeros(0, np.int32), np.zeros(0, bool)
     ids_masks = [empty if isinstance(v, Refused) else v for v in out]
-    return dict(input_ids=[i for i, _ in ids_masks], completion_mask=[m for _, m in ids_masks], length=[len(i) for i, _ in ids_masks],
+    return dict(input_ids=[i for i, _ in ids_masks], completion_mask=[m for _, m in ids_masks],
+                length=[len(i) for i, _ in ids_masks],
                 cut=[not isinstance(c, Refused) and len(c) > len(i) > 0 for c, (i, _) in zip(whole, ids_masks)],
                 row_id=ids, source=[str(r.get("source") or "") for r in rows], left_out=left_out,
                 reason=[v.reason if isinstance(v, Refused) else "" for v in out])
@@ -158,8 +170,8 @@ def tokenization_counts(
     kept = reasons.pop("", 0)
     left_out = {k: n for k, n in Counter(data["left_out"][:]).items() if k}
     completion = pc.sum(pc.list_flatten(data.data.column("completion_mask"))).as_py() or 0
-    return {"in": len(data), "out": kept, "dropped": dict(sorted(reasons.items())), "truncated": sum(data["cut"][:]), "left_out": left_out,
-            "tokens": sum(data["length"][:]), "completion_tokens": completion, "first": first}
+    return {"in": len(data), "out": kept, "dropped": dict(sorted(reasons.items())), "truncated": sum(data["cut"][:]),
+            "left_out": left_out, "tokens": sum(data["length"][:]), "completion_tokens": completion, "first": first}
 
 # %% ../../nbs/25_tokens/7_dataset.ipynb #1dee2631
 def tokenize_rows(
@@ -178,13 +190,16 @@ def tokenize_rows(
     if not len(dataset): raise UserError("The dataset has no rows.")
     columns = None if is_swissai(dataset.column_names) else format_of(dataset.column_names)
     n = process_count(len(dataset), num_proc)
-    features = Features(input_ids=List(Value("int32")), completion_mask=List(Value("bool")), length=Value("int32"), cut=Value("bool"), row_id=Value("string"),
-                        source=Value("string"), left_out=Value("string"), reason=Value("string"))
+    features = Features(input_ids=List(Value("int32")), completion_mask=List(Value("bool")), length=Value("int32"),
+                        cut=Value("bool"), row_id=Value("string"), source=Value("string"), left_out=Value("string"),
+                        reason=Value("string"))
     encoder_for(tokenizer).header() # made before the processes fork
-    return dataset.map(tokenize_row_batch, batched=True, with_indices=True, batch_size=batch_size, num_proc=n if n > 1 else None, features=features,
-                       remove_columns=dataset.column_names, load_from_cache_file=False, desc="Tokenizing", new_fingerprint=os.urandom(8).hex(),
+    return dataset.map(tokenize_row_batch, batched=True, with_indices=True, batch_size=batch_size,
+                       num_proc=n if n > 1 else None, features=features, remove_columns=dataset.column_names,
+                       load_from_cache_file=False, desc="Tokenizing", new_fingerprint=os.urandom(8).hex(),
                        keep_in_memory=work is None, cache_file_name=work and str(Path(work)/"rows.arrow"),
-                       fn_kwargs=dict(tokenizer=ForkShared(tokenizer) if n > 1 else tokenizer, columns=columns, max_length=max_length, policies=policies, serial=n > 1,
+                       fn_kwargs=dict(tokenizer=ForkShared(tokenizer) if n > 1 else tokenizer, columns=columns,
+                                      max_length=max_length, policies=policies, serial=n > 1,
                                       allow_control_tokens_in_content=allow_control_tokens_in_content))
 
 # %% ../../nbs/25_tokens/7_dataset.ipynb #4bc9045a
@@ -231,10 +246,13 @@ def check_sample(
     columns = None if is_swissai(dataset.column_names) else format_of(dataset.column_names)
     rows = dataset.select(np.linspace(0, len(dataset) - 1, min(n, len(dataset)), dtype=int).tolist()).to_list()
     talks, chats = tokenize_conversations(rows, tokenizer, columns, "drop")
-    both = [(t, c, tools) for t, c, tools in zip(talks, chats, template_tools(rows, columns, wants_blocks(tokenizer.chat_template))) if not isinstance(c, Refused)]
+    both = [(t, c, tools)
+            for t, c, tools in zip(talks, chats, template_tools(rows, columns, wants_blocks(tokenizer.chat_template)))
+            if not isinstance(c, Refused)]
     stop_ids = tokenizer.eos_token_id if stop_ids is None else stop_ids
     found = [check_stop_tokens(tokenizer, [c for _, c, _ in both], stop_ids, on_missing_stop),
-             check_generation_prompt(tokenizer, [t for t, _, _ in both], on_missing_stop, [tools for *_, tools in both])]
+             check_generation_prompt(tokenizer, [t for t, _, _ in both], on_missing_stop,
+                                     [tools for *_, tools in both])]
     return [w for w in found if w]
 
 # %% ../../nbs/25_tokens/7_dataset.ipynb #07acd5b7
@@ -249,7 +267,8 @@ def rows_fingerprint(
     table = dataset.with_format("arrow")
     for start in range(0, len(dataset), batch_size):
         part = table[start:start + batch_size]
-        for name in columns: hash_array(h, part[name].combine_chunks() if isinstance(part[name], pa.ChunkedArray) else part[name])
+        for name in columns:
+            hash_array(h, part[name].combine_chunks() if isinstance(part[name], pa.ChunkedArray) else part[name])
     return h.hexdigest()
 
 # %% ../../nbs/25_tokens/7_dataset.ipynb #ea0de46d
@@ -259,7 +278,8 @@ def hash_array(
 ):
     "Add the content of an Arrow array to a hash: nulls, lengths and values at every depth, not the layout of its buffers"
     import pyarrow as pa, pyarrow.compute as pc
-    if isinstance(array, pa.ChunkedArray): array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
     h.update(np.packbits(array.is_null().to_numpy(zero_copy_only=False)).tobytes() + len(array).to_bytes(8, "little"))
     kind = array.type
     if pa.types.is_null(kind): return
@@ -271,7 +291,8 @@ def hash_array(
     elif pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         h.update(pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False).astype(np.int64).tobytes())
         hash_array(h, pc.list_flatten(array))
-    elif pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+    elif pa.types.is_string(
+        kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         h.update(pc.fill_null(pc.binary_length(array), 0).to_numpy(zero_copy_only=False).astype(np.int64).tobytes())
         h.update(b"".join(v.as_buffer() for v in array.drop_null()))
     else: h.update(repr(array.to_pylist()).encode())
@@ -284,8 +305,9 @@ def tokenize_key(
     **parameters, # what else decides the result
 )->dict: # fingerprints and parameters, and their hash under `key`
     "What identifies a tokenized dataset"
-    facts = dict(format=1, rows=rows_fingerprint(dataset), n_rows=len(dataset), tokenizer=fingerprint or tokenizer_fingerprint(tokenizer),
-                 template=template_fingerprint(tokenizer), parameters=dict(sorted(parameters.items())))
+    facts = dict(format=1, rows=rows_fingerprint(dataset), n_rows=len(dataset),
+                 tokenizer=fingerprint or tokenizer_fingerprint(tokenizer), template=template_fingerprint(tokenizer),
+                 parameters=dict(sorted(parameters.items())))
     return dict(facts, key=hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest())
 
 # %% ../../nbs/25_tokens/7_dataset.ipynb #deba2836
@@ -303,13 +325,15 @@ def cached_tokenize(
     "Tokenize a dataset once: the result is kept under a hash of all that decides it; one process works, the others wait and read"
     from datasets import load_from_disk
     if not len(dataset): raise UserError("The dataset has no rows.")
-    facts = tokenize_key(dataset, tokenizer, fingerprint, **parameters, **({} if make is tokenize_dataset else dict(make=make.__name__)))
+    facts = tokenize_key(dataset, tokenizer, fingerprint, **parameters,
+                         **({} if make is tokenize_dataset else dict(make=make.__name__)))
     out = Path(folder)/facts["key"][:16]
     with file_lock(out.with_name(f".{out.name}.lock")):
         found = out.exists() and not verify_manifest(out, hashes=False)
         if not found:
             with tempfile.TemporaryDirectory(dir=folder, prefix=".work-") as work, atomic_dir(out, replace=True) as tmp:
-                data, counts = make(dataset, tokenizer, max_drop_fraction=max_drop_fraction, num_proc=num_proc, work=work, **parameters)
+                data, counts = make(dataset, tokenizer, max_drop_fraction=max_drop_fraction, num_proc=num_proc,
+                                    work=work, **parameters)
                 data.save_to_disk(str(tmp))
                 write_json(tmp/"counts.json", counts)
                 write_manifest(tmp, **facts)

@@ -31,10 +31,11 @@ def check_stop_tokens(
     wrong = [i for i in ends if i not in stop]
     if not wrong: return None
     common = max(set(wrong), key=wrong.count)
-    text = (f"{len(wrong)} of {len(ends)} assistant turns end with {tokenizer.decode([common])!r} (id {common}), where generation does not stop "
-            f"(it stops at {sorted(stop)}): the model would not learn to stop. ")
+    text = (f"{len(wrong)} of {len(ends)} assistant turns end with {tokenizer.decode([common])!r} (id {common}), where "
+            "generation does not stop " f"(it stops at {sorted(stop)}): the model would not learn to stop. ")
     isspecial = encoder_for(tokenizer).is_special[common]
-    text += (f"Set tokenizer_args.model_eos_token_id={common}" if isspecial else "Choose a template that ends turns with a control token")
+    text += (f"Set tokenizer_args.model_eos_token_id={common}" if isspecial
+             else "Choose a template that ends turns with a control token")
     if on_missing_stop == "error": raise UserError(text + ", or tokenization.on_missing_stop=warn.")
     return text + "."
 
@@ -63,14 +64,16 @@ def check_generation_prompt(
 )->str|None: # the warning, None where all is well
     "Whether the ids before the last answer are those of the generation prompt"
     tools = tools or [None]*len(conversations)
-    for messages, given, chat in zip(conversations, tools, tokenize_chats(tokenizer, conversations, unsupported_roles="drop", tools=tools)):
+    for messages, given, chat in zip(conversations, tools,
+                                     tokenize_chats(tokenizer, conversations, unsupported_roles="drop", tools=tools)):
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         if isinstance(chat, Refused) or not answers: continue
         inside_turn = chat.completion_mask & (chat.offsets[:, 1] > chat.turns[-1][0])
         seen = chat.input_ids[:int(inside_turn.argmax())]
         asked = prompt_ids(tokenizer, messages[:answers[-1]], tools=given)
         if np.array_equal(seen, asked): continue
-        text = (f"The generation prompt ends in {tokenizer.decode(asked[-8:])!r}, but before a trained answer stands {tokenizer.decode(seen[-8:])!r}: "
-                "the model would start from ids that it has not seen in training.")
-        if on_mismatch == "error": raise UserError(text + " Choose another chat template, or tokenization.on_missing_stop=warn.")
+        text = (f"The generation prompt ends in {tokenizer.decode(asked[-8:])!r}, but before a trained answer stands "
+                f"{tokenizer.decode(seen[-8:])!r}: " "the model would start from ids that it has not seen in training.")
+        if on_mismatch == "error":
+            raise UserError(text + " Choose another chat template, or tokenization.on_missing_stop=warn.")
         return text

@@ -18,8 +18,8 @@ from ..data.messages import without_none
 from ..data.swissai import make_block, developer_message, to_structured, user_message
 from .templates import CHAT_TEMPLATES, template_text, wants_blocks
 from .tokenizer import byte_letters, plain_backend
-from .template_shapes import (
-    TEXT_SLOT, THOUGHTS, end_of_turn, find_probes, is_needed, is_written, shape_of, start_of_turn, turn_regions, fill_with_probes)
+from .template_shapes import (TEXT_SLOT, THOUGHTS, end_of_turn, find_probes, is_needed, is_written,
+                                                  shape_of, start_of_turn, turn_regions, fill_with_probes)
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #72c78341
 @dataclass
@@ -47,7 +47,8 @@ class TokenizedChat:
     @property
     def prompt_mask(self): return ~self.completion_mask
     @property
-    def offsets(self): return offsets_of(self.encoding, self.text) # [T, 2] first and last (exclusive) character of each token
+    def offsets(self):
+        return offsets_of(self.encoding, self.text) # [T, 2] first and last (exclusive) character of each token
     def __len__(self): return len(self.input_ids)
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #83885eb8
@@ -64,8 +65,11 @@ def token_bytes(
     "How many bytes of a text each token covers"
     steps = json.loads(backend.pre_tokenizer.__getstate__()) if backend.pre_tokenizer else {}
     steps = steps.get("pretokenizers", [steps])
-    model, added, vocab = backend.model, backend.get_added_tokens_decoder(), backend.get_vocab(with_added_tokens=False)
-    cut = all(p.get("type") in ("Split", "Digits", "Punctuation", "ByteLevel") and p.get("behavior") != "Removed" and not p.get("add_prefix_space") for p in steps)
+    model = backend.model
+    added = backend.get_added_tokens_decoder()
+    vocab = backend.get_vocab(with_added_tokens=False)
+    cut = all(p.get("type") in ("Split", "Digits", "Punctuation", "ByteLevel") and p.get("behavior") != "Removed"
+              and not p.get("add_prefix_space") for p in steps)
     if (backend.normalizer is not None or not cut or steps[-1].get("type") != "ByteLevel" or type(model).__name__ != "BPE" or model.dropout
         or model.continuing_subword_prefix or model.end_of_word_suffix or not set(byte_letters().values()) <= vocab.keys()
         or any(t.lstrip or t.rstrip for t in added.values())): return None
@@ -86,7 +90,8 @@ def offsets_of(
     text:str="", # the text, for lengths
 )->np.ndarray: # [T, 2]
     "Character offsets of the tokens of one row; a token that holds a part of a character has the whole of it"
-    if not isinstance(encoding, np.ndarray): return np.fromiter(chain.from_iterable(encoding.offsets), np.int64, 2*len(encoding)).reshape(-1, 2)
+    if not isinstance(encoding, np.ndarray):
+        return np.fromiter(chain.from_iterable(encoding.offsets), np.int64, 2*len(encoding)).reshape(-1, 2)
     if encoding.ndim == 2: return encoding
     ends = np.cumsum(encoding)
     if text.isascii(): return np.stack([ends - encoding, ends], 1)
@@ -97,22 +102,27 @@ def offsets_of(
 class ChatEncoder:
     "Renders and encodes conversations with one tokenizer and its template, in batches"
     def __init__(self, tokenizer):
-        if not tokenizer.chat_template: raise UserError("The tokenizer has no chat template: set tokenizer_args.chat_template_name.")
+        if not tokenizer.chat_template:
+            raise UserError("The tokenizer has no chat template: set tokenizer_args.chat_template_name.")
         self.backend, self.tokenizer = plain_backend(tokenizer), tokenizer
         self.state = encoder_state(tokenizer)
-        special = {i: t.content for i, t in self.backend.get_added_tokens_decoder().items() if t.special and i != tokenizer.unk_token_id}
+        special = {i: t.content for i, t in self.backend.get_added_tokens_decoder().items()
+                   if t.special and i != tokenizer.unk_token_id}
         self.is_special = np.zeros(max(self.backend.get_vocab().values(), default=0) + 1, bool)
         self.is_special[list(special)] = True
         names = sorted({*special.values(), *tokenizer.all_special_tokens}, key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, names)) or r"(?!)")
         self.n_bytes = token_bytes(self.backend)
-        self.skeletons, self.parsed, self.tails = {}, {}, {}
+        self.skeletons = {}
+        self.parsed = {}
+        self.tails = {}
         self.name = next((n for n in CHAT_TEMPLATES if template_text(n) == tokenizer.chat_template), "of the tokenizer")
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #0e0005ba
 def encoder_state(tokenizer)->tuple:
     "What an encoder depends on and a user may change: template and special tokens"
-    return tokenizer.chat_template, tuple(sorted((k, str(v)) for k, v in tokenizer.special_tokens_map.items())), len(tokenizer)
+    return tokenizer.chat_template, tuple(sorted((k, str(v))
+                                                 for k, v in tokenizer.special_tokens_map.items())), len(tokenizer)
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #73465164
 _ENCODERS = {} # id of a tokenizer: its encoder, which keeps the tokenizer alive; the last few only
@@ -153,7 +163,9 @@ def header(self:ChatEncoder)->str: # text; empty for templates without one
 @patch
 def encode(self:ChatEncoder, texts:list[str])->tuple: # (ids [N] of all rows, where each row begins [R+1], where the tokens are: byte lengths [N] or encodings [R])
     "Encode texts in one call"
-    try: encodings = (self.backend.encode_batch if self.n_bytes is None else self.backend.encode_batch_fast)(texts, add_special_tokens=False)
+    try:
+        encodings = (self.backend.encode_batch if self.n_bytes is None
+                     else self.backend.encode_batch_fast)(texts, add_special_tokens=False)
     except BaseException as e: # the library's panics are no `Exception`
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException": raise
         raise UserError(f"the tokenizer cannot encode a text ({e})") from None
@@ -176,7 +188,8 @@ def template_options(
     if isinstance(tools, str): tools = json.loads(tools) if tools.strip() else None
     else: tools = without_none(tools) # Arrow gives each tool the fields of all others
     if tools and not isinstance(tools, list): raise ValueError("the tools are not a list")
-    return ((("tools", json.dumps(tools)),) if tools else ()) + ((("add_generation_prompt", "true"),) if add_generation_prompt else ())
+    return ((("tools", json.dumps(tools)),) if tools else ()) + (
+        (("add_generation_prompt", "true"),) if add_generation_prompt else ())
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #1e63700e
 @patch
@@ -200,7 +213,9 @@ def ended(self:ChatEncoder, shape, options:tuple, m:int)->dict: # {(text of the 
     if key not in self.tails: # once for each pair of shapes of messages
         parsed = self.parse(shape[:m+2], options)
         text, found, places, _ = ("", [], [], []) if isinstance(parsed, Refused) else parsed
-        first, seen, out = next((n for n, p in enumerate(places) if p[0] == m), 0), Counter(), {}
+        first = next((n for n, p in enumerate(places) if p[0] == m), 0)
+        seen = Counter()
+        out = {}
         for (_, b, i, _), after in zip(found, [*(a for a, *_ in found[1:]), len(text)]):
             seen[i] += 1
             if places[i][0] == m: out[i - first, seen[i]] = text[b:after]
@@ -211,13 +226,16 @@ def ended(self:ChatEncoder, shape, options:tuple, m:int)->dict: # {(text of the 
 @patch
 def owners(self:ChatEncoder, shape, options:tuple, found:list, places:list, roles:list)->list[tuple]: # (message, index in it, how often it has come)
     "The message that each text of a rendering belongs to; -1 where the template repeats an assistant's text outside its turn"
-    out, seen, first = [], Counter(), {}
+    out = []
+    seen = Counter()
+    first = {}
     for n, p in enumerate(places): first.setdefault(p[0], n)
     for *_, i, _ in found:
         m = places[i][0]
         seen[i] += 1
         here = i - first[m], seen[i]
-        out.append((-1 if roles[m] == "assistant" and seen[i] > 1 and here not in self.ended(shape, options, m) else m, *here))
+        out.append((-1 if roles[m] == "assistant" and seen[i] > 1 and here not in self.ended(shape, options, m) else m,
+                    *here))
     return out
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #b02ec0fb
@@ -237,13 +255,17 @@ def turn_edges(self:ChatEncoder, shape, options:tuple, roles:list, last:tuple, a
 @patch
 def lost(self:ChatEncoder, shape, options:tuple, text:str, found:list, places:list, roles:list)->list[str]:
     "The texts that a rendering leaves out although it should not: role and keys of each, and `tools`"
-    seen, first, out = {i for *_, i, _ in found}, {}, []
+    seen = {i for *_, i, _ in found}
+    first = {}
+    out = []
     for n, p in enumerate(places): first.setdefault(p[0], n)
     for m in first:
         mine = [i for i, p in enumerate(places) if p[0] == m]
         thoughts = [i for i in mine if places[i][-1] in THOUGHTS]
         gone = [i for i in mine if i not in seen and is_needed(places[i])]
-        if thoughts and seen.isdisjoint(thoughts) and not any((i - first[m], 1) in self.ended(shape, options, m) for i in thoughts): gone += thoughts
+        if thoughts and seen.isdisjoint(thoughts) and not any(
+            (i - first[m], 1) in self.ended(shape, options, m) for i in thoughts):
+            gone += thoughts
         if roles[m] != "user": out += [f"{roles[m]}.{'.'.join(map(str, places[i][1:]))}" for i in gone]
     if "tools" in dict(options):
         without = self.parse(shape, tuple(o for o in options if o[0] != "tools"))
@@ -258,18 +280,24 @@ def build(self:ChatEncoder, shape, options:tuple, text:str, found:list, places:l
     pieces = [text[e:a] for e, (a, *_) in zip(ends, found)] + [text[ends[-1]:]]
     owner = self.owners(shape, options, found, places, roles)
     written = [m >= 0 and is_written(roles[m], places[i]) for (m, *_), (*_, i, _) in zip(owner, found)]
-    regions, turns, begun, k = [], [], set(), 0
+    regions = []
+    turns = []
+    begun = set()
+    k = 0
     for m, run in groupby(m for m, *_ in owner):
         j = k + len(list(run)) - 1
         if m >= 0 and roles[m] == "assistant":
             n = len(regions)
-            regions += turn_regions(k, j, written, pieces, self.special, *self.turn_edges(shape, options, roles, owner[j], m in begun, pieces[k], pieces[j+1]))
+            regions += turn_regions(k, j, written, pieces, self.special,
+                                    *self.turn_edges(shape, options, roles, owner[j], m in begun, pieces[k],
+                                                     pieces[j+1]))
             turns.append((n, len(regions) - 1))
             begun.add(m)
         k = j + 1
     ids_T = self.encode([text])[0]
-    return Skeleton([(p, i, f) for p, (*_, i, f) in zip(pieces, found)], pieces[-1], [k for k, w in enumerate(written) if w],
-                    regions, turns, self.lost(shape, options, text, found, places, roles), ids_T[self.is_special[ids_T]])
+    return Skeleton([(p, i, f) for p, (*_, i, f) in zip(pieces, found)], pieces[-1],
+                    [k for k, w in enumerate(written) if w], regions, turns,
+                    self.lost(shape, options, text, found, places, roles), ids_T[self.is_special[ids_T]])
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #c8096449
 def names_in(shape):
@@ -290,7 +318,8 @@ def skeleton(self:ChatEncoder, shape, options:tuple=())->Skeleton|Refused:
     if any(self.special.search(s) for s in [*names_in(shape), *(v for _, v in options)]):
         out = Refused("unverifiable", "a control token stands in the name of a field or in the tools")
     else: out = parsed if isinstance(parsed, Refused) else self.build(shape, options, *parsed)
-    if len(self.skeletons) > 2_000: self.skeletons.clear(); self.parsed.clear(); self.tails.clear() # shapes of wild data do not fill the memory
+    if len(self.skeletons) > 2_000:
+        self.skeletons.clear(); self.parsed.clear(); self.tails.clear() # shapes of wild data do not fill the memory
     self.skeletons[key] = out
     return out
 
@@ -319,19 +348,27 @@ def verify(self:ChatEncoder, chat:list, text, drop_unsupported:bool=False, optio
         text.isascii() or text.encode()
         shape = shape_of(chat, texts)
         skeleton = self.skeleton(shape, options)
-    except UnicodeEncodeError: return Refused("malformed: text with a lone surrogate", "a text holds a lone surrogate, which is no character")
+    except UnicodeEncodeError:
+        return Refused("malformed: text with a lone surrogate", "a text holds a lone surrogate, which is no character")
     except (TypeError, RecursionError):
-        return Refused("malformed: unexpected fields", "a message holds something other than texts, numbers, lists and mappings, or too deep a nest of them")
+        return Refused("malformed: unexpected fields",
+                       "a message holds something other than texts, numbers, lists and mappings, or too deep a nest of "
+                       "them")
     if isinstance(skeleton, Refused): return skeleton
-    if skeleton.lost and not (drop_unsupported and all(s.startswith(("system.", "developer.")) or s.split(".")[-1] in THOUGHTS for s in skeleton.lost)):
+    if skeleton.lost and not (drop_unsupported
+                              and all(s.startswith(("system.", "developer.")) or s.split(".")[-1] in THOUGHTS
+                                      for s in skeleton.lost)):
         roles = ", ".join(sorted({s.split(".")[0] for s in skeleton.lost}))
-        return Refused("unsupported_roles", f"the chat template {self.name} has no place for: {roles} ({', '.join(sorted(set(skeleton.lost)))})")
+        return Refused("unsupported_roles",
+                       f"the chat template {self.name} has no place for: {roles} "
+                       f"({', '.join(sorted(set(skeleton.lost)))})")
     edges = self.locate(skeleton, text, texts)
     if edges is None and "strftime_now" in self.tokenizer.chat_template: # the date may have changed since
         self.skeletons.clear(); self.parsed.clear(); self.tails.clear()
         skeleton = self.skeleton(shape, options)
         edges = self.locate(skeleton, text, texts)
-    if edges is None: return Refused("unverifiable", "the rendering is not the template's pieces and the contents in order")
+    if edges is None:
+        return Refused("unverifiable", "the rendering is not the template's pieces and the contents in order")
     return text, skeleton, edges
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #8e700100
@@ -369,8 +406,10 @@ def with_typed(self:ChatEncoder, rows:list, ids_N:np.ndarray, cuts:list)->list[i
     special_N = self.is_special[ids_N]
     counts = np.diff(np.append(0, np.cumsum(special_N))[cuts])
     want = [s.special_ids for _, s, _ in rows]
-    if counts.tolist() == list(map(len, want)) and np.array_equal(ids_N[special_N], np.concatenate([*want, []])): return []
-    return [i for i, (a, b, w) in enumerate(zip(cuts, cuts[1:], want)) if not np.array_equal(ids_N[a:b][special_N[a:b]], w)]
+    if counts.tolist() == list(map(len, want)) and np.array_equal(ids_N[special_N], np.concatenate([*want, []])):
+        return []
+    return [i for i, (a, b, w) in enumerate(zip(cuts, cuts[1:], want))
+            if not np.array_equal(ids_N[a:b][special_N[a:b]], w)]
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #07725e3b
 MARK_BASE = 0xF0000 # a plane of Unicode without characters of its own
@@ -384,8 +423,12 @@ def typing(self:ChatEncoder)->tuple|None: # (`tokenizers.Tokenizer`, {id of a ma
         copy = Tokenizer.from_str(self.backend.to_str())
         own = {i: t for i, t in copy.get_added_tokens_decoder().items() if self.is_special[i]}
         self._typing = None
-        if copy.normalizer and any(t.normalized and copy.normalizer.normalize_str(chr(MARK_BASE + i)) != chr(MARK_BASE + i) for i, t in own.items()): return None
-        copy.add_tokens([AddedToken(chr(MARK_BASE + i), special=False, lstrip=t.lstrip, rstrip=t.rstrip, single_word=False, normalized=t.normalized) for i, t in own.items()])
+        if copy.normalizer and any(t.normalized
+                                   and copy.normalizer.normalize_str(chr(MARK_BASE + i)) != chr(MARK_BASE + i)
+                                   for i, t in own.items()):
+            return None
+        copy.add_tokens([AddedToken(chr(MARK_BASE + i), special=False, lstrip=t.lstrip, rstrip=t.rstrip,
+                                    single_word=False, normalized=t.normalized) for i, t in own.items()])
         copy.encode_special_tokens = True # the name means: treat them as any other text
         self._typing = copy, {copy.token_to_id(chr(MARK_BASE + i)): i for i in own}
     return self._typing
@@ -398,15 +441,21 @@ def encode_typed(self:ChatEncoder, row:tuple, ids:np.ndarray, offsets:np.ndarray
     if self.typing() is None: return Refused("unverifiable", "the tokenizer cannot write a control token as text")
     copy, marks = self.typing()
     names = self.backend.get_added_tokens_decoder()
-    found = [(max(text.find(names[i].content, a, b), a), i) for i, (a, b) in zip(ids.tolist(), offsets.tolist()) if self.is_special[i]]
+    found = [(max(text.find(names[i].content, a, b), a), i) for i, (a, b) in zip(ids.tolist(), offsets.tolist())
+             if self.is_special[i]]
     at = np.array([(a, a + len(names[i].content), i) for a, i in found], np.int64).reshape(-1, 3)
     at = at[~tokens_in_spans(at[:, :2], np.array(edges, np.int64).reshape(-1, 2), overlap=True)]
-    if not np.array_equal(at[:, 2], skeleton.special_ids): return Refused("unverifiable", "a control token in a content covers one of the template's")
-    if any(MARK_BASE <= ord(c) < MARK_BASE + len(self.is_special) for c in set(text)): return Refused("unverifiable", "control tokens and private characters in one text")
+    if not np.array_equal(at[:, 2], skeleton.special_ids):
+        return Refused("unverifiable", "a control token in a content covers one of the template's")
+    if any(MARK_BASE <= ord(c) < MARK_BASE + len(self.is_special) for c in set(text)):
+        return Refused("unverifiable", "control tokens and private characters in one text")
     starts, ends = [0, *at[:, 1]], [*at[:, 0], len(text)]
-    encoded = copy.encode("".join(text[a:b] + chr(MARK_BASE + i) for a, b, i in zip(starts, ends, at[:, 2])) + text[starts[-1]:], add_special_tokens=False)
+    encoded = copy.encode("".join(text[a:b] + chr(MARK_BASE + i)
+                                  for a, b, i in zip(starts, ends, at[:, 2])) + text[starts[-1]:],
+                          add_special_tokens=False)
     out = np.array([marks.get(i, i) for i in encoded.ids], np.int32)
-    if not np.array_equal(out[self.is_special[out]], skeleton.special_ids): return Refused("unverifiable", "the tokenizer cannot write a control token as text")
+    if not np.array_equal(out[self.is_special[out]], skeleton.special_ids):
+        return Refused("unverifiable", "the tokenizer cannot write a control token as text")
     grown = np.append(0, np.cumsum(at[:, 1] - at[:, 0] - 1)) # characters that the marks before a place are shorter
     places = at[:, 0] - grown[:-1] # of the marks
     return out, np.stack([o + grown[np.searchsorted(places, o, "left")] for o in offsets_of(encoded).T], 1)
@@ -418,10 +467,12 @@ def completion(self:ChatEncoder, rows:list, spans:list, cuts:list, lengths_N:np.
     ends_N, regions = np.cumsum(lengths_N), []
     bases = np.append(0, ends_N)[cuts].tolist()
     for (text, s, edges), of_row, base in zip(rows, spans, bases):
-        four = [(a, b, *((edges[i], edges[j]) if i % 2 == 0 else (len(text), -1))) for (i, _, j, _), (a, b) in zip(s.regions, of_row) if a < b]
+        four = [(a, b, *((edges[i], edges[j]) if i % 2 == 0 else (len(text), -1)))
+                for (i, _, j, _), (a, b) in zip(s.regions, of_row) if a < b]
         if not text.isascii():
             at = char_starts(text).tolist()
-            four = [(at[a], at[b], at[c], at[d] if d >= 0 else -1) for a, b, c, d in four] # a region that begins behind a text has none of its own
+            # a region that begins behind a text has none of its own
+            four = [(at[a], at[b], at[c], at[d] if d >= 0 else -1) for a, b, c, d in four]
         regions += [(base + a, base + b, base + c, base + d if d >= 0 else -1) for a, b, c, d in four]
     return region_tokens(ends_N, np.array(regions, np.int64).reshape(-1, 4))
 
@@ -434,7 +485,8 @@ def completion_mask_of(
 )->np.ndarray: # [T] bool
     "The completion mask of one row from the characters of its tokens"
     texts = np.array([edges[2*k:2*k+2] for k in skeleton.written], np.int64).reshape(-1, 2)
-    return tokens_in_spans(offsets_T2, np.array(spans, np.int64).reshape(-1, 2)) | tokens_in_spans(offsets_T2, texts, overlap=True)
+    return tokens_in_spans(offsets_T2,
+                           np.array(spans, np.int64).reshape(-1, 2)) | tokens_in_spans(offsets_T2, texts, overlap=True)
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #71d3c82e
 @patch
@@ -452,13 +504,16 @@ def finish(self:ChatEncoder, rows:list, allow_control_tokens:bool=False)->list: 
     out = []
     for n, (row, of_row, a, b) in enumerate(zip(rows, spans, cuts, cuts[1:])):
         text, s, edges = row
-        ids, at, mask = ids_N[a:b], where[a:b] if lengths else where[n], mask_N[a:b] if lengths else None
+        ids = ids_N[a:b]
+        at = where[a:b] if lengths else where[n]
+        mask = mask_N[a:b] if lengths else None
         if n in typed:
             again = self.encode_typed(row, ids, offsets_of(at, text))
             if isinstance(again, Refused): out.append(again); continue
             (ids, at), mask = again, None
         if mask is None: mask = completion_mask_of(s, edges, of_row, offsets_of(at, text))
-        out.append(TokenizedChat(text, ids, mask, at, of_row, [(of_row[i][0], of_row[j][1]) for i, j in s.turns], s.lost))
+        out.append(TokenizedChat(text, ids, mask, at, of_row, [(of_row[i][0], of_row[j][1]) for i, j in s.turns],
+                                 s.lost))
     return out
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #a3eb895b
@@ -468,10 +523,12 @@ def render_with(self:ChatEncoder, chats:list, tools:list)->list: # (text or `Ref
     options, out = [], [None]*len(chats)
     for t in tools:
         try: options.append(template_options(t))
-        except (ValueError, TypeError) as e: options.append(Refused("malformed: the tools are not a JSON list", f"the tools cannot be read: {e}"))
+        except (ValueError, TypeError) as e:
+            options.append(Refused("malformed: the tools are not a JSON list", f"the tools cannot be read: {e}"))
     for o in {o: None for o in options if isinstance(o, tuple)}:
         at = [i for i, v in enumerate(options) if v == o]
-        for i, text in zip(at, self.render([chats[i] for i in at], **{k: json.loads(v) for k, v in o})): out[i] = text, o
+        for i, text in zip(at, self.render([chats[i] for i in at], **{k: json.loads(v) for k, v in o})):
+            out[i] = text, o
     return [(o, ()) if isinstance(o, Refused) else v for v, o in zip(out, options)]
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #c4326552
@@ -508,17 +565,26 @@ def template_supports(
 )->dict[str, bool]: # kind of text: whether there is a place for it
     "What the chat template of a tokenizer has a place for"
     ask, answer, tool = (dict(role=r, content=c) for r, c in (("user", "2+2?"), ("assistant", "4"), ("tool", "4")))
-    tools = [dict(type="function", function=dict(name="add", description="Add", parameters=dict(type="object", properties=dict(a=dict(type="number")))))]
-    calls = [dict(role="assistant", content="", tool_calls=[dict(id="call00001", type="function", function=dict(name="add", arguments=a))])
+    tools = [dict(type="function",
+                  function=dict(name="add", description="Add",
+                                parameters=dict(type="object", properties=dict(a=dict(type="number")))))]
+    calls = [dict(role="assistant", content="",
+                  tool_calls=[dict(id="call00001", type="function", function=dict(name="add", arguments=a))])
              for a in (dict(a="2"), '{"a": "2"}')]
     def turn(*blocks, offer=False):
         own = [dict(name="add", description="Add", parameters=dict(properties=dict(a=dict(type="number"))))]
-        return [developer_message(own if offer else [], False), user_message("2+2?"), dict(role="assistant", content=dict(blocks=list(blocks)))]
-    think, call, got, say = make_block("thoughts", "Add."), make_block("tool_calls", calls=[("add", "{}")]), make_block("tool_outputs", outputs=[("", "4")]), make_block("response", "4")
+        return [developer_message(own if offer else [], False), user_message("2+2?"),
+                dict(role="assistant", content=dict(blocks=list(blocks)))]
+    think, call, got, say = make_block("thoughts", "Add."), make_block(
+        "tool_calls",
+        calls=[("add", "{}")]), make_block("tool_outputs", outputs=[("", "4")]), make_block("response", "4")
     def system(role): return [dict(role=role, content="Be brief."), ask, answer]
-    tries = {"system": [system("system"), to_structured(system("system"))], "developer": [system("developer"), turn(say)], "tools": [turn(say, offer=True)],
+    tries = {"system": [system("system"), to_structured(system("system"))],
+             "developer": [system("developer"), turn(say)], "tools": [turn(say, offer=True)],
              "thoughts": [turn(think, say), *([ask, dict(answer, **{k: "Add."})] for k in THOUGHTS)],
              "tool calls": [turn(call, got, say), *([ask, c] for c in calls)],
-             "tool outputs": [turn(call, got, say), [ask, answer, tool, answer], *([ask, c, tool, answer] for c in calls)]}
+             "tool outputs": [turn(call, got, say), [ask, answer, tool, answer],
+                              *([ask, c, tool, answer] for c in calls)]}
     def fits(chat, tools=None): return isinstance(tokenize_chats(tokenizer, [chat], tools=[tools])[0], TokenizedChat)
-    return {kind: any(map(fits, chats)) or kind == "tools" and fits([ask, answer], tools) for kind, chats in tries.items()}
+    return {kind: any(map(fits, chats)) or kind == "tools" and fits([ask, answer], tools)
+            for kind, chats in tries.items()}

@@ -40,8 +40,10 @@ def pair_messages(
     before = [s[:-1] for s in sides]
     if before[0] != before[1]: raise MalformedRow("chosen and rejected differ before the last answer")
     context = before[0] if prompt and before[0][:len(prompt)] == prompt else prompt + before[0]
-    if not context or context[-1].get("role") == "assistant": raise MalformedRow("there is no prompt before the answers")
-    if len({isinstance(m["content"], dict) for m in (*context, *(s[-1] for s in sides))}) > 1: raise MalformedRow("plain and structured messages in one pair")
+    if not context or context[-1].get("role") == "assistant":
+        raise MalformedRow("there is no prompt before the answers")
+    if len({isinstance(m["content"], dict) for m in (*context, *(s[-1] for s in sides))}) > 1:
+        raise MalformedRow("plain and structured messages in one pair")
     return context, sides[0][-1]["content"], sides[1][-1]["content"]
 
 # %% ../../nbs/25_tokens/11_pairs.ipynb #00041e68
@@ -57,13 +59,21 @@ def check_pair_columns(
 ):
     "Refuse data without the columns that a loss needs; nothing is put in their place"
     sides = [k for k in ("chosen", "rejected") if k not in names]
-    if sides: raise UserError(f"The data has no column {' and no column '.join(sides)}. It has {', '.join(sorted(names))}. Pairs are made by the stage pairs.")
+    if sides:
+        raise UserError(f"The data has no column {' and no column '.join(sides)}. It has {', '.join(sorted(names))}. "
+                        "Pairs are made by the stage pairs.")
     lost = [k for k in REFERENCE_COLUMNS if k not in names] if reference else []
-    if lost: raise UserError(f"The data has no column {' and no column '.join(lost)}.{did_you_mean(lost[0], names)} The reference's log-probabilities are written by the stage "
-                             "ref_logprobs; with training_args.ref_logprobs_from_dataset=false the reference model computes them before training.")
-    lost = [k for k in REWARD_COLUMNS if k not in names] if rewards and not (set(QUANTILE_COLUMNS) <= set(names) and "ref_rewards" not in names) else []
-    if lost: raise UserError(f"The data has no column {' and no column '.join(lost)}.{did_you_mean(lost[0], names)} loss_type=qrpo needs rewards and reference rewards "
-                             f"(stage ref_rewards), or {' and '.join(QUANTILE_COLUMNS)} and no ref_rewards beside them.")
+    if lost:
+        raise UserError(f"The data has no column {' and no column '.join(lost)}.{did_you_mean(lost[0], names)} The "
+                        "reference's log-probabilities are written by the stage "
+                        "ref_logprobs; with training_args.ref_logprobs_from_dataset=false the reference model computes "
+                        "them before training.")
+    lost = ([k for k in REWARD_COLUMNS if k not in names]
+            if rewards and not (set(QUANTILE_COLUMNS) <= set(names) and "ref_rewards" not in names) else [])
+    if lost:
+        raise UserError(f"The data has no column {' and no column '.join(lost)}.{did_you_mean(lost[0], names)} "
+                        "loss_type=qrpo needs rewards and reference rewards "
+                        f"(stage ref_rewards), or {' and '.join(QUANTILE_COLUMNS)} and no ref_rewards beside them.")
 
 # %% ../../nbs/25_tokens/11_pairs.ipynb #8ed4bc58
 def is_finite(x)->bool: # of a number, or of a list of numbers that is not empty
@@ -78,12 +88,16 @@ def reference_fault(
     n:int, # tokens of that side that are scored
 )->str|None: # what is wrong
     "What is wrong with the reference's log-probabilities of a side"
-    total, each, length = row.get(f"ref_{side}_logprob"), row.get(f"ref_{side}_logprobs"), row.get(f"{side}_length")
+    total = row.get(f"ref_{side}_logprob")
+    each = row.get(f"ref_{side}_logprobs")
+    length = row.get(f"{side}_length")
     if not is_finite(total): return "reference: a log-probability is missing or not finite"
     if total > 0: return "reference: a log-probability is above 0"
     if each and not is_finite(each): return "reference: a token's log-probability is not finite"
-    if each and len(each) != n or length is not None and length != n: return "reference: scored for another number of tokens"
-    if each and abs(sum(each) - total) > 1e-3*max(1, abs(total)): return "reference: the tokens' log-probabilities do not add up"
+    if each and len(each) != n or length is not None and length != n:
+        return "reference: scored for another number of tokens"
+    if each and abs(sum(each) - total) > 1e-3*max(1, abs(total)):
+        return "reference: the tokens' log-probabilities do not add up"
 
 # %% ../../nbs/25_tokens/11_pairs.ipynb #53b0d169
 def reward_fault(
@@ -97,9 +111,11 @@ def reward_fault(
     if not is_finite(row["ref_rewards"]): return "reward: a reference reward is missing or not finite"
     for side in ("chosen", "rejected"):
         if not is_finite(row.get(f"{side}_reward")): return "reward: missing or not finite"
-        if row.get(f"{side}_is_reference") and row[f"{side}_reward"] not in row["ref_rewards"]: return "reward: of a reference, but none of the references has it"
+        if row.get(f"{side}_is_reference") and row[f"{side}_reward"] not in row["ref_rewards"]:
+            return "reward: of a reference, but none of the references has it"
         at = row.get(f"{side}_reference")
-        if at is not None and (not isinstance(at, int) or row["ref_rewards"][at:at+1] != [row[f"{side}_reward"]]): return "reward: not that of the reference that it is"
+        if at is not None and (not isinstance(at, int) or row["ref_rewards"][at:at+1] != [row[f"{side}_reward"]]):
+            return "reward: not that of the reference that it is"
 
 # %% ../../nbs/25_tokens/11_pairs.ipynb #283ceede
 def tokenize_pair(
@@ -118,13 +134,19 @@ def tokenize_pair(
     if max_length and n + max(len(chosen.ids), len(rejected.ids)) > max_length: return "overlength"
     if chosen.ids == rejected.ids: return "chosen equals rejected"
     if not min(chosen.length, rejected.length): return "no completion"
-    fault = reference and next(filter(None, (reference_fault(row, s, e.length) for s, e in (("chosen", chosen), ("rejected", rejected)))), None) or rewards and reward_fault(row)
+    fault = (reference
+             and next(filter(
+        None, (reference_fault(row, s, e.length) for s, e in (("chosen", chosen), ("rejected", rejected)))), None)
+             or rewards and reward_fault(row))
     if fault: return fault
-    return dict(prompt_ids=encoded.prompt_ids, chosen_ids=chosen.ids, chosen_scored=chosen.scored, rejected_ids=rejected.ids, rejected_scored=rejected.scored,
-                length=2*n + len(chosen.ids) + len(rejected.ids), chosen_length=chosen.length, rejected_length=rejected.length)
+    return dict(prompt_ids=encoded.prompt_ids, chosen_ids=chosen.ids, chosen_scored=chosen.scored,
+                rejected_ids=rejected.ids, rejected_scored=rejected.scored,
+                length=2*n + len(chosen.ids) + len(rejected.ids), chosen_length=chosen.length,
+                rejected_length=rejected.length)
 
 # %% ../../nbs/25_tokens/11_pairs.ipynb #08fbe0f2
-PAIR_NUMBER_COLUMNS = ("ref_chosen_logprob", "ref_rejected_logprob", "chosen_reward", "rejected_reward", "chosen_quantile_reward", "rejected_quantile_reward")
+PAIR_NUMBER_COLUMNS = ("ref_chosen_logprob", "ref_rejected_logprob", "chosen_reward", "rejected_reward",
+                       "chosen_quantile_reward", "rejected_quantile_reward")
 PAIR_LIST_COLUMNS = ("ref_chosen_logprobs", "ref_rejected_logprobs", "ref_rewards") # kept where they are in the data
 PAIR_FLAG_COLUMNS = ("chosen_is_reference", "rejected_is_reference")
 PAIR_INDEX_COLUMNS = ("chosen_reference", "rejected_reference") # which of the references it is
@@ -150,11 +172,16 @@ def tokenize_pair_batch(
         except UnsupportedContent as e: parsed.append(f"unsupported_roles: {e}")
         except (KeyError, TypeError, AttributeError): parsed.append("malformed: unexpected fields")
     good = [p for p in parsed if not isinstance(p, str)]
-    done = iter(encode_completions(tokenizer, [p for p, *_ in good], [[c, r] for _, c, r in good], allow_control_tokens_in_content))
-    out = [p if isinstance(p, str) else tokenize_pair(r, next(done), max_length, reference, rewards) for r, p in zip(rows, parsed)]
-    empty = dict(prompt_ids=[], chosen_ids=[], chosen_scored=[], rejected_ids=[], rejected_scored=[], length=0, chosen_length=0, rejected_length=0)
-    kept = [dict(empty if isinstance(o, str) else o, row_id=row_id(r, i), source=str(r.get("source") or ""), reason=o if isinstance(o, str) else "",
-                 **{k: r.get(k) for k in (*PAIR_NUMBER_COLUMNS, *PAIR_LIST_COLUMNS, *PAIR_INDEX_COLUMNS)}, **{k: bool(r.get(k)) for k in PAIR_FLAG_COLUMNS}) for r, i, o in zip(rows, indices, out)]
+    done = iter(encode_completions(tokenizer, [p for p, *_ in good], [[c, r] for _, c, r in good],
+                                   allow_control_tokens_in_content))
+    out = [p if isinstance(p, str) else tokenize_pair(r, next(done), max_length, reference, rewards)
+           for r, p in zip(rows, parsed)]
+    empty = dict(prompt_ids=[], chosen_ids=[], chosen_scored=[], rejected_ids=[], rejected_scored=[], length=0,
+                 chosen_length=0, rejected_length=0)
+    kept = [dict(empty if isinstance(o, str) else o, row_id=row_id(r, i), source=str(r.get("source") or ""),
+                 reason=o if isinstance(o, str) else "",
+                 **{k: r.get(k) for k in (*PAIR_NUMBER_COLUMNS, *PAIR_LIST_COLUMNS, *PAIR_INDEX_COLUMNS)},
+                 **{k: bool(r.get(k)) for k in PAIR_FLAG_COLUMNS}) for r, i, o in zip(rows, indices, out)]
     return {k: [row[k] for row in kept] for k in kept[0]}
 
 # %% ../../nbs/25_tokens/11_pairs.ipynb #64f3adc3
@@ -162,12 +189,16 @@ def tokenized_pair_features(): # `datasets.Features`
     "The columns of tokenized pairs"
     from datasets import Features, List, Value
     ids, flags = List(Value("int32")), List(Value("bool"))
-    return Features(prompt_ids=ids, chosen_ids=ids, chosen_scored=flags, rejected_ids=ids, rejected_scored=flags, length=Value("int32"), chosen_length=Value("int32"),
-                    rejected_length=Value("int32"), row_id=Value("string"), source=Value("string"), reason=Value("string"), **{k: Value("float64") for k in PAIR_NUMBER_COLUMNS},
-                    **{k: List(Value("float64")) for k in PAIR_LIST_COLUMNS}, **{k: Value("bool") for k in PAIR_FLAG_COLUMNS}, **{k: Value("int32") for k in PAIR_INDEX_COLUMNS})
+    return Features(prompt_ids=ids, chosen_ids=ids, chosen_scored=flags, rejected_ids=ids, rejected_scored=flags,
+                    length=Value("int32"), chosen_length=Value("int32"), rejected_length=Value("int32"),
+                    row_id=Value("string"), source=Value("string"), reason=Value("string"),
+                    **{k: Value("float64") for k in PAIR_NUMBER_COLUMNS},
+                    **{k: List(Value("float64")) for k in PAIR_LIST_COLUMNS},
+                    **{k: Value("bool") for k in PAIR_FLAG_COLUMNS}, **{k: Value("int32") for k in PAIR_INDEX_COLUMNS})
 
 # %% ../../nbs/25_tokens/11_pairs.ipynb #8e8ba9d7
-ALWAYS_DROPPED = ("reference:", "reward:", "chosen equals rejected", "empty completion", "no completion") # beginnings of reasons that no policy decides about
+# beginnings of reasons that no policy decides about
+ALWAYS_DROPPED = ("reference:", "reward:", "chosen equals rejected", "empty completion", "no completion")
 
 # %% ../../nbs/25_tokens/11_pairs.ipynb #e8d77b2f
 def check_pair_policies(
@@ -177,7 +208,9 @@ def check_pair_policies(
     known = ("overlength", "on_unverifiable", "unsupported_roles", "on_malformed")
     for name, choice in policies.items():
         if name not in known: raise UserError(f"Unknown policy {name!r}: {', '.join(known)}.")
-        if choice == "truncate": raise UserError("tokenization.overlength=truncate: a pair is never cut, its log-probabilities are those of whole answers. Set drop or error.")
+        if choice == "truncate":
+            raise UserError("tokenization.overlength=truncate: a pair is never cut, its log-probabilities are those of "
+                            "whole answers. Set drop or error.")
         if choice not in ("drop", "error"): raise UserError(f"tokenization.{name}={choice!r}: drop or error.")
 
 # %% ../../nbs/25_tokens/11_pairs.ipynb #8f94bf19
@@ -201,14 +234,19 @@ def tokenize_pairs(
     check_pair_columns(dataset.column_names, reference, rewards)
     n = process_count(len(dataset), num_proc)
     encoder_for(tokenizer).header() # made before the processes fork
-    data = dataset.map(tokenize_pair_batch, batched=True, with_indices=True, batch_size=batch_size, num_proc=n if n > 1 else None, features=tokenized_pair_features(),
-                       remove_columns=dataset.column_names, load_from_cache_file=False, desc="Tokenizing", new_fingerprint=os.urandom(8).hex(),
-                       keep_in_memory=work is None, cache_file_name=work and str(Path(work)/"rows.arrow"),
-                       fn_kwargs=dict(tokenizer=ForkShared(tokenizer) if n > 1 else tokenizer, max_length=max_length, reference=reference, rewards=rewards, serial=n > 1,
+    data = dataset.map(tokenize_pair_batch, batched=True, with_indices=True, batch_size=batch_size,
+                       num_proc=n if n > 1 else None, features=tokenized_pair_features(),
+                       remove_columns=dataset.column_names, load_from_cache_file=False, desc="Tokenizing",
+                       new_fingerprint=os.urandom(8).hex(), keep_in_memory=work is None,
+                       cache_file_name=work and str(Path(work)/"rows.arrow"),
+                       fn_kwargs=dict(tokenizer=ForkShared(tokenizer) if n > 1 else tokenizer, max_length=max_length,
+                                      reference=reference, rewards=rewards, serial=n > 1,
                                       allow_control_tokens_in_content=allow_control_tokens_in_content))
     counts = pair_counts(data)
-    for reason in [r for r in counts["dropped"] if not r.startswith(ALWAYS_DROPPED) and policies.get(policy_for_reason(r)) == "error"]:
-        raise UserError(f"Row {counts['first'][reason]}: {reason}. Set tokenization.{policy_for_reason(reason)}=drop to leave such rows out and count them.")
+    for reason in [r for r in counts["dropped"]
+                   if not r.startswith(ALWAYS_DROPPED) and policies.get(policy_for_reason(r)) == "error"]:
+        raise UserError(f"Row {counts['first'][reason]}: {reason}. Set tokenization.{policy_for_reason(reason)}=drop "
+                        "to leave such rows out and count them.")
     check_dropped(counts, max_drop_fraction, "pairs")
     keep = [i for i, reason in enumerate(data["reason"][:]) if not reason]
     data = (data if len(keep) == len(data) else data.select(keep)).remove_columns("reason")

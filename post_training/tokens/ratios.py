@@ -35,14 +35,16 @@ def row_sizes(
     end = chat.offsets[max_length - 1, 1] if max_length and len(chat) > max_length else len(chat.text)
     written = sum(max(0, min(b, end) - a) for a, b in chat.spans)
     n, tokens = len(chat.input_ids[:max_length]), int(chat.completion_mask[:max_length].sum())
-    return dict(zip(RATIO_COLUMNS, (int(end - written), int(written), n - tokens, tokens, *first_and_rest(messages or []))))
+    return dict(zip(RATIO_COLUMNS,
+                    (int(end - written), int(written), n - tokens, tokens, *first_and_rest(messages or []))))
 
 # %% ../../nbs/25_tokens/8_ratios.ipynb #63eb7ab6
 def ratio_columns(
     df, # data frame with `RATIO_COLUMNS`
 ):      # the same frame with ratio_tokens, ratio_chars and ratio_first
     "Add the three ratios; a row that is given nothing has none (NaN), not infinity"
-    pairs = dict(ratio_chars=("completion_chars", "prompt_chars"), ratio_tokens=("completion_tokens", "prompt_tokens"), ratio_first=("rest_chars", "first_chars"))
+    pairs = dict(ratio_chars=("completion_chars", "prompt_chars"), ratio_tokens=("completion_tokens", "prompt_tokens"),
+                 ratio_first=("rest_chars", "first_chars"))
     for name, (over, under) in pairs.items(): df[name] = df[over]/df[under].where(df[under] > 0)
     return df
 
@@ -56,7 +58,8 @@ def generation_ratios(
     "Generation ratios of tokenized conversations, a row each"
     import pandas as pd
     sizes = [row_sizes(c, m) for c, m in zip(chats, conversations or [None]*len(chats))]
-    return ratio_columns(pd.DataFrame(dict(row_id=list(ids), source=list(sources)) | {c: np.array([s[c] for s in sizes], np.int64) for c in RATIO_COLUMNS}))
+    return ratio_columns(pd.DataFrame(dict(row_id=list(ids), source=list(sources))
+                                      | {c: np.array([s[c] for s in sizes], np.int64) for c in RATIO_COLUMNS}))
 
 # %% ../../nbs/25_tokens/8_ratios.ipynb #73bb209a
 def measure_ratio_batch(
@@ -72,16 +75,20 @@ def measure_ratio_batch(
     "Lengths of a batch of raw rows; every row comes out, with a reason where it has none"
     if serial: os.environ["TOKENIZERS_PARALLELISM"] = "false"
     rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
-    talks, chats = tokenize_conversations(rows, tokenizer, columns, policies["unsupported_roles"], allow_control_tokens_in_content)
+    talks, chats = tokenize_conversations(rows, tokenizer, columns, policies["unsupported_roles"],
+                                          allow_control_tokens_in_content)
     for i, chat in enumerate(chats):
         left = chat if isinstance(chat, Refused) else fit_to_length(chat, max_length, policies["overlength"])
         chats[i] = left if isinstance(left, Refused) else chat
     ids = [row_id(r, i) for r, i in zip(rows, indices)]
     for name, v in zip(ids, chats):
         if isinstance(v, Refused) and policies.get(policy_for_reason(v.reason)) == "error":
-            raise UserError(f"Row {name}: {v.detail}. Set tokenization.{policy_for_reason(v.reason)}=drop to leave such rows out and count them.")
-    sizes = [dict.fromkeys(RATIO_COLUMNS, 0) if isinstance(c, Refused) else row_sizes(c, m, max_length) for c, m in zip(chats, talks)]
-    return dict(row_id=ids, source=[str(r.get("source") or "") for r in rows], reason=[c.reason if isinstance(c, Refused) else "" for c in chats],
+            raise UserError(f"Row {name}: {v.detail}. Set tokenization.{policy_for_reason(v.reason)}=drop to leave "
+                            "such rows out and count them.")
+    sizes = [dict.fromkeys(RATIO_COLUMNS, 0) if isinstance(c, Refused) else row_sizes(c, m, max_length)
+             for c, m in zip(chats, talks)]
+    return dict(row_id=ids, source=[str(r.get("source") or "") for r in rows],
+                reason=[c.reason if isinstance(c, Refused) else "" for c in chats],
                 **{c: [s[c] for s in sizes] for c in RATIO_COLUMNS})
 
 # %% ../../nbs/25_tokens/8_ratios.ipynb #116dd2a5
@@ -102,14 +109,18 @@ def measure_ratios(
     columns = None if is_swissai(dataset.column_names) else format_of(dataset.column_names)
     n = process_count(len(dataset), num_proc)
     encoder_for(tokenizer).header() # made before the processes fork
-    features = Features({k: Value("string") for k in ("row_id", "source", "reason")} | {c: Value("int64") for c in RATIO_COLUMNS})
-    df = dataset.map(measure_ratio_batch, batched=True, with_indices=True, batch_size=batch_size, num_proc=n if n > 1 else None, features=features,
-                     remove_columns=dataset.column_names, keep_in_memory=True, load_from_cache_file=False, desc="Measuring",
-                     fn_kwargs=dict(tokenizer=ForkShared(tokenizer) if n > 1 else tokenizer, columns=columns, policies=policies, max_length=max_length, serial=n > 1,
+    features = Features({k: Value("string") for k in ("row_id", "source", "reason")}
+                        | {c: Value("int64") for c in RATIO_COLUMNS})
+    df = dataset.map(measure_ratio_batch, batched=True, with_indices=True, batch_size=batch_size,
+                     num_proc=n if n > 1 else None, features=features, remove_columns=dataset.column_names,
+                     keep_in_memory=True, load_from_cache_file=False, desc="Measuring",
+                     fn_kwargs=dict(tokenizer=ForkShared(tokenizer) if n > 1 else tokenizer, columns=columns,
+                                    policies=policies, max_length=max_length, serial=n > 1,
                                     allow_control_tokens_in_content=allow_control_tokens_in_content)).to_pandas()
     kept = df[df.reason == ""].drop(columns="reason").reset_index(drop=True)
     parts = df[df.reason != ""].groupby("reason").row_id
-    return ratio_columns(kept), {"in": len(df), "out": len(kept), "dropped": parts.size().to_dict(), "first": parts.first().to_dict()}
+    return ratio_columns(kept), {"in": len(df), "out": len(kept), "dropped": parts.size().to_dict(),
+                                 "first": parts.first().to_dict()}
 
 # %% ../../nbs/25_tokens/8_ratios.ipynb #c478d31c
 def trim_tails(
@@ -117,7 +128,8 @@ def trim_tails(
     share:float=0.0025, # left out at each end, rounded down to whole values
 )->np.ndarray: # sorted
     "The sorted values without a share of them at both ends"
-    if not 0 <= share < 0.5: raise UserError(f"A share of {share} cannot be left out at each end: it is at least 0 and below 0.5.")
+    if not 0 <= share < 0.5:
+        raise UserError(f"A share of {share} cannot be left out at each end: it is at least 0 and below 0.5.")
     v = np.sort(np.asarray(values, float))
     v = v[~np.isnan(v)]
     k = int(len(v)*share + 1e-9)
@@ -132,7 +144,9 @@ def ratio_row(
     out = dict(rows=len(df))
     for kind in ("tokens", "chars", "first"):
         v = trim_tails(df[f"ratio_{kind}"], share)
-        numbers = dict(mean=v.mean(), **{k: np.quantile(v, q) for k, q in (("median", .5), ("q05", .05), ("q95", .95))}) if v.size else {}
+        numbers = (dict(mean=v.mean(),
+                        **{k: np.quantile(v, q) for k, q in (("median", .5), ("q05", .05), ("q95", .95))}) if v.size
+                   else {})
         out |= {f"{kind}_{k}": float(numbers[k]) if numbers else None for k in ("mean", "median", "q05", "q95")}
     return out
 
@@ -173,7 +187,8 @@ def plot_ratios(
     plt.close(fig) # shown once, as the value of a cell
     edges = np.geomspace(whole[0]/1.05, whole[-1]*1.05, 41)
     names = [s for s in df.source.value_counts().index if s]
-    parts = {s: df.source == s for s in names[:max_sources]} | ({"others": df.source.isin(names[max_sources:])} if names[max_sources:] else {})
+    parts = {s: df.source == s for s in names[:max_sources]} | (
+        {"others": df.source.isin(names[max_sources:])} if names[max_sources:] else {})
     for name, rows in (parts or {"all rows": df.source == df.source}).items():
         v = trim_tails(df.loc[rows, f"ratio_{kind}"], share)
         ax.stairs(np.histogram(v, edges)[0], edges, label=f"{name} ({v.mean():.2f})" if v.size else name, lw=1.5)

@@ -50,7 +50,8 @@ def _edges(name:str)->tuple[str, str, str]:
     return text.partition(_CORE.search(text)[0])
 
 # %% ../../nbs/25_tokens/3_template_shapes.ipynb #6572c11c
-TRANSFORM_EDGES = sorted(((name, *_edges(name)) for name in TEXT_TRANSFORMS), key=lambda e: -len(e[1] + e[3])) # the most that is left wins
+# the most that is left wins
+TRANSFORM_EDGES = sorted(((name, *_edges(name)) for name in TEXT_TRANSFORMS), key=lambda e: -len(e[1] + e[3]))
 
 # %% ../../nbs/25_tokens/3_template_shapes.ipynb #8f8b57fd
 def find_probes(
@@ -61,7 +62,9 @@ def find_probes(
     for m in _CORE.finditer(rendered):
         for name, before, core, after in TRANSFORM_EDGES:
             a, b = m.start() - len(before), m.end() + len(after)
-            if m[0] == core.replace("N", m[1]) and rendered[max(a, 0):m.start()] == before and rendered[m.end():b] == after: break
+            if m[0] == core.replace("N", m[1]) and rendered[max(
+                a, 0):m.start()] == before and rendered[m.end():b] == after:
+                break
         else: raise UserError("The chat template changes texts in a way that cannot be followed: use another template.")
         found.append((a, b, int(m[1]), TEXT_TRANSFORMS[name]))
     return found
@@ -88,10 +91,12 @@ TOOL_OUTPUT_KEYS = {"output", "outputs", "tool_output", "tool_outputs", "tool_re
 # %% ../../nbs/25_tokens/3_template_shapes.ipynb #95a56f4e
 def is_written(role:str, path:tuple)->bool:
     "Whether the model writes a text, by the role and the path of keys to it; inside the arguments of a call it writes everything"
-    return role == "assistant" and TOOL_OUTPUT_KEYS.isdisjoint(path[:path.index("arguments")] if "arguments" in path else path)
+    return (role == "assistant"
+            and TOOL_OUTPUT_KEYS.isdisjoint(path[:path.index("arguments")] if "arguments" in path else path))
 
 # %% ../../nbs/25_tokens/3_template_shapes.ipynb #fbda350e
-THOUGHTS = {"reasoning_content", "reasoning", "thinking"} # keys under which a plain message holds what was thought before it
+# keys under which a plain message holds what was thought before it
+THOUGHTS = {"reasoning_content", "reasoning", "thinking"}
 
 # %% ../../nbs/25_tokens/3_template_shapes.ipynb #c5114793
 def is_needed(path:tuple)->bool:
@@ -133,7 +138,8 @@ def start_of_turn(
 )->int: # characters of `piece` that are given to the model
     "Where in the piece before its first text a turn begins"
     for cut in range(len(header), 0, -1):
-        if header[:cut] in piece and not re.search(r"\w", re.sub(r"<[^<>]*>", "", header[cut:])): return piece.rfind(header[:cut]) + cut
+        if header[:cut] in piece and not re.search(r"\w", re.sub(r"<[^<>]*>", "", header[cut:])):
+            return piece.rfind(header[:cut]) + cut
     if not header or prompt_piece is None: return len(piece)
     given = len(cut_at_token(special, piece, len(os.path.commonprefix([piece, prompt_piece]))))
     return given + first_special(special, piece[given:])
@@ -157,5 +163,6 @@ def turn_regions(
             out.append((*start, 2*a+1, max((m.end() for m in special.finditer(piece)), default=0)))
             start = None
         elif not written[a] and written[a+1]: start = (2*a+2, first_special(special, piece) - len(piece))
-    if start is None: start = (2*j+1, min(first_special(special, pieces[j+1]), end)) # outputs at the end: the end token alone
+    if start is None:
+        start = (2*j+1, min(first_special(special, pieces[j+1]), end)) # outputs at the end: the end token alone
     return [*out, (*start, 2*j+1, end)]

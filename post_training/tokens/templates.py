@@ -26,8 +26,8 @@ def template_text(
 )->str: # Jinja source
     "The Jinja source of a template by name"
     if name not in CHAT_TEMPLATES:
-        raise UserError(f"Unknown chat template {name!r}.{did_you_mean(name, CHAT_TEMPLATES)} Known: {', '.join(CHAT_TEMPLATES)}; "
-                        "or null for the tokenizer's own.")
+        raise UserError(f"Unknown chat template {name!r}.{did_you_mean(name, CHAT_TEMPLATES)} Known: "
+                        f"{', '.join(CHAT_TEMPLATES)}; " "or null for the tokenizer's own.")
     return (files("post_training")/"templates"/"chat"/CHAT_TEMPLATES[name]).read_text()
 
 # %% ../../nbs/25_tokens/1_templates.ipynb #1e1b9b75
@@ -47,4 +47,5 @@ def render_template(
 )->str: # the conversation as one text
     "Render one conversation with a template, without a tokenizer"
     from transformers.utils.chat_template_utils import render_jinja_template
-    return render_jinja_template([messages], chat_template=template, add_generation_prompt=add_generation_prompt, **special_tokens)[0][0]
+    return render_jinja_template([messages], chat_template=template, add_generation_prompt=add_generation_prompt,
+                                 **special_tokens)[0][0]

@@ -16,7 +16,8 @@ from ..data.swissai import to_structured
 from .templates import template_text, wants_blocks
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #97f3cb0c
-SPECIAL_TOKENS = {0: "<unk>", 1: "<s>", 2: "</s>", 3: "[INST]", 4: "[/INST]", 10: "<pad>"} # the others are `<SPECIAL_n>`
+# the others are `<SPECIAL_n>`
+SPECIAL_TOKENS = {0: "<unk>", 1: "<s>", 2: "</s>", 3: "[INST]", 4: "[/INST]", 10: "<pad>"}
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #f2c2cd43
 def special_tokens(n:int=80)->list[str]: # texts of the ids 0 to n-1
@@ -24,8 +25,10 @@ def special_tokens(n:int=80)->list[str]: # texts of the ids 0 to n-1
     return [SPECIAL_TOKENS.get(i, f"<SPECIAL_{i}>") for i in range(n)]
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #6e48835f
-SAMPLE_TEXT = ("Hello, how are you? Fine, thank you! What is 2 + 2? The result is 4. <user> </assistant> [QUERY] <|user|>\n<|assistant|>\n"
-               "Bern, Zürich, Genève and Lugano are Swiss cities. ![image](a.png) [x] Done - yes.\n\nUser: Hi\n\nAssistant: Hi there ")
+SAMPLE_TEXT = ("Hello, how are you? Fine, thank you! What is 2 + 2? The result is 4. <user> </assistant> [QUERY] "
+               "<|user|>\n<|assistant|>\n"
+               "Bern, Zürich, Genève and Lugano are Swiss cities. ![image](a.png) [x] Done - yes.\n\nUser: "
+               "Hi\n\nAssistant: Hi there ")
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #8f6a7bd7
 def fast_tokenizer(
@@ -34,7 +37,8 @@ def fast_tokenizer(
 ):           # `PreTrainedTokenizerFast`
     "Wrap a tokenizer of the tokenizers library, with `<s>`, `</s>`, `<unk>` and `<pad>` in their roles"
     from transformers import PreTrainedTokenizerFast
-    out = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
+    out = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+                                  pad_token="<pad>")
     out.chat_template = chat_template
     return out
 
@@ -53,11 +57,13 @@ def toy_tokenizer(
         backend = Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         backend.decoder = decoders.ByteLevel()
-        backend.train_from_iterator(list(texts)*8, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False,
-                                                                      initial_alphabet=sorted(alphabet)))
+        backend.train_from_iterator(list(texts)*8,
+                                    trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special,
+                                                        show_progress=False, initial_alphabet=sorted(alphabet)))
     elif kind == "char":
         chars = sorted({*map(chr, range(1, 384)), *"".join(texts), *"—’🏔∑日本"})
-        backend = Tokenizer(models.WordLevel({t: i for i, t in enumerate([*special_tokens(), *chars])}, unk_token="<unk>"))
+        backend = Tokenizer(models.WordLevel({t: i for i, t in enumerate([*special_tokens(), *chars])},
+                                             unk_token="<unk>"))
         backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         backend.decoder = decoders.Fuse()
         backend.add_special_tokens(special)
@@ -80,7 +86,8 @@ def tekken_backend(
     for token, rank in ranks.items():
         splits = [(token[:i], token[i:]) for i in range(1, len(token))]
         splits = sorted((ranks[a], ranks[b], a, b) for a, b in splits if a in ranks and b in ranks)
-        merges += [(a.decode("latin-1").translate(to_text), b.decode("latin-1").translate(to_text)) for _, _, a, b in splits]
+        merges += [(a.decode("latin-1").translate(to_text), b.decode("latin-1").translate(to_text))
+                   for _, _, a, b in splits]
     vocab = {t: i for i, t in enumerate(special_tokens(n_special))}
     vocab |= {t.decode("latin-1").translate(to_text): rank + n_special for t, rank in ranks.items()}
     out = Tokenizer(models.BPE(vocab, merges))
@@ -119,8 +126,10 @@ def set_special(
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #b21bf3e8
 def check_pad(tokenizer):
     "Raise a `UserError` where pad is missing or the same as eos"
-    if tokenizer.eos_token_id is None: raise UserError("The tokenizer has no eos token: set tokenizer_args.model_eos_token_id.")
-    if tokenizer.pad_token_id is None: raise UserError("The tokenizer has no pad token: set tokenizer_args.model_pad_token_id to an unused id.")
+    if tokenizer.eos_token_id is None:
+        raise UserError("The tokenizer has no eos token: set tokenizer_args.model_eos_token_id.")
+    if tokenizer.pad_token_id is None:
+        raise UserError("The tokenizer has no pad token: set tokenizer_args.model_pad_token_id to an unused id.")
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise UserError(f"pad and eos are the same token {tokenizer.eos_token!r} (id {tokenizer.eos_token_id}): a model would never learn to stop. "
                         "Set tokenizer_args.model_pad_token_id to an unused id.")
@@ -155,11 +164,12 @@ def check_bos(
             if not system: raise
             continue # the template has no place for a system message
         ids = tokenizer(text, add_special_tokens=False).input_ids
-        if tokenizer.bos_token_id == tokenizer.eos_token_id: ids = ids[:next((i for i, t in enumerate(ids) if t != tokenizer.bos_token_id), 0)]
+        if tokenizer.bos_token_id == tokenizer.eos_token_id:
+            ids = ids[:next((i for i, t in enumerate(ids) if t != tokenizer.bos_token_id), 0)]
         counts.append(ids.count(tokenizer.bos_token_id) if tokenizer.bos_token_id is not None else 0)
     if max(counts) > 1:
-        raise UserError(f"The chat template writes {max(counts)} BOS tokens ({tokenizer.bos_token!r}) into one conversation. "
-                        "Set tokenizer_args.add_bos_to_chat_template=false, or correct the template.")
+        raise UserError(f"The chat template writes {max(counts)} BOS tokens ({tokenizer.bos_token!r}) into one "
+                        "conversation. " "Set tokenizer_args.add_bos_to_chat_template=false, or correct the template.")
     return max(counts)
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #76b6e354
@@ -173,9 +183,11 @@ def load_tokenizer(
     trust_remote_code:bool=False, # run code that comes with the tokenizer
 ):                                # a fast tokenizer
     "Load a tokenizer, attach its chat template, set and check its special tokens"
-    template = template_text(chat_template_name) if chat_template_name else None # a wrong name fails before anything is loaded
+    # a wrong name fails before anything is loaded
+    template = template_text(chat_template_name) if chat_template_name else None
     tokenizer = read_tokenizer(tokenizer_name_or_path, trust_remote_code)
-    if padding_side not in ("left", "right"): raise UserError(f"tokenizer_args.padding_side={padding_side!r}: left or right.")
+    if padding_side not in ("left", "right"):
+        raise UserError(f"tokenizer_args.padding_side={padding_side!r}: left or right.")
     tokenizer.padding_side = padding_side
     if model_pad_token_id is not None: set_special(tokenizer, "pad", model_pad_token_id, "model_pad_token_id")
     if model_eos_token_id is not None: set_special(tokenizer, "eos", model_eos_token_id, "model_eos_token_id")
@@ -183,9 +195,11 @@ def load_tokenizer(
     if template: tokenizer.chat_template = template
     if isinstance(tokenizer.chat_template, dict): tokenizer.chat_template = tokenizer.chat_template.get("default")
     if not tokenizer.chat_template:
-        raise UserError(f"{tokenizer_name_or_path} has no chat template of its own: set tokenizer_args.chat_template_name.")
+        raise UserError(f"{tokenizer_name_or_path} has no chat template of its own: set "
+                        "tokenizer_args.chat_template_name.")
     if add_bos_to_chat_template:
-        if tokenizer.bos_token is None: raise UserError("add_bos_to_chat_template is set but the tokenizer has no BOS token.")
+        if tokenizer.bos_token is None:
+            raise UserError("add_bos_to_chat_template is set but the tokenizer has no BOS token.")
         tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
     check_bos(tokenizer)
     return tokenizer
@@ -200,10 +214,13 @@ def read_tokenizer(
     path = Path(name_or_path).expanduser()
     if not path.exists() and (path.is_absolute() or str(name_or_path).count("/") > 1):
         raise UserError(f"There is no tokenizer at {name_or_path}: correct tokenizer_args.tokenizer_name_or_path.")
-    try: tokenizer = AutoTokenizer.from_pretrained(str(path) if path.exists() else name_or_path, trust_remote_code=trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path) if path.exists() else name_or_path,
+                                                  trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as e:
         raise UserError(f"Cannot load the tokenizer {name_or_path}: {str(e).splitlines()[0]}") from e
-    if not tokenizer.is_fast: raise UserError(f"{name_or_path} has no fast tokenizer: masks need the character offsets that only those give.")
+    if not tokenizer.is_fast:
+        raise UserError(f"{name_or_path} has no fast tokenizer: masks need the character offsets that only those give.")
     return tokenizer
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #824b48ba

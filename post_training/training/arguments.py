@@ -33,8 +33,10 @@ REFUSED_TRAINING_ARGS = { # key of training_args: (values that are fine, what to
 }
 
 # %% ../../nbs/40_training/5_arguments.ipynb #73f20ade
-FIXED_TRAINING_ARGS = dict(report_to="none", remove_unused_columns=False, dataset_kwargs=dict(skip_prepare_dataset=True), packing=False, logging_nan_inf_filter=False,
-            disable_tqdm=True, prediction_loss_only=True, include_num_input_tokens_seen="no", load_best_model_at_end=False, metric_for_best_model=None)
+FIXED_TRAINING_ARGS = dict(report_to="none", remove_unused_columns=False,
+                           dataset_kwargs=dict(skip_prepare_dataset=True), packing=False, logging_nan_inf_filter=False,
+                           disable_tqdm=True, prediction_loss_only=True, include_num_input_tokens_seen="no",
+                           load_best_model_at_end=False, metric_for_best_model=None)
 
 # %% ../../nbs/40_training/5_arguments.ipynb #3617ba68
 def sft_config(
@@ -45,9 +47,14 @@ def sft_config(
 )->trl.SFTConfig:
     "TRL's arguments from the user's: what has no meaning here is refused, what libraries need is set"
     for key, (fine, instead) in REFUSED_TRAINING_ARGS.items():
-        if key in training_args and training_args[key] not in fine: raise UserError(f"training_args.{key}={training_args[key]}: {instead}.")
-    if training_args.get("report_to") not in (None, "none", [], ["none"]): raise UserError("training_args.report_to: tracking is set in the wandb group.")
+        if key in training_args and training_args[key] not in fine:
+            raise UserError(f"training_args.{key}={training_args[key]}: {instead}.")
+    if training_args.get("report_to") not in (None, "none", [], ["none"]):
+        raise UserError("training_args.report_to: tracking is set in the wandb group.")
     args = {k: v for k, v in training_args.items() if v is not None or k in ("max_length", "save_total_limit", "bf16")}
-    if args.get("ddp_find_unused_parameters") is None: args["ddp_find_unused_parameters"] = False # every parameter gets a gradient in every micro-batch
-    if cpu: args |= dict(ddp_backend="gloo") if deepspeed else dict(use_cpu=True) # with use_cpu, accelerate leaves DeepSpeed out
+    if args.get("ddp_find_unused_parameters") is None:
+        args["ddp_find_unused_parameters"] = False # every parameter gets a gradient in every micro-batch
+    if cpu:
+        # with use_cpu, accelerate leaves DeepSpeed out
+        args |= dict(ddp_backend="gloo") if deepspeed else dict(use_cpu=True)
     return trl.SFTConfig(**(args | FIXED_TRAINING_ARGS | dict(output_dir=str(output_dir))))

@@ -39,7 +39,8 @@ def expected_weights(
     model, # the unwrapped torch module
 )->dict: # parameter name -> (dtype, shape)
     "What a whole checkpoint of this model must hold"
-    return {n: (SAFETENSORS_DTYPES.get(str(p.dtype), str(p.dtype)), tuple(getattr(p, "ds_shape", p.shape))) for n, p in model.named_parameters()}
+    return {n: (SAFETENSORS_DTYPES.get(str(p.dtype), str(p.dtype)), tuple(getattr(p, "ds_shape", p.shape)))
+            for n, p in model.named_parameters()}
 
 # %% ../../nbs/40_training/2_checkpoint.ipynb #f3c4c92b
 def check_weights(
@@ -62,8 +63,12 @@ def write_failure(
 )->bool:
     "Whether a save failed because the file system did not take the data"
     text = str(error)
-    return (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
-            or any(s in text for s in ("No space left", "os error 28", "os error 27", "os error 122", "inline_container", "PytorchStreamWriter")))
+    return (isinstance(error, OSError)
+            and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES,
+                                errno.EPERM)
+            or any(s in text
+                   for s in ("No space left", "os error 28", "os error 27", "os error 122", "inline_container",
+                             "PytorchStreamWriter")))
 
 # %% ../../nbs/40_training/2_checkpoint.ipynb #fd618bf4
 @contextlib.contextmanager
@@ -90,8 +95,10 @@ def checkpoint_folder(
     except BaseException as e:
         if main: shutil.rmtree(tmp, ignore_errors=True)
         if not write_failure(e): raise
-        raise UserError(f"checkpoint-{step} could not be written to {root}: {str(e).splitlines()[0]}. Older checkpoints are untouched. "
-                        "Make room (or fix the permissions) and start the run again: it goes on from the newest of them.") from e
+        raise UserError(
+            f"checkpoint-{step} could not be written to {root}: {str(e).splitlines()[0]}. Older checkpoints are "
+            "untouched. "
+            "Make room (or fix the permissions) and start the run again: it goes on from the newest of them.") from e
 
 # %% ../../nbs/40_training/2_checkpoint.ipynb #1cc63ce1
 def finish_checkpoint(
@@ -129,7 +136,8 @@ def best_checkpoint(
     greater_is_better:bool=False, # accuracies: True
 )->tuple|None: # (folder, value), or None where no checkpoint has the metric
     "The checkpoint with the best evaluation, among those that were evaluated at the step they were saved"
-    have = [(p, m["metrics"][metric]) for _, p, m in complete_checkpoints(checkpoints_dir) if metric in (m.get("metrics") or {})]
+    have = [(p, m["metrics"][metric]) for _, p, m in complete_checkpoints(checkpoints_dir)
+            if metric in (m.get("metrics") or {})]
     return (max if greater_is_better else min)(have, key=lambda c: c[1]) if have else None
 
 # %% ../../nbs/40_training/2_checkpoint.ipynb #91e29338

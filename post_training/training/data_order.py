@@ -41,7 +41,8 @@ def micro_batches_for_rank(
 )->np.ndarray: # [A, B] row indices of this rank's micro-batches, -1 where a place stays empty
     "The micro-batches of one rank in one optimizer step"
     rows = np.asarray(rows)
-    if lengths is not None: rows = rows[np.argsort(-np.asarray(lengths)[rows], kind="stable")] # no copy where they are an array already
+    if lengths is not None:
+        rows = rows[np.argsort(-np.asarray(lengths)[rows], kind="stable")] # no copy where they are an array already
     places = np.full(accumulation*world_size*per_device, -1)
     places[:len(rows)] = rows
     return places.reshape(accumulation, world_size, per_device)[:, rank]
@@ -61,8 +62,16 @@ class StepBatchSampler:
         lengths=None, # token counts of the rows: sorts inside a step
         order=None, # visit these rows in this order instead
     ):
-        self.n, self.per_device, self.accumulation, self.world_size, self.rank = n, per_device, accumulation, world_size, rank
-        self.seed, self.shuffle, self.drop_last, self.order, self.epoch = seed, shuffle, drop_last, order, 0
+        self.n = n
+        self.per_device = per_device
+        self.accumulation = accumulation
+        self.world_size = world_size
+        self.rank = rank
+        self.seed = seed
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self.order = order
+        self.epoch = 0
         self.lengths = None if lengths is None else np.asarray(lengths)
         self.global_batch = per_device*accumulation*world_size
         self.batch_sampler = self
@@ -72,7 +81,8 @@ class StepBatchSampler:
         order = row_order(self.n, self.seed, self.epoch, self.shuffle) if self.order is None else np.asarray(self.order)
         for s in range(step_count(self.n, self.global_batch, self.drop_last)):
             rows = order[s*self.global_batch:(s+1)*self.global_batch]
-            yield from micro_batches_for_rank(rows, self.per_device, self.accumulation, self.world_size, self.rank, self.lengths).tolist()
+            yield from micro_batches_for_rank(rows, self.per_device, self.accumulation, self.world_size, self.rank,
+                                              self.lengths).tolist()
 
 # %% ../../nbs/40_training/1_data_order.ipynb #5b26e20c
 def row_lengths(
@@ -90,9 +100,11 @@ def column_values(
     "A column's values: lists of numbers as arrays, everything else as Python has it"
     import pyarrow as pa
     array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray): array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
     is_, kind = pa.types, array.type
-    lists = (is_.is_list(kind) or is_.is_large_list(kind)) and any(f(kind.value_type) for f in (is_.is_boolean, is_.is_integer, is_.is_floating))
+    lists = ((is_.is_list(kind) or is_.is_large_list(kind))
+             and any(f(kind.value_type) for f in (is_.is_boolean, is_.is_integer, is_.is_floating)))
     if not lists or array.null_count or (values := array.flatten()).null_count: return array.to_pylist()
     offsets_N = array.offsets.to_numpy()
     return np.split(values.to_numpy(zero_copy_only=False), offsets_N[1:-1] - offsets_N[0])
@@ -138,6 +150,8 @@ def make_loader(
     host_inputs=None, # as for `collate_rows`
 )->DataLoader:
     "A data loader that draws nothing from the global random state: its generator is its own"
-    return DataLoader(rows, batch_sampler=sampler, collate_fn=partial(collate_rows, collator=collator, filler=filler, host_inputs=host_inputs),
-                      num_workers=num_workers, pin_memory=pin_memory, prefetch_factor=prefetch_factor if num_workers else None,
+    return DataLoader(rows, batch_sampler=sampler,
+                      collate_fn=partial(collate_rows, collator=collator, filler=filler, host_inputs=host_inputs),
+                      num_workers=num_workers, pin_memory=pin_memory,
+                      prefetch_factor=prefetch_factor if num_workers else None,
                       generator=torch.Generator().manual_seed(0))

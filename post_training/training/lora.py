@@ -31,14 +31,20 @@ def lora_config(
     for key, (fine, instead) in REFUSED_MODEL_ARGS.items():
         if m.get(key, fine[0]) not in fine: raise UserError(f"model_args.{key}={m[key]}: {instead}.")
     if not m.get("use_peft"):
-        if given: raise UserError(f"model_args.{min(given)} is set but no adapters are asked for: set model_args.use_peft=true, or leave it out.")
+        if given:
+            raise UserError(f"model_args.{min(given)} is set but no adapters are asked for: set "
+                            "model_args.use_peft=true, or leave it out.")
         return None
-    for key, right, what in (("lora_r", lambda x: x >= 1, "at least 1"), ("lora_alpha", lambda x: x > 0, "above 0"), ("lora_dropout", lambda x: 0 <= x < 1, "from 0 to below 1")):
+    for key, right, what in (("lora_r", lambda x: x >= 1, "at least 1"), ("lora_alpha", lambda x: x > 0, "above 0"),
+                             ("lora_dropout", lambda x: 0 <= x < 1, "from 0 to below 1")):
         if key in m and not right(m[key]): raise UserError(f"model_args.{key}={m[key]}: it must be {what}.")
     from trl import ModelConfig, get_peft_config
     targets = list(m.get("lora_target_modules") or ["all-linear"])
-    config = get_peft_config(ModelConfig(use_peft=True, **{k: v for k, v in given.items() if k != "lora_target_modules"}))
-    config.target_modules = targets[0] if targets == ["all-linear"] or len(targets) == 1 and re.search(r"[^\w.]", targets[0]) else {*targets}
+    config = get_peft_config(ModelConfig(use_peft=True,
+                                         **{k: v for k, v in given.items() if k != "lora_target_modules"}))
+    config.target_modules = (targets[0]
+                             if targets == ["all-linear"] or len(targets) == 1 and re.search(r"[^\w.]", targets[0])
+                             else {*targets})
     return config
 
 # %% ../../nbs/40_training/4_lora.ipynb #44280beb
@@ -51,7 +57,8 @@ def module_names(
     from transformers.pytorch_utils import Conv1D
     head = model.get_output_embeddings()
     kinds = (torch.nn.Linear, Conv1D) if linear else torch.nn.Module
-    return sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, kinds) and m is not head and not n.rpartition(".")[2].isdigit()} - {""})
+    return sorted({n.rpartition(".")[2] for n, m in model.named_modules()
+                   if isinstance(m, kinds) and m is not head and not n.rpartition(".")[2].isdigit()} - {""})
 
 # %% ../../nbs/40_training/4_lora.ipynb #1ea66200
 def check_module_names(
@@ -63,16 +70,22 @@ def check_module_names(
     modules = dict(model.named_modules())
     head = next((n for n, m in modules.items() if m is model.get_output_embeddings()), "")
     targets = [config.target_modules] if isinstance(config.target_modules, str) else sorted(config.target_modules)
-    for key, known, names in (("lora_target_modules", module_names(model), targets), ("lora_modules_to_save", module_names(model, False) + [head], config.modules_to_save or [])):
+    for key, known, names in (("lora_target_modules", module_names(model), targets),
+                              ("lora_modules_to_save", module_names(model, False) + [head],
+                               config.modules_to_save or [])):
         for name in names:
-            one = config_for_targets(config, name if isinstance(config.target_modules, str) and key == "lora_target_modules" else {name})
+            one = config_for_targets(
+                config, name if isinstance(config.target_modules, str) and key == "lora_target_modules" else {name})
             if name == "all-linear" or any(check_target_module_exists(one, n) for n in modules): continue
-            raise UserError(f"model_args.{key}: this model has no module {name!r}.{did_you_mean(name, known)} It has {', '.join(known)}.")
-    if config.target_modules != "all-linear" and check_target_module_exists(config_for_targets(config, config.target_modules), head):
-        raise UserError(f"model_args.lora_target_modules names the head ({head}): an adapter beside it would never be trained. Leave it out, or train it whole: "
-                        f"lora_modules_to_save=[{head}].")
+            raise UserError(f"model_args.{key}: this model has no module {name!r}.{did_you_mean(name, known)} It has "
+                            f"{', '.join(known)}.")
+    if config.target_modules != "all-linear" and check_target_module_exists(
+        config_for_targets(config, config.target_modules), head):
+        raise UserError(f"model_args.lora_target_modules names the head ({head}): an adapter beside it would never be "
+                        "trained. Leave it out, or train it whole: " f"lora_modules_to_save=[{head}].")
     if config.modules_to_save and model.config.get_text_config().tie_word_embeddings:
-        raise UserError("model_args.lora_modules_to_save: this model's head and embedding are one matrix, which adapters would part. Leave it null.")
+        raise UserError("model_args.lora_modules_to_save: this model's head and embedding are one matrix, which "
+                        "adapters would part. Leave it null.")
 
 # %% ../../nbs/40_training/4_lora.ipynb #b9a42d61
 def config_for_targets(
@@ -114,10 +127,12 @@ def adapter_facts(
     if not has_adapters(model): return None
     size = lambda p: getattr(p, "ds_numel", p.numel())
     c, layers = model.active_peft_config, {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
-    dropout = max((d.p for m in layers.values() for d in m.lora_dropout.values() if hasattr(d, "p")), default=0.) # as it is, not as it was asked for
-    return dict(trained_parameters=sum(size(p) for p in model.parameters() if p.requires_grad), parameters=sum(map(size, model.get_base_model().parameters())),
-                modules=sorted({n.rpartition(".")[2] for n in layers}), whole=sorted(c.modules_to_save or []), r=c.r, alpha=c.lora_alpha, dropout=dropout,
-                rslora=c.use_rslora, dora=c.use_dora)
+    # as it is, not as it was asked for
+    dropout = max((d.p for m in layers.values() for d in m.lora_dropout.values() if hasattr(d, "p")), default=0.)
+    return dict(trained_parameters=sum(size(p) for p in model.parameters() if p.requires_grad),
+                parameters=sum(map(size, model.get_base_model().parameters())),
+                modules=sorted({n.rpartition(".")[2] for n in layers}), whole=sorted(c.modules_to_save or []), r=c.r,
+                alpha=c.lora_alpha, dropout=dropout, rslora=c.use_rslora, dora=c.use_dora)
 
 # %% ../../nbs/40_training/4_lora.ipynb #b8905fc9
 @contextlib.contextmanager
@@ -133,7 +148,8 @@ def plain_name(
     name:str, # of a parameter of a model with adapters
 )->str|None: # its name in the plain model; None for what the plain model does not have
     "Where a parameter belongs when adapters are gone"
-    if ".original_module." in name or ".lora_" in name: return None # replaced by one trained whole, or part of an adapter
+    if ".original_module." in name or ".lora_" in name:
+        return None # replaced by one trained whole, or part of an adapter
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
 
 # %% ../../nbs/40_training/4_lora.ipynb #e8402c41
@@ -156,7 +172,9 @@ def merged_weights(
 )->dict: # name in the plain model -> tensor
     "The weights of the plain model that equals this one"
     from peft.tuners.tuners_utils import BaseTunerLayer
-    merged, out, seen = {}, {}, set()
+    merged = {}
+    out = {}
+    seen = set()
     for layer in model.modules():
         if not isinstance(layer, BaseTunerLayer): continue
         with gathered_parameters(layer.parameters()):
@@ -167,7 +185,8 @@ def merged_weights(
         if plain is None or id(p) in seen: continue
         seen.add(id(p)) # a tied matrix has two names
         if id(p) in merged: out[plain] = merged[id(p)]; continue
-        with gathered_parameters([p]): out[plain] = p.detach().to("cpu", copy=True) if keep and hasattr(p, "ds_id") else p.detach()
+        with gathered_parameters([p]):
+            out[plain] = p.detach().to("cpu", copy=True) if keep and hasattr(p, "ds_id") else p.detach()
     return out if keep else {}
 
 # %% ../../nbs/40_training/4_lora.ipynb #378b5ce5
@@ -186,7 +205,8 @@ def expected_files(
     if not has_adapters(model): return {"": expected_weights(model)}
     from types import SimpleNamespace
     named = SimpleNamespace(named_parameters=adapter_parameters(model).items)
-    return {"": {plain_name(n): v for n, v in expected_weights(model).items() if plain_name(n)}, "adapter": expected_weights(named)}
+    return {"": {plain_name(n): v for n, v in expected_weights(model).items() if plain_name(n)},
+            "adapter": expected_weights(named)}
 
 # %% ../../nbs/40_training/4_lora.ipynb #6f021818
 def save_adapters(
@@ -206,8 +226,10 @@ def save_adapters(
     (folder/"adapter").mkdir(exist_ok=True)
     save_file(tensors, folder/"adapter/adapter_model.safetensors", metadata=dict(format="pt"))
     c = model.active_peft_config
-    facts = {k: sorted(v) if isinstance(v, set) else v for k, v in c.to_dict().items()} # a set has another order in every process
-    write_json(folder/"adapter/adapter_config.json", json.loads(json.dumps(facts | dict(inference_mode=True), default=str)))
+    # a set has another order in every process
+    facts = {k: sorted(v) if isinstance(v, set) else v for k, v in c.to_dict().items()}
+    write_json(folder/"adapter/adapter_config.json",
+               json.loads(json.dumps(facts | dict(inference_mode=True), default=str)))
 
 # %% ../../nbs/40_training/4_lora.ipynb #280ed3d0
 def check_adapter_resume(
@@ -217,7 +239,8 @@ def check_adapter_resume(
     "Refuse to go on with adapters from a checkpoint without, and the reverse"
     saved = (Path(folder)/"adapter").is_dir()
     if saved == has_adapters(model): return
-    raise UserError(f"{Path(folder).name} was trained {'with' if saved else 'without'} adapters: set model_args.use_peft={str(saved).lower()} to go on from it, "
+    raise UserError(f"{Path(folder).name} was trained {'with' if saved else 'without'} adapters: set "
+                    f"model_args.use_peft={str(saved).lower()} to go on from it, "
                     "or name it in model_args.model_name_or_path to begin with its weights.")
 
 # %% ../../nbs/40_training/4_lora.ipynb #2b7ad84b
@@ -228,7 +251,10 @@ def load_adapters(
     "Put a checkpoint's adapter into a model"
     from peft import load_peft_weights, set_peft_model_state_dict
     path = Path(folder)/"adapter"
-    found, want = load_peft_weights(str(path), device="cpu"), {n: tuple(p.shape) for n, p in adapter_parameters(model).items()}
+    found, want = load_peft_weights(str(path), device="cpu"), {
+        n: tuple(p.shape) for n, p in adapter_parameters(model).items()}
     wrong = [n for n in sorted({*found, *want}) if n not in found or want.get(n) != tuple(found[n].shape)]
-    if wrong: raise UserError(f"{Path(folder).name} holds another adapter than the config asks for ({wrong[0]}). Keep model_args.lora_* as they were.")
+    if wrong:
+        raise UserError(f"{Path(folder).name} holds another adapter than the config asks for ({wrong[0]}). Keep "
+                        "model_args.lora_* as they were.")
     set_peft_model_state_dict(model, found)

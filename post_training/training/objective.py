@@ -25,11 +25,16 @@ class SFTObjective:
     lambda_td: float = 0.5 # irl: weight of the temporal-difference term
     gamma: float = 1. # irl: discount
     def __post_init__(self):
-        if self.name not in SFT_LOSSES: raise UserError(f"trainer: unknown loss {self.name!r}.{did_you_mean(self.name, SFT_LOSSES)} Known: {', '.join(SFT_LOSSES)}.")
-        if not 0 <= self.prompt_loss_weight <= 1: raise UserError(f"plw_args.prompt_loss_weight is {self.prompt_loss_weight}; it must be between 0 and 1.")
-        if self.lambda_td < 0: raise UserError(f"irl_args.lambda_td is {self.lambda_td}; it must be 0 (which is ln-plw) or above.")
+        if self.name not in SFT_LOSSES:
+            raise UserError(f"trainer: unknown loss {self.name!r}.{did_you_mean(self.name, SFT_LOSSES)} Known: "
+                            f"{', '.join(SFT_LOSSES)}.")
+        if not 0 <= self.prompt_loss_weight <= 1:
+            raise UserError(f"plw_args.prompt_loss_weight is {self.prompt_loss_weight}; it must be between 0 and 1.")
+        if self.lambda_td < 0:
+            raise UserError(f"irl_args.lambda_td is {self.lambda_td}; it must be 0 (which is ln-plw) or above.")
     COUNTS = ("prompt_tokens", "completion_tokens", "trained_tokens", "tokens", "rows", "places") # what a step counts
-    SUMS = ("prompt_nll", "prompt_scored", "prompt_top1", "completion_nll", "completion_scored", "completion_top1", "td", "td_scored") # what metrics are made of
+    SUMS = ("prompt_nll", "prompt_scored", "prompt_top1", "completion_nll", "completion_scored", "completion_top1",
+            "td", "td_scored") # what metrics are made of
     @property
     def needs_values(self): return self.name == "irl" and self.lambda_td > 0
     @property
@@ -64,7 +69,8 @@ def counts(self:SFTObjective,
     n_prompt, n_completion = prompt.sum(), completion.sum()
     real_B, sequence_BT = batch["row_index"] >= 0, batch["sequence"]
     tokens = (real_B[sequence_BT.clamp(min=0)] & (sequence_BT >= 0)).sum()
-    n = [n_prompt, n_completion, n_completion + n_prompt*self.prompt_trained, tokens, real_B.sum(), torch.tensor(sequence_BT.numel())]
+    n = [n_prompt, n_completion, n_completion + n_prompt*self.prompt_trained, tokens, real_B.sum(),
+         torch.tensor(sequence_BT.numel())]
     return torch.cat([ds, torch.stack(n).double()])
 
 # %% ../../nbs/40_training/6_objective.ipynb #3e3cadff
@@ -80,8 +86,10 @@ def sums(self:SFTObjective,
     known = labels_BT[:, 1:] != -100
     prompt, completion = prompt.bool() & known, completion.bool() & known
     nll, top1 = -out.log_probs.detach().double(), (out.is_top1 if out.is_top1 is not None else known & False).double()
-    td = td_terms(out.log_probs.detach(), out.state_values.detach(), sequence, self.gamma).double() if out.state_values is not None else nll*0
-    cells = [prompt*nll, prompt, prompt*top1, completion*nll, completion, completion*top1, completion*td, completion & (out.state_values is not None)]
+    td = (td_terms(out.log_probs.detach(), out.state_values.detach(), sequence, self.gamma).double()
+          if out.state_values is not None else nll*0)
+    cells = [prompt*nll, prompt, prompt*top1, completion*nll, completion, completion*top1, completion*td,
+             completion & (out.state_values is not None)]
     cells = torch.stack([c.double().flatten() for c in cells], 1)
     if group_B is None: return cells.sum(0, keepdim=True)
     index = torch.where(sequence < 0, 0, group_B[sequence.clamp(min=0)]).flatten()
@@ -99,12 +107,14 @@ def ratios(self:SFTObjective,
         if s[f"{part}_scored"]:
             out[f"{part}_loss"] = s[f"{part}_nll"]/s[f"{part}_scored"]
             out[f"{part}_token_accuracy"] = s[f"{part}_top1"]/s[f"{part}_scored"]
-    if n := s["prompt_scored"] + s["completion_scored"]: out["mean_token_accuracy"] = (s["prompt_top1"] + s["completion_top1"])/n
+    if n := s["prompt_scored"] + s["completion_scored"]:
+        out["mean_token_accuracy"] = (s["prompt_top1"] + s["completion_top1"])/n
     if s["td_scored"]: out["td_loss"] = s["td"]/s["td_scored"]
     return out
 
 # %% ../../nbs/40_training/6_objective.ipynb #d4987203
-MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "starts", "longest") # keys of a batch that the forward takes as they are
+# keys of a batch that the forward takes as they are
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "starts", "longest")
 
 # %% ../../nbs/40_training/6_objective.ipynb #449d4734
 def packed_inputs(
@@ -120,7 +130,8 @@ def known(self:SFTObjective,
     everything:bool=False, # as for `score`
 )->dict: # the places to score, by the name that `score` looks for; and `packed_inputs`
     "What a device need not be asked"
-    return {"all_places" if everything else "places": find_scored_positions(self.labels(batch, everything)), **packed_inputs(batch)}
+    return {"all_places" if everything else "places": find_scored_positions(self.labels(batch, everything)),
+            **packed_inputs(batch)}
 
 # %% ../../nbs/40_training/6_objective.ipynb #a3ed1767
 @patch
@@ -132,8 +143,10 @@ def score(self:SFTObjective,
 )->tuple: # (ScoreOutput, labels_BT)
     "Log-probabilities (and values) of the tokens that the objective reads"
     labels_BT = self.labels(batch, everything)
-    inputs = {k: batch[k] for k in MODEL_INPUTS if k in batch} | dict(places=batch.get("all_places" if everything else "places"))
-    return model(**inputs, labels=labels_BT, score=True, with_top1=with_top1, with_values=self.needs_values, use_cache=False), labels_BT
+    inputs = {k: batch[k] for k in MODEL_INPUTS if k in batch} | dict(
+        places=batch.get("all_places" if everything else "places"))
+    return model(**inputs, labels=labels_BT, score=True, with_top1=with_top1, with_values=self.needs_values,
+                 use_cache=False), labels_BT
 
 # %% ../../nbs/40_training/6_objective.ipynb #14e6b800
 @patch
@@ -144,4 +157,5 @@ def parts(self:SFTObjective,
     "The parts of the objective's loss on one micro-batch"
     out, _ = scored
     extra = dict(values_BT=out.state_values, lambda_td=self.lambda_td, gamma=self.gamma) if self.name == "irl" else {}
-    return SFT_LOSSES[self.name](out.log_probs, *shifted_masks(batch), self.prompt_loss_weight, self.sequence_level, **extra)
+    return SFT_LOSSES[self.name](out.log_probs, *shifted_masks(batch), self.prompt_loss_weight, self.sequence_level,
+                                 **extra)

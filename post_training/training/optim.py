@@ -21,9 +21,13 @@ def parse_optim_args(
     for item in (text or "").replace(" ", "").split(","):
         if not item: continue
         name, _, value = item.partition("=")
-        if name not in known: raise UserError(f"training_args.optim_args: unknown name {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}.")
+        if name not in known:
+            raise UserError(f"training_args.optim_args: unknown name {name!r}.{did_you_mean(name, known)} Known: "
+                            f"{', '.join(known)}.")
         try: out[name] = float(value)
-        except ValueError: raise UserError(f"training_args.optim_args: {name} must be a number, not {value!r}. Write {name}=0.5, say.") from None
+        except ValueError:
+            raise UserError(f"training_args.optim_args: {name} must be a number, not {value!r}. Write "
+                            f"{name}=0.5, say.") from None
     return out
 
 # %% ../../nbs/40_training/3_optim.ipynb #2ec7f456
@@ -56,7 +60,8 @@ def ademamix_optimizer(
         except ImportError: pass
     from pytorch_optimizer import AdEMAMix
     if a["t_alpha"] != a["t_beta3"]:
-        raise UserError("t_alpha and t_beta3 differ, which needs bitsandbytes on a GPU. Give one of them the value of the other.")
+        raise UserError("t_alpha and t_beta3 differ, which needs bitsandbytes on a GPU. Give one of them the value of "
+                        "the other.")
     return AdEMAMix, dict(common, t_alpha_beta3=float(a["t_alpha"]), weight_decouple=True)
 
 # %% ../../nbs/40_training/3_optim.ipynb #f0d078af

@@ -39,8 +39,10 @@ class PreferenceObjective:
     f_alpha_divergence_coef: float = 0.5
     ld_alpha: float|None = None # LD-DPO: weight of tokens beyond the length of the shorter answer
     COUNTS = ("chosen_tokens", "rejected_tokens", "trained_tokens", "tokens", "rows", "places") # what a step counts
-    SUMS = ("pairs", "implicit_margin", "implicit_accuracy", "clamped_betas", *[f"{s}_{k}" for s in ("chosen", "rejected") for k in
-            ("length", "nll", "top1", "log_ratio", "implicit_reward", "quantile", "target", "predicted")]) # what metrics are made of
+    # what metrics are made of
+    SUMS = ("pairs", "implicit_margin", "implicit_accuracy", "clamped_betas",
+            *[f"{s}_{k}" for s in ("chosen", "rejected")
+              for k in ("length", "nll", "top1", "log_ratio", "implicit_reward", "quantile", "target", "predicted")])
     def __post_init__(self): check_losses(self.losses, vars(self))
     @property
     def qrpo(self): return "qrpo" in self.losses
@@ -65,18 +67,22 @@ def counts(self:PreferenceObjective,
 )->torch.Tensor: # fp64 [K + 6]: the denominators of the losses, then COUNTS
     "The integers that a step sums over micro-batches and ranks before its first forward"
     n_S = answer_lengths(batch)
-    pairs, chosen, rejected = pair_count(n_S), n_S[0::2].sum().double(), n_S[1::2].sum().double()
+    pairs = pair_count(n_S)
+    chosen = n_S[0::2].sum().double()
+    rejected = n_S[1::2].sum().double()
     ds = [2*pairs if k == "qrpo" else chosen if k == "sft" else pairs for k in self.losses]
     real_S, sequence_BT = (batch["row_index"] >= 0).repeat_interleave(2), batch["sequence"]
     tokens = (real_S[sequence_BT.clamp(min=0)] & (sequence_BT >= 0)).sum().double()
-    return torch.stack([*ds, chosen, rejected, chosen + rejected, tokens, (batch["row_index"] >= 0).sum().double(), torch.tensor(float(sequence_BT.numel())).double()])
+    return torch.stack([*ds, chosen, rejected, chosen + rejected, tokens, (batch["row_index"] >= 0).sum().double(),
+                        torch.tensor(float(sequence_BT.numel())).double()])
 
 # %% ../../nbs/40_training/8_preference.ipynb #823f78d8
 def answer_positions(
     batch:dict, # from `PairCollator`, on the host
 )->dict: # places, and `packed_inputs`
     "Where the scored tokens of the answers are"
-    return dict(places=find_scored_positions(masked_labels(batch["input_ids"], batch["completion_mask"])), **packed_inputs(batch))
+    return dict(places=find_scored_positions(masked_labels(batch["input_ids"], batch["completion_mask"])),
+                **packed_inputs(batch))
 
 # %% ../../nbs/40_training/8_preference.ipynb #14844fb7
 @patch
@@ -87,7 +93,8 @@ def known(self:PreferenceObjective,
     "What a device need not be asked"
     n_S = answer_lengths(batch)
     if self.qrpo: check_quantiles(torch.where(n_S > 0, batch["quantiles"], 0.5))
-    return answer_positions(batch) | dict(used=used_answers(n_S), most_refs=int(torch.where(n_S > 0, batch["n_refs"], 1).max()))
+    return answer_positions(batch) | dict(used=used_answers(n_S),
+                                          most_refs=int(torch.where(n_S > 0, batch["n_refs"], 1).max()))
 
 # %% ../../nbs/40_training/8_preference.ipynb #28d861f7
 @patch
@@ -109,7 +116,9 @@ def logps(self:PreferenceObjective,
     batch:dict, # the batch it came from
 )->tuple: # logps_S, the same without the weights of LD-DPO, lengths_S
     "Log-probability and length of each answer"
-    mask_BT, sequence_BT, S = batch["completion_mask"][:, 1:], batch["sequence"][:, 1:], 2*len(batch["row_index"])
+    mask_BT = batch["completion_mask"][:, 1:]
+    sequence_BT = batch["sequence"][:, 1:]
+    S = 2*len(batch["row_index"])
     each_BT = torch.where(mask_BT, scored[0].log_probs, 0.)
     lengths_S, plain_S = answer_lengths(batch), sequence_sums(each_BT, sequence_BT)[:S]
     if self.ld_alpha is None: return plain_S, plain_S, lengths_S
@@ -127,14 +136,16 @@ def qrpo_parts(self:PreferenceObjective,
 ): # QRPO: parts and metrics
     "QRPO on both answers of each pair"
     refs = dict(n_refs_S=batch["n_refs"], most_refs=batch.get("most_refs"))
-    return qrpo_loss(logps_S, batch["ref_logps"], batch["quantiles"], lengths_S, self.beta, self.transform, self.partition, **refs,
-                     normalize_beta_by_length=self.normalize_beta_by_length, normalize_loss_by_length=self.normalize_loss_by_length, max_effective_beta=self.max_effective_beta)
+    return qrpo_loss(logps_S, batch["ref_logps"], batch["quantiles"], lengths_S, self.beta, self.transform,
+                     self.partition, **refs, normalize_beta_by_length=self.normalize_beta_by_length,
+                     normalize_loss_by_length=self.normalize_loss_by_length, max_effective_beta=self.max_effective_beta)
 
 # %% ../../nbs/40_training/8_preference.ipynb #4a181fb2
 @patch
 def pair_args(self:PreferenceObjective)->dict:
     "What the losses of pairs take beside the loss types"
-    return dict(beta=self.beta, f_divergence_type=self.f_divergence_type, alpha=self.f_alpha_divergence_coef, smoothing=self.label_smoothing, tau=self.discopop_tau,
+    return dict(beta=self.beta, f_divergence_type=self.f_divergence_type, alpha=self.f_alpha_divergence_coef,
+                smoothing=self.label_smoothing, tau=self.discopop_tau,
                 normalize_beta_by_length=self.normalize_beta_by_length, max_effective_beta=self.max_effective_beta)
 
 # %% ../../nbs/40_training/8_preference.ipynb #44b893d3
@@ -146,9 +157,11 @@ def parts(self:PreferenceObjective,
     "The parts of the loss on one micro-batch"
     logps_S, plain_S, lengths_S = self.logps(scored, batch)
     found = {}
-    if self.qrpo: found["qrpo"] = self.qrpo_parts(logps_S, batch, lengths_S).parts[0]._replace(weight=self.losses["qrpo"])
+    if self.qrpo:
+        found["qrpo"] = self.qrpo_parts(logps_S, batch, lengths_S).parts[0]._replace(weight=self.losses["qrpo"])
     if self.pairwise:
-        pairs, _ = pair_losses(self.pairwise, logps_S, batch["ref_logps"], lengths_S, normalize_loss_by_length=self.normalize_loss_by_length, plain_logps_S=plain_S,
+        pairs, _ = pair_losses(self.pairwise, logps_S, batch["ref_logps"], lengths_S,
+                               normalize_loss_by_length=self.normalize_loss_by_length, plain_logps_S=plain_S,
                                used_N=batch.get("used"), **self.pair_args())
         found |= dict(zip(self.pairwise, pairs))
     return [found[k] for k in self.losses]
@@ -163,7 +176,9 @@ def sums(self:PreferenceObjective,
 )->torch.Tensor: # fp64 [G, 20], columns as SUMS
     "Sums over pairs: lengths, losses per answer, log-ratios, rewards and targets"
     (out, _), (_, logps_S, lengths_S) = scored, self.logps(scored, batch)
-    logps_S, used_S, nothing_S = logps_S.detach(), lengths_S > 0, torch.zeros_like(lengths_S).double()
+    logps_S = logps_S.detach()
+    used_S = lengths_S > 0
+    nothing_S = torch.zeros_like(lengths_S).double()
     mask_BT, sequence_BT = batch["completion_mask"][:, 1:], batch["sequence"][:, 1:]
     top1_S = sequence_sums((mask_BT & (out.is_top1 if out.is_top1 is not None else False)).double(), sequence_BT)
     beta_S, _ = effective_beta(self.beta, lengths_S, self.normalize_beta_by_length, self.max_effective_beta)
@@ -174,7 +189,8 @@ def sums(self:PreferenceObjective,
     sides = [lengths_S, -logps_S, top1_S[:len(lengths_S)], ratio_S, beta_S*ratio_S, *three]
     reward_P2 = (beta_S*ratio_S).view(-1, 2).double()
     used_P, margin_P = used_S.view(-1, 2).all(-1), reward_P2[:, 0] - reward_P2[:, 1]
-    cells = [used_P, margin_P, margin_P > 0, (beta_S < free_S).view(-1, 2).sum(-1), *[x[i::2] for i in (0, 1) for x in sides]]
+    cells = [used_P, margin_P, margin_P > 0, (beta_S < free_S).view(-1, 2).sum(-1),
+             *[x[i::2] for i in (0, 1) for x in sides]]
     cells = torch.stack([torch.where(used_P, c.double(), 0.) for c in cells], 1)
     if group_P is None: return cells.sum(0, keepdim=True)
     return cells.new_zeros(groups, len(self.SUMS)).index_add(0, group_P.to(cells.device), cells)
@@ -190,8 +206,11 @@ def ratios(self:PreferenceObjective,
     if not pairs: return out
     for side in ("chosen", "rejected"):
         out[f"{side}_length"] = s[f"{side}_length"]/pairs
-        out |= {f"{side}_{k}": s[f"{side}_{v}"]/s[f"{side}_length"] for k, v in (("nll", "nll"), ("token_accuracy", "top1"))}
-        out |= {f"{side}_{k}": s[f"{side}_{k}"]/pairs for k in ("log_ratio", "implicit_reward")*self.needs_reference + ("quantile", "target", "predicted")*self.qrpo}
+        out |= {f"{side}_{k}": s[f"{side}_{v}"]/s[f"{side}_length"]
+                for k, v in (("nll", "nll"), ("token_accuracy", "top1"))}
+        out |= {f"{side}_{k}": s[f"{side}_{k}"]/pairs
+                for k in ("log_ratio", "implicit_reward")*self.needs_reference
+                + ("quantile", "target", "predicted")*self.qrpo}
     if self.needs_reference: out |= {k: s[k]/pairs for k in ("implicit_margin", "implicit_accuracy")}
     if self.max_effective_beta is not None: out["clamped_betas"] = s["clamped_betas"]/(2*pairs)
     return out
@@ -232,9 +251,13 @@ def with_quantiles(
     "Add the quantile of each answer and the number of references behind it"
     if not objective.qrpo: return data
     if not all(data["ref_rewards"][:]):
-        if objective.leaves_itself_out: raise UserError(f"training_args.transform={objective.transform} with partition={objective.partition} needs the reference rewards: "
-                                                        "the data has quantiles alone. Use transform=identity and partition=continuous.")
-        for s in ("chosen", "rejected"): data = data.add_column(f"{s}_quantile", data[f"{s}_quantile_reward"][:]).add_column(f"{s}_n_refs", [0]*len(data))
+        if objective.leaves_itself_out:
+            raise UserError(f"training_args.transform={objective.transform} with partition={objective.partition} needs "
+                            "the reference rewards: "
+                            "the data has quantiles alone. Use transform=identity and partition=continuous.")
+        for s in ("chosen", "rejected"):
+            data = data.add_column(f"{s}_quantile",
+                                   data[f"{s}_quantile_reward"][:]).add_column(f"{s}_n_refs", [0]*len(data))
         return data
     rewards_NR, mask_NR = reference_table(data["ref_rewards"][:], num_ref_rewards)
     for s in ("chosen", "rejected"):
@@ -242,7 +265,8 @@ def with_quantiles(
         among_N = among_references(data, s, num_ref_rewards) if objective.leaves_itself_out else False
         try: q_N = quantile(reward_N, rewards_NR, mask_NR, among_N)
         except ValueError as e: raise UserError(f"rewards of the {s} answers: {e}") from None
-        data = data.add_column(f"{s}_quantile", q_N.tolist()).add_column(f"{s}_n_refs", (mask_NR.sum(-1) - torch.as_tensor(among_N).long()).tolist())
+        data = data.add_column(f"{s}_quantile", q_N.tolist()).add_column(
+            f"{s}_n_refs", (mask_NR.sum(-1) - torch.as_tensor(among_N).long()).tolist())
     return data
 
 # %% ../../nbs/40_training/8_preference.ipynb #0c892ca4
@@ -257,7 +281,8 @@ def quantile_facts(
     data, o = data.select(range(min(max_rows, len(data)))), objective
     q = {s: np.array(data[f"{s}_quantile"][:]) for s in ("chosen", "rejected")}
     both = np.concatenate([*q.values()])
-    facts = {f"{s}_mean": float(x.mean()) for s, x in q.items()} | dict(histogram=np.histogram(both, 10, (0, 1))[0].tolist())
+    facts = {f"{s}_mean": float(x.mean()) for s, x in q.items()} | dict(
+        histogram=np.histogram(both, 10, (0, 1))[0].tolist())
     lengths_S = torch.tensor([*data["chosen_length"][:], *data["rejected_length"][:]])
     n_S = torch.tensor([*data["chosen_n_refs"][:], *data["rejected_n_refs"][:]])
     beta_S, _ = effective_beta(o.beta, lengths_S, o.normalize_beta_by_length, o.max_effective_beta, torch.float64)
@@ -267,12 +292,14 @@ def quantile_facts(
     ordered = rewards_NR.masked_fill(~mask_NR, float("nan")).sort(-1).values
     facts["prompts_with_ties"] = (ordered.diff(dim=-1) == 0).any(-1).double().mean().item()
     atoms = tied_atoms(torch.tensor(data["chosen_reward"][:], dtype=torch.float64), rewards_NR, mask_NR)
-    facts["beta_log_z_with_ties"] = partition_of(beta_S[:len(data)], o.transform, "finite", mask_NR.sum(-1), atoms).mean().item()
+    facts["beta_log_z_with_ties"] = partition_of(beta_S[:len(data)], o.transform, "finite", mask_NR.sum(-1),
+                                                 atoms).mean().item()
     return facts
 
 # %% ../../nbs/40_training/8_preference.ipynb #61b85ab2
-PAIR_ARGS = ("loss_type", "loss_weights", "disable_dropout", "num_ref_rewards", "ref_logprobs_from_dataset", "precompute_ref_log_probs", "ref_model_mixup_alpha",
-             "ref_model_sync_steps", *UNSUPPORTED_PAIR_ARGS, *(f.name for f in dataclasses.fields(PreferenceObjective) if f.name != "losses")) # not the trainer's
+PAIR_ARGS = ("loss_type", "loss_weights", "disable_dropout", "num_ref_rewards", "ref_logprobs_from_dataset",
+             "precompute_ref_log_probs", "ref_model_mixup_alpha", "ref_model_sync_steps", *UNSUPPORTED_PAIR_ARGS,
+             *(f.name for f in dataclasses.fields(PreferenceObjective) if f.name != "losses")) # not the trainer's
 
 # %% ../../nbs/40_training/8_preference.ipynb #d5f83aed
 def objective_from_args(
@@ -280,7 +307,8 @@ def objective_from_args(
 )->PreferenceObjective:
     "The losses that training arguments ask for"
     own = {f.name for f in dataclasses.fields(PreferenceObjective)} - {"losses"}
-    given = {k: v for k, v in training_args.items() if k in own and (v is not None or k in ("max_effective_beta", "ld_alpha"))}
+    given = {k: v for k, v in training_args.items()
+             if k in own and (v is not None or k in ("max_effective_beta", "ld_alpha"))}
     return PreferenceObjective(losses_of(training_args), **given)
 
 # %% ../../nbs/40_training/8_preference.ipynb #976e9a54
@@ -299,21 +327,30 @@ def reference_logps(
     data, # tokenized pairs
 )->np.ndarray: # [N, 2] fp64: log-probability of the chosen and the rejected answer
     "What a reference model says of all answers, by the forward of training"
-    a, acc, sharded = trainer.args, trainer.accelerator, trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
-    if trainer.optimizer is not None: raise ValueError("the policy would be its own reference: this trainer trains. Load the reference as a model of its own.")
+    a = trainer.args
+    acc = trainer.accelerator
+    sharded = trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
+    if trainer.optimizer is not None:
+        raise ValueError("the policy would be its own reference: this trainer trains. Load the reference as a model of "
+                         "its own.")
     if sharded: from trl.models import prepare_deepspeed
-    if sharded and not hasattr(trainer, "reference_engine"): trainer.reference_engine = prepare_deepspeed(trainer.model, acc) # one for all data sets
+    if sharded and not hasattr(trainer, "reference_engine"):
+        trainer.reference_engine = prepare_deepspeed(trainer.model, acc) # one for all data sets
     model = trainer.reference_engine if sharded else trainer.model.to(a.device)
     model.eval()
     lengths = row_lengths(data)
     order = np.argsort(-lengths, kind="stable")
-    sampler = StepBatchSampler(len(lengths), a.per_device_eval_batch_size, world_size=acc.num_processes, rank=acc.process_index, order=order, lengths=lengths)
+    sampler = StepBatchSampler(len(lengths), a.per_device_eval_batch_size, world_size=acc.num_processes,
+                               rank=acc.process_index, order=order, lengths=lengths)
     found_N2 = torch.zeros(len(lengths), 2, dtype=torch.float64, device=a.device)
     def known(batch): return {**answer_positions(batch), "real": (batch["row_index"] >= 0).nonzero()[:, 0]}
-    for batch in make_loader(RowDataset(data), sampler, trainer.collator, trainer.filler, pin_memory=a.device.type == "cuda", host_inputs=known):
+    for batch in make_loader(RowDataset(data), sampler, trainer.collator, trainer.filler,
+                             pin_memory=a.device.type == "cuda", host_inputs=known):
         batch = trainer._prepare_inputs(batch)
-        with torch.no_grad(), acc.autocast(): logps_S, *_ = trainer.objective.logps(trainer.objective.score(model, batch, with_top1=False), batch)
-        found_N2.index_copy_(0, batch["row_index"].index_select(0, batch["real"]), logps_S.double().view(-1, 2).index_select(0, batch["real"]))
+        with torch.no_grad(), acc.autocast():
+            logps_S, *_ = trainer.objective.logps(trainer.objective.score(model, batch, with_top1=False), batch)
+        found_N2.index_copy_(0, batch["row_index"].index_select(0, batch["real"]),
+                             logps_S.double().view(-1, 2).index_select(0, batch["real"]))
     return (acc.reduce(found_N2, "sum") if acc.num_processes > 1 else found_N2).cpu().numpy()
 
 # %% ../../nbs/40_training/8_preference.ipynb #cdd40b8d
@@ -323,7 +360,8 @@ def with_reference(
 ): # the same rows with these log-probabilities
     "Put computed log-probabilities in the place of the data's own"
     names = ["ref_chosen_logprob", "ref_rejected_logprob"]
-    data = data.remove_columns([k for k in (*names, "ref_chosen_logprobs", "ref_rejected_logprobs") if k in data.column_names])
+    data = data.remove_columns([k for k in (*names, "ref_chosen_logprobs", "ref_rejected_logprobs")
+                                if k in data.column_names])
     for k, x_N in zip(names, logps_N2.T): data = data.add_column(k, x_N.tolist())
     return data
 
@@ -347,15 +385,19 @@ def reference_gap(
     indices, # rows to score
 )->tuple: # sum of the absolute differences, number of tokens
     "How far the live model is from the reference on some rows, in batches as evaluation has them"
-    total, tokens, size = 0., 0, trainer.args.per_device_eval_batch_size
+    total = 0.
+    tokens = 0
+    size = trainer.args.per_device_eval_batch_size
     for start in range(0, len(indices), size):
         picked = [{**data[i], "row_index": i} for i in indices[start:start + size]]
         batch = trainer._prepare_inputs(trainer.collator(picked))
-        with torch.no_grad(), trainer.compute_loss_context_manager(): scored = trainer.objective.score(model, batch, with_top1=False)
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            scored = trainer.objective.score(model, batch, with_top1=False)
         each = [x for r in picked for s in ("chosen", "rejected") for x in r.get(f"ref_{s}_logprobs") or []]
         live_N = scored[0].log_probs[batch["completion_mask"][:, 1:]].double()
         logps_S, _, lengths_S = trainer.objective.logps(scored, batch)
-        if len(each) == len(live_N): total += (live_N - torch.tensor(each, dtype=torch.float64, device=live_N.device)).abs().sum().item()
+        if len(each) == len(live_N):
+            total += (live_N - torch.tensor(each, dtype=torch.float64, device=live_N.device)).abs().sum().item()
         else: total += (logps_S - batch["ref_logps"]).abs().sum().item()
         tokens += lengths_S.sum().item()
     return total, tokens
@@ -367,18 +409,24 @@ def check_reference_at_step0(
     rows:int=8, # pairs of a source to score, see `reference_check_rows`
 )->float: # mean absolute difference per token, in nats
     "Stop where the policy at step 0 is not the reference of the data"
-    was_training, gaps, n = model.training, {}, 0
+    was_training = model.training
+    gaps = {}
+    n = 0
     model.eval()
     for split, data in (("", trainer.train_dataset), ("eval ", trainer.eval_dataset)):
         for name, indices in reference_check_rows(data, rows).items() if data is not None else ():
             gaps[f"{split}{name}".strip() or "train"] = reference_gap(trainer, model, data, indices)
             n += len(indices)
     model.train(was_training)
-    means, off = {name: total/tokens for name, (total, tokens) in gaps.items()}, sum(t for t, _ in gaps.values())/sum(n for _, n in gaps.values())
+    means, off = {
+        name: total/tokens
+        for name, (total, tokens) in gaps.items()}, sum(t for t, _ in gaps.values())/sum(n for _, n in gaps.values())
     exact = trainer.args.mixed_precision == "no" and next(trainer.model.parameters()).dtype == torch.float32
     limit, worst = 1e-4 if exact else 0.02, sorted(means, key=lambda name: -np.nan_to_num(means[name], nan=np.inf))
     if off <= limit and means[worst[0]] <= 2*limit: return off
-    told = f" ({', '.join(f'{name}: {means[name]:.2g}' for name in worst[:6])}{', ...'*(len(worst) > 6)})"*(len(means) > 1)
-    raise UserError(f"The policy at step 0 is not the reference of the data: over {n} pairs their log-probabilities differ by {off:.2g} per token on average{told}. Start from the "
-                    "reference model with its tokenizer, chat template, dtype and max_length, score the data again (stage ref_logprobs), "
-                    "or set training_args.ref_logprobs_from_dataset=false.")
+    told = f" ({', '.join(f'{name}: {means[name]:.2g}' for name in worst[:6])}{', ...'*(len(worst) > 6)})"*(
+        len(means) > 1)
+    raise UserError(f"The policy at step 0 is not the reference of the data: over {n} pairs their log-probabilities "
+                    f"differ by {off:.2g} per token on average{told}. Start from the "
+                    "reference model with its tokenizer, chat template, dtype and max_length, score the data again "
+                    "(stage ref_logprobs), " "or set training_args.ref_logprobs_from_dataset=false.")

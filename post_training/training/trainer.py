@@ -47,13 +47,23 @@ class SFTTrainer(trl.SFTTrainer):
         stop=None, # asked on the main rank in every step: whether to save and leave at its end
         **kwargs, # of trl.SFTTrainer
     ):
-        self.objective, self.collator, self.filler, self.bins, self.eval_bins, self.order = objective, collator, filler, bins, eval_bins, order
-        self.write_line, self.facts, self.drop_last = write_line or (lambda line: None), facts or {}, drop_last
-        self.before, self.stop, self.stopping = list(before), stop or (lambda: False), False
+        self.objective = objective
+        self.collator = collator
+        self.filler = filler
+        self.bins = bins
+        self.eval_bins = eval_bins
+        self.order = order
+        self.write_line = write_line or (lambda line: None)
+        self.facts = facts or {}
+        self.drop_last = drop_last
+        self.before = list(before)
+        self.stop = stop or (lambda: False)
+        self.stopping = False
         self.best_metric, self.greater_is_better = best_metric, greater_is_better
-        self.sources = sorted(set(eval_dataset["source"])) if eval_dataset is not None and "source" in eval_dataset.column_names else []
-        super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=collator,
-                         processing_class=processing_class, **kwargs)
+        self.sources = (sorted(set(eval_dataset["source"]))
+                        if eval_dataset is not None and "source" in eval_dataset.column_names else [])
+        super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
+                         data_collator=collator, processing_class=processing_class, **kwargs)
         add_score_head(self.model)
         self.totals, self.last_eval = dict(trained_tokens=0, rows=0), {}
         self.start_line()
@@ -65,8 +75,10 @@ class SFTTrainer(trl.SFTTrainer):
 @patch
 def start_line(self:SFTTrainer):
     "Zero the sums behind the next log line"
-    self.sums = torch.zeros(1 + len(self.objective.SUMS), dtype=torch.float64, device=self.args.device) # this rank's share of the loss, then SUMS
-    self.counts, self.line_steps, self.line_start = torch.zeros(len(self.objective.COUNTS), dtype=torch.float64), 0, time.perf_counter()
+    # this rank's share of the loss, then SUMS
+    self.sums = torch.zeros(1 + len(self.objective.SUMS), dtype=torch.float64, device=self.args.device)
+    self.counts, self.line_steps, self.line_start = torch.zeros(
+        len(self.objective.COUNTS), dtype=torch.float64), 0, time.perf_counter()
 
 # %% ../../nbs/40_training/7_trainer.ipynb #9099c90c
 class StepEndCallback(TrainerCallback):
@@ -75,7 +87,9 @@ class StepEndCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         last, epoch_ends = state.global_step >= state.max_steps, float(state.epoch).is_integer()
         if last or epoch_ends and args.logging_strategy == IntervalStrategy.EPOCH: control.should_log = True
-        if args.eval_strategy != IntervalStrategy.NO and (last or epoch_ends and args.eval_strategy == IntervalStrategy.EPOCH): control.should_evaluate = True
+        if args.eval_strategy != IntervalStrategy.NO and (last or epoch_ends
+                                                          and args.eval_strategy == IntervalStrategy.EPOCH):
+            control.should_evaluate = True
         if last or epoch_ends and args.save_strategy == SaveStrategy.EPOCH: control.should_save = True
         if self.trainer.stopping: control.should_save = control.should_training_stop = True
         return control
@@ -89,11 +103,14 @@ def sampler(self:SFTTrainer, train:bool=True):
     "The micro-batches of this rank"
     a, bins = self.args, self.bins if train else self.eval_bins
     lengths = row_lengths(self.train_dataset if train else self.eval_dataset, bins)
-    common = dict(n=len(lengths), world_size=self.accelerator.num_processes, rank=self.accelerator.process_index, lengths=lengths)
-    if not train: return StepBatchSampler(per_device=a.per_device_eval_batch_size, order=np.argsort(-lengths, kind="stable"), **common)
+    common = dict(n=len(lengths), world_size=self.accelerator.num_processes, rank=self.accelerator.process_index,
+                  lengths=lengths)
+    if not train:
+        return StepBatchSampler(per_device=a.per_device_eval_batch_size, order=np.argsort(-lengths, kind="stable"),
+                                **common)
     seed, shuffle = a.seed if a.data_seed is None else a.data_seed, a.train_sampling_strategy != "sequential"
-    return StepBatchSampler(per_device=a.per_device_train_batch_size, accumulation=a.gradient_accumulation_steps, seed=seed, shuffle=shuffle,
-                       drop_last=self.drop_last, order=self.order, **common)
+    return StepBatchSampler(per_device=a.per_device_train_batch_size, accumulation=a.gradient_accumulation_steps,
+                            seed=seed, shuffle=shuffle, drop_last=self.drop_last, order=self.order, **common)
 
 # %% ../../nbs/40_training/7_trainer.ipynb #29968993
 @patch
@@ -101,25 +118,28 @@ def get_train_dataloader(self:SFTTrainer):
     "Our own loader: rank-aware already, batches stay on the host until they are used"
     a, sampler = self.args, self.sampler()
     if not len(sampler):
-        raise UserError(f"There are {sampler.n} {'training rows' if self.bins is None else 'packs of training rows'} and a step takes {sampler.global_batch}: "
-                        "dataloader_drop_last leaves no step. "
+        raise UserError(f"There are {sampler.n} {'training rows' if self.bins is None else 'packs of training rows'} "
+                        f"and a step takes {sampler.global_batch}: " "dataloader_drop_last leaves no step. "
                         "Lower the global batch or set training_args.dataloader_drop_last=false.")
-    return make_loader(RowDataset(self.train_dataset, self.bins), sampler, self.collator, self.filler, a.dataloader_num_workers,
-                       a.dataloader_pin_memory and a.device.type == "cuda", a.dataloader_prefetch_factor, self.objective.known)
+    return make_loader(RowDataset(self.train_dataset, self.bins), sampler, self.collator, self.filler,
+                       a.dataloader_num_workers, a.dataloader_pin_memory and a.device.type == "cuda",
+                       a.dataloader_prefetch_factor, self.objective.known)
 
 # %% ../../nbs/40_training/7_trainer.ipynb #0f4efc03
 @patch
 def get_eval_dataloader(self:SFTTrainer, eval_dataset=None):
     "All evaluation rows once, longest first; free places stay empty"
     a = self.args
-    return make_loader(RowDataset(self.eval_dataset, self.eval_bins), self.sampler(train=False), self.collator, self.filler, a.dataloader_num_workers,
-                       a.dataloader_pin_memory and a.device.type == "cuda", a.dataloader_prefetch_factor, partial(self.objective.known, everything=True))
+    return make_loader(RowDataset(self.eval_dataset, self.eval_bins), self.sampler(train=False), self.collator,
+                       self.filler, a.dataloader_num_workers, a.dataloader_pin_memory and a.device.type == "cuda",
+                       a.dataloader_prefetch_factor, partial(self.objective.known, everything=True))
 
 # %% ../../nbs/40_training/7_trainer.ipynb #f316e2e5
 @patch
 def _prepare_inputs(self:SFTTrainer, inputs):
     "A batch on the device: numbers keep their precision, and nobody waits"
-    return {k: v.to(self.args.device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    return {k: v.to(self.args.device, non_blocking=True) if isinstance(v, torch.Tensor) else v
+            for k, v in inputs.items()}
 
 # %% ../../nbs/40_training/7_trainer.ipynb #6fe13423
 def to_device(
@@ -143,7 +163,8 @@ def get_batch_samples(self:SFTTrainer, epoch_iterator, num_batches, device):
     n = dict(zip(names, counts.long().tolist()))
     if not n["trained_tokens"]:
         rows = [i for b in batches for i in b["row_index"].tolist()]
-        raise UserError(f"Step {self.state.global_step + 1} has no trained token (rows {rows[:8]} of this rank). Look at the coloured examples in the record: "
+        raise UserError(f"Step {self.state.global_step + 1} has no trained token (rows {rows[:8]} of this rank). Look "
+                        "at the coloured examples in the record: "
                         "the template's assistant turns must be found, and max_length must leave room for them.")
     self.counts += counts
     self.line_steps += 1
@@ -165,8 +186,9 @@ def compute_loss(self:SFTTrainer, model, inputs, return_outputs=False, num_items
 def create_optimizer(self:SFTTrainer, model=None):
     "transformers' optimizers, and those of `training.optim` with the real number of steps"
     a = self.args
-    found = optimizer_for(str(getattr(a.optim, "value", a.optim)), self.state.max_steps, learning_rate=a.learning_rate, beta1=a.adam_beta1, beta2=a.adam_beta2,
-                          eps=a.adam_epsilon, optim_args=a.optim_args, cuda=a.device.type == "cuda")
+    found = optimizer_for(str(getattr(a.optim, "value", a.optim)), self.state.max_steps, learning_rate=a.learning_rate,
+                          beta1=a.adam_beta1, beta2=a.adam_beta2, eps=a.adam_epsilon, optim_args=a.optim_args,
+                          cuda=a.device.type == "cuda")
     if found: self.optimizer_cls_and_kwargs = found
     return super(SFTTrainer, self).create_optimizer(model)
 
@@ -179,9 +201,11 @@ def train_line(self:SFTTrainer, logs:dict)->dict:
     loss, *rest = sums.tolist()
     n = dict(zip(self.objective.COUNTS, self.counts.long().tolist()))
     seconds = time.perf_counter() - self.line_start
-    line = dict(loss=loss/steps, grad_norm=logs.get("grad_norm"), learning_rate=logs.get("learning_rate"), **self.objective.ratios(rest))
+    line = dict(loss=loss/steps, grad_norm=logs.get("grad_norm"), learning_rate=logs.get("learning_rate"),
+                **self.objective.ratios(rest))
     line |= {k: n[k] for k in n if k != "places"} | {f"total_{k}": v for k, v in self.totals.items()}
-    line |= {"perf/step_seconds": seconds/steps, "perf/tokens_per_second": n["tokens"]/seconds, "perf/padding": 1 - n["tokens"]/max(n["places"], 1)}
+    line |= {"perf/step_seconds": seconds/steps, "perf/tokens_per_second": n["tokens"]/seconds,
+             "perf/padding": 1 - n["tokens"]/max(n["places"], 1)}
     if self.args.device.type == "cuda": line["perf/peak_memory_gib"] = torch.cuda.max_memory_allocated()/2**30
     return line
 
@@ -192,10 +216,14 @@ def log(self:SFTTrainer, logs, start_time=None):
     if "train_runtime" in logs: return # transformers' closing summary belongs to no step
     step, epoch = self.state.global_step, self.state.epoch
     evaluation = any(k.startswith("eval_") for k in logs)
-    if evaluation: logs = {k: v for k, v in logs.items() if not k.endswith(("_runtime", "_per_second", "_preparation_time"))}
+    if evaluation:
+        logs = {k: v for k, v in logs.items() if not k.endswith(("_runtime", "_per_second", "_preparation_time"))}
     line = dict(step=step, epoch=epoch, **(logs if evaluation else self.train_line(logs)))
-    bad = [k for k in ("loss", "grad_norm", "eval_loss") if line.get(k) is not None and not torch.isfinite(torch.tensor(line[k]))]
-    if bad: raise UserError(f"{bad[0]} is {line[bad[0]]} at step {step}: training has diverged. Lower training_args.learning_rate, or look at the rows of the last steps.")
+    bad = [k for k in ("loss", "grad_norm", "eval_loss")
+           if line.get(k) is not None and not torch.isfinite(torch.tensor(line[k]))]
+    if bad:
+        raise UserError(f"{bad[0]} is {line[bad[0]]} at step {step}: training has diverged. Lower "
+                        "training_args.learning_rate, or look at the rows of the last steps.")
     if not evaluation: self.start_line()
     if self.is_world_process_zero(): self.write_line(line)
     self.control = self.callback_handler.on_log(self.args, self.state, self.control, line)
@@ -210,7 +238,8 @@ def prediction_step(self:SFTTrainer, model, inputs, prediction_loss_only=True, i
         scored = self.objective.score(model, inputs, everything=True)
         parts = self.objective.parts(scored, inputs)
         self.eval_sums += self.objective.sums(scored, inputs, inputs["group"], len(self.eval_sums))
-        self.eval_parts = self.eval_parts + torch.stack([torch.stack([p.numerator.double(), p.denominator.double()]) for p in parts])
+        self.eval_parts = self.eval_parts + torch.stack([torch.stack([p.numerator.double(), p.denominator.double()])
+                                                         for p in parts])
     self.part_weights = [p.weight for p in parts]
     return None, None, None
 
@@ -219,17 +248,22 @@ def prediction_step(self:SFTTrainer, model, inputs, prediction_loss_only=True, i
 def evaluation_loop(self:SFTTrainer, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
     "Evaluate: sums per source on the device, one reduction over ranks at the end"
     ks = dict(dtype=torch.float64, device=self.args.device)
-    self.source_number = {i: self.sources.index(s) for i, s in enumerate(self.eval_dataset["source"])} if self.sources else {}
+    self.source_number = ({i: self.sources.index(s) for i, s in enumerate(self.eval_dataset["source"])} if self.sources
+                          else {})
     self.eval_sums = torch.zeros(max(len(self.sources), 1), len(self.objective.SUMS), **ks)
     self.eval_parts = torch.zeros(1, 2, **ks) # of each part of the loss
     start = time.perf_counter()
     out = super(SFTTrainer, self).evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
     if self.accelerator.num_processes > 1:
-        self.eval_sums, self.eval_parts = self.accelerator.reduce(self.eval_sums, "sum"), self.accelerator.reduce(self.eval_parts, "sum")
-    metrics = dict(loss=sum(w*n/d for w, (n, d) in zip(self.part_weights, self.eval_parts.tolist()) if d), **self.objective.ratios(self.eval_sums.sum(0)))
-    metrics |= {f"{name}/{k}": v for name, s in zip(self.sources, self.eval_sums) for k, v in self.objective.ratios(s).items()} if len(self.sources) > 1 else {}
+        self.eval_sums, self.eval_parts = self.accelerator.reduce(self.eval_sums, "sum"), self.accelerator.reduce(
+            self.eval_parts, "sum")
+    metrics = dict(loss=sum(w*n/d for w, (n, d) in zip(self.part_weights, self.eval_parts.tolist()) if d),
+                   **self.objective.ratios(self.eval_sums.sum(0)))
+    metrics |= ({f"{name}/{k}": v for name, s in zip(self.sources, self.eval_sums)
+                 for k, v in self.objective.ratios(s).items()} if len(self.sources) > 1 else {})
     self.last_eval = dict({f"{metric_key_prefix}_{k}": v for k, v in metrics.items()}, step=self.state.global_step)
-    metrics = {k: v for k, v in self.last_eval.items() if k != "step"} | {"perf/eval_seconds": time.perf_counter() - start}
+    metrics = {k: v for k, v in self.last_eval.items()
+               if k != "step"} | {"perf/eval_seconds": time.perf_counter() - start}
     return out._replace(metrics=metrics)
 
 # %% ../../nbs/40_training/7_trainer.ipynb #32f01f54
@@ -240,7 +274,8 @@ def write_state(self:SFTTrainer,
     "Everything a resume needs, and a model that stands by itself"
     self.store_flos() # counted since the last log line, by all ranks
     if has_adapters(self.model):
-        save_adapters(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), folder, self.args.should_save)
+        save_adapters(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), folder,
+                      self.args.should_save)
         if self.args.should_save: self.processing_class.save_pretrained(folder)
     else: self.save_model(str(folder), _internal_call=True)
     if self.args.should_save: (folder/"training_args.bin").unlink(missing_ok=True) # a pickle that nobody reads
@@ -248,7 +283,8 @@ def write_state(self:SFTTrainer,
     self._save_scaler(str(folder))
     self._save_rng_state(str(folder))
     write_json(folder/f"log_state_{self.accelerator.process_index}.json",
-               dict(sums=self.sums.tolist(), counts=self.counts.tolist(), line_steps=self.line_steps, totals=self.totals))
+               dict(sums=self.sums.tolist(), counts=self.counts.tolist(), line_steps=self.line_steps,
+                    totals=self.totals))
     if self.args.should_save:
         self.state.log_history = [] # metrics.jsonl has them
         self.state.save_to_json(str(folder/"trainer_state.json"))
@@ -262,8 +298,10 @@ def _save_checkpoint(self:SFTTrainer, model=None, trial=None):
     if self.last_eval.get("step") == step: metrics = {k: v for k, v in self.last_eval.items() if k != "step"}
     expected = expected_files(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
     def check(folder): return [w for sub, want in expected.items() for w in check_weights(folder/sub, want)]
-    main, facts = self.is_world_process_zero(), dict(self.facts, world_size=self.accelerator.num_processes, metrics=metrics)
-    with checkpoint_folder(self.args.output_dir, step, check, facts, main, self.accelerator.wait_for_everyone) as folder:
+    main, facts = self.is_world_process_zero(), dict(self.facts, world_size=self.accelerator.num_processes,
+                                                     metrics=metrics)
+    with checkpoint_folder(self.args.output_dir, step, check, facts, main,
+                           self.accelerator.wait_for_everyone) as folder:
         self.write_state(folder)
     if main:
         best = best_checkpoint(self.args.output_dir, self.best_metric, self.greater_is_better)
@@ -280,8 +318,10 @@ def load_log_state(self:SFTTrainer,
     self.totals, self.line_steps = states[0]["totals"], states[0]["line_steps"]
     self.counts = torch.tensor(states[0]["counts"], dtype=torch.float64)
     if len(states) == self.accelerator.num_processes: # rank order, not the order of file names
-        self.sums = torch.tensor(json.loads((Path(folder)/f"log_state_{rank}.json").read_text())["sums"], dtype=torch.float64, device=self.args.device)
-    elif rank == 0: self.sums = torch.tensor([s["sums"] for s in states], dtype=torch.float64, device=self.args.device).sum(0)
+        self.sums = torch.tensor(json.loads((Path(folder)/f"log_state_{rank}.json").read_text())["sums"],
+                                 dtype=torch.float64, device=self.args.device)
+    elif rank == 0:
+        self.sums = torch.tensor([s["sums"] for s in states], dtype=torch.float64, device=self.args.device).sum(0)
 
 # %% ../../nbs/40_training/7_trainer.ipynb #c784c518
 @patch
@@ -308,7 +348,8 @@ def train(self:SFTTrainer, resume_from_checkpoint=None, **kwargs):
         self.load_log_state(resume_from_checkpoint)
         self.args.eval_on_start = False # it was done, and logged, before the first step
     self.stopping = False
-    return super(SFTTrainer, self).train(resume_from_checkpoint=resume_from_checkpoint and str(resume_from_checkpoint), **kwargs)
+    return super(SFTTrainer, self).train(resume_from_checkpoint=resume_from_checkpoint and str(resume_from_checkpoint),
+                                         **kwargs)
 
 # %% ../../nbs/40_training/7_trainer.ipynb #d498c6ca
 @patch
@@ -326,8 +367,10 @@ def probe_packing(self:SFTTrainer, model, rows:int=3):
     off = (together.log_probs[labels_BT[:, 1:] != -100] - torch.cat(alone)).abs().max().item()
     exact = self.args.mixed_precision == "no" and next(self.model.parameters()).dtype == torch.float32
     if off > (1e-4 if exact else 0.05):
-        raise UserError(f"training_args.packing: packed rows see each other (log-probabilities differ by up to {off:.2g} from those of the rows alone). "
-                        "Set packing=false, or another model_args.attn_implementation (sdpa, eager and flash-attention keep rows apart).")
+        raise UserError("training_args.packing: packed rows see each other (log-probabilities differ by up to "
+                        f"{off:.2g} from those of the rows alone). "
+                        "Set packing=false, or another model_args.attn_implementation (sdpa, eager and flash-attention "
+                        "keep rows apart).")
     return off
 
 # %% ../../nbs/40_training/7_trainer.ipynb #d194bcb3

@@ -30,7 +30,8 @@ def find_checkpoint(
     try: found = run.find_run(name, runs_dir)
     except UserError as e:
         if "means" in str(e) or name.count("/") != 1 or name.startswith((".", "~", "/")):
-            raise UserError(f"There is no folder {name} (looked for {path}; relative names are below the project root). {e}") from None
+            raise UserError(f"There is no folder {name} (looked for {path}; relative names are below the "
+                            f"project root). {e}") from None
         return name # on the hub
     return run.base_model(f"run:{found}", runs_dir)[0]
 
@@ -63,12 +64,17 @@ def load_chat_model(
     tokenizer = read_tokenizer(path)
     if isinstance(tokenizer.chat_template, dict): tokenizer.chat_template = tokenizer.chat_template.get("default")
     if text: tokenizer.chat_template = text
-    if not tokenizer.chat_template: raise UserError(f"{name} has no chat template, as a base model: name one with --template NAME, such as --template tulu.")
+    if not tokenizer.chat_template:
+        raise UserError(f"{name} has no chat template, as a base model: name one with --template NAME, such as "
+                        "--template tulu.")
     auto = resolve_auto(device, "inference", dtype, "auto", flash_available(device))
     model = load_model(path, auto["dtype"], auto["attn_implementation"], device).eval()
     given = model.generation_config.eos_token_id
-    stops = {*([given] if isinstance(given, int) else given or []), *turn_end(tokenizer), *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])}
-    if not stops: raise UserError(f"{name} names no token that ends an answer, and its template writes none: name another template with --template NAME.")
+    stops = {*([given] if isinstance(given, int) else given or []), *turn_end(tokenizer),
+             *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])}
+    if not stops:
+        raise UserError(f"{name} names no token that ends an answer, and its template writes none: name another "
+                        "template with --template NAME.")
     model.generation_config.eos_token_id = sorted(stops)
     if max(tokenizer.get_vocab().values()) >= model.get_input_embeddings().weight.shape[0]:
         raise UserError(f"{name}: the tokenizer has more ids than the model has rows of embeddings.")
@@ -91,7 +97,8 @@ def stream_ids(
     cache, ids_BT = DynamicCache(config=model.config), torch.tensor([list(prompt)], device=model.device)
     u_BN = row_noise([seed], max_new_tokens).to(model.device)
     for n in range(max_new_tokens):
-        with torch.no_grad(): logits_BV = model(input_ids=ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        with torch.no_grad():
+            logits_BV = model(input_ids=ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         ids_BT = pick_token(logits_BV, u_BN[:, n], temperature, top_p)[:, None]
         yield ids_BT.item()
         if ids_BT.item() in stop: return
@@ -107,13 +114,16 @@ def stream_text(
     "Text of an answer in pieces"
     kinds = {THOUGHT: "thought", THOUGHT_END: "answer", CALL: "call"} if THOUGHT_END in tokenizer.chat_template else {}
     marks = {tokenizer.convert_tokens_to_ids(t): k for t, k in kinds.items()}
-    kind, run_of, sent = "answer", [], 0
+    kind = "answer"
+    run_of = []
+    sent = 0
     for i in ids:
         if i in marks: kind, run_of, sent = marks[i], [], 0; continue
         run_of.append(i)
         text = tokenizer.decode(run_of, skip_special_tokens=True)
         if text.endswith("\ufffd") and len(text) - sent < 8: continue # a part of a character
-        if len(text) > sent: yield kind, re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda m: repr(m[0])[1:-1], text[sent:])
+        if len(text) > sent:
+            yield kind, re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda m: repr(m[0])[1:-1], text[sent:])
         sent = len(text)
 
 # %% ../../nbs/75_view/3_chat.ipynb #193f1992
@@ -160,7 +170,8 @@ def answer_token_limit(
     "How long an answer may become"
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if most and len(prompt) >= most:
-        raise UserError(f"The conversation has {len(prompt):,} tokens and the model takes {most:,} at most: /reset begins anew, and a shorter message may fit.")
+        raise UserError(f"The conversation has {len(prompt):,} tokens and the model takes {most:,} at most: /reset "
+                        "begins anew, and a shorter message may fit.")
     return min(max_new_tokens, most - len(prompt)) if most else max_new_tokens
 
 # %% ../../nbs/75_view/3_chat.ipynb #4e9d9099
@@ -172,10 +183,13 @@ def send_message(
     "Send a message and read the answer; Ctrl-C ends the answer, not the conversation"
     prompt = chat_prompt_ids(chat, text)
     room, calls = answer_token_limit(chat.model, prompt, chat.max_new_tokens), stops_at_calls(chat.tokenizer)
-    ids, said, why = [], dict(answer="", thought="", call=""), "context" if room < chat.max_new_tokens else "length"
+    ids = []
+    said = dict(answer="", thought="", call="")
+    why = "context" if room < chat.max_new_tokens else "length"
     eos = chat.model.generation_config.eos_token_id
     def kept():
-        for i in stream_ids(chat.model, prompt, [*eos, *calls], room, chat.temperature, chat.top_p, chat.seed + len(chat.messages)//2):
+        for i in stream_ids(chat.model, prompt, [*eos, *calls], room, chat.temperature, chat.top_p,
+                            chat.seed + len(chat.messages)//2):
             ids.append(i)
             yield i
     try:
@@ -191,9 +205,10 @@ def send_message(
     return dict(text=answer, thoughts=said["thought"], prompt=prompt, ids=ids, finish_reason=why)
 
 # %% ../../nbs/75_view/3_chat.ipynb #9986460d
-CHAT_COMMANDS = {"/reset": "forget the conversation, keep the system message", "/system": "set the system message and begin anew: /system TEXT; without a text there is none",
-            "/save": "write the conversation as a row of messages: /save FILE.jsonl", "/help": "these lines; a message that begins with / is typed with //",
-            "/quit": "end, as Ctrl-D does"}
+CHAT_COMMANDS = {"/reset": "forget the conversation, keep the system message",
+                 "/system": "set the system message and begin anew: /system TEXT; without a text there is none",
+                 "/save": "write the conversation as a row of messages: /save FILE.jsonl",
+                 "/help": "these lines; a message that begins with / is typed with //", "/quit": "end, as Ctrl-D does"}
 
 # %% ../../nbs/75_view/3_chat.ipynb #e0aa487e
 def save_chat(
@@ -218,11 +233,14 @@ def run_command(
 )->str|None: # what to say; None: the end
     "Carry out a command"
     name, _, rest = line.strip().partition(" ")
-    if name not in CHAT_COMMANDS: raise UserError(f"There is no {name}.{did_you_mean(name, CHAT_COMMANDS)} /help lists the commands.")
+    if name not in CHAT_COMMANDS:
+        raise UserError(f"There is no {name}.{did_you_mean(name, CHAT_COMMANDS)} /help lists the commands.")
     if name == "/quit": return None
     if name == "/help": return "\n".join(f"  {k:8} {v}" for k, v in CHAT_COMMANDS.items())
     if name == "/save": return save_chat(chat, rest.strip())
-    if name == "/reset" and rest.strip(): raise UserError("/reset takes nothing behind it, and nothing was forgotten: /reset alone, or /system TEXT for another system message.")
+    if name == "/reset" and rest.strip():
+        raise UserError("/reset takes nothing behind it, and nothing was forgotten: /reset alone, or /system TEXT for "
+                        "another system message.")
     chat.messages.clear()
     if name == "/system": chat.system = rest.strip() or None
     return f"a new conversation, {'with' if chat.system else 'without'} a system message"
@@ -241,7 +259,9 @@ def chat_loop(
     tell = lambda text: print(text, file=sys.stderr, flush=True)
     terminal = inputs is None and sys.stdin.isatty()
     read = (lambda: input("> " if terminal else "")) if inputs is None else iter(inputs).__next__
-    def write(kind, text): print(f"\x1b[2m{text}\x1b[0m" if colour and kind != "answer" else text if kind == "answer" or colour else "", end="", flush=True)
+    def write(kind, text):
+        print(f"\x1b[2m{text}\x1b[0m" if colour and kind != "answer" else text if kind == "answer" or colour else "",
+              end="", flush=True)
     while True:
         try: line = read().rstrip("\n")
         except (EOFError, StopIteration):
@@ -256,41 +276,51 @@ def chat_loop(
             out = send_message(chat, line[1:] if line.startswith("//") else line, write)
             print(flush=True)
             if note := FINISH_NOTES.get(out["finish_reason"]): tell(note)
-            if not out["text"].strip() and out["finish_reason"] == "stop": tell("(an empty answer: the message is forgotten)")
+            if not out["text"].strip() and out["finish_reason"] == "stop":
+                tell("(an empty answer: the message is forgotten)")
         except UserError as e: tell(f"! {e}")
         except KeyboardInterrupt: tell("(stopped)")
 
 # %% ../../nbs/75_view/3_chat.ipynb #fab889ec
-CHAT_OPTIONS = dict(system=str, template=str, device=str, temperature=float, top_p=float, max_new_tokens=int, seed=int) # option -> type of its value
+# option -> type of its value
+CHAT_OPTIONS = dict(system=str, template=str, device=str, temperature=float, top_p=float, max_new_tokens=int, seed=int)
 
 # %% ../../nbs/75_view/3_chat.ipynb #2427da0d
 def chat_usage()->str:
     "The help text"
-    return ("post-training chat CHECKPOINT [--system TEXT] [--temperature T] [--top-p P] [--max-new-tokens N] [--seed N] [--thinking] [--template NAME] [--device cpu|cuda]\n\n"
-            "Talk to a checkpoint: a folder, a run's name or run:RUN, or a hub name. Greedy unless a temperature is given.\n"
-            "--template is for a model without one of its own; --thinking tells the model that it may deliberate.\n\nWhile talking:\n" + run_command(None, "/help"))
+    return ("post-training chat CHECKPOINT [--system TEXT] [--temperature T] [--top-p P] [--max-new-tokens N] "
+            "[--seed N] [--thinking] [--template NAME] [--device cpu|cuda]\n\n"
+            "Talk to a checkpoint: a folder, a run's name or run:RUN, or a hub name. Greedy unless a temperature is "
+            "given.\n"
+            "--template is for a model without one of its own; --thinking tells the model that it may "
+            "deliberate.\n\nWhile talking:\n" + run_command(None, "/help"))
 
 # %% ../../nbs/75_view/3_chat.ipynb #6ed9437a
 def parse_chat_args(
     argv:list[str], # after the command's name
 )->tuple[str, dict]: # checkpoint, options
     "Separate the checkpoint from the options"
-    words, out, left = [], {}, list(argv)
+    words = []
+    out = {}
+    left = list(argv)
     known = [f"--{k.replace('_', '-')}" for k in CHAT_OPTIONS] + ["--thinking"]
     while left:
         word = left.pop(0)
         name, equals, value = word.partition("=")
         if not word.startswith("--"): words.append(word); continue
-        if name not in known: raise UserError(f"There is no option {name}.{did_you_mean(name, known)} Options: {', '.join(known)}.")
+        if name not in known:
+            raise UserError(f"There is no option {name}.{did_you_mean(name, known)} Options: {', '.join(known)}.")
         if name == "--thinking": out["thinking"] = True; continue
         if not equals and not left: raise UserError(f"{name} needs a value.")
         key, value = name[2:].replace("-", "_"), value if equals else left.pop(0)
         try: out[key] = CHAT_OPTIONS[key](value)
-        except ValueError: raise UserError(f"{name} {value}: it takes a {'whole ' * (CHAT_OPTIONS[key] is int)}number.") from None
+        except ValueError:
+            raise UserError(f"{name} {value}: it takes a {'whole ' * (CHAT_OPTIONS[key] is int)}number.") from None
     if not words: raise UserError("Name a checkpoint: post-training chat CHECKPOINT (a folder, run:RUN or a hub name).")
     if len(words) > 1: raise UserError(f"One checkpoint at a time: {' and '.join(words)}.")
     for key, low, high in (("temperature", 0, 100), ("top_p", 0, 1), ("max_new_tokens", 1, 10**6), ("seed", 0, 2**62)):
-        if key in out and not low <= out[key] <= high: raise UserError(f"--{key.replace('_', '-')} {out[key]}: it lies between {low} and {high}.")
+        if key in out and not low <= out[key] <= high:
+            raise UserError(f"--{key.replace('_', '-')} {out[key]}: it lies between {low} and {high}.")
     if out.get("device") not in (None, "cpu", "cuda"): raise UserError(f"--device {out['device']}: cpu or cuda.")
     return words[0], out
 
@@ -303,13 +333,18 @@ def run_chat(
     if not argv or {"-h", "--help", "help"} & {*argv}: print(chat_usage()); return 0
     name, o = parse_chat_args(argv)
     for stream in (sys.stdout, sys.stdin):
-        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace" if stream is sys.stdout else "replace")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace" if stream is sys.stdout else "replace")
     quiet_libraries()
     if sys.stdin.isatty():
-        with contextlib.suppress(ImportError): importlib.import_module("readline") # what was typed can be edited and called again
+        with contextlib.suppress(ImportError):
+            importlib.import_module("readline") # what was typed can be edited and called again
     model, tokenizer = load_chat_model(name, o.pop("template", None), o.pop("device", None))
     stops = " ".join(tokenizer.convert_ids_to_tokens(model.generation_config.eos_token_id))
     how = f"temperature {o['temperature']:g}" if o.get("temperature") else "greedy"
-    print(f"{name}: {model.num_parameters():,} parameters, {how}, an answer ends with {stops}; /help lists the commands", file=sys.stderr, flush=True)
-    chat_loop(Chat(model, tokenizer, name=Path(name).name if Path(name).is_absolute() else name, **o), inputs, sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+    print(
+        f"{name}: {model.num_parameters():,} parameters, {how}, an answer ends with {stops}; /help lists the commands",
+        file=sys.stderr, flush=True)
+    chat_loop(Chat(model, tokenizer, name=Path(name).name if Path(name).is_absolute() else name, **o), inputs,
+              sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
     return 0

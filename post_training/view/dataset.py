@@ -23,8 +23,8 @@ from ..tokens.templates import CHAT_TEMPLATES, template_text
 from ..tokens.masks import Refused, encoder_for
 from ..tokens.gates import turn_end_tokens
 from ..tokens.colours import KIND_COLOURS, HtmlText, colour_ansi, colour_html, token_runs
-from ..tokens.dataset import (
-    check_dropped, check_policies, check_sample, tokenize_conversations, fit_to_length, policy_for_reason, process_count, row_id)
+from ..tokens.dataset import (check_dropped, check_policies, check_sample, tokenize_conversations,
+                                          fit_to_length, policy_for_reason, process_count, row_id)
 from ..tokens.ratios import plain_ticks
 from ..stages.tokenized_data import load_split, quiet_libraries, expected_stop_ids, tokenizer_of
 
@@ -42,13 +42,17 @@ def inspect_batch(
     "Lengths and fates of a batch of raw rows"
     if serial: os.environ["TOKENIZERS_PARALLELISM"] = "false"
     rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
-    _, whole = tokenize_conversations(rows, tokenizer, columns, policies["unsupported_roles"], allow_control_tokens_in_content)
+    _, whole = tokenize_conversations(rows, tokenizer, columns, policies["unsupported_roles"],
+                                      allow_control_tokens_in_content)
     fate = [v if isinstance(v, Refused) else fit_to_length(v, max_length, policies["overlength"]) for v in whole]
     lost = [isinstance(f, Refused) for f in fate]
     return dict(row_id=[row_id(r, i) for r, i in zip(rows, indices)], source=[str(r.get("source") or "") for r in rows],
-                tokens=[0 if isinstance(w, Refused) else len(w) for w in whole], kept=[0 if no else len(f[0]) for f, no in zip(fate, lost)],
-                trained=[0 if no else int(f[1].sum()) for f, no in zip(fate, lost)], reason=[f.reason if no else "" for f, no in zip(fate, lost)],
-                left_out=["" if no else ", ".join(sorted({d.split(".")[0] for d in w.dropped})) for w, no in zip(whole, lost)])
+                tokens=[0 if isinstance(w, Refused) else len(w) for w in whole],
+                kept=[0 if no else len(f[0]) for f, no in zip(fate, lost)],
+                trained=[0 if no else int(f[1].sum()) for f, no in zip(fate, lost)],
+                reason=[f.reason if no else "" for f, no in zip(fate, lost)],
+                left_out=["" if no else ", ".join(sorted({d.split(".")[0] for d in w.dropped}))
+                          for w, no in zip(whole, lost)])
 
 # %% ../../nbs/75_view/2_dataset.ipynb #52e59c23
 @dataclass
@@ -85,12 +89,17 @@ def inspect_dataset(
     columns = None if is_swissai(dataset.column_names) else format_of(dataset.column_names)
     n = process_count(len(dataset), num_proc)
     encoder_for(tokenizer).header() # made before the processes fork
-    features = Features({k: Value("int64" if k in ("tokens", "kept", "trained") else "string") for k in "row_id source tokens kept trained reason left_out".split()})
-    options = dict(max_length=max_length, policies=policies, allow_control_tokens_in_content=allow_control_tokens_in_content)
-    data = dataset.map(inspect_batch, batched=True, with_indices=True, batch_size=500, num_proc=n if n > 1 else None, features=features, desc="Looking",
-                       remove_columns=dataset.column_names, keep_in_memory=True, load_from_cache_file=False, new_fingerprint=os.urandom(8).hex(),
-                       fn_kwargs=dict(tokenizer=ForkShared(tokenizer) if n > 1 else tokenizer, columns=columns, serial=n > 1, **options))
-    return Inspection(name, dataset, tokenizer, columns, numbers=data.to_pandas(), max_drop_fraction=max_drop_fraction, stop_ids=stop_ids, **options)
+    features = Features({k: Value("int64" if k in ("tokens", "kept", "trained") else "string")
+                         for k in "row_id source tokens kept trained reason left_out".split()})
+    options = dict(max_length=max_length, policies=policies,
+                   allow_control_tokens_in_content=allow_control_tokens_in_content)
+    data = dataset.map(inspect_batch, batched=True, with_indices=True, batch_size=500, num_proc=n if n > 1 else None,
+                       features=features, desc="Looking", remove_columns=dataset.column_names, keep_in_memory=True,
+                       load_from_cache_file=False, new_fingerprint=os.urandom(8).hex(),
+                       fn_kwargs=dict(tokenizer=ForkShared(tokenizer) if n > 1 else tokenizer, columns=columns,
+                                      serial=n > 1, **options))
+    return Inspection(name, dataset, tokenizer, columns, numbers=data.to_pandas(), max_drop_fraction=max_drop_fraction,
+                      stop_ids=stop_ids, **options)
 
 # %% ../../nbs/75_view/2_dataset.ipynb #ece30254
 def name_of(
@@ -109,8 +118,9 @@ def drop_table(
     import pandas as pd
     lost = i.numbers[i.numbers.reason != ""]
     parts = sorted(lost.groupby("reason"), key=lambda p: -len(p[1]))
-    return pd.DataFrame([dict(reason=reason, rows=len(part), share=len(part)/len(i.numbers), first_row=name_of(i, part.index[0]),
-                              policy=f"{policy_for_reason(reason)}={i.policies[policy_for_reason(reason)]}") for reason, part in parts],
+    return pd.DataFrame([
+        dict(reason=reason, rows=len(part), share=len(part)/len(i.numbers), first_row=name_of(i, part.index[0]),
+             policy=f"{policy_for_reason(reason)}={i.policies[policy_for_reason(reason)]}") for reason, part in parts],
                         columns=["reason", "rows", "share", "first_row", "policy"])
 
 # %% ../../nbs/75_view/2_dataset.ipynb #3bccde62
@@ -135,10 +145,11 @@ def source_table(
     import pandas as pd
     n = i.numbers
     share = lambda a, b: a/b if b else 0.
-    return pd.DataFrame([dict(source=name, rows=len(p), dropped=int((p.reason != "").sum()), cut=int(((p.kept < p.tokens) & (p.reason == "")).sum()),
-                              tokens=int(p.kept.sum()), token_share=share(p.kept.sum(), n.kept.sum()), trained=int(p.trained.sum()),
-                              trained_share=share(p.trained.sum(), n.trained.sum()), density=share(p.trained.sum(), p.kept.sum()))
-                         for name, p in by_source(n, max_rows)])
+    return pd.DataFrame([dict(source=name, rows=len(p), dropped=int((p.reason != "").sum()),
+                              cut=int(((p.kept < p.tokens) & (p.reason == "")).sum()), tokens=int(p.kept.sum()),
+                              token_share=share(p.kept.sum(), n.kept.sum()), trained=int(p.trained.sum()),
+                              trained_share=share(p.trained.sum(), n.trained.sum()),
+                              density=share(p.trained.sum(), p.kept.sum())) for name, p in by_source(n, max_rows)])
 
 # %% ../../nbs/75_view/2_dataset.ipynb #dffa743a
 def length_table(
@@ -151,7 +162,8 @@ def length_table(
     for name, p in by_source(i.numbers, max_rows):
         v = p.tokens[p.tokens > 0].to_numpy()
         if not len(v): continue
-        q = dict(zip(("median", "q90", "q99", "longest"), np.quantile(v, [.5, .9, .99, 1], method="inverted_cdf").astype(int).tolist()))
+        q = dict(zip(("median", "q90", "q99", "longest"),
+                     np.quantile(v, [.5, .9, .99, 1], method="inverted_cdf").astype(int).tolist()))
         over = int((v > i.max_length).sum()) if i.max_length else 0
         out.append(dict(source=name, rows=len(v), **q, over=over, over_share=over/len(v)))
     return pd.DataFrame(out, columns=["source", "rows", "median", "q90", "q99", "longest", "over", "over_share"])
@@ -169,9 +181,11 @@ def printable_line(
     return text if len(text) <= max_chars else text[:max_chars - 1] + "…"
 
 # %% ../../nbs/75_view/2_dataset.ipynb #93c29a50
-HEADINGS = dict(source="source", rows="rows", dropped="dropped", cut="cut", tokens="tokens", token_share="% of tokens", trained="trained", trained_share="% of trained",
-                density="% of it trained", median="50 %", q90="90 %", q99="99 %", longest="longest", over="over max_length", over_share="% over",
-                first_end="a first answer ends in", last_end="the last one in", reason="reason", share="% of rows", first_row="first row", policy="decided by tokenization.")
+HEADINGS = dict(source="source", rows="rows", dropped="dropped", cut="cut", tokens="tokens", token_share="% of tokens",
+                trained="trained", trained_share="% of trained", density="% of it trained", median="50 %", q90="90 %",
+                q99="99 %", longest="longest", over="over max_length", over_share="% over",
+                first_end="a first answer ends in", last_end="the last one in", reason="reason", share="% of rows",
+                first_row="first row", policy="decided by tokenization.")
 
 # %% ../../nbs/75_view/2_dataset.ipynb #ce8183cc
 def readable_table(
@@ -199,7 +213,8 @@ def as_text(
     "A table for a terminal: texts on the left, numbers on the right"
     t, text = readable_table(df), text_headings(df)
     width = {c: max(len(c), *map(len, t[c])) if len(t) else len(c) for c in t.columns}
-    line = lambda cells: "  ".join(v.ljust(width[c]) if c in text else v.rjust(width[c]) for c, v in zip(t.columns, cells)).rstrip()
+    line = lambda cells: "  ".join(v.ljust(width[c]) if c in text else v.rjust(width[c])
+                                   for c, v in zip(t.columns, cells)).rstrip()
     return "\n".join(map(line, [t.columns, *t.itertuples(index=False)]))
 
 # %% ../../nbs/75_view/2_dataset.ipynb #24cd905b
@@ -211,7 +226,8 @@ def as_html(
     cell = lambda tag, c, v: f'<{tag} style="text-align:{"left" if c in left else "right"}">{_escape(v)}</{tag}>'
     t = readable_table(df)
     head = "".join(cell("th", c, c) for c in t.columns)
-    body = "".join("<tr>" + "".join(cell("td", c, v) for c, v in zip(t.columns, line)) + "</tr>" for line in t.itertuples(index=False))
+    body = "".join("<tr>" + "".join(cell("td", c, v) for c, v in zip(t.columns, line)) + "</tr>"
+                   for line in t.itertuples(index=False))
     return HtmlText(f'<table class="dataframe"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>')
 
 # %% ../../nbs/75_view/2_dataset.ipynb #995b5746
@@ -246,7 +262,8 @@ def view_row(
 )->RowView:
     "Tokenize one row again to look at it"
     row, n = i.rows[int(index)], i.numbers.iloc[index]
-    chat = tokenize_conversations([row], i.tokenizer, i.columns, i.policies["unsupported_roles"], i.allow_control_tokens_in_content)[1][0]
+    chat = tokenize_conversations([row], i.tokenizer, i.columns, i.policies["unsupported_roles"],
+                                  i.allow_control_tokens_in_content)[1][0]
     about = [printable_line(n.row_id), printable_line(n.source)] if n.source else [printable_line(n.row_id)]
     fate = chat if isinstance(chat, Refused) else fit_to_length(chat, i.max_length, i.policies["overlength"])
     lost = isinstance(fate, Refused)
@@ -270,7 +287,8 @@ def view_text(
     head = f"row {view.title}" + (f"\n{view.why}" if view.why else "")
     if view.ids is None: return f"{head}\n{printable_line(view.raw, 4*tokens)}"
     show = colour_ansi if colour else _marked
-    more = f"\n... {len(view.ids) - tokens:,} more tokens (--tokens {len(view.ids)} shows them)" if len(view.ids) > tokens else ""
+    more = (f"\n... {len(view.ids) - tokens:,} more tokens (--tokens {len(view.ids)} shows them)"
+            if len(view.ids) > tokens else "")
     return f"{head}\n{show(i.tokenizer, view.ids, view.completion, view.prompt, tokens)}{more}"
 
 # %% ../../nbs/75_view/2_dataset.ipynb #22477abe
@@ -279,7 +297,8 @@ def _marked(tokenizer, ids, completion, prompt, max_tokens:int)->str:
     out, was = "", False
     for kind, _, text in token_runs(tokenizer, ids, completion, prompt, max_tokens):
         now = kind == "completion"
-        out += ("⟦" if now and not was else "⟧" if was and not now else "") + re.sub(r"[^\S\n ]|[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda m: repr(m[0])[1:-1], text)
+        out += ("⟦" if now and not was else "⟧" if was and not now else "") + re.sub(
+            r"[^\S\n ]|[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda m: repr(m[0])[1:-1], text)
         was = now
     return out + "⟧"*was
 
@@ -292,7 +311,8 @@ def view_html(
 )->HtmlText:
     "A row for a notebook"
     head = f"<div><b>{_escape(view.title)}</b>" + (f"<br>{_escape(view.why)}" if view.why else "") + "</div>"
-    if view.ids is None: return HtmlText(f'{head}<pre style="white-space:pre-wrap">{_escape(printable_line(view.raw, 4*tokens))}</pre>')
+    if view.ids is None:
+        return HtmlText(f'{head}<pre style="white-space:pre-wrap">{_escape(printable_line(view.raw, 4*tokens))}</pre>')
     return HtmlText(head + colour_html(i.tokenizer, view.ids, view.completion, view.prompt, tokens, legend))
 
 # %% ../../nbs/75_view/2_dataset.ipynb #7436c0a9
@@ -315,8 +335,8 @@ def find_row(
     if len(found): return int(found[0])
     if str(row).isdigit() and int(row) < len(i.numbers): return int(row)
     ids = i.numbers.row_id[:2000].tolist()
-    raise UserError(f"{i.name} has no row {printable_line(row)}.{did_you_mean(str(row), ids)} Ids are like {', '.join(map(printable_line, ids[:3]))}; "
-                    f"an index from 0 to {len(i.numbers) - 1} does too.")
+    raise UserError(f"{i.name} has no row {printable_line(row)}.{did_you_mean(str(row), ids)} Ids are like "
+                    f"{', '.join(map(printable_line, ids[:3]))}; " f"an index from 0 to {len(i.numbers) - 1} does too.")
 
 # %% ../../nbs/75_view/2_dataset.ipynb #c98f5cc3
 def sample_rows(
@@ -338,9 +358,13 @@ def training_notices(
         if i.policies[policy] != "error": continue
         more = f" (and {len(part) - 1:,} more)" if len(part) > 1 else ""
         why = view_row(i, part.index[0]).why.partition(": ")[2]
-        then = "train without system messages that have no place, and drop other such rows" if policy == "unsupported_roles" else "drop and count such rows"
-        out.append(f"Training stops at row {name_of(i, part.index[0])}{more}, {why}. Set tokenization.{policy}=drop to {then}.")
-    try: check_dropped({"in": len(i.numbers), "out": len(i.numbers) - len(lost), "dropped": lost.reason.value_counts().to_dict()}, i.max_drop_fraction)
+        then = ("train without system messages that have no place, and drop other such rows"
+                if policy == "unsupported_roles" else "drop and count such rows")
+        out.append(f"Training stops at row {name_of(i, part.index[0])}{more}, {why}. Set tokenization.{policy}=drop to "
+                   f"{then}.")
+    try:
+        check_dropped({"in": len(i.numbers), "out": len(i.numbers) - len(lost),
+                       "dropped": lost.reason.value_counts().to_dict()}, i.max_drop_fraction)
     except UserError as e: out.append(f"Training stops: {e}")
     return out + check_sample(i.rows, i.tokenizer, i.stop_ids, on_missing_stop="warn")
 
@@ -356,7 +380,8 @@ def plot_shares(
     fig, ax = plt.subplots(figsize=(6, 1.3 + 0.45*len(t)), dpi=70, layout="constrained")
     plt.close(fig) # shown once, as the value of a cell
     y, rows = np.arange(len(t)), (t.rows - t.dropped).to_numpy()
-    for k, (name, v) in enumerate((("rows", rows/max(1, rows.sum())), ("tokens", t.token_share), ("trained tokens", t.trained_share))):
+    for k, (name, v) in enumerate((("rows", rows/max(1, rows.sum())), ("tokens", t.token_share),
+                                   ("trained tokens", t.trained_share))):
         ax.barh(y + 0.26*(1 - k), 100*np.asarray(v), 0.26, label=name, color=("#b8c4d0", "#4878a8", "#4a9a5a")[k])
     ax.set_yticks(y, [printable_line(s, 30).replace("$", r"\$") for s in t.source])
     ax.set(xlabel="% of the dataset", xlim=(0, 100))
@@ -378,8 +403,10 @@ def plot_source_lengths(
     edges = np.geomspace(low, high + 1, 41) if high > 20*low else np.linspace(low, high + 1, min(41, high - low + 2))
     parts = by_source(i.numbers, max_sources)
     for name, p in parts[:-1] if len(parts) > 1 else parts:
-        ax.stairs(np.histogram(p.tokens[p.tokens > 0], edges)[0], edges, label=printable_line(name, 30).replace("$", r"\$"), lw=1.4)
-    if i.max_length and low/2 < i.max_length < 1.5*high: ax.axvline(i.max_length, color="#b04040", lw=1, ls="--", label=f"max_length {i.max_length:,}")
+        ax.stairs(np.histogram(p.tokens[p.tokens > 0], edges)[0], edges,
+                  label=printable_line(name, 30).replace("$", r"\$"), lw=1.4)
+    if i.max_length and low/2 < i.max_length < 1.5*high:
+        ax.axvline(i.max_length, color="#b04040", lw=1, ls="--", label=f"max_length {i.max_length:,}")
     ax.set(xlabel="tokens of a row", ylabel="rows", xscale="log" if high > 20*low else "linear")
     if high > 20*low: plain_ticks(ax)
     ax.legend(fontsize=8, frameon=False)
@@ -392,8 +419,10 @@ def dataset_overrides(
 )->list[str]: # overrides
     "Overrides that choose a dataset; a bare name that nothing has, but a preset almost, is taken for a typo"
     known = config.preset_names("dataset")
-    if name and name not in known and not {"/", "."} & {*name} and not Path(run.local_path_or_name(name)).exists() and (hint := did_you_mean(name, known)):
-        raise UserError(f"There is no preset and no file {name!r} here.{hint} A dataset of the hub is written ORGANISATION/NAME.")
+    if name and name not in known and not {"/", "."} & {*name} and not Path(run.local_path_or_name(name)).exists() and (
+        hint := did_you_mean(name, known)):
+        raise UserError(f"There is no preset and no file {name!r} here.{hint} A dataset of the hub is written "
+                        "ORGANISATION/NAME.")
     chosen = [] if name is None else [f"dataset={name}"] if name in known else \
         ["dataset=local", f"dataset_args.dataset_name={config.quote_value(name)}"]
     return chosen + ([f"dataset_args.train_split.name={config.quote_value(split)}"] if split else [])
@@ -404,7 +433,8 @@ def near_paths(
 )->str: # a sentence, or nothing
     "What lies beside a path under a similar name"
     path = Path(path)
-    return did_you_mean(path.name, [p.name for p in path.parent.iterdir() if p.name[0] != "."] if path.parent.is_dir() else [], n=2)
+    return did_you_mean(
+        path.name, [p.name for p in path.parent.iterdir() if p.name[0] != "."] if path.parent.is_dir() else [], n=2)
 
 # %% ../../nbs/75_view/2_dataset.ipynb #dff412fc
 def find_rows(
@@ -431,9 +461,12 @@ def open_inspection(
     rows, tokenizer = find_rows(cfg), tokenizer_of(cfg)
     options = {k: v for k, v in cfg["tokenization"].items() if k != "on_missing_stop"}
     options.setdefault("max_length", cfg["training_args"].get("max_length"))
-    options |= dict(max_drop_fraction=cfg["max_drop_fraction"], stop_ids=expected_stop_ids(run.base_model(cfg["model_args"]["model_name_or_path"], cfg["runs_dir"])[0], tokenizer))
+    options |= dict(max_drop_fraction=cfg["max_drop_fraction"],
+                    stop_ids=expected_stop_ids(run.base_model(
+        cfg["model_args"]["model_name_or_path"], cfg["runs_dir"])[0], tokenizer))
     which = (cfg["dataset_args"].get("train_split") or {}).get("name")
-    return inspect_dataset(rows, tokenizer, name=(name or cfg["dataset_name"]) + (f" ({which})" if which else ""), **options)
+    return inspect_dataset(rows, tokenizer, name=(name or cfg["dataset_name"]) + (f" ({which})" if which else ""),
+                           **options)
 
 # %% ../../nbs/75_view/2_dataset.ipynb #7368b1be
 INSPECT_USAGE = """post-training inspect DATASET [--rows N] [--row ID] [--split NAME] [--tokens N] [key=value ...]
@@ -453,28 +486,37 @@ NO_COLOR=1 puts what is trained on in brackets instead of colours."""
 def inspect_usage()->str:
     "The help text, with the presets that there are"
     import textwrap
-    return INSPECT_USAGE.format(presets=textwrap.fill(", ".join(config.preset_names("dataset")), 100, initial_indent=" "*15, subsequent_indent=" "*15, break_on_hyphens=False))
+    return INSPECT_USAGE.format(presets=textwrap.fill(", ".join(config.preset_names("dataset")), 100,
+                                                      initial_indent=" "*15, subsequent_indent=" "*15,
+                                                      break_on_hyphens=False))
 
 # %% ../../nbs/75_view/2_dataset.ipynb #f70cfef6
 def parse_inspect_args(
     argv:list[str], # after the command's name
 )->tuple: # (dataset or None, overrides, options)
     "Separate the dataset, the overrides and the options"
-    kinds, words, options, left = dict(rows=int, row=str, split=str, tokens=int), [], dict(rows=3, row=None, split=None, tokens=800), list(argv)
+    kinds, words, options, left = dict(rows=int, row=str, split=str,
+                                       tokens=int), [], dict(rows=3, row=None, split=None, tokens=800), list(argv)
     while left:
         word = left.pop(0)
         name, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--"): words.append(word); continue
-        if name not in kinds: raise UserError(f"There is no option {word}.{did_you_mean(word, [f'--{k}' for k in kinds])} Options: {', '.join(f'--{k}' for k in kinds)}.")
+        if name not in kinds:
+            raise UserError(f"There is no option {word}.{did_you_mean(word, [f'--{k}' for k in kinds])} Options: "
+                            f"{', '.join(f'--{k}' for k in kinds)}.")
         if not equals and not left: raise UserError(f"--{name} needs a value.")
         value = value if equals else left.pop(0)
-        if kinds[name] is int and not value.isdigit(): raise UserError(f"--{name} {value}: it takes a whole number from 0 on.")
+        if kinds[name] is int and not value.isdigit():
+            raise UserError(f"--{name} {value}: it takes a whole number from 0 on.")
         options[name] = kinds[name](value)
     overrides = [w for w in words if "=" in w and not Path(w).expanduser().exists()]
     names = [w for w in words if w not in overrides]
-    if len(names) > 1: raise UserError(f"One dataset at a time: {' and '.join(names)} are {len(names)}. A value goes with its key: key=value.")
+    if len(names) > 1:
+        raise UserError(f"One dataset at a time: {' and '.join(names)} are {len(names)}. A value goes with its key: "
+                        "key=value.")
     if not names and not any(o.lstrip("+").startswith(("dataset=", "dataset_args.dataset_name=")) for o in overrides):
-        raise UserError(f"Name a dataset: a preset ({', '.join(config.preset_names('dataset'))}), a path or a hub name.")
+        raise UserError(f"Name a dataset: a preset ({', '.join(config.preset_names('dataset'))}), a path or a hub "
+                        "name.")
     return (names or [None])[0], overrides, options
 
 # %% ../../nbs/75_view/2_dataset.ipynb #369adabf
@@ -501,7 +543,8 @@ def print_inspection(
     "Everything about a dataset, for a terminal"
     print("\n".join(head_lines(i)))
     for n in training_notices(i): print(f"! {printable_line(n, 1000)}")
-    for title, table in (("dropped", drop_table(i)), ("sources", source_table(i)), ("lengths in tokens, before any cut", length_table(i))):
+    for title, table in (("dropped", drop_table(i)), ("sources", source_table(i)),
+                         ("lengths in tokens, before any cut", length_table(i))):
         if len(table): print(f"\n{title}\n{as_text(table)}")
         for line in drop_details(i) if title == "dropped" else []: print(line)
     picked = sample_rows(i, rows)
@@ -524,7 +567,8 @@ def run_inspection(
     "`post-training inspect ...`; mistakes of the user's raise"
     if not argv or {"-h", "--help", "help"} & {*argv}: print(inspect_usage()); return 0
     name, overrides, o = parse_inspect_args(argv)
-    if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="backslashreplace") # whatever a terminal's encoding
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace") # whatever a terminal's encoding
     quiet_libraries()
     i = open_inspection(name, overrides, o["split"])
     colour = not os.environ.get("NO_COLOR")
@@ -579,7 +623,8 @@ def template_facts(
             ends = [] if isinstance(can["several_turns"], Refused) else turn_end_tokens(can["several_turns"])
             special = encoder_for(tokenizer).is_special
             shown = [tokenizer.decode([t]) if special[t] else "" for t in ends] or ["", ""]
-            out.append(dict(template=name, **{k: not isinstance(v, Refused) for k, v in can.items()}, first_end=shown[0], last_end=shown[-1]))
+            out.append(dict(template=name, **{k: not isinstance(v, Refused) for k, v in can.items()},
+                            first_end=shown[0], last_end=shown[-1]))
     finally: tokenizer.chat_template = own
     return pd.DataFrame(out)
 
@@ -590,16 +635,24 @@ def templates_html(
     names=tuple(CHAT_TEMPLATES), # which templates
 )->HtmlText:
     "One conversation in each template, with its mask in colours, and what each template can carry"
-    facts, own, out = template_facts(tokenizer, names), tokenizer.chat_template, []
+    facts = template_facts(tokenizer, names)
+    own = tokenizer.chat_template
+    out = []
     try:
         for f in facts.to_dict("records"):
             tokenizer.chat_template = template_text(f["template"])
             chat = encode_conversation(tokenizer, messages)
-            shown = f"<i>{_escape(chat.detail)}</i>" if isinstance(chat, Refused) else colour_html(tokenizer, chat.input_ids, chat.completion_mask, legend=False)
-            size = "" if isinstance(chat, Refused) else f"{len(chat)} tokens, {int(chat.completion_mask.sum())} trained<br>"
+            shown = (f"<i>{_escape(chat.detail)}</i>" if isinstance(chat, Refused)
+                     else colour_html(tokenizer, chat.input_ids, chat.completion_mask, legend=False))
+            size = ("" if isinstance(chat, Refused)
+                    else f"{len(chat)} tokens, {int(chat.completion_mask.sum())} trained<br>")
             takes = ", ".join(k.replace("_", " ") for k in CONVERSATION_KINDS if f[k])
-            ends = ", the last in ".join(f"<code>{_escape(t)}</code>" if t else "nothing" for t in dict.fromkeys((f["first_end"], f["last_end"])))
-            out.append(f'<tr><td style="text-align:left;vertical-align:top"><b>{f["template"]}</b><br><span style="font-size:85%">{size}'
-                       f'takes {takes}<br>answers end in {ends}</span></td><td style="text-align:left;vertical-align:top">{shown}</td></tr>')
+            ends = ", the last in ".join(f"<code>{_escape(t)}</code>" if t else "nothing"
+                                         for t in dict.fromkeys((f["first_end"], f["last_end"])))
+            out.append(f'<tr><td style="text-align:left;vertical-align:top"><b>{f["template"]}</b><br><span '
+                       f'style="font-size:85%">{size}'
+                       f'takes {takes}<br>answers end in {ends}</span></td><td '
+                       f'style="text-align:left;vertical-align:top">{shown}</td></tr>')
     finally: tokenizer.chat_template = own
-    return HtmlText(f'<table style="width:100%;table-layout:fixed"><colgroup><col style="width:32%"><col></colgroup>{"".join(out)}</table>')
+    return HtmlText('<table style="width:100%;table-layout:fixed"><colgroup><col '
+                    f'style="width:32%"><col></colgroup>{"".join(out)}</table>')

@@ -43,7 +43,8 @@ def as_table(
     columns = columns or list(rows[0])
     cells = [[format_cell(r.get(c)) for c in columns] for r in rows]
     if markdown:
-        return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in [columns, ["---"]*len(columns), *cells])
+        return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in line) + " |"
+                         for line in [columns, ["---"]*len(columns), *cells])
     width = [max(len(line[i]) for line in [columns, *cells]) for i in range(len(columns))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, width)).rstrip() for line in [columns, *cells])
 
@@ -78,14 +79,16 @@ def runs_table(
     sort:str=None, # by this number, as `recorded_number` finds it, the largest first; with - before it the smallest
 )->list[dict]: # one row per run, the last started first; with `sort` its number too
     "What runs there are"
-    if status not in (None, *STATES): raise UserError(f"--status {status}: {', '.join(STATES)}.{did_you_mean(status, STATES)}")
+    if status not in (None, *STATES):
+        raise UserError(f"--status {status}: {', '.join(STATES)}.{did_you_mean(status, STATES)}")
     rows = []
     for path in all_runs(root):
         r = read_record(path)
         attempts = r.get("attempts") or [{}]
-        row = dict(run=path.name, stage=r.get("stage"), job_subdir=(r.get("config") or {}).get("job_subdir"), status=run_status(path, r),
-                   attempts=len(r.get("attempts") or []), started=(attempts[-1].get("started") or "")[:16],
-                   loss=(r.get("final") or {}).get("train_loss"), accuracy=headline_evaluation(r).get("accuracy"), folder=str(path))
+        row = dict(run=path.name, stage=r.get("stage"), job_subdir=(r.get("config") or {}).get("job_subdir"),
+                   status=run_status(path, r), attempts=len(r.get("attempts") or []),
+                   started=(attempts[-1].get("started") or "")[:16], loss=(r.get("final") or {}).get("train_loss"),
+                   accuracy=headline_evaluation(r).get("accuracy"), folder=str(path))
         if stage and row["stage"] != stage.replace("-", "_") or status and row["status"] != status: continue
         if text and text not in f"{path} {' '.join(map(str, r.get('overrides') or []))}": continue
         rows.append(row | ({sort.lstrip("-"): recorded_number(r, row, sort.lstrip("-"))} if sort else {}))
@@ -93,7 +96,8 @@ def runs_table(
     if not sort or not rows: return rows
     key, sign = sort.lstrip("-"), 1 if sort.startswith("-") else -1
     if all(r[key] is None for r in rows):
-        raise UserError(f"--sort {key}: none of these runs recorded such a number. accuracy, loss, and the end of any dotted key of a record.json will do.")
+        raise UserError(f"--sort {key}: none of these runs recorded such a number. accuracy, loss, and the end of any "
+                        "dotted key of a record.json will do.")
     return sorted(rows, key=lambda r: (r[key] is None, sign*(r[key] or 0)))
 
 # %% ../../nbs/75_view/1_report.ipynb #985859bc
@@ -102,12 +106,14 @@ def show_run(
 )->str:
     "A run in some lines: state, attempts, checkpoints, results, what was typed"
     r, run_dir = read_record(run_dir), Path(run_dir)
-    lines = [f"{r.get('stage')}  {run_dir.name}  {run_status(run_dir, r)}", f"record      {run_dir/'record.json'}", f"checkpoints {r.get('checkpoints_dir')}"]
+    lines = [f"{r.get('stage')}  {run_dir.name}  {run_status(run_dir, r)}", f"record      {run_dir/'record.json'}",
+             f"checkpoints {r.get('checkpoints_dir')}"]
     if r.get("overrides"): lines.append("typed       " + " ".join(map(str, r["overrides"])))
     if r.get("stopped"): lines.append(f"stopped     {r['stopped']}")
     for a in r.get("attempts") or []:
         changed = f", changed {', '.join(a['changed'])}" if a.get("changed") else ""
-        lines.append(f"attempt {a['number']}   {a.get('began_as')} {a['started']}, exit {a.get('exit', 'none yet' if run_status(run_dir, r) == 'running' else 'killed')}{changed}")
+        lines.append(f"attempt {a['number']}   {a.get('began_as')} {a['started']}, exit "
+                     f"{a.get('exit', 'none yet' if run_status(run_dir, r) == 'running' else 'killed')}{changed}")
         said = f"then {a['then']}" if a.get("then") else (a.get("error") or "").split("\n")[0]
         if said: lines.append(f"            {said}")
     for kind in ("final", "counts", "evaluation"):
@@ -125,9 +131,11 @@ def diff_runs(
     "What differs: the config's keys, then the last value of each metric"
     flat, last = [], []
     for p in (a, b):
-        flat.append({k: v for k, v in flatten(yaml.safe_load((Path(p)/"config.yaml").read_text())).items() if k.split(".")[0] not in ("run_dir", "resuming_dir", "resuming_hash")})
+        flat.append({k: v for k, v in flatten(yaml.safe_load((Path(p)/"config.yaml").read_text())).items()
+                     if k.split(".")[0] not in ("run_dir", "resuming_dir", "resuming_hash")})
         last.append({k: v for row in read_metrics(p) for k, v in row.items() if isinstance(v, (int, float))})
-    rows = [dict(key=k, first=x.get(k), second=y.get(k)) for x, y in (flat, last) for k in sorted({*x, *y}) if x.get(k) != y.get(k)]
+    rows = [dict(key=k, first=x.get(k), second=y.get(k)) for x, y in (flat, last) for k in sorted({*x, *y})
+            if x.get(k) != y.get(k)]
     return rows
 
 # %% ../../nbs/75_view/1_report.ipynb #a77f1520
@@ -139,23 +147,30 @@ def verify_run(
     r, cfg = read_record(run_dir), yaml.safe_load((run_dir/"config.yaml").read_text())
     commit = (r.get("attempts") or [{}])[0].get("git", {}).get("commit")
     if config_hash(cfg, commit) != r.get("hash"): wrong.append("config.yaml has another hash than record.json says")
-    if not run_dir.name.endswith(f"-{(r.get('hash') or '')[:8]}"): wrong.append(f"the folder's name does not end with the hash {(r.get('hash') or '')[:8]}")
+    if not run_dir.name.endswith(f"-{(r.get('hash') or '')[:8]}"):
+        wrong.append(f"the folder's name does not end with the hash {(r.get('hash') or '')[:8]}")
     pages = [r, *(r.get("earlier") or [])]
     for page in pages:
         folder = Path(page.get("checkpoints_dir") or "")
         for p in list_checkpoints(folder): wrong += [f"{folder.name}/{p.name}: {w}" for w in verify_manifest(p)]
         final = page.get("status") == "finished" and final_checkpoint(page, folder)
-        if (page.get("final") or {}).get("output"): wrong += [] if page is not r or str(page["final"]["output"]).startswith("hub:") else verify_manifest(final)
-        elif page.get("status") == "finished" and not (final and final.is_dir()): wrong.append(f"the final checkpoint of generation {page.get('generation')} is not there")
+        if (page.get("final") or {}).get("output"):
+            wrong += [] if page is not r or str(page["final"]["output"]).startswith("hub:") else verify_manifest(final)
+        elif page.get("status") == "finished" and not (final and final.is_dir()):
+            wrong.append(f"the final checkpoint of generation {page.get('generation')} is not there")
     return wrong
 
 # %% ../../nbs/75_view/1_report.ipynb #634e73c6
-PANELS = {"loss": ("loss", "eval_loss", "eval_prompt_loss", "eval_completion_loss"), "learning rate": ("learning_rate",), "gradient norm": ("grad_norm",),
-          "token accuracy": ("eval_mean_token_accuracy", "eval_prompt_token_accuracy", "eval_completion_token_accuracy")}
+PANELS = {"loss": ("loss", "eval_loss", "eval_prompt_loss", "eval_completion_loss"),
+          "learning rate": ("learning_rate",), "gradient norm": ("grad_norm",),
+          "token accuracy": ("eval_mean_token_accuracy", "eval_prompt_token_accuracy",
+                             "eval_completion_token_accuracy")}
 
 # %% ../../nbs/75_view/1_report.ipynb #064876f2
-PAIR_PANELS = {"loss": ("loss", "eval_loss"), "log-ratio to the reference, nats": ("chosen_log_ratio", "rejected_log_ratio"), "gradient norm": ("grad_norm",),
-               "chosen beats rejected": ("implicit_accuracy", "eval_implicit_accuracy")} # where pairs of answers are trained on
+# where pairs of answers are trained on
+PAIR_PANELS = {
+    "loss": ("loss", "eval_loss"), "log-ratio to the reference, nats": ("chosen_log_ratio", "rejected_log_ratio"),
+    "gradient norm": ("grad_norm",), "chosen beats rejected": ("implicit_accuracy", "eval_implicit_accuracy")}
 
 # %% ../../nbs/75_view/1_report.ipynb #bb77c95c
 def plot_curves(
@@ -188,7 +203,8 @@ def show_config(
     notices = "".join(f"\n- {n}" for n in composed.notices)
     table = as_table(rows, markdown=True) if rows else "Nothing differs from these presets."
     chosen = ", ".join(f"`{group}={name}`" for group, name in composed.choices.items())
-    return Markdown(f"Presets: {chosen}\n\n{table}\n{notices}\n\n<details><summary>The whole config</summary>\n\n```yaml\n{whole}```\n</details>")
+    return Markdown(f"Presets: {chosen}\n\n{table}\n{notices}\n\n<details><summary>The whole "
+                    f"config</summary>\n\n```yaml\n{whole}```\n</details>")
 
 # %% ../../nbs/75_view/1_report.ipynb #6f7615ee
 def show_counts(
@@ -197,7 +213,8 @@ def show_counts(
     "Counts of rows and tokens, in and out and dropped by reason, as a table"
     from IPython.display import Markdown
     told = {k.replace("_", " ").replace(".", ": "): v for k, v in flatten(counts).items() if v != {}}
-    return Markdown(as_table([dict(what=k, number=f"{v:,}" if isinstance(v, int) else v) for k, v in told.items()], markdown=True))
+    return Markdown(as_table([dict(what=k, number=f"{v:,}" if isinstance(v, int) else v) for k, v in told.items()],
+                             markdown=True))
 
 # %% ../../nbs/75_view/1_report.ipynb #a78d75f7
 def show_rows(
@@ -250,8 +267,9 @@ def show_arithmetic(
     "What one step is, how many there are, and what they will need"
     from IPython.display import Markdown
     b, t = batch_arithmetic(cfg), cfg["training_args"]
-    facts = {"processes": b["world_size"], f"{'packs' if packs else 'rows'} per process and micro-batch": b["per_device"], "accumulation": b["accumulation"],
-             f"global batch, {'packs' if packs else 'rows'}": b["global_batch"]}
+    facts = {"processes": b["world_size"],
+             f"{'packs' if packs else 'rows'} per process and micro-batch": b["per_device"],
+             "accumulation": b["accumulation"], f"global batch, {'packs' if packs else 'rows'}": b["global_batch"]}
     steps, units = t.get("max_steps") or -1, packs or rows
     if rows:
         per_epoch = units//b["global_batch"] if t.get("dataloader_drop_last") else -(-units//b["global_batch"])
@@ -260,8 +278,10 @@ def show_arithmetic(
     per_step = tokens*b["global_batch"]//max(units, 1)
     if tokens: facts |= {"tokens per epoch": tokens, "tokens per step, on average": per_step}
     if steps > 0: facts["steps"] = steps
-    foreseen = estimate_text(cfg, per_step*max(steps, 0), tokens//rows if rows and tokens else None, markdown=True, reference_tokens=tokens)
-    return Markdown(as_table([dict(what=k, number=f"{v:,}") for k, v in facts.items()], markdown=True) + f"\n\n{foreseen}")
+    foreseen = estimate_text(cfg, per_step*max(steps, 0), tokens//rows if rows and tokens else None, markdown=True,
+                             reference_tokens=tokens)
+    return Markdown(as_table([dict(what=k, number=f"{v:,}") for k, v in facts.items()], markdown=True)
+                    + f"\n\n{foreseen}")
 
 # %% ../../nbs/75_view/1_report.ipynb #78355e6c
 def show_evaluation(
@@ -270,12 +290,16 @@ def show_evaluation(
 ):
     "Accuracy before and after, in all and by skill"
     from IPython.display import Markdown
-    def rates(e): return {"all": (e or {}).get("accuracy"), **{k: v.get("accuracy") if isinstance(v, dict) else v for k, v in ((e or {}).get("skills") or {}).items()}}
+    def rates(e):
+        return {"all": (e or {}).get("accuracy"),
+                **{k: v.get("accuracy") if isinstance(v, dict) else v
+                   for k, v in ((e or {}).get("skills") or {}).items()}}
     b, a = rates(before), rates(after)
     if not before and not after: return Markdown("No evaluation: evaluation.num_prompts is 0.")
     rows = [dict(skill=k, before=b.get(k), after=a.get(k)) for k in {**b, **a}]
     notice = next((f"\n\n**{e['notice']}**" for e in (before, after) if e and e.get("notice")), "")
-    return Markdown(as_table([{k: f"{100*v:.1f} %" if isinstance(v, (int, float)) else v for k, v in r.items()} for r in rows], markdown=True) + notice)
+    return Markdown(as_table([{k: f"{100*v:.1f} %" if isinstance(v, (int, float)) else v for k, v in r.items()}
+                              for r in rows], markdown=True) + notice)
 
 # %% ../../nbs/75_view/1_report.ipynb #a9f2867a
 def estimate_vs_measured(
@@ -288,11 +312,13 @@ def estimate_vs_measured(
     cpu, rates = e.get("device") == "cpu", [x["perf/tokens_per_second"] for x in lines]
     peak = r.get("peak_memory_gib") or max((x.get("perf/peak_memory_gib") or 0 for x in lines), default=None) or None
     speed = median(rates[min(5, len(rates)//2):]) if rates else None
-    what = "peak memory, GiB (measured: the whole process)" if cpu else "peak memory, GiB (estimated: without the reserve)"
+    what = ("peak memory, GiB (measured: the whole process)" if cpu
+            else "peak memory, GiB (estimated: without the reserve)")
     rows = [dict(what=what, estimated=e["memory"]["total"] - e["memory"]["reserve"], measured=peak),
             dict(what="tokens per second", estimated=e.get("tokens_per_second"), measured=speed)]
     if e.get("tokens_per_second") and speed:
-        rows.append(dict(what="share of the peak reached, %", estimated=100*e["utilization"], measured=100*e["utilization"]*speed/e["tokens_per_second"]))
+        rows.append(dict(what="share of the peak reached, %", estimated=100*e["utilization"],
+                         measured=100*e["utilization"]*speed/e["tokens_per_second"]))
     return rows
 
 # %% ../../nbs/75_view/1_report.ipynb #0a022e2f
@@ -302,11 +328,14 @@ def show_record(
     "What is kept of a run, and where; the estimate beside what was measured"
     from IPython.display import Markdown
     r, run_dir = read_record(run_dir), Path(run_dir)
-    status = "finished" if r.get("final") and r.get("status") == "finished" else run_status(run_dir, r) # this attempt is about to end
-    facts = {"run": run_dir.name, "status": status, "hash": (r.get("hash") or "")[:16], "attempts": len(r.get("attempts") or []), "generation": r.get("generation")}
+    # this attempt is about to end
+    status = "finished" if r.get("final") and r.get("status") == "finished" else run_status(run_dir, r)
+    facts = {"run": run_dir.name, "status": status, "hash": (r.get("hash") or "")[:16],
+             "attempts": len(r.get("attempts") or []), "generation": r.get("generation")}
     facts |= {k: v for k, v in flatten(r.get("final") or {}).items() if not isinstance(v, (list, dict))}
     beside, e = estimate_vs_measured(run_dir), r.get("estimate") or {}
-    foreseen = f"\n\n{as_table(beside, markdown=True)}\n\n{e.get('assumed', '')}" if beside else f"\n\nNo estimate of memory and speed: {e['reason']}" if e.get("reason") else ""
+    foreseen = (f"\n\n{as_table(beside, markdown=True)}\n\n{e.get('assumed', '')}" if beside
+                else f"\n\nNo estimate of memory and speed: {e['reason']}" if e.get("reason") else "")
     return Markdown(as_table([dict(what=k, value=v) for k, v in facts.items()], markdown=True) + foreseen)
 
 # %% ../../nbs/75_view/1_report.ipynb #32a2e93a
@@ -315,8 +344,10 @@ def show_identity(
 ):
     "Which run this is, and whether it begins, goes on, or is done"
     from IPython.display import Markdown
-    what = dict(new="a new run", resume="goes on from its newest verified checkpoint", done="finished, and what it made verifies: it is shown, not run again")
-    facts = {"run": attempt.run_dir.name, "hash": attempt.hash[:16], "attempt": attempt.number, "state": what[attempt.status]}
+    what = dict(new="a new run", resume="goes on from its newest verified checkpoint",
+                done="finished, and what it made verifies: it is shown, not run again")
+    facts = {"run": attempt.run_dir.name, "hash": attempt.hash[:16], "attempt": attempt.number,
+             "state": what[attempt.status]}
     return Markdown(as_table([dict(what=k, value=v) for k, v in facts.items()], markdown=True))
 
 # %% ../../nbs/75_view/1_report.ipynb #a0ac7cbb
@@ -344,7 +375,9 @@ def anonymise(
     names:dict[str, str], # text of this machine -> what stands for it
 ):
     "Without secrets, this machine's names and absolute paths; data of pictures is left alone"
-    if isinstance(obj, dict): return {k if "/" not in str(k) else anonymise(k, names): v if str(k).startswith("image/") else anonymise(v, names) for k, v in redact(obj).items()}
+    if isinstance(obj, dict):
+        return {k if "/" not in str(k) else anonymise(k, names): v if str(k).startswith("image/")
+                else anonymise(v, names) for k, v in redact(obj).items()}
     if isinstance(obj, list): return [anonymise(v, names) for v in obj]
     if not isinstance(obj, str): return obj
     for old, new in names.items(): obj = re.sub(rf"(?<![\w-]){re.escape(old)}(?![\w-])", lambda m: new, obj)
@@ -356,12 +389,14 @@ def machine_names(
 )->dict[str, str]: # text -> what stands for it, the longest first
     "What tells where a run was made"
     cfg = record.get("config") or {}
-    places = {str(site_path(cfg.get(f"{k}_dir") or k)): k for k in ("artifacts", "runs")} | {str(project_root()): ".", str(Path.home()): "~"}
+    places = {str(site_path(cfg.get(f"{k}_dir") or k)): k
+              for k in ("artifacts", "runs")} | {str(project_root()): ".", str(Path.home()): "~"}
     hosts = {socket.gethostname(), *((a.get("host") or {}).get("name", "") for a in record.get("attempts") or [])}
     try: people = {getpass.getuser()} - {"root"}
     except (KeyError, OSError): people = set()
     entity = (cfg.get("wandb") or {}).get("entity")
-    names = places | {h: "[host]" for h in hosts if len(h) > 3 and h != "localhost"} | {p: "[user]" for p in people if len(p) > 2} | ({entity: "[entity]"} if entity else {})
+    names = (places | {h: "[host]" for h in hosts if len(h) > 3 and h != "localhost"}
+             | {p: "[user]" for p in people if len(p) > 2} | ({entity: "[entity]"} if entity else {}))
     return dict(sorted(((k, v) for k, v in names.items() if k != "/"), key=lambda kv: -len(kv[0])))
 
 # %% ../../nbs/75_view/1_report.ipynb #83be0d44
@@ -371,7 +406,8 @@ def downsample(
 )->list[dict]:
     "Every second, third ... line of training, and all of the evaluations, until the lines are few enough"
     for every in range(1, len(rows) + 1):
-        kept = [r for i, r in enumerate(rows) if i % every == 0 or i == len(rows) - 1 or any(k.startswith("eval_") for k in r)]
+        kept = [r for i, r in enumerate(rows)
+                if i % every == 0 or i == len(rows) - 1 or any(k.startswith("eval_") for k in r)]
         if sum(len(json.dumps(r)) + 1 for r in kept) <= max_chars: return kept
     return rows[-1:]
 
@@ -382,10 +418,13 @@ def shrink_notebook(
 )->dict:
     "Replace the largest outputs until a notebook is small enough"
     while len(json.dumps(nb).encode()) > max_bytes:
-        outputs = [(len(json.dumps(o)), o) for c in nb["cells"] for o in c.get("outputs") or [] if not o.get("left_out")]
+        outputs = [(len(json.dumps(o)), o) for c in nb["cells"] for o in c.get("outputs") or []
+                   if not o.get("left_out")]
         if not outputs: raise UserError(f"The notebook's sources alone are over {max_bytes:,} bytes.")
         size, largest = max(outputs, key=lambda so: so[0])
-        largest.clear(); largest.update(output_type="stream", name="stdout", text=[f"(an output of {size:,} bytes is left out)\n"], left_out=True)
+        largest.clear()
+        largest.update(output_type="stream", name="stdout", text=[f"(an output of {size:,} bytes is left out)\n"],
+                       left_out=True)
     for c in nb["cells"]:
         for o in c.get("outputs") or []: o.pop("left_out", None)
     return nb
@@ -403,8 +442,10 @@ def keep_run(
     "Copy a finished run's config, record, metrics and notebook, redacted and small, to be kept in git"
     run_dir, r = Path(run_dir), read_record(run_dir)
     name = name or run_dir.name
-    if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."): raise UserError(f"{name!r} is no name for a folder. Use letters, digits, dots and dashes.")
-    if run_status(run_dir, r) != "finished": raise UserError(f"{run_dir.name} is {run_status(run_dir, r)}: only a finished run is kept.")
+    if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
+        raise UserError(f"{name!r} is no name for a folder. Use letters, digits, dots and dashes.")
+    if run_status(run_dir, r) != "finished":
+        raise UserError(f"{run_dir.name} is {run_status(run_dir, r)}: only a finished run is kept.")
     names = machine_names(r)
     for a in r.get("attempts") or []:
         a.pop("pid", None); (a.get("git") or {}).update(diff=None, untracked=[])
@@ -415,13 +456,15 @@ def keep_run(
         (out/"config.yaml").write_text(yaml.safe_dump(cfg, sort_keys=False, allow_unicode=True))
         rows = downsample(read_metrics(run_dir), max_bytes//4)
         if rows: (out/"metrics.jsonl").write_text("".join(json.dumps(to_json_types(x)) + "\n" for x in rows))
-        _keep_notebook(run_dir/f"{r['stage']}.ipynb", out, names, max_bytes - sum(p.stat().st_size for p in out.iterdir()))
+        _keep_notebook(run_dir/f"{r['stage']}.ipynb", out, names,
+                       max_bytes - sum(p.stat().st_size for p in out.iterdir()))
     return Path(into or project_root()/"runs/examples")/name
 
 # %% ../../nbs/75_view/1_report.ipynb #cfcb9a23
 def _keep_notebook(path:Path, out:Path, names:dict, max_bytes:int):
     "The redacted, shrunk, read-only copy of an executed notebook, where there is one"
-    if max_bytes < 0: raise UserError(f"Record and config of {path.parent.name} alone are over the limit by {-max_bytes:,} bytes.")
+    if max_bytes < 0:
+        raise UserError(f"Record and config of {path.parent.name} alone are over the limit by {-max_bytes:,} bytes.")
     if not path.exists(): return
     nb = shrink_notebook(anonymise(json.loads(path.read_text()), names), int(.8*max_bytes))
     (out/path.name).write_text(json.dumps(nb, indent=1, ensure_ascii=False) + "\n")
