@@ -73,10 +73,10 @@ hooks: env ## the pre-commit hooks over all files
 NBDEV_TEST = $(RUN) $(TESTING) xargs -P $(WORKERS) -I{} nbdev_test --path {} --n_workers 0 --timing $(1) | grep -v '^Success\.$$'
 
 notebooks: env ## run the notebooks without their slow cells; the benchmarks are slow ones
-	@$(call say,notebooks); $(ROOTED); find nbs -name '*.ipynb' -not -path '*/.*' -not -name '*bench_*' | sort | $(call NBDEV_TEST)
+	@$(call say,notebooks); $(ROOTED); find nbs -name '*.ipynb' -not -path '*/.*' -not -path 'nbs/90_bench/*' -not -path 'nbs/benchmarks/*' | sort | $(call NBDEV_TEST)
 
 slow-notebooks: env ## run the notebooks that have slow cells, with them, and the benchmarks
-	@$(call say,notebooks with slow cells); $(ROOTED); (grep -rlE --include='*.ipynb' --exclude-dir=.ipynb_checkpoints '"#\| *slow' nbs; ls nbs/*_bench_*.ipynb nbs/recipes/bench_*.ipynb) | sort -u | $(call NBDEV_TEST,--flags slow)
+	@$(call say,notebooks with slow cells); $(ROOTED); (grep -rlE --include='*.ipynb' --exclude-dir=.ipynb_checkpoints '"#\| *slow' nbs; ls nbs/90_bench/*.ipynb nbs/benchmarks/*.ipynb) | sort -u | $(call NBDEV_TEST,--flags slow)
 
 lab: env ## JupyterLab on the notebooks
 	@$(RUN) jupyter lab --notebook-dir=. $(LAB) nbs/index.ipynb
@@ -84,8 +84,9 @@ lab: env ## JupyterLab on the notebooks
 bench: env ## the benchmarks beside what one would use instead, into runs/bench, and a table of wanted ratios (BENCH="masks sft": only these)
 	@$(RUN) python -m post_training.bench.records $(BENCH)
 
-readme: env ## README.md from nbs/index.ipynb
+readme: env ## README.md from nbs/index.ipynb, nbs/README.md from the notebooks' titles
 	@$(RUN) jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed 's#](\.\./#](#g' > README.md
+	@$(RUN) python nbs/notebook_map.py > nbs/README.md
 
 clean: ## remove the environment and caches; runs/ and artifacts/ stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis

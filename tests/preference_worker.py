@@ -30,20 +30,21 @@ def make_pairs():
 
 def make_trainer(case, folder, data, lines, model=None):
     "The trainer of a case"
-    from post_training.tokens.collate import PackCollator, PadCollator, PairCollator, empty_pair
+    from post_training.tokens.collate import PackCollator, PadCollator, PairCollator
+    from post_training.training.data_order import PackingPlan
     from post_training.training.preference import preference_config, objective_from_args
-    from post_training.training.trainer import SFTTrainer
+    from post_training.training.trainer import SFTTrainer, TrainerHooks
 
     Watched = watched(SFTTrainer)
-    bins = [[int(i)] for i in range(ROWS)] if case.get("packed") else None
-    collator = PairCollator(PackCollator() if bins else PadCollator(pad_token_id=0, padding_side=case.get("side", "right")))
+    packs = [[int(i)] for i in range(ROWS)] if case.get("packed") else None
+    collator = PairCollator(PackCollator() if packs else PadCollator(pad_token_id=0, padding_side=case.get("side", "right")))
     args = dict(per_device_train_batch_size=case["per_device"], gradient_accumulation_steps=case["accumulation"], optim="sgd", learning_rate=RATE, bf16=False,
                 lr_scheduler_type="constant", warmup_steps=0, max_grad_norm=1e9, num_train_epochs=2, logging_steps=1, seed=9, weight_decay=0.0,
                 activation_checkpointing=False, eval_strategy="epoch", per_device_eval_batch_size=case["per_device"], save_strategy="no")
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     objective = objective_from_args(case["args"])
-    return Watched(model or adapted(make_model(), case), preference_config(args | case["args"], folder, cpu=True, deepspeed=deepspeed), data, make_tokenizer(), collator, empty_pair, objective,
-                   eval_dataset=data, bins=bins, eval_bins=bins, write_line=lines.append)
+    return Watched(model or adapted(make_model(), case), preference_config(args | case["args"], folder, cpu=True, deepspeed=deepspeed), data, make_tokenizer(), collator, objective,
+                   eval_dataset=data, packing=PackingPlan(packs, packs), hooks=TrainerHooks(lines.append))
 
 
 def other_model():

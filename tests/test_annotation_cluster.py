@@ -25,16 +25,16 @@ import os, sys
 if "post_training.stages.preference_data" in sys.orig_argv and "--shard" in sys.orig_argv:
     import time
     from pathlib import Path
-    from post_training import shards
+    from post_training.core import shards
     from post_training.core.files import UserError
-    told, keep, shard = Path(os.environ["POST_TRAINING_TEST"]), shards.encode_rows, sys.orig_argv[sys.orig_argv.index("--shard") + 1]
+    told, keep, shard = Path(os.environ["POST_TRAINING_TEST"]), shards.encode_results, sys.orig_argv[sys.orig_argv.index("--shard") + 1]
     def encode_rows(plan, batch, rows):
         with open(told/"batches", "a") as f: f.write(f"{shard}\\n")
         if (told/f"fault-{shard}").exists(): raise MemoryError("no more memory for this")
         if (told/f"mistake-{shard}").exists(): raise UserError("There is no such thing.")
         while (told/"wait").exists() and (told/"batches").read_text().splitlines().count(shard) > 1: time.sleep(0.1) # a first batch is made and saved
         return keep(plan, batch, rows)
-    shards.encode_rows = encode_rows
+    shards.encode_results = encode_rows
 """
 SERVER = """
 import json, sys, time

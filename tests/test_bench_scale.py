@@ -4,7 +4,7 @@ import math
 import pytest
 
 from post_training.core.files import UserError
-from post_training.bench.scale import zero_communication, expected_memory, fits_in_memory, bisect_largest, project_training, project_table, apertus_config
+from post_training.bench.scale import zero_communication, expected_memory, fits_in_memory, bisect_largest, project_training, project_table, apertus_config, ProjectionAssumptions
 from post_training.launch.model_sizes import flops_per_token, parameter_counts
 
 EIGHT, SEVENTY = "swiss-ai/Apertus-8B-2509", "swiss-ai/Apertus-70B-2509"
@@ -12,9 +12,9 @@ EIGHT, SEVENTY = "swiss-ai/Apertus-8B-2509", "swiss-ai/Apertus-70B-2509"
 
 @pytest.mark.parametrize("bound", [0, 1, 2, 3, 7, 8, 9, 31, 100, 1000])
 def test_the_largest_batch_is_found_in_few_tries(bound):
-    asked = []
-    assert bisect_largest(lambda n: asked.append(n) or n <= bound, 100) == min(bound, 100)
-    assert len(asked) == len(set(asked)) <= 2*math.log2(bound + 2) + 2 and max(asked) <= 100
+    tried = []
+    assert bisect_largest(lambda n: tried.append(n) or n <= bound, 100) == min(bound, 100)
+    assert len(tried) == len(set(tried)) <= 2*math.log2(bound + 2) + 2 and max(tried) <= 100
 
 
 def test_only_a_lack_of_memory_is_no_fit():
@@ -40,15 +40,14 @@ def test_bytes_of_zero():
 
 
 def test_projection_is_the_estimate_where_nothing_is_sent():
-    free = project_training(EIGHT, 64, network=1e18, nvlink=1e18, utilization=0.4)
+    free = project_training(EIGHT, 64, assumed=ProjectionAssumptions(network=1e18, nvlink=1e18, utilization=0.4))
     assert free["mfu"] == pytest.approx(0.4*flops_per_token(EIGHT)/flops_per_token(EIGHT, recompute=True))
-    peak = project_training(EIGHT, 1, device="h200", utilization=1, recompute=False, overlap=1)
+    peak = project_training(EIGHT, 1, device="h200", recompute=False, assumed=ProjectionAssumptions(utilization=1, overlap=1))
     assert peak["tokens_per_s_per_gpu"] == pytest.approx(20_470, rel=0.001) and flops_per_token(EIGHT)/1e9 == pytest.approx(48.3, abs=0.05)
 
 
 def test_overlap_hides_no_more_than_there_is():
-    slow = dict(network=1e8, zero_stage=3)
-    none, all_of_it = (project_training(SEVENTY, 512, overlap=o, **slow) for o in (0, 1))
+    none, all_of_it = (project_training(SEVENTY, 512, 3, assumed=ProjectionAssumptions(network=1e8, overlap=o)) for o in (0, 1))
     assert all_of_it["tokens_per_s_per_gpu"] > none["tokens_per_s_per_gpu"]
     assert 4096/all_of_it["tokens_per_s_per_gpu"] == pytest.approx(all_of_it["communication_s"], rel=1e-6) # then the network alone decides
 
@@ -61,6 +60,6 @@ def test_projected_days_and_memory():
 
 
 def test_sizes_are_those_of_the_model():
-    from post_training.bench.scale import build_bench_model
-    config = apertus_config(512, 64, 1, 96)
-    assert sum(p.numel() for p in build_bench_model(config).parameters()) == parameter_counts(config)["total"]
+    from post_training.bench.scale import ScaleModel, build_bench_model
+    model = ScaleModel(512, 64, 1, 96)
+    assert sum(p.numel() for p in build_bench_model(model).parameters()) == parameter_counts(model.config)["total"]

@@ -42,12 +42,12 @@ def test_no_tokens_by_vocabulary(many, tmp_path, loss, layout):
     "In a whole optimizer step nothing is half as large as a micro-batch's logits, not even as those of its scored positions"
     model = bench_model(vocab=VOCAB, hidden=32, layers=1)
     per_device = 3
-    scored = step_shape(many, loss, layout, per_device=per_device, line=600)["scored"] / 2  # two micro-batches; the larger has at least half
+    scored = step_shape(many, loss, layout, per_device=per_device, pack_length=600)["scored"] / 2  # two micro-batches; the larger has at least half
     assert 0 < largest_in(our_sft_trainer(model, many, tmp_path, layout, 1, per_device, 600, "cpu", loss)) < scored * VOCAB / 2
 
 
 def test_the_watch_sees_logits():
-    "The same watch does see them in the full-logits way"
+    "The same watcher does see full logits"
     model, batch = bench_model(vocab=VOCAB, hidden=32, layers=1), bench_batch(VOCAB, 2, 64)
     with Largest() as seen: full_logits_loss(model, batch, 0.).backward()
     assert seen.numel >= 2 * 63 * VOCAB
@@ -60,13 +60,13 @@ def test_no_tokens_by_vocabulary_with_pairs(tmp_path, kind):
 
     from post_training.bench.preference import bench_pairs
     from post_training.bench.sft import plain_tokenizer, sft_step_args
-    from post_training.tokens.collate import PadCollator, PairCollator, empty_pair
+    from post_training.tokens.collate import PadCollator, PairCollator
     from post_training.training.preference import preference_config, objective_from_args
     from post_training.training.trainer import SFTTrainer
 
     pairs, asked = bench_pairs(VOCAB, 2, 200), dict(sft_step_args(2, 1, 1), loss_type=kind, beta=0.1)
     data = Dataset.from_list(pairs)
-    trainer = SFTTrainer(bench_model(vocab=VOCAB, hidden=32, layers=1), preference_config(asked, tmp_path, cpu=True), data, plain_tokenizer(), PairCollator(PadCollator(0)), empty_pair,
+    trainer = SFTTrainer(bench_model(vocab=VOCAB, hidden=32, layers=1), preference_config(asked, tmp_path, cpu=True), data, plain_tokenizer(), PairCollator(PadCollator(0)),
                          objective_from_args(asked))
     trainer.save_nothing = True
     answers = sum(len(p[f"{s}_ids"]) for p in pairs for s in ("chosen", "rejected"))
@@ -88,10 +88,10 @@ def rows_through(trainer):
 @pytest.mark.parametrize("layout", BATCH_LAYOUTS)
 def test_positions_through_the_backbone(rows, tmp_path, layout):
     "As many as the arithmetic says; packed, that is the real tokens and no padding"
-    shape = step_shape(rows, "plw 0", layout, line=LINE)
+    shape = step_shape(rows, "plw 0", layout, pack_length=LINE)
     trainer = our_sft_trainer(bench_model(vocab=5000, **SIZES), rows, tmp_path, layout, pack_length=LINE)
-    assert rows_through(trainer) == {shape["places"]}
-    assert (shape["places"] == shape["real"]) is (layout == "packed")
+    assert rows_through(trainer) == {shape["positions"]}
+    assert (shape["positions"] == shape["real"]) is (layout == "packed")
 
 
 def addmm_inplace(self_shape, a_shape, b_shape, *args, out_shape=None, **kwargs):
@@ -110,7 +110,7 @@ def counted(trainer):
 def test_arithmetic_is_what_torch_counts(rows, tmp_path, loss, layout):
     "The formula of the notebook, to a thousandth: what is left out are the angles of the positions"
     model = bench_model(vocab=5000, **SIZES)
-    expected = step_flops(step_shape(rows, loss, layout, line=LINE), model_numbers(model))
+    expected = step_flops(step_shape(rows, loss, layout, pack_length=LINE), model_numbers(model))
     found = counted(our_sft_trainer(model, rows, tmp_path, layout, pack_length=LINE, loss=loss))
     assert found == pytest.approx(sum(expected.values()), rel=1e-3)
 
@@ -124,7 +124,7 @@ def test_scored_positions_are_the_weighted_ones(rows):
         answers += sum(weighted)
         targets += len(mask) - 1
         followed += sum(w or weighted[t - 1] for t, w in enumerate(weighted) if t > 0)
-    found = {loss: step_shape(rows, loss, "packed", line=LINE)["scored"] for loss in BENCH_SFT_LOSSES}
+    found = {loss: step_shape(rows, loss, "packed", pack_length=LINE)["scored"] for loss in BENCH_SFT_LOSSES}
     assert found == {"sft": targets, "plw 0": answers, "plw 0.1": targets, "ln-plw 0.1": targets, "irl": followed}
     assert answers <= followed <= targets and answers < targets
 
@@ -134,7 +134,7 @@ def test_head_follows_the_weighted_positions(rows, tmp_path):
     totals, shapes = {}, {}
     for loss in ("plw 0", "irl", "sft"):
         model = bench_model(vocab=5000, **SIZES)
-        totals[loss], shapes[loss] = counted(our_sft_trainer(model, rows, tmp_path / loss, "packed", pack_length=LINE, loss=loss)), step_shape(rows, loss, "packed", line=LINE)["scored"]
+        totals[loss], shapes[loss] = counted(our_sft_trainer(model, rows, tmp_path / loss, "packed", pack_length=LINE, loss=loss)), step_shape(rows, loss, "packed", pack_length=LINE)["scored"]
     per_position = 8 * SIZES["hidden"] * 5000
     for loss in ("irl", "sft"): assert totals[loss] - totals["plw 0"] == per_position * (shapes[loss] - shapes["plw 0"])
 
@@ -142,11 +142,11 @@ def test_head_follows_the_weighted_positions(rows, tmp_path):
 # -- the same training
 
 def first_loss(trainer):
-    from post_training.bench.sft import watch_epochs
+    from post_training.bench.measure import step_meter
 
-    trainer.add_callback(watch := watch_epochs())
+    trainer.add_callback(meter := step_meter())
     trainer.train()
-    return watch.losses[0]
+    return meter.losses[0]
 
 
 def test_all_ways_train_the_same(rows, tmp_path):
@@ -154,7 +154,7 @@ def test_all_ways_train_the_same(rows, tmp_path):
     from datasets import disable_progress_bars
 
     disable_progress_bars()
-    made = lambda make, layout, **kw: first_loss(make(bench_model(vocab=5000, **SIZES), rows, tmp_path / layout, layout, line=LINE, **kw))
+    made = lambda make, layout, **kw: first_loss(make(bench_model(vocab=5000, **SIZES), rows, tmp_path / layout, layout, pack_length=LINE, **kw))
     for loss in ("plw 0", "sft"):
         ours = [made(our_sft_trainer, layout, loss=loss) for layout in BATCH_LAYOUTS]
         trl = [made(trl_sft_trainer, layout, loss=loss) for layout in ("random", "group_by_length", "batch_rebalance", "packed")]

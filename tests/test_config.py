@@ -327,8 +327,9 @@ def test_threads_compose_at_the_same_time():
 # -- the table and the frozen file
 
 def test_key_table_is_that_of_the_installed_libraries():
-    "Regenerate: python -c 'from post_training.config import write_keys; write_keys()'"
-    assert json.loads((config.CONFIGS / "keys.json").read_text()) == config.trl_keys()
+    "Regenerate: python -c 'from post_training.training.arguments import write_keys; write_keys()'"
+    from post_training.training.arguments import trl_keys
+    assert json.loads((config.CONFIGS / "keys.json").read_text()) == trl_keys()
 
 
 def test_every_composed_training_argument_is_accepted_by_trl(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from post_training.core.files import UserError
 from post_training.launch.model_sizes import FAMILIES, dense_shape, flops_per_token, parameter_counts
 from post_training.launch.estimate import (
-    PRECISION_POLICIES, estimate_of, estimate_rows, head_memory, layer_activations, memory_per_gpu)
+    PRECISION_POLICIES, MemoryOptions, TrainShape, estimate_of, estimate_rows, head_memory, layer_activations, memory_per_gpu)
 
 SMALL = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=320, head_dim=32, pad_token_id=0)
 
@@ -104,7 +104,10 @@ def test_memory_grows_with_what_it_should():
     "More of anything never needs less, more GPUs never more (under ZeRO), and the parts are the total"
     base = dict(zero_stage=2, world_size=8, per_device_batch=2, seq_len=2048)
     model = "swiss-ai/Apertus-8B-2509"
-    total = lambda **kw: memory_per_gpu(model, **base | kw)["total"]
+
+    def total(head="fused", xielu_kernel=False, **kw):
+        return memory_per_gpu(model, TrainShape(**base | kw), MemoryOptions(head=head, xielu_kernel=xielu_kernel))["total"]
+
     large = dict(per_device_batch=16)
     assert total(**large) > total() and total(seq_len=32768) > total() and total(recompute=False) > total()
     assert total(world_size=64) < total() and total(zero_stage=3) < total() < total(zero_stage=1)

@@ -19,6 +19,7 @@ from post_training import run
 from post_training.core.files import UserError, atomic_dir, verify_manifest, write_manifest
 from post_training.tokens.masks import tokenize_chats
 from post_training.tokens.tokenizer import load_tokenizer
+from post_training.training.checkpoint import tensor_header
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def test_spoilt_weights_are_refused(tiny, copy, tmp_path):
     out, path = tmp_path / "out", copy / "model.safetensors"
     data, tensors = path.read_bytes(), load_file(tiny / "model.safetensors")
     path.write_bytes(data[:-7])
-    refused(copy, out, "it is cut")
+    refused(copy, out, "is truncated")
     path.write_bytes(b"")
     refused(copy, out, "not readable")
     save_file({k: v for k, v in tensors.items() if k != "lm_head.weight"}, path, metadata=dict(format="pt"))
@@ -152,7 +153,7 @@ def test_a_template_other_than_that_of_training_is_refused(tiny, tmp_path):
 def test_dtype_and_place(tiny, tmp_path, tmp_root):
     "A narrower dtype within its bound and not beyond; a folder of others is left alone; a push is refused before any work"
     result = made(tiny, tmp_path / "bf16", "dtype=bfloat16", "parity.dialogues=0")
-    assert {h["dtype"] for h in weights.weight_file_header(tmp_path / "bf16/model.safetensors")[0].values()} == {"BF16"} and 0 < result.logits["max_difference"] < 0.05 * result.logits["largest"]
+    assert {dtype for dtype, _ in tensor_header(tmp_path / "bf16/model.safetensors").values()} == {"BF16"} and 0 < result.logits["max_difference"] < 0.05 * result.logits["largest"]
     refused(tiny, tmp_path / "tight", "more than", "dtype=bfloat16", "parity.max_difference=1e-6", "parity.dialogues=0")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/mine.txt").write_text("x")

@@ -29,10 +29,11 @@ def below(folder, pattern):
 
 
 NOTEBOOKS = below(NBS, "*.ipynb")
-LIBRARY = [p for p in NOTEBOOKS if p.parent == NBS and p.name != "index.ipynb"]
+LIBRARY = [p for p in NOTEBOOKS if re.match(r"\d\d_", p.parent.name)]
 RECIPES = sorted((NBS / "recipes").glob("*.ipynb"))
+BENCHMARKS = sorted((NBS / "benchmarks").glob("bench_*.ipynb"))
 EXPERIMENTS = sorted((NBS / "experiments").glob("*.ipynb"))
-MODULES = [p for p in below(ROOT / "post_training", "*.py") if p.name not in ("__init__.py", "_modidx.py")]
+MODULES = [p for p in below(ROOT / "post_training", "*.py") if p.name not in ("__init__.py", "__main__.py", "_modidx.py")]
 PRESETS = sorted(p for p in (ROOT / "post_training" / "configs").glob("*/*.yaml") if p.parent.name != "plan")  # plans are composed in test_plan
 STAGES = sorted(p.stem for p in (ROOT / "post_training" / "configs").glob("*.yaml") if p.stem != "setup")
 
@@ -48,6 +49,12 @@ def exported(path):
     return [(i, DIRECTIVE.sub("", src).strip("\n")) for i, src, _ in cells(path) if EXPORT.search(src)]
 
 
+def module_of(nb):
+    "The module of a chapter: NN_wing/N_name.ipynb exports wing.name, and the entry points lie at the root"
+    wing, name = nb.parent.name.partition("_")[2], nb.stem.partition("_")[2]
+    return name if wing == "entry" else f"{wing}.{name}"
+
+
 def tags(cell):
     return cell["metadata"].get("tags", [])
 
@@ -56,12 +63,11 @@ def tags(cell):
 
 @pytest.mark.parametrize("nb", **names(LIBRARY))
 def test_name_title_and_module(nb):
-    "NN_pkg.module.ipynb exports pkg.module, and begins with a title and a one-line subtitle"
-    number, _, name = nb.stem.partition("_")
-    assert re.fullmatch(r"\d\d", number), "library notebooks are called NN_pkg.module.ipynb"
+    "NN_wing/N_name.ipynb exports wing.name, and begins with a title and a one-line subtitle"
+    assert re.fullmatch(r"\d\d?_\w+", nb.stem), "chapters are called NN_wing/N_name.ipynb"
     default_exp = [m[1] for _, src, _ in cells(nb) for m in re.finditer(r"^#\|\s*default_exp\s+(\S+)", src, re.M)]
-    assert default_exp == [name]
-    assert (ROOT / "post_training" / f"{name.replace('.', '/')}.py").is_file()
+    assert default_exp == [module_of(nb)]
+    assert (ROOT / "post_training" / f"{module_of(nb).replace('.', '/')}.py").is_file()
     first = cells(nb, "markdown")[0][1].splitlines()
     assert first[0].startswith("# ") and any(line.startswith("> ") for line in first[:4]), "title `# X`, then `> one line`"
     assert not any(line.startswith("- ") for line in first), "nbdev reads a list in the title's cell as front matter: give it a cell of its own"
@@ -108,7 +114,7 @@ def test_slow_cells_come_last_and_limits_are_told(nb):
 
 def test_no_module_without_notebook():
     "Every module is exported by a notebook that is there (nbdev never deletes)"
-    exported = {ROOT / "post_training" / f"{nb.stem.partition('_')[2].replace('.', '/')}.py" for nb in LIBRARY}
+    exported = {ROOT / "post_training" / f"{module_of(nb).replace('.', '/')}.py" for nb in LIBRARY}
     assert not set(MODULES) - exported
 
 
@@ -150,7 +156,7 @@ def test_export_and_clean_change_nothing(tmp_path):
 
 # -- recipes and stages
 
-@pytest.mark.parametrize("nb", **names(RECIPES + EXPERIMENTS))
+@pytest.mark.parametrize("nb", **names(RECIPES + BENCHMARKS + EXPERIMENTS))
 def test_recipe_is_short_and_defines_nothing(nb):
     "At most 12 cells, no def, no class, no lambda"
     assert len(json.loads(nb.read_text())["cells"]) <= 12
@@ -160,7 +166,7 @@ def test_recipe_is_short_and_defines_nothing(nb):
         assert not found, f"cell {i}: what is longer than a call belongs in the library"
 
 
-@pytest.mark.parametrize("nb", **names(RECIPES + EXPERIMENTS))
+@pytest.mark.parametrize("nb", **names(RECIPES + BENCHMARKS + EXPERIMENTS))
 def test_recipe_parameters(nb):
     "One tagged cell: at most ten flat typed literals, each with a comment that holds no equals sign"
     (_, src, _), = [c for c in cells(nb) if "parameters" in tags(c[2])]
@@ -181,24 +187,25 @@ def test_experiment_asks_and_answers(nb):
     told = recipe_parameters(nb)
     assert told["experiment"] == nb.stem and told["submit"] is False
     assert "?" in cells(nb, "markdown")[0][1], "the first cell asks the question"
-    answers = [text_of(o) for _, src, c in cells(nb) if re.search(r"\b(sweep|tabular|model_merging)\.answer\(", src) for o in c["outputs"]]
+    answers = [text_of(o) for _, src, c in cells(nb) if re.search(r"\b(sweep|claims|merging)_conclusion\(", src) for o in c["outputs"]]
     assert answers and answers[-1].strip().endswith("."), "run it: the kept copy shows its answer"
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_has_one_name_in_four_places(stage, tmp_root):
     "configs/STAGE.yaml, recipes/STAGE.ipynb, a function or module STAGE, runs/STAGE"
-    from post_training import config
-    from post_training import run
+    from post_training import config, run
     assert (NBS / "recipes" / f"{stage}.ipynb").is_file()
     entry = rf"^def {stage}\b"
-    assert (ROOT / "post_training" / f"{stage}.py").is_file() or any(re.search(entry, m.read_text(), re.M) for m in MODULES)
+    assert any(m.stem == stage or re.search(entry, m.read_text(), re.M) for m in MODULES)
     assert stage in Path(run.locate_run(config.compose(stage).cfg).run_dir).parts
     assert stage in config.stage_names()
 
 
-def test_recipes_are_stages_or_benchmarks():
-    assert not [nb.name for nb in RECIPES if nb.stem not in STAGES and not nb.stem.startswith("bench_")]
+def test_recipes_are_stages():
+    "recipes/ holds one notebook per stage, benchmarks/ the bench_* ones"
+    assert not [nb.name for nb in RECIPES if nb.stem not in STAGES]
+    assert not [nb.name for nb in (NBS / "benchmarks").glob("*.ipynb") if nb not in BENCHMARKS]
 
 
 @pytest.mark.parametrize("preset", **names(PRESETS, ROOT / "post_training" / "configs"))

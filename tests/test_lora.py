@@ -179,7 +179,7 @@ WRONG = {  # overrides, words of the message
     "rank 0": (["model_args.lora_r=0"], ["model_args.lora_r=0", "at least 1"]),
     "dropout 1": (["model_args.lora_dropout=1.0"], ["from 0 to below 1"]),
     "four bits": (["model_args.load_in_4bit=true"], ["load it in bfloat16"]),
-    "adapters not asked for": (["model_args.use_peft=false"], ["model_args.lora_r is set", "use_peft=true"]),
+    "adapters not asked for": (["model_args.use_peft=false"], ["model_args.lora_r=4 is not read", "use_peft=true"]),
     "misspelt": (["model_args.lora_rank=8"], ["lora_rank"]),
 }
 

@@ -306,16 +306,16 @@ def rows_of(texts, **columns):
 def test_duplicates_equal_a_comparison_of_all_pairs(seed, threshold, ngram):
     "No pair below the threshold is counted, and (at most one in a hundred at the threshold itself missed) none above is left out"
     texts = variants(seed)
-    grams = [count_duplicates.shingles(f"{t}\nYes, I think so.", ngram) for t in texts]
+    grams = [duplicates.shingles(f"{t}\nYes, I think so.", ngram) for t in texts]
     kept, exact, near = [], 0, 0
     for i, t in enumerate(texts):
         if t in texts[:i]: exact += 1
-        elif any(count_duplicates.jaccard(grams[i], grams[k]) >= threshold for k in kept): near += 1
+        elif any(duplicates.jaccard(grams[i], grams[k]) >= threshold for k in kept): near += 1
         else: kept.append(i)
     found = count_duplicates(rows_of(texts), threshold=threshold, ngram=ngram)
     assert found["exact"] == exact and near - 1 <= found["near"] <= near and near >= 2
     for e in count_duplicates(rows_of(texts), threshold=threshold, ngram=ngram, n_examples=100)["examples"]:
-        assert round(count_duplicates.jaccard(grams[int(e["id"])], grams[int(e["like"])]), 3) == e["similarity"] >= round(threshold, 3)
+        assert round(duplicates.jaccard(grams[int(e["id"])], grams[int(e["like"])]), 3) == e["similarity"] >= round(threshold, 3)
 
 
 def test_few_pairs_at_the_threshold_are_missed():
@@ -337,9 +337,9 @@ def test_copies_are_not_duplicates(folder):
 
 def test_overlap_equals_a_comparison_of_all_pairs():
     train, test = variants(7)[:200], variants(7)[150:] + variants(8, 10)
-    grams = [count_duplicates.shingles(t) for t in train]
+    grams = [duplicates.shingles(t) for t in train]
     exact = sum(t in train for t in test)
-    near = sum(t not in train and any(count_duplicates.jaccard(count_duplicates.shingles(t), g) >= 0.8 for g in grams) for t in test)
+    near = sum(t not in train and any(duplicates.jaccard(duplicates.shingles(t), g) >= 0.8 for g in grams) for t in test)
     here = count_overlap(rows_of(train), dict(test=rows_of(test)))["test"]
     assert here["prompt_exact"] == here["conversation_exact"] == exact >= 50 and near - 1 <= here["prompt_near"] <= near and near > 0
     assert here["rows"] == len(test) and exact + here["prompt_near"] <= here["found"] <= len(test)
@@ -350,7 +350,7 @@ def test_texts_that_are_hard_to_compare():
     texts = ["", "...", "!?", "今日はとても良い天気ですね散歩に行きましょう", "今日はとても良い天気ですね散歩に行きましょうか", "a\ud800b c d e f"]
     data = [dict(messages=[dict(role="user", content=t)]) for t in texts[:-1]]
     assert {k: count_duplicates(Dataset.from_list(data))[k] for k in ("rows", "exact", "near")} == dict(rows=5, exact=0, near=1)
-    grams, sketch = count_duplicates.NearDuplicateIndex(texts.__getitem__).sketch(texts[-1])
+    grams, sketch = duplicates.NearDuplicateIndex(texts.__getitem__).sketch(texts[-1])
     assert grams and sketch is not None
     with pytest.raises(UserError, match="no column messages"): count_duplicates(Dataset.from_dict(dict(text=["a"])))
     for wrong in (dict(threshold=2), dict(threshold=-0.1), dict(ngram=0), dict(num_perm=1)):

@@ -16,7 +16,7 @@ from transformers import ApertusForCausalLM
 from post_training.losses.sft import reduce_terms
 from post_training.models.score import add_score_head, packed_seqlens, find_scored_positions
 from post_training.tokens.collate import PackCollator, PadCollator, PairCollator, empty_pair, empty_row
-from post_training.training.data_order import RowDataset, StepBatchSampler, make_loader
+from post_training.training.data_order import PackingPlan, RowDataset, StepBatchSampler, make_loader
 from post_training.training.preference import objective_from_args, with_quantiles
 from post_training.training.arguments import sft_config
 from post_training.training.objective import SFTObjective
@@ -49,7 +49,7 @@ class Waits(TorchDispatchMode):
 
     def split(self):
         "Waits that are ours, and transformers' own, by their innermost place; what the loader does on the host is no wait"
-        host = ("known", "counts", "collate_rows", "__getitems__")
+        host = ("host_inputs", "step_counts", "collate_rows", "__getitems__")
         seen = {k: n for k, n in self.seen.items() if not any(f.split()[-1] in host for f in k)}
         kinds = Counter(), Counter()
         for k, n in seen.items():
@@ -72,8 +72,8 @@ def micro_batch(name, layout, rows=(0, 1, 2)):
 def run(objective, batch, model):
     "Forward, loss, metrics and backward, as the trainer does them"
     scored = objective.score(model, batch)
-    loss = reduce_terms(objective.parts(scored, batch))
-    sums = objective.sums(scored, batch)
+    loss = reduce_terms(objective.loss_terms(scored, batch))
+    sums = objective.metric_sums(scored, batch)
     loss.backward()
     return loss, sums
 
@@ -84,7 +84,7 @@ cases = pytest.mark.parametrize("name,layout", [(n, lay) for n in OBJECTIVES for
 @cases
 def test_nothing_asks_the_device(name, layout):
     objective, batch, model = OBJECTIVES[name], micro_batch(name, layout), add_score_head(make_model())
-    batch |= objective.known(batch)
+    batch |= objective.host_inputs(batch)
     with Waits() as waits: run(objective, batch, model)
     ours, theirs = waits.split()
     assert not ours, f"{name} {layout}: the host waits for the device at {dict(ours)}"
@@ -96,7 +96,7 @@ def test_nothing_asks_the_device(name, layout):
 def test_detector_sees_a_wait(name):
     objective, batch, model = OBJECTIVES[name], micro_batch(name, "padded"), add_score_head(make_model())
     with Waits() as waits: run(objective, batch, model)
-    assert waits.split()[0]["score.py scored_places"] == 1
+    assert waits.split()[0]["score.py find_scored_positions"] == 1
     if name.startswith("qrpo"): assert waits.split()[0]["qrpo.py check_quantiles"]
 
 
@@ -105,7 +105,7 @@ def test_detector_sees_a_wait(name):
 def test_runs_on_shapes_alone(name, layout):
     "Tensors without numbers stand for the device; transformers leaves out its own questions where it sees them"
     objective, batch, config = OBJECTIVES[name], micro_batch(name, layout), make_model().config
-    known = batch | objective.known(batch)
+    known = batch | objective.host_inputs(batch)
     for given, fails in ((known, False), (batch, True)):
         with FakeTensorMode() as fake:
             model = add_score_head(ApertusForCausalLM(config))
@@ -118,10 +118,10 @@ def test_runs_on_shapes_alone(name, layout):
 @cases
 @pytest.mark.parametrize("rows", [(0, 1, 2), (3,), ()])
 def test_same_bits(name, layout, rows):
-    "With and without the places: losses, metrics and gradients; a micro-batch without a label has the gradients too"
+    "With and without the positions: losses, metrics and gradients; a micro-batch without a label has the gradients too"
     objective, batch, model = OBJECTIVES[name], micro_batch(name, layout, rows), add_score_head(make_model())
     found = []
-    for given in (batch, batch | objective.known(batch)):
+    for given in (batch, batch | objective.host_inputs(batch)):
         model.zero_grad()
         loss, sums = run(objective, given, model)
         found.append([loss.detach(), sums, *[p.grad for p in model.parameters()]])
@@ -134,8 +134,8 @@ def trainer_of(accumulation, folder, packed=False, workers=0, steps=3):
     data = Dataset.from_list(make_rows())
     args = dict(per_device_train_batch_size=1, gradient_accumulation_steps=accumulation, optim="sgd", learning_rate=1e-3, bf16=False, max_steps=steps, logging_steps=1, seed=9,
                 activation_checkpointing=False, save_strategy="no", dataloader_num_workers=workers)
-    trainer = SFTTrainer(make_model(), sft_config(args, folder, cpu=True), data, make_tokenizer(), PackCollator() if packed else PadCollator(0), empty_row, SFTObjective("plw", 0.1),
-                         bins=[[int(i)] for i in range(len(data))] if packed else None)
+    trainer = SFTTrainer(make_model(), sft_config(args, folder, cpu=True), data, make_tokenizer(), PackCollator() if packed else PadCollator(0), SFTObjective("plw", 0.1),
+                         packing=PackingPlan([[int(i)] for i in range(len(data))] if packed else None))
     trainer.save_nothing = True
     return trainer
 
@@ -148,7 +148,7 @@ def waits_of(trainer, monkeypatch):
             plain = getattr(torch.Tensor, name)
             def spy(self, *args, plain=plain, **kwargs):
                 frames = [f for f in traceback.extract_stack() if "/post_training/" in f.filename]
-                if frames and not any(f.name in ("known", "counts", "collate_rows", "__getitems__", "__call__", "read") for f in frames): read[frames[-1].name] += 1
+                if frames and not any(f.name in ("host_inputs", "step_counts", "collate_rows", "__getitems__", "__call__", "read") for f in frames): read[frames[-1].name] += 1
                 return plain(self, *args, **kwargs)
             m.setattr(torch.Tensor, name, spy)
         trainer.train()
@@ -174,9 +174,9 @@ def test_one_copy_of_each_tensor(tmp_path, monkeypatch):
         return plain(self, *args, **kwargs)
     with monkeypatch.context() as m:
         m.setattr(torch.Tensor, "to", spy)
-        there = trainer._prepare_inputs({**batch, "most_refs": 3})
+        there = trainer._prepare_inputs({**batch, "max_refs": 3})
     assert len(sent) == len(batch) and all(k == dict(non_blocking=True) for _, k in sent)
-    assert there["ref_logps"].dtype == torch.float64 and there["most_refs"] == 3
+    assert there["ref_logps"].dtype == torch.float64 and there["max_refs"] == 3
     trainer.is_deepspeed_enabled = True  # there transformers rounds fractions to the model's precision
     assert trainer._prepare_inputs(batch)["ref_logps"].dtype == torch.float64
 
@@ -194,14 +194,14 @@ def test_flash_attention_gets_the_documents():
     ALL_ATTENTION_FUNCTIONS.register("flash_toy", attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register("flash_toy", sdpa_mask)
     batch, objective = micro_batch("plw", "packed"), OBJECTIVES["plw"]
-    batch |= objective.known(batch)
-    starts, longest = packed_seqlens(batch["position_ids"])
+    batch |= objective.host_inputs(batch)
+    cu_seqlens, max_seqlen = packed_seqlens(batch["position_ids"])
     plain = objective.score(add_score_head(make_model()), batch)[0].log_probs
     model = add_score_head(make_model())
     model.config._attn_implementation = "flash_toy"
     assert torch.equal(objective.score(model, batch)[0].log_probs, plain)
-    assert len(seen) == 2 and all(torch.equal(s["cu_seq_lens_q"], starts) and s["max_length_k"] == longest for s in seen)
-    assert starts.tolist() == [0, *torch.tensor([len(r["input_ids"]) for r in make_rows()[:3]]).cumsum(0).tolist()]
+    assert len(seen) == 2 and all(torch.equal(s["cu_seq_lens_q"], cu_seqlens) and s["max_length_k"] == max_seqlen for s in seen)
+    assert cu_seqlens.tolist() == [0, *torch.tensor([len(r["input_ids"]) for r in make_rows()[:3]]).cumsum(0).tolist()]
 
 
 def batches_of(workers, skip=0, plain=False, packed=False):
@@ -209,10 +209,10 @@ def batches_of(workers, skip=0, plain=False, packed=False):
     from accelerate import skip_first_batches
 
     data = Dataset.from_list(make_rows())
-    bins = [[2, 0], [1], [4, 3, 5], [6]] if packed else None
-    rows = RowDataset([*data] if plain else data, bins)
+    packs = [[2, 0], [1], [4, 3, 5], [6]] if packed else None
+    rows = RowDataset([*data] if plain else data, packs)
     sampler = StepBatchSampler(len(rows), 2, accumulation=2, seed=3)
-    loader = make_loader(rows, sampler, PackCollator() if packed else PadCollator(0), empty_row, num_workers=workers, host_inputs=SFTObjective("plw", 0.1).known)
+    loader = make_loader(rows, sampler, PackCollator() if packed else PadCollator(0), empty_row, num_workers=workers, host_inputs=SFTObjective("plw", 0.1).host_inputs)
     return list(skip_first_batches(loader, skip) if skip else loader)
 
 
@@ -229,10 +229,10 @@ def test_batches_do_not_depend_on_workers(packed):
     same(batches_of(2, skip=1, packed=packed), want[1:])
 
 
-def test_other_callers_need_no_places():
+def test_other_callers_need_no_positions():
     "A copied model, a label on its own, and no label at all"
     model = copy.deepcopy(add_score_head(make_model()))
     ids = torch.tensor([[5, 6, 7]])
     for labels in (ids, torch.full_like(ids, -100)):
-        a, b = (model(input_ids=ids, labels=labels, score=True, places=p).log_probs for p in (None, find_scored_positions(labels)))
+        a, b = (model(input_ids=ids, labels=labels, score=True, scored_positions=p).log_probs for p in (None, find_scored_positions(labels)))
         assert torch.equal(a, b) and a.requires_grad

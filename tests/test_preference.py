@@ -182,7 +182,7 @@ def test_the_same_as_trl(tmp_path):
     for name, args in todo:
         objective, model = objective_from_args(args), add_score_head(make_model())
         with torch.no_grad(): batch["ref_logps"] = objective.logps(objective.score(reference, batch), batch)[0].double()
-        loss = reduce_terms(objective.parts(objective.score(model, batch), batch))
+        loss = reduce_terms(objective.loss_terms(objective.score(model, batch), batch))
         loss.backward()
         theirs, grads = trl_step(rows, other_model(), args, tmp_path)
         assert abs(loss.item() - theirs) < 2e-5 * max(1, abs(theirs)), (name, loss.item(), theirs)

@@ -100,7 +100,7 @@ def test_what_the_first_node_lacks_the_others_hear_of(attempt):
     port = free_port()
     codes, _, err = ended(start(0, attempt.config_path, port, 60, 2, "127.0.0.1", "--needed-gib", 1e9), start(1, attempt.config_path, port))
     kind, message = error_of(attempt)
-    assert codes == [2, 2] and kind == "user" and "node 0 (n0): artifacts_dir=" in message and "1000000000.0 are needed (as asked)" in message
+    assert codes == [2, 2] and kind == "user" and "node 0 (n0): artifacts_dir=" in message and "1000000000.0 are needed (--needed-gib)" in message
     assert "node 0 says what others found" in err[1]
 
 
@@ -111,8 +111,8 @@ def test_a_folder_that_is_not_shared(attempt, tmp_path):
     task = start(0, other, port)
     node = preflight.JobNode(config.load_frozen(attempt.config_path), attempt.attempt_dir, "127.0.0.1", port, 1, 2, 60., None, time.monotonic())
     store = preflight.open_store(node)
-    mine = dict(rank=1, name="n1", seconds={}, told={}, problems=[])
-    marks = preflight.exchange_reports(store, node, "checks", mine, 0.7)[0]["marks"]
+    mine = dict(rank=1, name="n1", seconds={}, results={}, problems=[])
+    marks = preflight.exchange_reports(store, node, "checks", mine, 0.7)[0]["markers"]
     assert len(marks) == 3 and not preflight.check_markers(marks)
     seen = preflight.check_markers({f"{tmp_path}/elsewhere{path}": token for path, token in marks.items()}, 0.1)
     preflight.exchange_reports(store, node, "folders", dict(mine, problems=seen[:1]), 0.8)
@@ -159,7 +159,7 @@ def test_a_check_that_hangs_is_left_behind(attempt, monkeypatch):
     node = preflight.JobNode(config.load_frozen(attempt.config_path), attempt.attempt_dir, "127.0.0.1", free_port(), 0, 2, 4., None, time.monotonic())
     report = preflight.local_report(node)
     assert [(p["check"], p["kind"]) for p in report["problems"]] == [("dataset", "lost")] and "did not end within" in report["problems"][0]["message"]
-    assert time.monotonic() - node.start < 4 and "gpus" in report["told"]
+    assert time.monotonic() - node.start < 4 and "gpus" in report["results"]
 
 
 def test_checkpoints_that_are_there_need_no_room(attempt):

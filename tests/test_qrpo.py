@@ -1,4 +1,5 @@
 "QRPO against its definition: 60 digits for the partition functions, plain fp64 loops for the loss, any cut of the step, any bad input."
+import dataclasses
 import math
 import random
 from itertools import product
@@ -195,9 +196,8 @@ def test_any_layout_and_any_micro_batches(layout, cuts):
             left = iter(rows)
             batches = [micro_batch([next(left) for _ in range(n)], layout, spare) for spare, n in enumerate(cuts)]
             total = sum(qrpo.completion_count(args[3]) for args, *_ in batches)
-            transform, partition, by_beta, by_loss, bound = choice
-            outs = [qrpo.qrpo_loss(*args, beta, transform, partition, n, atoms if tied else None, by_beta, by_loss, bound) for args, n, atoms in batches]
-            got = sum(reduce_terms(o.parts, total) for o in outs)
+            outs = [qrpo.qrpo_loss(*args, qrpo.QRPOSettings(beta, *choice), n, atoms if tied else None) for args, n, atoms in batches]
+            got = sum(reduce_terms(o.terms, total) for o in outs)
             grad = torch.cat(torch.autograd.grad(got, leaves))
             assert abs(got - want) < 1e-12 * max(1, abs(want.item())), choice
             assert (grad - want_grad).norm() < 1e-11 * want_grad.norm(), choice
@@ -210,45 +210,49 @@ def flat(dtype=torch.float32, **change):
     return base | change
 
 
+def loss_of(**kwargs):
+    "The loss from flat arguments: those of the settings and those of the function"
+    names = {f.name for f in dataclasses.fields(qrpo.QRPOSettings)}
+    return qrpo.qrpo_loss(settings=qrpo.QRPOSettings(**{k: v for k, v in kwargs.items() if k in names}), **{k: v for k, v in kwargs.items() if k not in names})
+
+
 def test_a_pair_is_two_completions():
     "The mean over completions is the mean over pairs of the mean of chosen and rejected"
     rows = make_completions()
     args, n, _ = micro_batch(rows, "right", 0)
-    whole = reduce_terms(qrpo.qrpo_loss(*args, 0.1).parts)
-    pairs = [reduce_terms(qrpo.qrpo_loss(*[a[i:i + 2] for a in args], 0.1).parts) for i in range(0, 8, 2)]
+    whole = reduce_terms(qrpo.qrpo_loss(*args, qrpo.QRPOSettings(0.1)).terms)
+    pairs = [reduce_terms(qrpo.qrpo_loss(*[a[i:i + 2] for a in args], qrpo.QRPOSettings(0.1)).terms) for i in range(0, 8, 2)]
     assert torch.allclose(whole, torch.stack(pairs).mean())
 
 
 def test_bf16_is_summed_in_fp32():
-    out = qrpo.qrpo_loss(**flat(torch.bfloat16))
-    assert out.parts[0].numerator.dtype == torch.float32 and torch.equal(out.log_ratio_S, torch.tensor([1.0, 0.0, -4.0]))
+    out = loss_of(**flat(torch.bfloat16))
+    assert out.terms[0].numerator.dtype == torch.float32 and torch.equal(out.log_ratio_S, torch.tensor([1.0, 0.0, -4.0]))
     sums, _ = qrpo.completion_sums(torch.full((1, 1000), -1.01).bfloat16(), torch.ones(1, 1000), torch.zeros(1, 1000, dtype=torch.long), 1)
     assert sums.dtype == torch.float32 and abs(sums.item() - 1000 * torch.tensor(-1.01).bfloat16().item()) < 1e-2
 
 
 def test_what_is_told_has_no_gradient_and_fits():
     lp = torch.tensor([-7.0, -5.0, -6.0], requires_grad=True)
-    out = qrpo.qrpo_loss(**flat(logps_S=lp))
+    out = loss_of(**flat(logps_S=lp))
     assert not any(x.requires_grad for x in out[1:])
     error = (out.target_S - out.beta_S * out.log_ratio_S)
-    assert torch.allclose(out.parts[0].numerator, (error**2).sum())
+    assert torch.allclose(out.terms[0].numerator, (error**2).sum())
     assert torch.allclose(out.predicted_S - out.beta_S * out.log_ratio_S + out.target_S, torch.tensor([1.0, 0.2, 0.5]))
 
 
 def test_the_bound_is_counted_in_used_slots_only():
-    out = qrpo.qrpo_loss(**flat(beta=1.0, lengths_S=torch.tensor([4, 0, 20])), normalize_beta_by_length=True, max_effective_beta=0.1)
+    out = loss_of(**flat(beta=1.0, lengths_S=torch.tensor([4, 0, 20])), normalize_beta_by_length=True, max_effective_beta=0.1)
     assert out.clamped.item() == 1 and out.beta_S.tolist() == pytest.approx([0.1, 0.0, 0.05])
-    assert qrpo.qrpo_loss(**flat()).clamped.item() == 0
+    assert loss_of(**flat()).clamped.item() == 0
 
 
 @pytest.mark.parametrize("beta", [1e-6, 1e6])
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 def test_extreme_betas_in_fp32(beta, choice):
-    transform, partition, by_beta, by_loss, bound = choice
     lp = torch.tensor([-7.0, -5.0, -6.0], requires_grad=True)
-    out = qrpo.qrpo_loss(**flat(logps_S=lp, beta=beta), transform=transform, partition=partition, n_refs_S=torch.tensor([5, 5, 4]),
-                         normalize_beta_by_length=by_beta, normalize_loss_by_length=by_loss, max_effective_beta=bound)
-    loss = reduce_terms(out.parts)
+    out = qrpo.qrpo_loss(*list(flat(logps_S=lp).values())[:4], qrpo.QRPOSettings(beta, *choice), torch.tensor([5, 5, 4]))
+    loss = reduce_terms(out.terms)
     grad, = torch.autograd.grad(loss, lp)
     assert loss.isfinite() and grad.isfinite().all()
 
@@ -266,9 +270,9 @@ BAD_LOSS = [
 
 @pytest.mark.parametrize("change,told", BAD_LOSS, ids=str)
 def test_bad_input(change, told):
-    with pytest.raises(ValueError, match=told): qrpo.qrpo_loss(**flat(**change))
+    with pytest.raises(ValueError, match=told): loss_of(**flat(**change))
 
 
 def test_nan_in_a_used_slot_is_seen():
     "Only slots without tokens are left out; a missing reference log-probability does not vanish"
-    assert reduce_terms(qrpo.qrpo_loss(**flat(ref_logps_S=torch.tensor([NAN, -5.0, -2.0]))).parts).isnan()
+    assert reduce_terms(loss_of(**flat(ref_logps_S=torch.tensor([NAN, -5.0, -2.0]))).terms).isnan()

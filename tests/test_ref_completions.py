@@ -128,11 +128,11 @@ def test_a_trained_turn_comes_back_as_the_tokens_it_was(demo):
 @pytest.mark.parametrize("template", ["tulu", "apertus"])
 def test_a_server_may_leave_the_stop_token_out(template):
     "No token of an answer is lost, whichever control token it stopped at"
-    from post_training.preferences.completions import answer_content, call_stops
+    from post_training.preferences.completions import answer_content, call_stop_ids
     from post_training.tokens.tokenizer import toy_tokenizer
     tokenizer = toy_tokenizer("bpe", template)
     ids = tokenizer.encode("The answer is 60", add_special_tokens=False)
-    ends = [[], [tokenizer.eos_token_id], *([i] for i in call_stops(tokenizer)), [tokenizer.convert_tokens_to_ids("<SPECIAL_68>")]] if template == "apertus" else [[], [tokenizer.eos_token_id]]
+    ends = [[], [tokenizer.eos_token_id], *([i] for i in call_stop_ids(tokenizer)), [tokenizer.convert_tokens_to_ids("<SPECIAL_68>")]] if template == "apertus" else [[], [tokenizer.eos_token_id]]
     for end in ends:
         for text in ("The answer is 60", ""): # some servers give the ids alone
             assert answer_content(tokenizer, dict(ids=ids + end, text=text, finish_reason="stop"), False) == ("The answer is 60", None)
@@ -206,7 +206,7 @@ def test_a_server_that_stays_broken_ends_the_worker_with_a_fault():
 @pytest.mark.parametrize("options, asked, says", [
     (dict(model="other"), {}, "does not serve 'tiny'. Set server.model"), (dict(max_model_len=10), {}, r"no room for a prompt of \d+ tokens and 8 new ones"),
     (dict(ids=False), {}, "takes no token ids as a prompt"), (dict(most=1), dict(samples_per_request=4), "gave 1 completions where 4 were asked for"),
-    (dict(key="right"), {}, "wants another key: set POST_TRAINING_SERVER_KEY"), (dict(faults=[error(400, "top_k is too odd")]), {}, "refuses a request. It says")])
+    (dict(key="right"), {}, "needs another key: set POST_TRAINING_SERVER_KEY"), (dict(faults=[error(400, "top_k is too odd")]), {}, "refuses a request. It says")])
 def test_refusals_say_what_to_do_and_are_not_repeated(options, asked, says):
     with Endpoint(**options) as e, pytest.raises(UserError, match=says):
         ac.server_backend(e.url, "tiny", 8, **asked)(PROMPTS[:1], 4, SEEDS[:1])
@@ -294,7 +294,7 @@ def test_transformers_serve_is_refused_with_the_reason(demo, tmp_path):
             except OSError: time.sleep(.5)
         for fields, says in ((ac.VLLM_FIELDS, "does not take vLLM's fields"), ({}, "takes no token ids as a prompt")):
             with pytest.raises(UserError, match=says): ac.server_backend(url, name, 4, fields=fields)([[1, 2, 3]], 1, [[0]])
-        with pytest.raises(UserError, match="does not serve 'other'"): ac.request_with_retries(url, "/v1/completions", dict(model="other", prompt="hello"), error_facts="other")
+        with pytest.raises(UserError, match="does not serve 'other'"): ac.request_with_retries(url, "/v1/completions", dict(model="other", prompt="hello"), requested_model="other")
         text = ac.request_with_retries(url, "/v1/completions", dict(model=name, prompt="hello", n=3, max_tokens=4, seed=1, temperature=1., top_p=1.))
         assert len(text["choices"]) == 1 and "token_ids" not in text["choices"][0]
     finally:

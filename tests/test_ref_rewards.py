@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from post_training import config
 from post_training.core import shards
 from post_training.preferences.rewards import (
-    ModelScorer, conversation_ids, load_reward_model, model_scorer, own_bos, reward_lengths, rewards_batch_fn,
+    ModelScorer, ScoringOptions, conversation_ids, load_reward_model, model_scorer, own_bos, reward_lengths, rewards_batch_fn,
     verifier_scorer)
 from post_training.core.files import UserError
 from post_training.demo.data import demo_rows
@@ -45,7 +45,7 @@ def made(folder, scorer, count):
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_the_same_bytes_for_any_number_of_shards(tmp_path, side):
     tokenizer = toy_tokenizer("bpe", "tulu")
-    scorer = ModelScorer(little(len(tokenizer)), tokenizer, batch_tokens=300, padding_side=side)
+    scorer = ModelScorer(little(len(tokenizer)), tokenizer, ScoringOptions(batch_tokens=300, padding_side=side))
     one, told, _ = made(tmp_path / "one", scorer, 1)
     seven, _, n = made(tmp_path / "seven", scorer, 7)
     assert n == 7 and one == seven and told["dropped"].get("empty completion")  # the row whose only completion is empty
@@ -55,7 +55,7 @@ def test_any_batch_gives_the_same_scores():
     "Alone, all together, padded on either side: to the last bits"
     tokenizer = toy_tokenizer("bpe", "zephyr")
     model, data = little(len(tokenizer)), rows()
-    found = [[v for row in ModelScorer(model, tokenizer, batch_tokens=b, padding_side=side).score(data) for v in row] for b, side in ((1, "right"), (10**6, "right"), (300, "left"))]
+    found = [[v for row in ModelScorer(model, tokenizer, ScoringOptions(batch_tokens=b, padding_side=side)).score(data) for v in row] for b, side in ((1, "right"), (10**6, "right"), (300, "left"))]
     for other in found[1:]:
         assert [getattr(v, "reason", None) for v in other] == [getattr(v, "reason", None) for v in found[0]]
         assert max(abs(a - b) for a, b in zip(found[0], other) if isinstance(a, float)) < 1e-5

@@ -288,8 +288,8 @@ def damage_of(folder, plan, kind):
     if kind == "corrupt": (second / "rows.txt").write_bytes((second / "rows.txt").read_bytes().replace(b"score", b"scare", 1)); return ["0001-of-0003: rows.txt has another SHA-256", f"'{row}'"]
     if kind == "short": (second / "rows.txt").write_bytes((second / "rows.txt").read_bytes()[:-9]); return [r"0001-of-0003: rows.txt has \d+ bytes, not \d+"]
     if kind == "no manifest to read": (second / MANIFEST).write_text("{"); return ["0001-of-0003/manifest.json is not readable"]
-    if kind == "double": shutil.copytree(second, folder / "shards" / "0000-of-0005"); return ["rows double, in 0000-of-0005 and 0001-of-0003", f"'{row}'"]
-    if kind == "in another's place": shutil.rmtree(first); shutil.copytree(second, first); return ["of shard 0000-of-0003 missing", "double, in 0000-of-0003 and 0001-of-0003"]
+    if kind == "double": shutil.copytree(second, folder / "shards" / "0000-of-0005"); return ["rows duplicated, in 0000-of-0005 and 0001-of-0003", f"'{row}'"]
+    if kind == "in another's place": shutil.rmtree(first); shutil.copytree(second, first); return ["of shard 0000-of-0003 missing", "duplicated, in 0000-of-0003 and 0001-of-0003"]
     write_json(second / MANIFEST, json.loads((second / MANIFEST).read_text()) | dict(fingerprint="0" * 64))
     return ["0001-of-0003: it is foreign", f"'{row}'"]
 
@@ -348,7 +348,7 @@ def test_a_mistake_stops_the_others(tmp_path):
     "The same would come there; the message is the worker's"
     save_shard_plan(tmp_path, make_shard_plan(range(40), [9] * 40, dict(wait=0.3), budget=9, shards=4))
     with pytest.raises(UserError, match=r"There is no model 'tini'") as e: run_workers(tmp_path, [sys.executable, SCRIPT, "mistake"], processes=2)
-    assert "stopped, because the same would come there: 1" in str(e.value) and "not begun: 2" in str(e.value)
+    assert "stopped, because the same would happen there: 1" in str(e.value) and "not begun: 2" in str(e.value)
     assert 0 < shard_progress(tmp_path)["rows"] < 10  # the one that was stopped has saved
 
 

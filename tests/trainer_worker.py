@@ -77,22 +77,22 @@ def run_case(case, folder):
     "Train one case; losses, rows of every step, evaluation and the saved weights are left in `folder`"
     from datasets import Dataset
 
-    from post_training.tokens.collate import PackCollator, PadCollator, empty_row
+    from post_training.tokens.collate import PackCollator, PadCollator
     from post_training.training.arguments import sft_config
     from post_training.training.objective import SFTObjective
-    from post_training.training.trainer import SFTTrainer
+    from post_training.training.data_order import PackingPlan
+    from post_training.training.trainer import SFTTrainer, TrainerHooks
 
     Watched = watched(SFTTrainer)
     data, lines = Dataset.from_list(make_rows()), []
-    bins = [[int(i)] for i in range(ROWS)] if case.get("packed") else None
-    collator = PackCollator() if bins else PadCollator(pad_token_id=0, padding_side=case.get("side", "right"))
+    packs = [[int(i)] for i in range(ROWS)] if case.get("packed") else None
+    collator = PackCollator() if packs else PadCollator(pad_token_id=0, padding_side=case.get("side", "right"))
     args = dict(per_device_train_batch_size=case["per_device"], gradient_accumulation_steps=case["accumulation"], optim="sgd", learning_rate=rate(case["objective"]), bf16=False,
-                lr_scheduler_type="constant", warmup_steps=0, max_grad_norm=1e9, num_train_epochs=2, logging_steps=1, seed=9, weight_decay=0.0,
+                lr_scheduler_type="constant", warmup_steps=0, max_grad_norm=1e9, num_train_epochs=2, logging_steps=1, seed=9, weight_decay=0.0, dataloader_drop_last=case.get("drop_last", False),
                 activation_checkpointing=False, eval_strategy="epoch", per_device_eval_batch_size=case["per_device"], save_strategy="no")
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    trainer = Watched(adapted(make_model(), case), sft_config(args | case.get("args", {}), folder, cpu=True, deepspeed=deepspeed), data, make_tokenizer(), collator, empty_row,
-                      SFTObjective(**case["objective"]), eval_dataset=data, bins=bins, eval_bins=bins, write_line=lines.append,
-                      drop_last=case.get("drop_last", False))
+    trainer = Watched(adapted(make_model(), case), sft_config(args | case.get("args", {}), folder, cpu=True, deepspeed=deepspeed), data, make_tokenizer(), collator,
+                      SFTObjective(**case["objective"]), eval_dataset=data, packing=PackingPlan(packs, packs), hooks=TrainerHooks(lines.append))
     trainer.train(case.get("resume"))
     rank = trainer.accelerator.process_index
     (folder / f"seen-{rank}.json").write_text(json.dumps(trainer.seen))

@@ -20,16 +20,16 @@ class MalformedRow(UserError):
 
 # %% ../../nbs/20_data/2_messages.ipynb #92d93143
 class UnsupportedContent(UserError):
-    "A row holds something that the chat template has no place for: a role, thoughts, tools"
+    "A row holds something that the chat template does not support: a role, thoughts, tools"
 
 # %% ../../nbs/20_data/2_messages.ipynb #e34578bf
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking") # keys of a message that hold what the assistant thought
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking") # keys of a message that hold thoughts
 
 # %% ../../nbs/20_data/2_messages.ipynb #5853d1e4
 def content_text(
     content, # text, a list of text parts, or a structured content
 )->str: # all its text, joined
-    "All text of a message's content, whatever its shape"
+    "All text of a content, in any of its forms"
     if isinstance(content, str): return content
     if isinstance(content, list): return "".join(map(content_text, content))
     if isinstance(content, dict):
@@ -40,7 +40,7 @@ def content_text(
 def plain_text(
     content, # of a plain message: text, a list of text parts, or None
 )->str|None: # None where there is no content
-    "The text of a plain content; `UnsupportedContent` where it holds pictures or other parts that are not text"
+    "The text of a plain content; `UnsupportedContent` where it holds pictures or other parts without text"
     if not isinstance(content, list): return content
     texts = [p.get("text") if isinstance(p, dict) else p for p in content]
     other = sorted({str(p.get("type")) if isinstance(p, dict) else type(p).__name__ for p, t in zip(content, texts)
@@ -49,7 +49,9 @@ def plain_text(
     return "".join(texts)
 
 # %% ../../nbs/20_data/2_messages.ipynb #66f03b66
-def without_none(x):
+def without_none(
+    x, # any nesting of mappings and lists
+):
     "Mappings without the fields that are None, at every depth"
     if isinstance(x, dict): return {k: without_none(v) for k, v in x.items() if v is not None}
     return [without_none(v) for v in x] if isinstance(x, list) else x
@@ -57,8 +59,8 @@ def without_none(x):
 # %% ../../nbs/20_data/2_messages.ipynb #736ae29b
 def as_written(
     messages, # list of messages, as read
-)->list[dict]: # without what Arrow filled in; text parts joined
-    "Messages as they were before a file or Arrow gave each of them the fields of all others"
+)->list[dict]: # without the fields that Arrow added; text parts joined
+    "Messages as they were before Arrow gave each of them the fields of all others"
     out = []
     for m in messages:
         if not isinstance(m, dict): raise MalformedRow("a message is not a mapping")
@@ -95,11 +97,11 @@ SPEAKERS = dict(human="user", user="user", prompter="user", gpt="assistant", ass
 
 # %% ../../nbs/20_data/2_messages.ipynb #61bd0153
 def from_conversations(row:dict)->list[dict]:
-    "conversations of from/value pairs; who speaks is looked up in `SPEAKERS`"
+    "A list of from/value pairs; `SPEAKERS` gives the roles"
     out = []
     for turn in row["conversations"] or []:
-        who, text = (next((turn[k] for k in keys if turn.get(k) is not None), None)
-                     for keys in (("from", "role"), ("value", "content")))
+        def value(*keys): return next((turn[k] for k in keys if turn.get(k) is not None), None)
+        who, text = value("from", "role"), value("value", "content")
         if who not in SPEAKERS: raise MalformedRow(f"unknown speaker {who!r:.40}")
         out.append(dict(role=SPEAKERS[who], content=text))
     return out
@@ -113,7 +115,7 @@ def from_prompt(row:dict, prompt:str="prompt", completion:str="completion")->lis
 
 # %% ../../nbs/20_data/2_messages.ipynb #6f977ce2
 def from_chosen(row:dict)->list[dict]:
-    "A preference row: the chosen side, with the prompt before it where the chosen text does not hold it"
+    "The chosen side of a preference row, with the prompt before it unless the chosen side includes the prompt"
     chosen, prompt = row["chosen"], row.get("prompt")
     if isinstance(chosen, list) and (not prompt or any(m.get("role") == "user" for m in chosen)): return list(chosen)
     if not prompt: raise MalformedRow("chosen is a text and there is no prompt")
@@ -128,21 +130,24 @@ ROW_FORMATS = { # columns that must be there: how the messages are made
     ("instruction", "instances"): from_instances,
     ("prompt", "completion"): from_prompt,
     ("inputs", "targets"): lambda r: from_prompt(r, "inputs", "targets"),
-    ("question", "response"): lambda r: messages_from_texts(("system", r.get("system_prompt")), ("user", r["question"]), ("assistant", r["response"])),
+    ("question", "response"): lambda r: messages_from_texts(
+        ("system", r.get("system_prompt")), ("user", r["question"]), ("assistant", r["response"])),
     ("question", "answer"): lambda r: from_prompt(r, "question", "answer"),
     ("query", "answer"): lambda r: from_prompt(r, "query", "answer"),
     ("query", "response"): lambda r: from_prompt(r, "query", "response"),
 }
 
 # %% ../../nbs/20_data/2_messages.ipynb #135084c1
-OPTIONAL_COLUMNS = { # format: columns it takes in where they are there
-    ("chosen", "rejected"): ("prompt",), ("instruction", "output"): ("input",), ("question", "response"): ("system_prompt",)}
+OPTIONAL_COLUMNS = { # format: columns that it also reads where they are there
+    ("chosen", "rejected"): ("prompt",),
+    ("instruction", "output"): ("input",),
+    ("question", "response"): ("system_prompt",)}
 
 # %% ../../nbs/20_data/2_messages.ipynb #32af05d5
 def format_of(
     columns, # names of a dataset's columns
 )->tuple[str, ...]: # the columns that name the format
-    "Which known format a dataset has, or a `UserError` that lists the columns seen and the formats known"
+    "The format of a dataset, or a `UserError` that lists its columns and the known formats"
     for need in ROW_FORMATS:
         if set(need) <= set(columns): return need
     known = "; ".join(" + ".join(f) for f in ROW_FORMATS)
@@ -170,7 +175,7 @@ STRUCTURED_KEYS = dict(system="text", developer="formatted_tools", user="parts",
 # %% ../../nbs/20_data/2_messages.ipynb #57109dc0
 def message_fault(
     m:dict, # one message
-)->str|None: # why it cannot be trained on; None where it can
+)->str|None: # the fault; None where there is none
     "The first fault of one message"
     if not isinstance(m, dict): return "a message is not a mapping"
     role, content = m.get("role"), m.get("content")
@@ -187,7 +192,7 @@ def message_fault(
 # %% ../../nbs/20_data/2_messages.ipynb #18f4adb2
 def check_messages(
     messages:list[dict], # a conversation
-)->str|None: # why it cannot be trained on; None where it can
+)->str|None: # the fault; None where there is none
     "The first fault of a conversation"
     if not messages: return "no messages"
     for m in messages:
@@ -210,7 +215,7 @@ def row_id(
 
 # %% ../../nbs/20_data/2_messages.ipynb #88ffced9
 def alternation_fault(messages:list[dict])->str|None:
-    "user and assistant take turns, after system and developer; tool messages answer an assistant that calls tools, which then may go on"
+    "Whether user and assistant take turns; tool messages answer an assistant that calls tools, which may then go on"
     last, calls = "", False
     for role, m in ((m["role"], m) for m in messages):
         if role in ("system", "developer") and last: return f"roles do not alternate: {role} after {last}"
@@ -221,24 +226,24 @@ def alternation_fault(messages:list[dict])->str|None:
 
 # %% ../../nbs/20_data/2_messages.ipynb #dd086de4
 def system_first_fault(messages:list[dict])->str|None:
-    "A system message, where there is one, is the first message and the only one of its kind"
+    "Whether a system message comes first, if there is one, and is the only one"
     if any(m["role"] == "system" for m in messages[1:]): return "a system message is not the first message"
 
 # %% ../../nbs/20_data/2_messages.ipynb #6873c117
 def last_role_fault(messages:list[dict])->str|None:
-    "The assistant has the last word"
+    "Whether the last message is the assistant's"
     if messages[-1]["role"] != "assistant": return f"the last message is the {messages[-1]['role']}'s"
 
 # %% ../../nbs/20_data/2_messages.ipynb #f3d995d6
-# name: function of the messages, gives the fault or None
+# name: function(messages) -> the fault, or None
 ROLE_CHECKS = dict(alternation=alternation_fault, system_first=system_first_fault, ends_with_assistant=last_role_fault)
 
 # %% ../../nbs/20_data/2_messages.ipynb #de48de05
 def role_fault(
     messages:list[dict], # a conversation without other faults
     checks, # names of `ROLE_CHECKS`
-)->str|None: # the fault, None where there is none
-    "The first of the asked-for checks that a conversation fails"
+)->str|None: # the fault; None where there is none
+    "The fault of the first check that a conversation fails"
     for name in checks:
         if name not in ROLE_CHECKS:
             raise UserError(f"There is no check {name!r}: {', '.join(ROLE_CHECKS)}.{did_you_mean(name, ROLE_CHECKS)}")
@@ -246,21 +251,24 @@ def role_fault(
 
 # %% ../../nbs/20_data/2_messages.ipynb #2fa765bf
 def dropped_text(
-    counts:dict, # dropped by reason; first or examples: the row id of the first of a reason, or a list of the first ones
+    counts:dict, # dropped by reason; under first (or examples) the id of the first row, or of some rows, of each reason
     max_reasons:int=5, # reasons, the most frequent
 )->str:
-    "What was dropped, in words"
+    "The dropped rows in words"
     first = counts.get("first") or counts.get("examples") or {}
-    told = sorted(counts["dropped"].items(), key=lambda kv: -kv[1])[:max_reasons]
-    row = lambda found: (found or [""])[0] if isinstance(found, (list, tuple)) else found
+    reasons = sorted(counts["dropped"].items(), key=lambda kv: -kv[1])[:max_reasons]
+    def row(ids): return (ids or [""])[0] if isinstance(ids, (list, tuple)) else ids
     return "; ".join(f"{n} {reason}" + (f", first row {row(first[reason])}" if reason in first else "")
-                     for reason, n in told)
+                     for reason, n in reasons)
 
 # %% ../../nbs/20_data/2_messages.ipynb #4ffea9f7
-DROP_HINTS = { # words of a reason -> what to know
-        "overlength": "training_args.max_length is too short for them", "no completion after": "training_args.max_length is too short for them",
-        "reference rewards": "min_num_ref_rewards=0 keeps them where mode is offline, best-worst, random or k-random, which need none",
-        "tools": "message_format=structured (blocks=True) carries tools", "thoughts": "message_format=structured (blocks=True) carries thoughts"}
+DROP_HINTS = { # words of a reason: advice
+    "overlength": "training_args.max_length is too short for them",
+    "no completion after": "training_args.max_length is too short for them",
+    "reference rewards": "min_num_ref_rewards=0 keeps them where mode is offline, best-worst, random or k-random, "
+                         "which need none",
+    "tools": "message_format=structured (blocks=True) carries tools",
+    "thoughts": "message_format=structured (blocks=True) carries thoughts"}
 
 # %% ../../nbs/20_data/2_messages.ipynb #0448ca97
 def check_dropped(
@@ -270,21 +278,20 @@ def check_dropped(
     none_left:bool=True, # raise where no row is left, whatever the share
 ):
     "Raise a `UserError` where all rows, or more than the allowed share, were dropped"
-    rows, lost = f"rows{f' of {of}' * bool(of)}", counts["in"] - counts["out"]
-    why = "; ".join(dict.fromkeys([dropped_text(counts),
-                                   *(text for word, text in DROP_HINTS.items()
-                                     if any(word in reason for reason in counts["dropped"]))]))
+    rows, dropped = f"rows{f' of {of}' * bool(of)}", counts["in"] - counts["out"]
+    hints = [text for word, text in DROP_HINTS.items() if any(word in reason for reason in counts["dropped"])]
+    why = "; ".join(dict.fromkeys([dropped_text(counts), *hints]))
     if none_left and not counts["out"]:
         raise UserError(f"All {counts['in']} {rows} were dropped ({why}): nothing is left to train on.")
-    if max_drop_fraction is not None and lost > max_drop_fraction*counts["in"]:
-        raise UserError(f"{lost} of {counts['in']} {rows} were dropped ({why}), more than "
+    if max_drop_fraction is not None and dropped > max_drop_fraction*counts["in"]:
+        raise UserError(f"{dropped} of {counts['in']} {rows} were dropped ({why}), more than "
                         f"max_drop_fraction={max_drop_fraction}. Correct the data, or raise max_drop_fraction.")
 
 # %% ../../nbs/20_data/2_messages.ipynb #fae32df7
 def conversation_texts(
     messages:list[dict], # a conversation
-)->dict: # exact: all that is said; conversation: what is compared for likeness; prompt: the user's words before the first answer
-    "The texts of a conversation that are compared"
+)->dict: # exact: roles and texts; conversation: texts without system; prompt: the user's texts before an answer
+    "The texts by which conversations are compared"
     first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
     talk = [content_text(m["content"]) for m in messages if m["role"] not in ("system", "developer")]
     prompt = [content_text(m["content"]) for m in messages[:first] if m["role"] == "user"]
@@ -301,8 +308,9 @@ def dataset_texts(
     columns = [c for c in ("messages", "id", "source") if c in dataset.column_names]
     start, dataset = 0, dataset.select_columns(columns)
     for block in dataset.iter(batch_size=1000):
-        for i, messages in enumerate(block["messages"], start):
-            has_id = "id" in block and block["id"][i - start] is not None
-            yield i, str(block["id"][i - start]) if has_id else str(i), str(
-                block["source"][i - start]) if "source" in block else "all", conversation_texts(messages or [])
-        start += len(block["messages"])
+        n = len(block["messages"])
+        ids, sources = block.get("id") or [None]*n, block.get("source")
+        for i, messages in enumerate(block["messages"]):
+            yield (start + i, str(start + i if ids[i] is None else ids[i]), str(sources[i]) if sources else "all",
+                   conversation_texts(messages or []))
+        start += n

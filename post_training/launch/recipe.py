@@ -8,7 +8,7 @@ __all__ = ['recipe_parameters', 'check_parameters', 'recipe_path', 'own_kernel',
            'absolute_overrides', 'check_stage_config', 'run_recipe', 'execute_run']
 
 # %% ../../nbs/70_launch/7_recipe.ipynb #ae0b6a97
-import ast, contextlib, importlib, json, logging, os, shlex, sys, tempfile, threading
+import ast, contextlib, json, logging, os, shlex, sys, tempfile, threading
 from pathlib import Path
 from . import slurm
 from ..core.files import UserError, gc_paused, did_you_mean, write_atomic, write_json
@@ -19,7 +19,8 @@ from ..config.compose import ComposedConfig, compose
 from ..run.record import final_checkpoint, read_metrics, read_record
 from ..run.attempt import HANDED_OVER, Attempt, close_attempt, open_run
 from .device import visible_gpus
-from .accelerate import HandedOver, JobFailed, check_launch, show_progress, raise_on_sigterm, stop_tree
+from .accelerate import (HandedOver, JobFailed, check_launch, show_progress, raise_on_sigterm,
+                                             stop_tree)
 
 # %% ../../nbs/70_launch/7_recipe.ipynb #b9feddda
 def recipe_parameters(
@@ -67,30 +68,30 @@ def recipe_path(
 # %% ../../nbs/70_launch/7_recipe.ipynb #3f6ab4f6
 @contextlib.contextmanager
 def own_kernel():
-    "During the block, `python3` is a kernel on this very interpreter, and a kernel knows whose child it is"
+    "During the block, `python3` is a kernel on this interpreter, and a kernel knows its parent process"
     with tempfile.TemporaryDirectory() as d:
         argv = [sys.executable, "-m", "ipykernel_launcher", "--log-level=50", "-f", "{connection_file}"]
         write_json(Path(d)/"kernels/python3/kernel.json",
                    dict(argv=argv, display_name="Python 3", language="python",
                         metadata=dict(supported_encryption=["curve"])))
-        mine = dict(JUPYTER_PATH=os.pathsep.join(filter(None, [d, os.environ.get("JUPYTER_PATH")])),
-                    POST_TRAINING_PARENT=str(os.getpid()), JUPYTER_PLATFORM_DIRS="1")
-        if not visible_gpus(): mine.setdefault("DS_ACCELERATOR", "cpu") # or DeepSpeed says that it found none
-        before = {k: os.environ.get(k) for k in mine}
-        os.environ.update(mine)
+        env = dict(JUPYTER_PATH=os.pathsep.join(filter(None, [d, os.environ.get("JUPYTER_PATH")])),
+                   POST_TRAINING_PARENT=str(os.getpid()), JUPYTER_PLATFORM_DIRS="1")
+        if not visible_gpus(): env.setdefault("DS_ACCELERATOR", "cpu") # or DeepSpeed says that it found none
+        previous = {k: os.environ.get(k) for k in env}
+        os.environ.update(env)
         try: yield
         finally:
-            for k, v in before.items():
+            for k, v in previous.items():
                 if v is None: os.environ.pop(k, None)
                 else: os.environ[k] = v
 
 # %% ../../nbs/70_launch/7_recipe.ipynb #c46b01f7
 def load_papermill():
     "The module papermill"
-    kept = sys.modules.get("rfc3987_syntax")
-    sys.modules.setdefault("rfc3987_syntax", None) # an import of it fails, and `jsonschema` does without
+    loaded = sys.modules.get("rfc3987_syntax")
+    sys.modules.setdefault("rfc3987_syntax", None) # an import of it fails, and `jsonschema` works without it
     with gc_paused(): import papermill
-    if kept is None: sys.modules.pop("rfc3987_syntax", None)
+    if loaded is None: sys.modules.pop("rfc3987_syntax", None)
     return papermill
 
 # %% ../../nbs/70_launch/7_recipe.ipynb #f8fffd54
@@ -105,9 +106,9 @@ def execute_notebook(
     import zmq
     from papermill.exceptions import PapermillExecutionError
     from traitlets.config import Config
-    # others on this machine cannot listen in
+    # other users of this machine cannot read the connection
     encrypted = Config(KernelManager=dict(transport_encryption="auto" if zmq.has("curve") else "disabled"))
-    # it warns about parameters that it cannot parse; ours are checked
+    # it warns about parameters that it cannot parse; `check_parameters` has checked them
     logging.getLogger("papermill").setLevel(logging.ERROR)
     with own_kernel(), raise_on_sigterm():
         try:
@@ -130,16 +131,17 @@ def _stop_children():
 def closing_line(
     run_dir, # a run folder
 )->str: # one line
-    "Loss and accuracy before and after, or the summary of a stage that prepares data, as the record has them"
-    if (summary := read_record(run_dir).get("summary")): return f"{read_record(run_dir)['stage']}: {summary}"
-    record, losses = read_record(run_dir), [r["loss"] for r in read_metrics(run_dir) if "loss" in r]
+    "Loss and accuracy before and after training, or the summary of another stage, from the record"
+    record = read_record(run_dir)
+    if summary := record.get("summary"): return f"{record['stage']}: {summary}"
+    losses = [r["loss"] for r in read_metrics(run_dir) if "loss" in r]
     final, parts = record.get("final") or {}, []
     if losses: parts.append(f"loss {losses[0]:.4g} at the first step, {losses[-1]:.4g} at the last")
     elif isinstance(final.get("train_loss"), (int, float)): parts.append(f"train loss {final['train_loss']:.4g}")
-    told = {k: (record.get("evaluation") or {}).get(k, {}).get("accuracy") for k in ("before", "after")}
-    if any(v is not None for v in told.values()):
+    accuracy = {k: (record.get("evaluation") or {}).get(k, {}).get("accuracy") for k in ("before", "after")}
+    if any(v is not None for v in accuracy.values()):
         on = " on training rows"*("notice" in record["evaluation"].get("after", {}))
-        parts.append("accuracy " + ", ".join(f"{100*v:.1f} % {k}" for k, v in told.items() if v is not None) + on)
+        parts.append("accuracy " + ", ".join(f"{100*v:.1f} % {k}" for k, v in accuracy.items() if v is not None) + on)
     return f"{record.get('stage', 'run')}: {'; '.join(parts) or record.get('status', 'no record')}"
 
 # %% ../../nbs/70_launch/7_recipe.ipynb #2a07080c
@@ -153,7 +155,7 @@ def print_done(
     run_dir:Path, # a run folder
     checkpoints_dir:Path, # of its generation
 ):
-    "Say that a run is finished, and where its record and its checkpoint are"
+    "Print that a run is finished, and where its record and its checkpoint are"
     print(f"done already: record {shown_path(run_dir/'record.json')}")
     record = read_record(run_dir)
     if output := (record.get("final") or {}).get("output"): print(f"verified output {shown_path(output)}")
@@ -179,7 +181,7 @@ def keep_final(
     attempt:Attempt, # that ended well
     notebook:Path, # executed, in the attempt's folder
 ):
-    "Make an executed notebook read-only, and put a copy beside the record"
+    "Make an executed notebook read-only, and put a copy next to the record"
     final = attempt.run_dir/notebook.name
     write_atomic(final, notebook.read_bytes())
     for p in (final, notebook): p.chmod(0o444)
@@ -189,22 +191,22 @@ def hand_to_cluster(
     composed:ComposedConfig, # with cluster.launcher=slurm
     force:bool=False, # begin a finished run anew, from step 0
 )->slurm.EmittedJob:
-    "Make a run's folder and its batch script, submit it where `submit` says so, and print what there is"
-    if composed.cfg["submit"]: slurm.run_slurm("sbatch", "--version") # nothing is made where nothing can be submitted
-    made = slurm.emit(composed, force)
-    if made.status == "done": print_done(made.run_dir, made.plan.checkpoints_dir); return made
+    "Make a run's folder and its batch script, submit it where `submit` says so, and print the result"
+    if composed.cfg["submit"]: slurm.run_slurm("sbatch", "--version") # raises before anything is written
+    job = slurm.emit(composed, force)
+    if job.status == "done": print_done(job.run_dir, job.run_state.checkpoints_dir); return job
     for fact in slurm.job_arithmetic(composed.cfg): print(f"{fact['what']}: {fact['value']}")
-    for doubt in slurm.config_warnings(composed.cfg): print(f"look again: {doubt}")
-    print(f"run {shown_path(made.run_dir)} ({made.status})")
+    for warning in slurm.config_warnings(composed.cfg): print(f"look again: {warning}")
+    print(f"run {shown_path(job.run_dir)} ({job.status})")
     if composed.cfg["submit"]:
-        job, array = slurm.submit(made), slurm.array_of(read_record(made.run_dir))
-        behind = f", behind array {array['id']} of its shards" if made.array else ""
-        print(f"submitted as job {job}{behind}: post-training jobs shows it")
-        return made
-    script, array = (shlex.quote(shown_path(p)) for p in (made.script, made.array or ""))
-    how = f"sbatch --dependency=afterany:$(sbatch --parsable {array}) {script}" if made.array else f"sbatch {script}"
-    print(f"not submitted. Look at the script{'s' if made.array else ''}, then: {how}   (or add submit=true)")
-    return made
+        number, array = slurm.submit(job), slurm.array_of(read_record(job.run_dir))
+        behind = f", behind array {array['id']} of its shards" if job.array else ""
+        print(f"submitted as job {number}{behind}: post-training jobs shows it")
+        return job
+    script, array = (shlex.quote(shown_path(p)) for p in (job.script, job.array or ""))
+    how = f"sbatch --dependency=afterany:$(sbatch --parsable {array}) {script}" if job.array else f"sbatch {script}"
+    print(f"not submitted. Look at the script{'s' if job.array else ''}, then: {how}   (or add submit=true)")
+    return job
 
 # %% ../../nbs/70_launch/7_recipe.ipynb #cf2445b3
 def open_task(
@@ -215,14 +217,14 @@ def open_task(
     "Open the run that a recipe is about, here or in a job of a cluster"
     if composed.cfg["cluster"]["launcher"] != "local" and not this_job():
         hand_to_cluster(composed, force)
-        raise SystemExit(0) # papermill takes this for a good end
+        raise SystemExit(0) # for papermill this is a good end
     return open_run(composed.cfg, origins=composed.origins, overrides=composed.overrides, force=force, attempt=attempt)
 
 # %% ../../nbs/70_launch/7_recipe.ipynb #3ca2e157
 def absolute_overrides(
     stage:str, # a stage's name
     overrides, # as typed
-)->list[str]: # the same with paths of preset files that are good in the project's folder
+)->list[str]: # with absolute paths of preset files
     "Overrides that mean the same from the project's folder"
     if isinstance(overrides, str): return overrides # `compose` refuses it
     known, out = preset_groups(stage_name(stage)), []
@@ -240,7 +242,7 @@ def absolute_overrides(
 def check_stage_config(
     cfg:dict, # composed
 ):
-    "Refuse what a stage's own check refuses without a kernel; the stage's module is loaded by name"
+    "Run the check that a stage has of its own, before a kernel is started"
     from post_training.merging.document import check_merge_config
     if cfg["stage"] == "model_merging": check_merge_config(cfg)
 
@@ -264,7 +266,7 @@ def execute_run(
     overrides, # what the recipe composes anew: as typed, or a frozen file
     force:bool=False, # begin a finished run anew, from step 0
     command:list[str]=None, # as typed, for the record
-    opened=lambda attempt: None, # told of the attempt once it is open
+    opened=lambda attempt: None, # called with the attempt once it is open
 )->int: # exit code: 0; faults and mistakes raise
     "Execute a recipe here, as an attempt of its run"
     check_launch(composed.cfg)
@@ -282,17 +284,15 @@ def execute_run(
 
 # %% ../../nbs/70_launch/7_recipe.ipynb #b4d6945d
 def _execute_attempt(attempt:Attempt, recipe:Path, parameters:dict):
-    "Execute the recipe, then close the attempt with the exit code that its end deserves"
-    out = attempt.attempt_dir/recipe.name
-    code = 1
-    said = {}
+    "Execute the recipe, then close the attempt with the exit code of its end"
+    out, code, facts = attempt.attempt_dir/recipe.name, 1, {}
     try:
         with progress_thread(attempt.run_dir): execute_notebook(recipe, out, parameters)
         keep_final(attempt, out)
         code = 0
-    except UserError as e: code, said = 2, dict(error=str(e)); raise
+    except UserError as e: code, facts = 2, dict(error=str(e)); raise
     except HandedOver: code = HANDED_OVER; raise
-    except JobFailed as e: said = dict(error=str(e)); raise
+    except JobFailed as e: facts = dict(error=str(e)); raise
     except KeyboardInterrupt: code = 130; raise
     except SystemExit as e: code = e.code; raise
-    finally: close_attempt(attempt.run_dir, attempt.number, code, **said)
+    finally: close_attempt(attempt.run_dir, attempt.number, code, **facts)

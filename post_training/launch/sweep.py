@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SWEEP_COLUMNS', 'grid', 'make_override', 'fill_settings', 'SweepJob', 'check_name', 'job_name', 'make_jobs',
-           'run_subdir', 'job_overrides', 'ChainStage', 'chain_jobs', 'compose_jobs', 'sweep_folder', 'sbatch_line',
-           'submit_script', 'mark_job', 'submitted_id', 'write_sweep', 'read_sweep', 'show_submit', 'sweep_job_rows',
-           'mark_all_jobs', 'record_submitted', 'submit_sweep', 'run_sweep', 'used_node_hours', 'sweep_rows',
-           'sweep_figure', 'sweep_conclusion', 'check_experiment_name', 'run_experiment', 'sweep_main']
+           'run_subdir', 'job_overrides', 'ChainStage', 'chain_config', 'chain_result', 'chain_jobs', 'check_job',
+           'compose_jobs', 'sweep_folder', 'sbatch_line', 'submit_script', 'mark_job', 'submitted_id', 'write_job',
+           'write_sweep', 'read_sweep', 'show_submit', 'sweep_job_rows', 'mark_all_jobs', 'record_ids',
+           'record_submitted', 'submit_sweep', 'run_sweep', 'used_node_hours', 'sweep_rows', 'sweep_figure',
+           'sweep_conclusion', 'check_experiment_name', 'run_experiment', 'typed_parameters', 'sweep_main']
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #11a61365
 import contextlib, datetime, io, itertools, json, os, re, shlex, shutil, statistics, subprocess, sys
@@ -40,7 +41,7 @@ def grid(
         if not isinstance(values, (list, tuple, range)):
             raise UserError(f"The axis {name} is {values!r}: give a list of values, [{values!r}].")
         if not len(values):
-            raise UserError(f"The axis {name} is empty: there is no job at all. Give at least one value.")
+            raise UserError(f"The axis {name} is empty: there would be no job. Give at least one value.")
     return [dict(zip(axes, point)) for point in itertools.product(*axes.values())]
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #bc35bb4e
@@ -79,8 +80,8 @@ def fill_settings(
         raise UserError(f"{kind}{value} asks for {e.args[0]}, which the job does not "
                         f"set.{did_you_mean(e.args[0], settings)} It sets {', '.join(settings)}.") from None
     except (ValueError, IndexError, AttributeError, TypeError) as e:
-        raise UserError(f"{kind}{value} is no text with {{name}} in it ({e}). Write a brace that is meant as "
-                        f"{{{{.") from None
+        raise UserError(f"{kind}{value} is no text with {{name}} in it ({e}). Write {{{{ for a "
+                        "literal brace.") from None
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #4109e140
 @dataclass
@@ -89,17 +90,18 @@ class SweepJob:
     name:str # unique in the sweep
     stage:str
     overrides:list # texts in Hydra's grammar
-    settings:dict # what the name, the table and the figure are made of
+    settings:dict # for the name, the table and the figure
     after:tuple = () # names of the jobs that have to end well before
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #5d248a83
-SWEEP_COLUMNS = ("job", "status", "attempts", "steps", "train_loss", "eval_loss", "accuracy_before", "accuracy_after", "accuracy_gain", "tokens_per_second",
-           "node_hours") # what a table says of a job
+# the columns of a sweep's table
+SWEEP_COLUMNS = ("job", "status", "attempts", "steps", "train_loss", "eval_loss", "accuracy_before", "accuracy_after",
+                 "accuracy_gain", "tokens_per_second", "node_hours")
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #541fc2ff
 def check_name(
     name:str,
-    kind:str, # that it is of, for the message
+    kind:str, # what it names, for the message
 )->str:
     "A name that is safe as a file name, and as a part of a path"
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,159}", name): return name
@@ -132,7 +134,7 @@ def run_subdir(
     experiment:str, # name
     job:SweepJob,
 )->str: # job_subdir
-    "What the run of a job lies under"
+    "The folder above the run of a job"
     return "annotation" if job.stage in SHARD_STAGES else f"{experiment}/{job.name}"
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #b522cd81
@@ -143,7 +145,7 @@ def job_overrides(
     "A job's overrides with those that follow from its name"
     typed = {parse_override(o).key for o in job.overrides}
     if taken := typed & {"job_subdir", "wandb.run_name"}:
-        raise UserError(f"{sorted(taken)[0]} of job {job.name} is its experiment and its name: leave it out.")
+        raise UserError(f"{sorted(taken)[0]} of job {job.name} follows from its experiment and name: leave it out.")
     tags = [] if "wandb.tags" in typed else [make_override("wandb.tags", [experiment])]
     return [*job.overrides, make_override("job_subdir", run_subdir(experiment, job)),
             make_override("wandb.run_name", f"{experiment}/{job.name}"), *tags]
@@ -153,9 +155,34 @@ def job_overrides(
 class ChainStage:
     "A stage of a chain"
     stage:str
-    # key of the config -> value, or text with {name} of a setting or {stage.data}, {stage.name}, {stage.run} of a stage before
+    # key of the config -> value, or text with {name} of a setting, or {stage.data}, {stage.name}, {stage.run} of an
+    # earlier stage
     keys:dict
     form:str = "" # of the jobs' names; empty: the name of the rows that the stage writes
+
+# %% ../../nbs/70_launch/10_sweep.ipynb #791b2910
+def chain_config(
+    step:ChainStage,
+    overrides:list[str], # of one of its jobs
+    is_last:bool, # no later stage reads its output
+)->dict: # composed; empty where neither its name nor its output is needed
+    "The config of a stage of a chain, to know what it writes"
+    if not step.form and step.stage not in SHARD_STAGES:
+        raise UserError(f"stage {step.stage} has no form, and writes no rows that its jobs could be called after.")
+    if step.form and is_last: return {}
+    try: return compose(step.stage, overrides).cfg
+    except UserError as e: raise UserError(f"stage {step.stage}: {e}") from None
+
+# %% ../../nbs/70_launch/10_sweep.ipynb #97b7b5e2
+def chain_result(
+    experiment:str, # name
+    job:SweepJob,
+    cfg:dict, # of `chain_config`
+)->SimpleNamespace: # job, name, data, run
+    "What later stages of a chain may ask of a job"
+    folder = cfg and run_folder(cfg | dict(job_subdir=run_subdir(experiment, job)))
+    run = str(folder.relative_to(site_path(cfg["runs_dir"]))) if cfg else ""
+    return SimpleNamespace(job=job.name, name=cfg.get("dataset_name"), data=cfg.get("save_data_dir"), run=run)
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #ac739c65
 def chain_jobs(
@@ -163,49 +190,56 @@ def chain_jobs(
     points:list[dict], # settings, as `grid` makes them
     steps:list[ChainStage], # in the order in which they run
 )->list[SweepJob]:
-    "The jobs of a chain for each point, each behind the one before it; what points have in common is one job"
+    "The jobs of a chain for each point, each behind the one before it; points that ask for the same share a job"
     if not points or not steps: raise UserError("A chain has at least one point and one stage.")
-    made, names = {}, {}
+    results, jobs = {}, {}
     for p in points:
-        told = dict(p)
-        before = ()
-        used = set()
+        known, previous, used = dict(p), (), set()
         for s in steps:
-            if s.stage in told or "before" in p:
+            if s.stage in known or "before" in p:
                 raise UserError(f"{s.stage} is in the chain twice, or it or before is a setting: {{{s.stage}.data}} "
                                 "would mean two things.")
             used |= {n for text in (*s.keys.values(), s.form) if isinstance(text, str)
                      for n in re.findall(r"\{(\w+)[}:!]", text)}
-            overrides = [make_override(k, fill_settings(v, told, f"{k}=")) for k, v in s.keys.items()]
+            overrides = [make_override(k, fill_settings(v, known, f"{k}=")) for k, v in s.keys.items()]
             key = (s.stage, *overrides)
-            if key not in made:
-                if not s.form and s.stage not in SHARD_STAGES:
-                    raise UserError(f"stage {s.stage} has no form, and writes no rows that its jobs could be called "
-                                    "after.")
-                try:
-                    # nobody asks where the last one writes
-                    cfg = {} if s.form and s is steps[-1] else compose(s.stage, overrides).cfg
-                except UserError as e: raise UserError(f"stage {s.stage}: {e}") from None
-                name = job_name(s.form, told) if s.form else check_name(cfg["dataset_name"], "The name of the rows")
-                job = SweepJob(name, s.stage, overrides, {k: v for k, v in p.items() if k in used}, before)
-                if name in names:
-                    raise UserError(f"Two jobs are called {name} and differ{_difference(names[name], job)}. Put it "
+            if key not in results:
+                cfg = chain_config(s, overrides, is_last=s is steps[-1])
+                name = job_name(s.form, known) if s.form else check_name(cfg["dataset_name"], "The name of the rows")
+                job = SweepJob(name, s.stage, overrides, {k: v for k, v in p.items() if k in used}, previous)
+                if name in jobs:
+                    raise UserError(f"Two jobs are called {name} and differ{_difference(jobs[name], job)}. Put it "
                                     "into the name; of rows: model_name.")
-                run = (cfg
-                       and run_folder(
-                    cfg | dict(job_subdir=run_subdir(experiment, job))).relative_to(site_path(cfg["runs_dir"])))
-                names[name], made[key] = job, SimpleNamespace(
-                    job=name, name=cfg.get("dataset_name"), data=cfg.get("save_data_dir"), run=str(run))
-            told[s.stage] = told["before"] = made[key]
-            before = (made[key].job,)
-    return list(names.values())
+                jobs[name], results[key] = job, chain_result(experiment, job, cfg)
+            known[s.stage] = known["before"] = results[key]
+            previous = (results[key].job,)
+    return list(jobs.values())
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #7fa4116a
 def _difference(a:SweepJob, b:SweepJob)->str:
     "The first overrides in which two jobs differ, in words"
-    mine, others = ({parse_override(o).key: o for o in j.overrides} for j in (a, b))
-    keys = [k for k in {**mine, **others} if mine.get(k) != others.get(k)]
-    return f" in {', '.join(f'{mine.get(k)} and {others.get(k)}' for k in keys[:2])}" if keys else ""
+    first, second = ({parse_override(o).key: o for o in j.overrides} for j in (a, b))
+    keys = [k for k in {**first, **second} if first.get(k) != second.get(k)]
+    return f" in {', '.join(f'{first.get(k)} and {second.get(k)}' for k in keys[:2])}" if keys else ""
+
+# %% ../../nbs/70_launch/10_sweep.ipynb #2b5d0523
+def check_job(
+    job:SweepJob,
+    names:dict, # name -> config of the jobs before it
+):
+    "Refuse a name that is taken, a job that waits for one that is missing, and a setting that hides a column"
+    if check_name(job.name, "The job's name") in names:
+        raise UserError(f"Two jobs are called {job.name}. Put the difference into the name.")
+    for previous in job.after:
+        if previous not in names:
+            raise UserError(f"job {job.name} waits for {previous}, and there is no such job before "
+                            f"it.{did_you_mean(previous, names)}")
+        if not names[previous]["cluster"]["requeue"]:
+            raise UserError(f"{job.name} would wait for {previous}, which has cluster.requeue=false: after a cut "
+                            "another job continues it. Set it to true.")
+    if taken := [s for s in job.settings if s in SWEEP_COLUMNS]:
+        raise UserError(f"{taken[0]} is a column of the results: give the setting of job {job.name} another name, such "
+                        "as max_steps for steps.")
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #94548131
 def compose_jobs(
@@ -213,22 +247,9 @@ def compose_jobs(
     jobs:list[SweepJob],
 )->list[ComposedConfig]: # one for each job
     "Compose every job; the first mistake in any stops with the job's name"
-    out = []
-    names = {}
-    same = {}
+    out, names, same = [], {}, {}
     for job in jobs:
-        if check_name(job.name, "The job's name") in names:
-            raise UserError(f"Two jobs are called {job.name}. Put what tells them apart into the name.")
-        for before in job.after:
-            if before not in names:
-                raise UserError(f"job {job.name} waits for {before}, and there is no such job before "
-                                f"it.{did_you_mean(before, names)}")
-            if names[before]["cluster"]["requeue"]: continue
-            raise UserError(f"{job.name} would wait for {before}, which has cluster.requeue=false: what goes on after "
-                            "a cut is another job. Set it to true.")
-        if taken := [s for s in job.settings if s in SWEEP_COLUMNS]:
-            raise UserError(f"{taken[0]} is a column of the results: call the setting of job {job.name} otherwise, "
-                            "max_steps for steps.")
+        check_job(job, names)
         try:
             c = compose(job.stage, job_overrides(experiment, job))
             refuse_secrets(c.cfg)
@@ -238,7 +259,7 @@ def compose_jobs(
                             "cluster=slurm; `run_sweep` runs it here all the same.")
         other = same.setdefault(config_hash({**c.cfg, "job_subdir": "any"}), job.name)
         if other != job.name:
-            raise UserError(f"{other} and {job.name} are the same run: no key that matters differs. Leave one out.")
+            raise UserError(f"{other} and {job.name} are the same run: no key of the identity differs. Leave one out.")
         names[job.name] = c.cfg
         out.append(c)
     if not out: raise UserError("A sweep has at least one job.")
@@ -249,7 +270,7 @@ def sweep_folder(
     experiment:str, # name
     sub_experiment:str, # what this grid is about
 )->Path: # empty
-    "Make a folder that nobody has: two of one minute get different names"
+    "Make a new folder; two of the same minute get different names"
     stamp = f"{check_name(sub_experiment, 'The sub-experiment')}-{datetime.datetime.now():%Y-%m-%d-%H-%M}"
     top = runs_root()/"experiments"/check_name(experiment, "The experiment")
     top.mkdir(parents=True, exist_ok=True)
@@ -259,10 +280,13 @@ def sweep_folder(
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #67083c3d
 _SUBMIT = r"""#!/bin/bash
-{question}# submit.sh submits every job that was not submitted yet; submit.sh NAME ... only these. In submitted/ a file for each holds its id, or done.
-# A job that failed is submitted again once its files there (NAME, NAME+shards) are removed, or by submit_sweep, which looks what became of the runs.
+{question}# submit.sh submits every job that was not submitted yet; submit.sh NAME ... only these. submitted/NAME holds
+# a job's id, or done. A failed job is submitted again once its files there (NAME, NAME+shards) are removed, or by
+# submit_sweep, which reads the records of the runs.
 set -euo pipefail
-for v in "${{!SLURM_@}}" "${{!SBATCH_@}}" "${{!SRUN_@}}"; do [ "$v" = SLURM_CONF ] || [ "$v" = SLURM_CLUSTERS ] || unset "$v"; done
+for v in "${{!SLURM_@}}" "${{!SBATCH_@}}" "${{!SRUN_@}}"; do
+  [ "$v" = SLURM_CONF ] || [ "$v" = SLURM_CLUSTERS ] || unset "$v"
+done
 for n in "$@"; do case $n in {names}) ;; *) echo "there is no job $n" >&2; exit 2 ;; esac; done
 chosen=" $* "
 known={folder}/submitted
@@ -271,7 +295,7 @@ exec 9>> "$known/.lock"
 if command -v flock > /dev/null && ! flock -n 9; then echo "another submit.sh is at work here" >&2; exit 1; fi
 id() {{ cat "$known/$1" 2> /dev/null || {{ echo "$2 waits for $1, which was not submitted" >&2; return 1; }}; }}
 submit() {{ # NAME "JOBS THAT HAVE TO END WELL" "ARRAY THAT HAS TO END" sbatch ...
-  local name=$1 ok= any= n i said command=("${{@:4}}")
+  local name=$1 ok= any= n i answer command=("${{@:4}}")
   [ "$chosen" = "  " ] || [[ $chosen == *" ${{name%+shards}} "* ]] || return 0
   [ ! -s "$known/$name" ] || return 0
   for n in $2; do i=$(id "$n" "$name"); [ "$i" = done ] || ok+=:$i; done
@@ -280,14 +304,15 @@ submit() {{ # NAME "JOBS THAT HAVE TO END WELL" "ARRAY THAT HAS TO END" sbatch .
     n=${{ok:+afterok$ok}}${{ok:+${{any:+,}}}}${{any:+afterany$any}}
     command=("${{command[0]}}" "--dependency=$n" --kill-on-invalid-dep=yes "${{command[@]:1}}")
   fi
-  said=$("${{command[@]}}")
-  [[ $said =~ job\ ([0-9]+) ]] || {{ echo "sbatch named no job for $name: $said" >&2; exit 1; }}
+  answer=$("${{command[@]}}")
+  [[ $answer =~ job\ ([0-9]+) ]] || {{ echo "sbatch named no job for $name: $answer" >&2; exit 1; }}
   echo "${{BASH_REMATCH[1]}}" > "$known/$name"
-  echo "$said: $name"
+  echo "$answer: $name"
 }}
 record() {{
   local code=$?
-  cd {root} && {python} -m post_training.launch.sweep --record {folder} || echo "the records of the runs do not name these jobs" >&2
+  cd {root} && {python} -m post_training.launch.sweep --record {folder} ||
+    echo "the records of the runs do not name these jobs" >&2
   exit $code
 }}
 [ -n "${{POST_TRAINING_SWEEP:-}}" ] || trap record EXIT # else submit_sweep does it
@@ -300,11 +325,10 @@ def sbatch_line(
     script, # path
     logs:dict, # output and error, in sbatch's notation
 )->list[str]: # arguments
-    "The command that submits one job: what is worth seeing at a glance, then the script, which says the rest"
+    "The command that submits one job: its main options, then the script, which holds the rest"
     d = sbatch_directives(cfg, "", logs)
-    shown = [word
-             for flag, key in (("-N", "nodes"), ("-p", "partition"), ("-t", "time"), ("-o", "output"), ("-e", "error"))
-             if d.get(key) for word in (flag, str(d[key]))]
+    options = {"-N": "nodes", "-p": "partition", "-t": "time", "-o": "output", "-e": "error"}
+    shown = [word for flag, key in options.items() if d.get(key) for word in (flag, str(d[key]))]
     return ["sbatch", *shown, str(script)]
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #187fc287
@@ -312,14 +336,14 @@ def submit_script(
     folder, # of the sweep
     jobs:list[tuple], # (name, names that it waits for, array that it comes behind, command), in an order that can run
     question:str=None, # that the experiment asks
-    runs=(), # folders that have to be there, for logs
+    runs=(), # folders that have to exist, for logs
 )->str:
     "The script that submits the jobs of a sweep"
-    told = "".join(f"# {line}\n" for line in (question or "").splitlines())
+    comment = "".join(f"# {line}\n" for line in (question or "").splitlines())
     text = "\n".join(shlex.join(["submit", name, " ".join(after), array, *words]) for name, after, array, words in jobs)
     names = "|".join(name for name, *_ in jobs if not name.endswith("+shards"))
     q, more = shlex.quote, "".join(f" {shlex.quote(str(r))}" for r in runs)
-    return _SUBMIT.format(question=told, names=names, folder=q(str(folder)), runs=more, root=q(str(project_root())),
+    return _SUBMIT.format(question=comment, names=names, folder=q(str(folder)), runs=more, root=q(str(project_root())),
                           python=q(sys.executable), lines=text)
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #c5fe19a3
@@ -329,7 +353,7 @@ def mark_job(
     state:str="", # done, or the id of the job; empty: it is to be submitted
     array:str="", # id of its array
 ):
-    "Say what the submit script takes a job for"
+    "Write the state of a job for the submit script"
     for n, text in ((name, state), (f"{name}+shards", array or state and "done")):
         if text: write_atomic(Path(folder)/"submitted"/n, text + "\n")
         else: (Path(folder)/"submitted"/n).unlink(missing_ok=True)
@@ -339,48 +363,55 @@ def submitted_id(
     folder, # of a sweep
     name:str, # of a job
 )->str: # its id, done, or empty
-    "What the submit script takes a job for"
+    "The state of a job for the submit script"
     path = Path(folder)/"submitted"/name
     return path.read_text().strip() if path.exists() else ""
+
+# %% ../../nbs/70_launch/10_sweep.ipynb #50971607
+def write_job(
+    folder:Path, # of a sweep
+    job:SweepJob,
+    composed:ComposedConfig, # of it
+)->list[tuple]: # its lines of the submit script: the array of its shards, where it has one, and the job
+    "Write the config and the scripts of one job"
+    cfg, name, run_dir = composed.cfg, job.name, run_folder(composed.cfg)
+    config, script = folder/f"configs/{name}.yaml", folder/f"scripts/{name}.sbatch"
+    logs = {kind: sbatch_path(folder/f"out/{name}.{end}") for kind, end in (("output", "out"), ("error", "err"))}
+    save_frozen(cfg, config, composed.overrides)
+    write_atomic(script, job_script(cfg, [config], folder/"out", name, script, logs)).chmod(0o755)
+    if composed.stage not in SHARD_STAGES: return [(name, job.after, "", sbatch_line(cfg, script, logs))]
+    array = folder/f"scripts/{name}+shards.sbatch"
+    write_atomic(array, shards_script(cfg, config, run_dir, name)).chmod(0o755)
+    (folder/f"out/{name}+shards").symlink_to(run_dir) # the tasks write their logs there
+    return [(f"{name}+shards", job.after, "", sbatch_line(cfg, array, {})),
+            (name, job.after, f"{name}+shards", sbatch_line(cfg, script, logs))]
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #a1e1642e
 def write_sweep(
     experiment:str, # name, that of its notebook
     sub_experiment:str, # what this grid is about
     jobs:list[SweepJob],
-    question:str=None, # that the experiment asks
+    question:str=None, # of the experiment
     folder=None, # made already with `sweep_folder`
 )->Path: # the sweep's folder
     "Write the folder of a sweep; nothing is submitted"
-    for name, what in ((experiment, "The experiment"), (sub_experiment, "The sub-experiment")): check_name(name, what)
+    check_name(experiment, "The experiment"); check_name(sub_experiment, "The sub-experiment")
     composed = compose_jobs(experiment, jobs)
     folder = Path(folder) if folder else sweep_folder(experiment, sub_experiment)
     if (folder/"jobs.json").exists():
         raise UserError(f"{folder} holds a sweep already. Make another with sweep_folder.")
     for part in ("out", "submitted"): (folder/part).mkdir()
-    lines = []
-    told = []
-    runs = []
+    lines, entries, runs = [], [], []
     for job, c in zip(jobs, composed):
-        config, script, run_dir = folder/f"configs/{job.name}.yaml", folder/f"scripts/{job.name}.sbatch", run_folder(
-            c.cfg)
-        logs = {kind: sbatch_path(folder/f"out/{job.name}.{end}")
-                for kind, end in (("output", "out"), ("error", "err"))}
-        save_frozen(c.cfg, config, c.overrides)
-        write_atomic(script, job_script(c.cfg, [config], folder/"out", job.name, script, logs)).chmod(0o755)
-        array = f"{job.name}+shards" if c.stage in SHARD_STAGES else ""
-        if array:
-            write_atomic(folder/f"scripts/{array}.sbatch", shards_script(c.cfg, config, run_dir, job.name)).chmod(0o755)
-            lines.append((array, job.after, "", sbatch_line(c.cfg, folder/f"scripts/{array}.sbatch", {})))
-            (folder/f"out/{array}").symlink_to(run_dir) # the logs of the tasks are there
-            runs.append(run_dir)
-        lines.append((job.name, job.after, array, sbatch_line(c.cfg, script, logs)))
+        run_dir = run_folder(c.cfg)
+        if c.stage in SHARD_STAGES: runs.append(run_dir)
+        lines += write_job(folder, job, c)
         if locate_run(c).status == "done": mark_job(folder, job.name, "done")
         facts = dict(settings=job.settings, overrides=c.overrides, hash=config_hash(c.cfg), run=shown_path(run_dir))
-        told.append(dict(name=job.name, stage=c.stage, after=list(job.after), **facts, jobs=[]))
+        entries.append(dict(name=job.name, stage=c.stage, after=list(job.after), **facts, jobs=[]))
     write_atomic(folder/"submit.sh", submit_script(folder, lines, question, runs)).chmod(0o755)
     write_json(folder/"jobs.json",
-               dict(experiment=experiment, sub_experiment=sub_experiment, question=question, jobs=told))
+               dict(experiment=experiment, sub_experiment=sub_experiment, question=question, jobs=entries))
     return folder
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #818b1b31
@@ -392,8 +423,8 @@ def read_sweep(
     try: jobs = json.loads((Path(folder)/"jobs.json").read_text())["jobs"]
     except OSError: raise UserError(f"{folder} is no folder of a sweep: it has no jobs.json.") from None
     known = [j["name"] for j in jobs]
-    if lost := [n for n in names if n not in known]:
-        raise UserError(f"There is no job {lost[0]}.{did_you_mean(lost[0], known)} Jobs: {', '.join(known)}.")
+    if unknown := [n for n in names if n not in known]:
+        raise UserError(f"There is no job {unknown[0]}.{did_you_mean(unknown[0], known)} Jobs: {', '.join(known)}.")
     return [j for j in jobs if not names or j["name"] in names]
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #cfe029ad
@@ -416,7 +447,7 @@ def show_submit(
 def sweep_job_rows(
     folder, # of a sweep
 )->list[dict]: # number, job, stage, after (numbers), nodes, time limit, node-hours at most
-    "The jobs of a sweep and what they take; of those that are done nothing"
+    "The jobs of a sweep and their cost; a finished job costs nothing"
     jobs, out = read_sweep(folder), []
     number = {j["name"]: i for i, j in enumerate(jobs, 1)}
     for j in jobs:
@@ -432,9 +463,9 @@ def sweep_job_rows(
 def mark_all_jobs(
     folder, # of a sweep
     names, # of jobs
-)->list[str]: # names of those that are neither finished nor waiting nor at work
-    "Mark what became of jobs, as the records and the scheduler tell"
-    left = []
+)->list[str]: # names of those that are neither finished nor waiting nor running
+    "Mark the state of jobs, from the records and the scheduler"
+    remaining = []
     for j in read_sweep(folder, names):
         c = compose_frozen(Path(folder)/f"configs/{j['name']}.yaml")
         record = read_record(run_folder(c.cfg))
@@ -442,35 +473,43 @@ def mark_all_jobs(
         if busy and jobs[-1].get("kind") == "shards":
             mark_job(folder, j["name"], "", str(jobs[-1]["id"])) # the job behind it was refused, or is gone
         else: mark_job(folder, j["name"], busy[0] if busy else "done" if locate_run(c).status == "done" else "")
-        if not submitted_id(folder, j["name"]): left.append(j["name"])
-    return left
+        if not submitted_id(folder, j["name"]): remaining.append(j["name"])
+    return remaining
+
+# %% ../../nbs/70_launch/10_sweep.ipynb #7d68a686
+def record_ids(
+    folder:Path, # of a sweep
+    job:dict, # of `read_sweep`
+    ids:dict[str, int], # NAME and NAME+shards -> id, submitted since the last time
+)->bool: # whether the job itself is new to its record
+    "Write the ids of one job of a sweep into the record of its run"
+    name, c = job["name"], compose_frozen(folder/f"configs/{job['name']}.yaml")
+    run_dir = run_folder(c.cfg)
+    if not read_record(run_dir): queue_run(c.cfg, c.origins, c.overrides)
+    recorded = [k["id"] for k in read_record(run_dir).get("jobs") or []]
+    after = [i for a in job["after"] if (i := submitted_id(folder, a)) != "done"]
+    array = [a for a in [submitted_id(folder, f"{name}+shards")] if a.isdigit()]
+    for n, i in ids.items():
+        if i in recorded: continue # a job of another experiment, which this one waits for
+        script = folder/f"scripts/{n}.sbatch"
+        if n == name: record_job(run_dir, i, script, folder/f"out/{n}.out", None, [*after, *array])
+        else:
+            record_job(run_dir, i, script, run_dir/f"slurm-{i}_*.out", None, after, kind="shards",
+                       tasks=tasks_of(c.cfg))
+    return name in ids and ids[name] not in recorded
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #e23118e1
 def record_submitted(
     folder, # of a sweep
-)->dict[str, int]: # name -> id, of what was submitted since the last time
+)->dict[str, int]: # name -> id, of the jobs submitted since the last time
     "Write the jobs that the script has submitted into jobs.json and the records of their runs"
     folder, new = Path(folder), {}
     sweep = json.loads((folder/"jobs.json").read_text())
     for j in sweep["jobs"]:
-        name = j["name"]
-        ids = {n: int(i) for n in (f"{name}+shards", name)
+        ids = {n: int(i) for n in (f"{j['name']}+shards", j["name"])
                if (i := submitted_id(folder, n)).isdigit() and int(i) not in j["jobs"]}
         if not ids: continue
-        c = compose_frozen(folder/f"configs/{name}.yaml")
-        run_dir = run_folder(c.cfg)
-        if not read_record(run_dir): queue_run(c.cfg, c.origins, c.overrides)
-        known, after = [k["id"] for k in read_record(run_dir).get("jobs") or []], [
-            i for a in j["after"] if (i := submitted_id(folder, a)) != "done"]
-        for n, i in ids.items():
-            if i in known: continue # another experiment's, that this one waits for
-            script, array = folder/f"scripts/{n}.sbatch", [a for a in [submitted_id(folder, f"{name}+shards")]
-                                                           if a.isdigit()]
-            if n == name: record_job(run_dir, i, script, folder/f"out/{n}.out", None, [*after, *array])
-            else:
-                record_job(run_dir, i, script, run_dir/f"slurm-{i}_*.out", None, after, kind="shards",
-                           tasks=tasks_of(c.cfg))
-            if n == name: new[name] = i
+        if record_ids(folder, j, ids): new[j["name"]] = ids[j["name"]]
         j["jobs"] += ids.values()
     write_json(folder/"jobs.json", sweep)
     return new
@@ -479,22 +518,22 @@ def record_submitted(
 def submit_sweep(
     folder, # of a sweep
     names=(), # of jobs; none: all
-)->dict[str, int]: # name -> id, of what was submitted
-    "Submit the jobs of a sweep that are neither finished nor waiting nor at work, and record them"
+)->dict[str, int]: # name -> id, of the submitted jobs
+    "Submit the jobs of a sweep that are neither finished nor waiting nor running, and record them"
     folder, chosen = Path(folder), [j["name"] for j in read_sweep(folder, names)]
     if not shutil.which("sbatch"):
         raise UserError("sbatch is not on this machine: log in where Slurm is, or run the jobs here with run_sweep.")
     needed = {n for j in read_sweep(folder, chosen) for n in j["after"]}
-    left = [n for n in mark_all_jobs(folder, [*chosen, *(needed - {*chosen})]) if n in chosen]
-    for name in left: # what cannot be begun is told before anything is submitted
+    remaining = [n for n in mark_all_jobs(folder, [*chosen, *(needed - {*chosen})]) if n in chosen]
+    for name in remaining: # a run that cannot begin raises before anything is submitted
         c = compose_frozen(folder/f"configs/{name}.yaml")
         queue_run(c.cfg, c.origins, c.overrides)
-    if not left: return {}
-    done = subprocess.run([str(folder/"submit.sh"), *left], env=clean_env() | dict(POST_TRAINING_SWEEP="1"),
+    if not remaining: return {}
+    done = subprocess.run([str(folder/"submit.sh"), *remaining], env=clean_env() | dict(POST_TRAINING_SWEEP="1"),
                           stdin=subprocess.DEVNULL, capture_output=True, text=True)
     ids = record_submitted(folder)
     if done.returncode:
-        raise UserError(f"{len(ids)} of {len(left)} jobs were submitted, then: "
+        raise UserError(f"{len(ids)} of {len(remaining)} jobs were submitted, then: "
                         f"{redact(done.stderr.strip()) or 'sbatch named no job'}")
     return ids
 
@@ -518,7 +557,7 @@ def used_node_hours(
     record:dict, # of a run
     run_dir, # its folder
 )->float:
-    "What the attempts of a run have taken"
+    "The node-hours of a run's attempts"
     total, live = 0., is_live(run_dir)
     for a in record.get("attempts") or []:
         began = datetime.datetime.fromisoformat(a["started"]).timestamp()
@@ -533,22 +572,21 @@ def sweep_rows(
     folder, # of a sweep
     stage:str=None, # None: the jobs of all stages
     more=(), # columns: keys of the metrics, the last value of each
-)->list[dict]: # one row for each job: its settings, then what became of it
-    "What became of the jobs of a sweep, read from the records of their runs"
+)->list[dict]: # one row for each job: its settings, then its results
+    "The results of a sweep's jobs, read from the records of their runs"
     out = []
     for j in read_sweep(folder):
         if stage not in (None, j["stage"]): continue
         run_dir = run_folder(load_frozen(Path(folder)/f"configs/{j['name']}.yaml"))
         record, metrics = read_record(run_dir), read_metrics(run_dir)
-        final, told = record.get("final") or {}, record.get("evaluation") or {}
+        final, evaluation = record.get("final") or {}, record.get("evaluation") or {}
         last = {k: v for m in metrics for k, v in m.items() if isinstance(v, (int, float))}
         speed = [m["perf/tokens_per_second"] for m in metrics if "perf/tokens_per_second" in m]
-        accuracy = [(told.get(when) or {}).get("accuracy") for when in ("before", "after")]
-        status, attempts = run_status(run_dir, record) if record else "not begun", len(record.get("attempts") or [])
-        gain = None if None in accuracy else accuracy[1] - accuracy[0]
-        values = (status, attempts, final.get("step", last.get("step")), last.get("loss"), last.get("eval_loss"),
-                  *accuracy, gain, statistics.median(speed) if speed else None,
-                  used_node_hours(record, run_dir) if record else None)
+        before, after = ((evaluation.get(when) or {}).get("accuracy") for when in ("before", "after"))
+        gain = None if before is None or after is None else after - before
+        values = (run_status(run_dir, record) if record else "not begun", len(record.get("attempts") or []),
+                  final.get("step", last.get("step")), last.get("loss"), last.get("eval_loss"), before, after, gain,
+                  statistics.median(speed) if speed else None, used_node_hours(record, run_dir) if record else None)
         out.append(dict(job=j["name"]) | {m: last.get(m) for m in more} | j["settings"]
                    | dict(zip(SWEEP_COLUMNS[1:], values)))
     return out
@@ -571,10 +609,10 @@ def sweep_figure(
         metrics = read_metrics(run_folder(load_frozen(Path(folder)/f"configs/{j['name']}.yaml")))
         lines.setdefault(label or r["job"], []).extend((m["step"], m.get(y)) for m in metrics if "step" in m)
     for label, points in lines.items():
-        there = [p for p in points if None not in p]
-        there = (sorted(there, key=lambda p: p[0]) if all(isinstance(p[0], (int, float)) for p in there)
-                 else [(str(a), b) for a, b in there])
-        if there: ax.plot(*zip(*there), marker=".", lw=1, label=label)
+        points = [p for p in points if None not in p]
+        numbers = all(isinstance(p[0], (int, float)) for p in points)
+        points = sorted(points, key=lambda p: p[0]) if numbers else [(str(a), b) for a, b in points]
+        if points: ax.plot(*zip(*points), marker=".", lw=1, label=label)
     ax.set(xlabel=x, ylabel=y)
     if ax.lines and any(lines): ax.legend(fontsize=8)
     if not ax.lines: ax.text(.5, .5, f"no job has {y} yet", ha="center", transform=ax.transAxes)
@@ -584,24 +622,24 @@ def sweep_figure(
 def sweep_conclusion(
     rows:list[dict], # as `sweep_rows` returns them
     by:str, # a setting
-    column:str, # the less the better
-    maximize:bool=False, # the more the better
+    column:str, # lower is better
+    maximize:bool=False, # higher is better
 )->str: # a sentence
-    "Which job was best, by how much, and of how many"
-    told = sorted((r for r in rows if r["status"] == "finished" and r.get(column) is not None), key=lambda r: r[column],
-                  reverse=maximize)
-    if not told: return f"No answer yet: none of {len(rows)} jobs is finished with a value of {column}."
-    best, worst = told[0], told[-1]
-    text = (f"Of {len(told)} finished jobs ({len(rows)} in all), the {'highest' if maximize else 'lowest'} {column} is "
-            f"{best[column]:.4g}, at {by} {best[by]}")
-    if len(told) == 1: return text + "; there is nothing to compare it with."
+    "The best job, its distance from the worst, and the number of jobs"
+    finished = [r for r in rows if r["status"] == "finished" and r.get(column) is not None]
+    if not finished: return f"No answer yet: none of {len(rows)} jobs is finished with a value of {column}."
+    finished = sorted(finished, key=lambda r: r[column], reverse=maximize)
+    best, worst = finished[0], finished[-1]
+    text = (f"Of {len(finished)} finished jobs ({len(rows)} in all), the {'highest' if maximize else 'lowest'} "
+            f"{column} is {best[column]:.4g}, at {by} {best[by]}")
+    if len(finished) == 1: return text + "; there is nothing to compare it with."
     if best[column] == worst[column]: return text + ", and no other differs from it."
     return f"{text}; the other end is {worst[column]:.4g}, at {by} {worst[by]}."
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #f7802a76
 def check_experiment_name(
     experiment:str, # as the notebook's parameter says
-    env:dict=None, # where a notebook server tells the file; None: this process'
+    env:dict=None, # where a notebook server names the file; None: this process'
 )->str:
     "The experiment's name, compared with the name of the open notebook where that is known"
     file = Path((os.environ if env is None else env).get("JPY_SESSION_NAME") or "")
@@ -621,30 +659,37 @@ def run_experiment(
         known = sorted((project_root()/"nbs/experiments").glob("*.ipynb"))
         raise UserError(f"There is no experiment {path}.{did_you_mean(path.stem, [p.stem for p in known])} "
                         f"Experiments: {', '.join(p.stem for p in known)}.")
-    told = recipe_parameters(path) | parameters
-    if told["experiment"] != path.stem:
-        raise UserError(f"{path.name} calls its experiment {told['experiment']}. Set experiment to {path.stem} in its "
-                        "parameters' cell.")
-    folder = sweep_folder(told["experiment"], told["sub_experiment"])
+    values = recipe_parameters(path) | parameters
+    if values["experiment"] != path.stem:
+        raise UserError(f"{path.name} calls its experiment {values['experiment']}. Set experiment to {path.stem} in "
+                        "its parameters' cell.")
+    folder = sweep_folder(values["experiment"], values["sub_experiment"])
     execute_notebook(path, folder/path.name, dict(parameters, folder=str(folder)))
     (folder/path.name).chmod(0o444)
     return folder
+
+# %% ../../nbs/70_launch/10_sweep.ipynb #2ba6130f
+def typed_parameters(
+    path, # an experiment's notebook
+    words:list[str], # name=value
+)->dict: # name -> value
+    "Parameters as they are typed: texts stay as they are, other values are read as YAML"
+    import yaml
+    if bad := [w for w in words if "=" not in w]: raise UserError(f"{bad[0]} is no parameter: write name=value.")
+    defaults = recipe_parameters(path) if Path(path).is_file() else {}
+    pairs = [w.partition("=")[::2] for w in words]
+    # without the default, 48:00:00 would be a number
+    return {name: value if isinstance(defaults.get(name), str) else yaml.safe_load(value) for name, value in pairs}
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #d164130d
 def sweep_main(
     argv:list[str]=None, # None: this process' arguments
 )->int: # exit code
-    "`python -m post_training.launch.sweep NOTEBOOK [parameter=value ...]`; values of parameters that are no texts are read as YAML. `--record FOLDER` is the submit script's"
-    import yaml
-    path, *given = sys.argv[1:] if argv is None else argv
+    "`python -m post_training.launch.sweep NOTEBOOK [parameter=value ...]`; the submit script calls `--record FOLDER`"
+    path, *words = sys.argv[1:] if argv is None else argv
     try:
-        if path == "--record": record_submitted(given[0]); return 0
-        if bad := [g for g in given if "=" not in g]: raise UserError(f"{bad[0]} is no parameter: write name=value.")
-        texts = [name for name, default in (recipe_parameters(path) if Path(path).is_file() else {}).items()
-                 if isinstance(default, str)] # 48:00:00 is a number in YAML
-        print(shown_path(run_experiment(path,
-                                        **{name: value if name in texts else yaml.safe_load(value)
-                                           for name, _, value in (g.partition("=") for g in given)})))
+        if path == "--record": record_submitted(words[0]); return 0
+        print(shown_path(run_experiment(path, **typed_parameters(path, words))))
         return 0
     except JobFailed as e: print(f"error: {e}", file=sys.stderr); return 1
     except UserError as e: print(f"error: {e}", file=sys.stderr); return 2

@@ -6,11 +6,12 @@
 __all__ = ['TRANSFORMS', 'compared_references', 'quantile', 'mid_rank', 'beta_log_z', 'power_beta_log_z', 'log_beta_log_z',
            'normal_beta_log_z', 'Transform', 'uniform_atoms', 'tied_atoms', 'finite_beta_log_z', 'completion_sums',
            'completion_count', 'effective_beta', 'transform_of', 'check_quantiles', 'rewards_of', 'partition_of',
-           'QRPOOutput', 'qrpo_loss']
+           'QRPOOutput', 'QRPOSettings', 'qrpo_loss']
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #da74a5ec
 import math, torch
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 from .logps import at_least_fp32, sequence_sums
 from .sft import LossTerm
@@ -19,8 +20,8 @@ from .sft import LossTerm
 def compared_references(
     reward_S:torch.Tensor, # reward of each completion
     ref_rewards_SR:torch.Tensor, # rewards of the references of its prompt
-    mask_SR:torch.Tensor|None=None, # true where there is a reference; None takes all
-    among_S:torch.Tensor|bool=False, # true where the completion is one of these references
+    mask_SR:torch.Tensor|None=None, # true for a reference; None: all
+    among_S:torch.Tensor|bool=False, # true if the completion is one of these references
 )->tuple: # mask_SR, among_S, n_S: the number of references it is compared with
     "Check rewards and references; count the references other than the completion itself"
     if reward_S.dtype != ref_rewards_SR.dtype:
@@ -41,12 +42,12 @@ def compared_references(
 def quantile(
     reward_S:torch.Tensor, # reward of each completion
     ref_rewards_SR:torch.Tensor, # rewards of the references of its prompt
-    mask_SR:torch.Tensor|None=None, # true where there is a reference; None takes all
-    among_S:torch.Tensor|bool=False, # true where the completion is one of these references: it is left out
+    mask_SR:torch.Tensor|None=None, # true for a reference; None: all
+    among_S:torch.Tensor|bool=False, # true if the completion is one of these references: it is left out
 )->torch.Tensor: # quantiles_S in [0,1], fp32 or better
     "The share of a prompt's reference rewards that are at most as large as the completion's"
     mask_SR, among_S, n_S = compared_references(reward_S, ref_rewards_SR, mask_SR, among_S)
-    # its own reward is one of those
+    # its own reward is among those
     below_S = (mask_SR & (ref_rewards_SR <= reward_S[..., None])).sum(-1) - among_S.long()
     return below_S.to(at_least_fp32(reward_S).dtype)/n_S
 
@@ -55,7 +56,7 @@ def mid_rank(
     quantiles_S:torch.Tensor, # k/n
     n_S:torch.Tensor|int, # references compared with
 )->torch.Tensor: # (k + 1/2)/(n + 1), never 0 or 1
-    "The middle of the rank's own share: what stands for a quantile where 0 or 1 will not do"
+    "The mid-rank of a quantile, for functions that are infinite at 0 or 1"
     return (quantiles_S*n_S + 0.5)/(n_S + 1)
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #3b258504
@@ -104,10 +105,10 @@ class Transform(NamedTuple):
     "A function of the quantile, with its partition function"
     of_quantile: Callable # quantiles to rewards
     beta_log_z: Callable # beta to beta log Z for a uniform quantile
-    mid_rank: bool=False # infinite at 0 or 1: takes mid-ranks
+    mid_rank: bool=False # infinite at 0 or 1, so it takes mid-ranks
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #9b4935ea
-TRANSFORMS = { # every value that `transform` may have
+TRANSFORMS = { # every value of `transform`
     "identity": Transform(lambda q: q, beta_log_z),
     "log": Transform(torch.log, log_beta_log_z, mid_rank=True),
     "square": Transform(torch.square, lambda beta: power_beta_log_z(beta, 2.)),
@@ -119,9 +120,9 @@ TRANSFORMS = { # every value that `transform` may have
 def uniform_atoms(
     n_S:torch.Tensor, # references each completion is compared with
     dtype:torch.dtype=torch.float32, # of the result
-    max_refs:int|None=None, # the largest of `n_S`, where the host knows it; None asks the device
+    max_refs:int|None=None, # the largest of `n_S`, if the host knows it; None asks the device
 )->tuple: # quantiles_SK and weights_SK, with K = max(n) + 1
-    "The quantiles k/n, each with probability 1/(n+1): what chance gives where no two rewards are equal"
+    "The quantiles k/n, each with probability 1/(n+1): the distribution if no two rewards are equal"
     n_S1 = n_S[..., None].to(dtype)
     k_K = torch.arange(int(n_S.max() if max_refs is None else max_refs) + 1, device=n_S.device, dtype=dtype)
     return (k_K/n_S1).clamp(max=1.), torch.where(k_K <= n_S1, 1/(n_S1 + 1), 0.)
@@ -130,13 +131,13 @@ def uniform_atoms(
 def tied_atoms(
     reward_S:torch.Tensor, # reward of each completion
     ref_rewards_SR:torch.Tensor, # rewards of the references of its prompt
-    mask_SR:torch.Tensor|None=None, # true where there is a reference; None takes all
-    among_S:torch.Tensor|bool=False, # true where the completion is one of these references
+    mask_SR:torch.Tensor|None=None, # true for a reference; None: all
+    among_S:torch.Tensor|bool=False, # true if the completion is one of these references
 )->tuple: # quantiles_SK and weights_SK, with K = R + 1
     "The quantile that each of a completion and its references has among the others, all equally probable"
     mask_SR, among_S, n_S = compared_references(reward_S, ref_rewards_SR, mask_SR, among_S)
     pool_SK = torch.cat([ref_rewards_SR, reward_S[..., None]], -1)
-    mask_SK = torch.cat([mask_SR, ~among_S[..., None]], -1) # it stands in the pool once
+    mask_SK = torch.cat([mask_SR, ~among_S[..., None]], -1) # once in the pool
     below_SK = ((pool_SK[..., None, :] <= pool_SK[..., :, None]) & mask_SK[..., None, :]).sum(-1) - 1
     weights_SK = mask_SK.to(at_least_fp32(reward_S).dtype)/(n_S[..., None] + 1)
     return torch.where(mask_SK, below_SK, 0).to(weights_SK.dtype)/n_S[..., None], weights_SK
@@ -144,10 +145,10 @@ def tied_atoms(
 # %% ../../nbs/05_losses/4_qrpo.ipynb #e9380ce3
 def finite_beta_log_z(
     beta_S:torch.Tensor, # above 0
-    rewards_SK:torch.Tensor, # what each atom earns: its quantile, or a function of it
+    rewards_SK:torch.Tensor, # reward of each atom: its quantile, or a function of it
     weights_SK:torch.Tensor, # probabilities of the atoms, 0 on padding
 )->torch.Tensor: # beta log of the weighted mean of exp(reward/beta)
-    "beta log Z where the reward takes one of K values"
+    "beta log Z if the reward takes one of K values"
     top_S1 = torch.where(weights_SK > 0, rewards_SK, -torch.inf).amax(-1, keepdim=True)
     x_SK = (torch.minimum(rewards_SK, top_S1) - top_S1)/beta_S[..., None]
     w_SK = weights_SK/weights_SK.sum(-1, keepdim=True)
@@ -157,7 +158,7 @@ def finite_beta_log_z(
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #e4486f0d
 def completion_sums(
-    logps_BT:torch.Tensor, # token log-probabilities; anything where the mask is 0
+    logps_BT:torch.Tensor, # token log-probabilities; any value where the mask is 0
     completion_mask_BT:torch.Tensor, # 1 on completion tokens
     sequence_BT:torch.Tensor, # number of the completion a token belongs to, -1 on padding
     number:int, # of completions in the micro-batch: S
@@ -169,9 +170,9 @@ def completion_sums(
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #e565bd71
 def completion_count(
-    lengths_S:torch.Tensor, # tokens of each completion, 0 where a slot is not used
-)->torch.Tensor: # fp64 [1]: the denominator of the loss's only part, to be summed over micro-batches and ranks
-    "What this micro-batch adds to the number of completions that the loss is averaged over"
+    lengths_S:torch.Tensor, # tokens of each completion, 0 in an unused slot
+)->torch.Tensor: # fp64 [1]: denominator of the only loss term, to be summed over micro-batches and ranks
+    "The number of completions of this micro-batch over which the loss is averaged"
     return (lengths_S > 0).sum().double()[None]
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #ad344dcf
@@ -179,7 +180,7 @@ def effective_beta(
     beta:float, # above 0
     lengths_S:torch.Tensor, # tokens of each completion
     normalize_beta_by_length:bool=False, # beta/|y|
-    max_effective_beta:float|None=None, # upper bound on the result; None has no bound
+    max_effective_beta:float|None=None, # upper bound on the result; None: no bound
     dtype:torch.dtype=torch.float32, # of the result
 )->tuple: # beta_S, and how many completions the bound changed (int64 scalar)
     "The beta of each completion"
@@ -189,8 +190,8 @@ def effective_beta(
     used_S = lengths_S > 0
     beta_S = torch.full(lengths_S.shape, beta, dtype=dtype, device=lengths_S.device)
     if normalize_beta_by_length: beta_S = beta_S/lengths_S.clamp(min=1)
-    over_S = used_S & (beta_S > max_effective_beta) if max_effective_beta is not None else torch.zeros_like(used_S)
-    return beta_S.clamp(max=max_effective_beta) if max_effective_beta is not None else beta_S, over_S.sum()
+    if max_effective_beta is None: return beta_S, torch.zeros_like(used_S).sum()
+    return beta_S.clamp(max=max_effective_beta), (used_S & (beta_S > max_effective_beta)).sum()
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #606318ab
 def transform_of(
@@ -204,7 +205,7 @@ def transform_of(
 def check_quantiles(
     quantiles_S:torch.Tensor, # k/n
 ):
-    "Refuse what is no quantile; on a GPU this waits for the device"
+    "Refuse values outside [0,1]; on a GPU this waits for the device"
     if not ((quantiles_S >= 0) & (quantiles_S <= 1)).all():
         raise ValueError("a quantile is not between 0 and 1: rewards must be made quantiles first.")
 
@@ -212,10 +213,10 @@ def check_quantiles(
 def rewards_of(
     quantiles_S:torch.Tensor, # k/n, in [0,1]
     transform:str="identity", # a key of TRANSFORMS
-    n_S:torch.Tensor|None=None, # references compared with; needed where the transform takes mid-ranks
+    n_S:torch.Tensor|None=None, # references compared with; needed if the transform takes mid-ranks
     checked:bool=False, # the caller has checked the quantiles on the host
 )->torch.Tensor: # f(q)
-    "The reward that a transform makes of a quantile"
+    "The reward of a quantile under a transform"
     t = transform_of(transform)
     if not checked: check_quantiles(quantiles_S)
     if not t.mid_rank: return t.of_quantile(quantiles_S)
@@ -231,9 +232,9 @@ def partition_of(
     partition:str="continuous", # continuous (a uniform quantile) or finite (one of the atoms)
     n_S:torch.Tensor|None=None, # references compared with; needed by finite
     atoms:tuple|None=None, # quantiles_SK and weights_SK of `tied_atoms`; without them finite takes `uniform_atoms`
-    max_refs:int|None=None, # as for `uniform_atoms`: nothing is then read back from the device
+    max_refs:int|None=None, # as for `uniform_atoms`; nothing is then read back from the device
 )->torch.Tensor: # beta log Z of each completion
-    "beta log Z by the name of the partition"
+    "beta log Z under a partition"
     if partition == "continuous": return transform_of(transform).beta_log_z(beta_S)
     if partition != "finite": raise ValueError(f"unknown partition '{partition}'; there are continuous, finite.")
     if n_S is None: raise ValueError("partition 'finite' needs n_refs_S, the references behind each quantile.")
@@ -243,43 +244,50 @@ def partition_of(
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #a561984c
 class QRPOOutput(NamedTuple):
-    "The loss of a micro-batch, and what it was made of (without gradient; 0 in slots that are not used)"
-    parts: list # one Part: sum over completions, their number
+    "The loss of a micro-batch and its parts (without gradient; 0 in unused slots)"
+    terms: list # one LossTerm: the sum over completions, and their number
     used_S: torch.Tensor # bool: the slot holds a completion
     target_S: torch.Tensor # f(q) - beta log Z
     log_ratio_S: torch.Tensor # log pi - log pi_ref
     predicted_S: torch.Tensor # beta log Z + beta (log pi - log pi_ref): the reward f(q) at which the loss would be 0
     beta_S: torch.Tensor # effective beta
-    clamped: torch.Tensor # completions whose beta the bound changed, int64 scalar
+    clamped: torch.Tensor # number of completions whose beta the bound changed, int64 scalar
+
+# %% ../../nbs/05_losses/4_qrpo.ipynb #qrposet1
+@dataclass(frozen=True)
+class QRPOSettings:
+    "The choices of the QRPO loss"
+    beta: float # strength of the penalty, above 0
+    transform: str = "identity" # a key of TRANSFORMS
+    partition: str = "continuous" # continuous or finite
+    normalize_beta_by_length: bool = False # beta/|y|, in every term
+    normalize_loss_by_length: bool = False # loss/|y|
+    max_effective_beta: float|None = None # upper bound on beta after normalisation
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #4a94cd2c
 def qrpo_loss(
     logps_S:torch.Tensor, # log-probability of each completion under the policy
     ref_logps_S:torch.Tensor, # the same under the reference
     quantiles_S:torch.Tensor, # quantile reward, k/n
-    lengths_S:torch.Tensor, # tokens of each completion; 0: a slot that is not used
-    beta:float, # strength of the penalty, above 0
-    transform:str="identity", # a key of TRANSFORMS
-    partition:str="continuous", # continuous or finite
+    lengths_S:torch.Tensor, # tokens of each completion; 0 marks an unused slot
+    settings:QRPOSettings, # beta, transform, partition and normalisation
     n_refs_S:torch.Tensor|None=None, # references behind each quantile; for the finite partition and for mid-ranks
     atoms:tuple|None=None, # of `tied_atoms`, for the finite partition
-    normalize_beta_by_length:bool=False, # beta/|y|, in every term
-    normalize_loss_by_length:bool=False, # loss/|y|
-    max_effective_beta:float|None=None, # bound on beta after normalisation
-    max_refs:int|None=None, # the largest of `n_refs_S`, from a host that has checked the quantiles too: nothing is then read back from the device
-)->QRPOOutput: # parts and metrics
+    max_refs:int|None=None, # the largest of `n_refs_S`, from a host that has checked the quantiles
+)->QRPOOutput: # terms and metrics
     "(f(q) - beta log Z - beta (log pi - log pi_ref))^2, summed over completions"
-    used_S, logps_S = lengths_S > 0, at_least_fp32(logps_S)
+    s, used_S = settings, lengths_S > 0
+    logps_S = at_least_fp32(logps_S)
     log_ratio_S = torch.where(used_S, logps_S - ref_logps_S.to(logps_S.dtype), 0.)
     quantiles_S = torch.where(used_S, quantiles_S.to(logps_S.dtype), 0.5)
     if n_refs_S is not None: n_refs_S = torch.where(used_S, n_refs_S, 1)
     if atoms is not None: atoms = tuple(torch.where(used_S[:, None], x, 1.) for x in atoms)
-    beta_S, clamped = effective_beta(beta, lengths_S, normalize_beta_by_length, max_effective_beta, logps_S.dtype)
-    reward_S = rewards_of(quantiles_S, transform, n_refs_S, checked=max_refs is not None)
-    log_z_S = partition_of(beta_S, transform, partition, n_refs_S, atoms, max_refs)
+    beta_S, clamped = effective_beta(s.beta, lengths_S, s.normalize_beta_by_length, s.max_effective_beta, logps_S.dtype)
+    reward_S = rewards_of(quantiles_S, s.transform, n_refs_S, checked=max_refs is not None)
+    log_z_S = partition_of(beta_S, s.transform, s.partition, n_refs_S, atoms, max_refs)
     loss_S = (reward_S - log_z_S - beta_S*log_ratio_S)**2
-    if normalize_loss_by_length: loss_S = loss_S/lengths_S.clamp(min=1)
-    part = LossTerm(torch.where(used_S, loss_S, 0.).sum(), completion_count(lengths_S)[0], 1.)
-    told = [torch.where(used_S, x.detach(), 0.)
-            for x in (reward_S - log_z_S, log_ratio_S, log_z_S + beta_S*log_ratio_S, beta_S)]
-    return QRPOOutput([part], used_S, *told, clamped)
+    if s.normalize_loss_by_length: loss_S = loss_S/lengths_S.clamp(min=1)
+    term = LossTerm(torch.where(used_S, loss_S, 0.).sum(), completion_count(lengths_S)[0], 1.)
+    metrics = [torch.where(used_S, x.detach(), 0.)
+               for x in (reward_S - log_z_S, log_ratio_S, log_z_S + beta_S*log_ratio_S, beta_S)]
+    return QRPOOutput([term], used_S, *metrics, clamped)

@@ -19,12 +19,12 @@ WANDB_MODES = dict(online="online", offline="offline", dryrun="offline", disable
 
 # %% ../../nbs/15_run/8_tracking.ipynb #d19f4c57
 def has_credentials()->bool:
-    "Whether wandb would find an API key: in the environment or in the netrc file"
+    "Whether wandb would find an API key, in the environment or in the netrc file"
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"): return True
     import wandb
     from wandb.sdk.lib.wbauth import read_netrc_auth
     try: return bool(read_netrc_auth(host=wandb.Settings().base_url))
-    except Exception: return False # a key that is no key
+    except Exception: return False # an entry that is not a valid key
 
 # %% ../../nbs/15_run/8_tracking.ipynb #7ed8a92f
 def tracking_mode(
@@ -43,10 +43,10 @@ def tracking_mode(
 def load_wandb(
     mode:str|None, # wandb.mode of the config
 ):
-    "Load what a tracker in this mode needs"
+    "Load the modules that a tracker in this mode needs"
     if tracking_mode(mode) == "disabled": return
     with contextlib.suppress(ImportError):
-        importlib.import_module("wandb.sdk.launch.inputs.internal") # what `wandb.init` loads late
+        importlib.import_module("wandb.sdk.launch.inputs.internal") # `wandb.init` loads it late
 
 # %% ../../nbs/15_run/8_tracking.ipynb #92f79355
 class Tracker:
@@ -64,17 +64,16 @@ class Tracker:
         self.run = None
         self.mode = "disabled"
         self.sent = dict(step=-1, lines=0)
-        # bytes read; step of the last line and its lines so far; lines sent
-        self.position = 0
-        self.step = -1
-        self.at_step = 0
-        self.count = 0
+        self.bytes_read = 0 # of metrics.jsonl
+        self.last_step = -1 # of the last line read
+        self.lines_at_step = 0 # lines read of that step
+        self.lines_sent = 0 # by this process
 
 # %% ../../nbs/15_run/8_tracking.ipynb #7e468c91
 def wandb_settings(
-    run_dir, # everything wandb writes is below RUN_DIR/wandb
+    run_dir, # everything that wandb writes is below RUN_DIR/wandb
 )->dict: # keyword arguments of `wandb.Settings`
-    "What wandb may know and write"
+    "What wandb is allowed to collect and write"
     return dict(root_dir=str(run_dir), silent=True, console="off", save_code=False, disable_code=True, disable_git=True,
                 disable_job_creation=True, program="post_training", program_relpath="", host="", username="", email="",
                 init_timeout=30, x_disable_meta=True, x_disable_machine_info=True, x_disable_stats=True,
@@ -85,7 +84,7 @@ def wandb_settings(
 def start(self:Tracker,
     mode:str=None, # online or offline; None: as `tracking_mode` says
 ):
-    "Open the run at Weights & Biases, under the same id as before; where it cannot be reached, keep the lines here"
+    "Open the run at Weights & Biases under the same id as before; if it cannot be reached, keep the lines here"
     self.mode = mode or tracking_mode(self.cfg.get("mode"))
     if self.mode == "disabled": return self
     for name in ("CACHE", "DATA", "ARTIFACT"):
@@ -118,9 +117,9 @@ def _init(self:Tracker):
 # %% ../../nbs/15_run/8_tracking.ipynb #e3553f89
 @patch
 def _arrived(self:Tracker,
-    sent:dict, # what an earlier process believed to have sent
-)->dict: # last step and its lines that are known to have arrived
-    "Correct what was believed by what is there"
+    sent:dict, # what an earlier process recorded as sent
+)->dict: # last step and number of its lines that have arrived
+    "Compare what was recorded as sent with what has arrived"
     if sent["step"] < 0: return sent
     if self.mode == "online":
         step = self.run.summary.get("step", -1)
@@ -132,14 +131,14 @@ def _arrived(self:Tracker,
 # %% ../../nbs/15_run/8_tracking.ipynb #a94d296f
 @patch
 def _state(self:Tracker)->dict:
-    "What was sent so far: id -> mode -> last step and its lines"
+    "What was recorded as sent: id -> mode -> last step and number of its lines"
     try: return json.loads((self.run_dir/"wandb/sent.json").read_text())
     except (OSError, ValueError): return {}
 
 # %% ../../nbs/15_run/8_tracking.ipynb #b835af88
 @patch
 def _remember(self:Tracker):
-    "Write down what was sent; renamed into place, so that a killed process leaves a whole file"
+    "Record what was sent; the file is replaced, so that a killed process leaves a whole one"
     state, path = self._state(), self.run_dir/"wandb/sent.json"
     state.setdefault(self.run_id, {})[self.mode] = self.sent
     path.with_suffix(".tmp").write_text(json.dumps(state))
@@ -148,14 +147,14 @@ def _remember(self:Tracker):
 # %% ../../nbs/15_run/8_tracking.ipynb #e2015121
 @patch
 def _new_lines(self:Tracker)->list[dict]:
-    "Whole lines of metrics.jsonl that were not looked at yet"
+    "Complete lines of metrics.jsonl that were not read yet"
     path = self.run_dir/"metrics.jsonl"
     if not path.exists(): return []
     with open(path, "rb") as f:
-        f.seek(self.position)
+        f.seek(self.bytes_read)
         text = f.read()
     text = text[:text.rfind(b"\n") + 1]
-    self.position += len(text)
+    self.bytes_read += len(text)
     return [json.loads(line) for line in text.splitlines()]
 
 # %% ../../nbs/15_run/8_tracking.ipynb #b4e509d3
@@ -164,20 +163,22 @@ def sync(self:Tracker):
     "Send the lines of metrics.jsonl that were not sent yet"
     if not self.run: return self
     for row in self._new_lines():
-        step = row.get("step", self.step)
-        self.step, self.at_step = step, self.at_step + 1 if step == self.step else 1
-        if (step, self.at_step) <= (self.sent["step"], self.sent["lines"]): continue # an earlier process sent it
+        step = row.get("step", self.last_step)
+        self.lines_at_step = self.lines_at_step + 1 if step == self.last_step else 1
+        self.last_step = step
+        if (step, self.lines_at_step) <= (self.sent["step"], self.sent["lines"]): continue # an earlier process sent it
         self.run.log({k: float(v) if v in ("NaN", "Infinity", "-Infinity") else v for k, v in row.items()})
-        self.sent, self.count = dict(step=step, lines=self.at_step), self.count + 1
+        self.sent = dict(step=step, lines=self.lines_at_step)
+        self.lines_sent += 1
     self._remember()
     return self
 
 # %% ../../nbs/15_run/8_tracking.ipynb #2cfee7d6
 @patch
 def finish(self:Tracker,
-    exit_code:int=0, # 0 ended well
+    exit_code:int=0, # 0: ended well
 ):
-    "Send the rest and close"
+    "Send the rest and close the run"
     if not self.run: return
     self.sync()
     import wandb
@@ -187,23 +188,29 @@ def finish(self:Tracker,
 
 # %% ../../nbs/15_run/8_tracking.ipynb #ea857492
 def _frames(
-    data:bytes, # a .wandb file
+    data:bytes, # content of a .wandb file
 ):
     "Yield the records of a .wandb file, serialized"
-    at, parts = 7, []
+    at, pieces = 7, []
     while at + 7 <= len(data):
-        if (left := 32768 - at % 32768) < 7: at += left; continue
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
         _, size, kind = struct.unpack_from("<IHB", data, at) # kind: 1 whole, 2 first, 3 middle, 4 last
-        if kind == 0: at += left; continue # padding
-        parts.append(data[at + 7:at + 7 + size])
+        if kind == 0: # padding
+            at += left
+            continue
+        pieces.append(data[at + 7:at + 7 + size])
         at += 7 + size
-        if kind in (1, 4): yield b"".join(parts); parts = []
+        if kind in (1, 4):
+            yield b"".join(pieces)
+            pieces = []
 
 # %% ../../nbs/15_run/8_tracking.ipynb #1ad0e2bf
 def read_offline(
     path, # a .wandb file
 )->dict: # id, config and history (a list of dicts)
-    "What an offline run holds"
+    "The content of an offline run"
     from wandb.proto import wandb_internal_pb2
     out = dict(id=None, config={}, history=[])
     for frame in _frames(Path(path).read_bytes()):
@@ -221,17 +228,19 @@ def read_offline(
 def wandb_sync(
     runs, # run folders
     mode:str="online", # offline only shows what would be sent, in wandb's own files
-)->list[tuple[Path, int]]: # run folder, lines sent
-    "Send what runs logged and Weights & Biases does not have yet"
+)->list[tuple[Path, int]]: # run folder, number of lines sent
+    "Send the lines that runs have logged and Weights & Biases does not have yet"
     if mode == "online" and not has_credentials():
         raise UserError("wandb finds no credentials. Run `wandb login`, or set WANDB_API_KEY.")
     out = []
     for run_dir in map(Path, runs):
         if not (run_dir/"config.yaml").exists(): raise UserError(f"{run_dir} is no run folder: it has no config.yaml.")
-        if is_live(run_dir): print(f"{run_dir.name} is at work; it is sent when it has ended"); continue
+        if is_live(run_dir):
+            print(f"{run_dir.name} is at work; send it when it has ended")
+            continue
         cfg = yaml.safe_load((run_dir/"config.yaml").read_text())
         tracker = Tracker(run_dir, cfg.get("wandb"), cfg)
         tracker.start(mode)
-        out.append((run_dir, tracker.count))
+        out.append((run_dir, tracker.lines_sent))
         tracker.finish()
     return out

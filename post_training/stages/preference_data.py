@@ -182,7 +182,7 @@ def ref_completions(
 ): # function: indices of rows -> a result for each
     "Sample completions, with the model in this process or from a server"
     from post_training.preferences.completions import (
-        base_url, call_stops, completions_batch_fn, served_model, server_backend, token_rate, transformers_backend)
+        base_url, call_stop_ids, completions_batch_fn, served_model, server_backend, token_rate, transformers_backend)
     g, s = cfg["generation"], cfg["server"]
     how = {k: g[k] for k in ("max_new_tokens", "temperature", "top_p")}
     if cfg["backend"] == "transformers": complete = transformers_backend(annotation_model(cfg), tokenizer, **how)
@@ -191,7 +191,7 @@ def ref_completions(
         if not url:
             raise UserError("backend=server needs a server: give server.url, or server.command for one that is started "
                             "in the job of a cluster.")
-        stop = sorted({*([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]), *call_stops(tokenizer)})
+        stop = sorted({*([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]), *call_stop_ids(tokenizer)})
         complete = server_backend(url, served_model(base_url(url), s["model"], cfg["max_seq_len"]), stop=stop,
                                   concurrency=s["concurrency"], **how)
     return completions_batch_fn(rows, tokenizer, complete, facts["model_name"], g["n"], cfg["seed"],

@@ -24,21 +24,21 @@ def row_arrays(
 # %% ../../nbs/25_tokens/9_collate.ipynb #d72aa000
 def empty_row(
     token_id:int=0, # any id of the vocabulary
-    length:int=2, # tokens; two give a forward pass something to predict
+    length:int=2, # tokens; with two, a forward pass has one prediction
 )->dict: # a row without prompt and completion
     "A filler row: its masks are all zero"
     return dict(input_ids=[token_id]*length, completion_mask=[0]*length, prompt_mask=[0]*length, row_index=-1)
 
 # %% ../../nbs/25_tokens/9_collate.ipynb #fb72804f
 def round_up(n:int, multiple:int|None)->int: # the next multiple of `multiple`
-    "A length rounded up to a multiple, where one is asked for"
+    "A length rounded up to a multiple; unchanged without one"
     return n if not multiple else -(-n//multiple)*multiple
 
 # %% ../../nbs/25_tokens/9_collate.ipynb #50e2b62a
 class PadCollator:
-    "Rows side by side, padded to the longest"
+    "One row per line, padded to the longest"
     def __init__(self,
-        pad_token_id:int, # id that fills up
+        pad_token_id:int, # id of the padding
         padding_side:str="right", # right or left
         pad_to_multiple_of:int|None=None, # round the length up
     ):
@@ -67,18 +67,18 @@ class PadCollator:
 class PackCollator:
     "Rows end to end in one line, with positions that restart in each"
     def __init__(self,
-        pad_token_id:int=0, # id that fills up to the multiple
-        pad_to_multiple_of:int|None=None, # round the length up; the filling is a document of its own without targets
+        pad_token_id:int=0, # id of the padding up to the multiple
+        pad_to_multiple_of:int|None=None, # round the length up; the padding is a document without targets
     ): self.pad_token_id, self.pad_to_multiple_of = pad_token_id, pad_to_multiple_of
     def __call__(self, rows:list[dict])->dict: # batch of tensors
         import torch
         arrays = [row_arrays(r) for r in rows]
         lengths = [len(ids) for ids, *_ in arrays]
-        if fill := round_up(sum(lengths), self.pad_to_multiple_of) - sum(lengths):
-            arrays.append((np.full(fill, self.pad_token_id, np.int64), *np.zeros((2, fill), bool)))
+        if padding := round_up(sum(lengths), self.pad_to_multiple_of) - sum(lengths):
+            arrays.append((np.full(padding, self.pad_token_id, np.int64), *np.zeros((2, padding), bool)))
         ids_T, prompt_T, completion_T = map(np.concatenate, zip(*arrays))
-        sequence_T = np.repeat([*range(len(rows)), -1], [*lengths, fill])
-        position_T = np.concatenate([np.arange(n) for n in [*lengths, fill]])
+        sequence_T = np.repeat([*range(len(rows)), -1], [*lengths, padding])
+        position_T = np.concatenate([np.arange(n) for n in [*lengths, padding]])
         out = dict(input_ids=ids_T, position_ids=position_T, prompt_mask=prompt_T, completion_mask=completion_T,
                    sequence=sequence_T)
         out = {k: torch.from_numpy(v)[None] for k, v in out.items()}
@@ -88,7 +88,7 @@ class PackCollator:
 def pair_sides(
     pair:dict, # a tokenized pair
 )->list[dict]: # the chosen and the rejected sequence as rows
-    "The two sequences of a pair; outputs of tools inside an answer are prompt"
+    "The two sequences of a pair as rows; outputs of tools inside an answer are prompt"
     nothing = np.zeros(len(pair["prompt_ids"]), bool)
     return [dict(input_ids=np.concatenate([np.asarray(pair[k], np.int64) for k in ("prompt_ids", f"{s}_ids")]),
                  completion_mask=np.concatenate([nothing, np.asarray(pair[f"{s}_scored"], bool)]))
@@ -105,20 +105,20 @@ def empty_pair(
 # %% ../../nbs/25_tokens/9_collate.ipynb #38c1ddae
 def reference_sums(
     pair:dict, # a tokenized pair
-    ld_alpha:float|None=None, # weight of the tokens of an answer beyond the length of the shorter one (LD-DPO); None: 1
-)->list: # chosen, rejected; NaN where it is not known
+    ld_alpha:float|None=None, # LD-DPO: weight of an answer's tokens beyond the shorter answer's length; None: 1
+)->list: # chosen, rejected; NaN where unknown
     "The reference's log-probability of both answers"
     if ld_alpha is None:
-        return [float("nan") if x is None else x
-                for x in (pair.get("ref_chosen_logprob"), pair.get("ref_rejected_logprob"))]
-    found = [pair.get(f"ref_{s}_logprobs") for s in ("chosen", "rejected")]
-    each = [[] if x is None else np.asarray(x, float).tolist() for x in found]
+        sums = [pair.get("ref_chosen_logprob"), pair.get("ref_rejected_logprob")]
+        return [float("nan") if x is None else x for x in sums]
+    stored = [pair.get(f"ref_{s}_logprobs") for s in ("chosen", "rejected")]
+    logprobs = [[] if x is None else np.asarray(x, float).tolist() for x in stored]
     shared = min(int(np.sum(pair[f"{s}_scored"])) for s in ("chosen", "rejected"))
-    return [sum(x[:shared]) + ld_alpha*sum(x[shared:]) if x else float("nan") for x in each]
+    return [sum(x[:shared]) + ld_alpha*sum(x[shared:]) if x else float("nan") for x in logprobs]
 
 # %% ../../nbs/25_tokens/9_collate.ipynb #8809ef61
 class PairCollator:
-    "Pairs as a padded or a packed batch of twice as many sequences, with the numbers of the loss beside them"
+    "Pairs as a padded or packed batch of twice as many sequences, with the numbers that a loss needs"
     def __init__(self,
         collator, # `PadCollator` or `PackCollator`
         ld_alpha:float|None=None, # as for `reference_sums`
@@ -138,27 +138,28 @@ class PairCollator:
 # %% ../../nbs/25_tokens/9_collate.ipynb #9462365c
 def best_fit_pack(
     lengths, # tokens of each row
-    max_length:int, # tokens of a line
-)->list[list[int]]: # rows of each line, in order; each row in one line
-    "Pack rows into lines of at most `max_length` tokens, best fit, longest first"
+    max_length:int, # tokens of a pack
+)->list[list[int]]: # rows of each pack, in order; each row in one pack
+    "Distribute rows over packs of at most `max_length` tokens: best fit, longest first"
     lengths = np.asarray(lengths, np.int64)
     if len(lengths) and lengths.max() > max_length:
-        raise UserError(f"Row {int(lengths.argmax())} has {lengths.max()} tokens and does not fit into a line of "
+        raise UserError(f"Row {int(lengths.argmax())} has {lengths.max()} tokens and does not fit into a pack of "
                         f"{max_length}.")
-    lines = []
-    free = [[] for _ in range(max_length + 1)]
-    rooms = 0
+    packs = []
+    with_room = [[] for _ in range(max_length + 1)] # packs by their free room
+    rooms = 0 # bit n: there is a pack with free room n
     for i in np.argsort(-lengths, kind="stable").tolist():
         n = int(lengths[i])
-        room = n + ((hit := rooms >> n) & -hit).bit_length() - 1 if rooms >> n else None
-        if room is None:
-            lines.append([])
-            line, room = len(lines) - 1, max_length
+        larger = rooms >> n
+        if larger:
+            room = n + (larger & -larger).bit_length() - 1 # the smallest room that is large enough
+            pack = with_room[room].pop()
+            if not with_room[room]: rooms &= ~(1 << room)
         else:
-            line = free[room].pop()
-            if not free[room]: rooms &= ~(1 << room)
-        lines[line].append(i)
+            packs.append([])
+            pack, room = len(packs) - 1, max_length
+        packs[pack].append(i)
         if room > n:
-            free[room - n].append(line)
+            with_room[room - n].append(pack)
             rooms |= 1 << (room - n)
-    return sorted(map(sorted, lines))
+    return sorted(map(sorted, packs))
