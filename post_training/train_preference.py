@@ -251,7 +251,7 @@ def before_training_checks(
     is_other = not w.cfg["training_args"]["ref_logprobs_from_dataset"] and reference_name(w.cfg) != own_model
     def check(trainer, model):
         difference = check_reference_at_step0(trainer, model)
-        if w.main: run.update_record(w.run_dir, canary=difference)
+        if w.is_main: run.update_record(w.run_dir, canary=difference)
     return [] if is_other or not preference_objective(w.cfg).needs_reference else [check]
 
 # %% ../nbs/80_entry/2_train_preference.ipynb #1c098193

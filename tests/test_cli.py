@@ -148,6 +148,38 @@ def test_a_kept_record_is_no_finished_run(checkout):
     assert "new: " in typed("train_sft", "cluster.device=cpu", "--dry-run")[1]
 
 
+@pytest.mark.parametrize("module", ["post_training", "post_training.cli"])
+def test_module_forms_do_what_the_console_script_does(module, tmp_root):
+    "python -m post_training and python -m post_training.cli: the same output, errors and exit codes"
+    for argv in (["--help"], ["--version"], ["runs", "shw"], ["train_sft", "--forse"]):
+        p = subprocess.run([sys.executable, "-m", module, *argv], capture_output=True, text=True, timeout=300)
+        assert (p.returncode, p.stdout, p.stderr) == typed(*argv) and (p.stdout or p.stderr), argv
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["runs", "diff", "a"], "takes A B; 1 given"),
+    (["runs", "show"], "takes RUN; 0 given"),
+    (["jobs", "--lines", "some"], "it takes a whole number"),
+    (["inspekt", "demo"], "inspect"),
+    (["inspect", "demo", "--rosw", "2"], "--rows"),
+    (["chat", "a", "--temprature", "1"], "--temperature"),
+    (["plan"], "takes PLAN.yaml"),
+    (["wandb-sync", "--all"], "There is no option --all"),
+])
+def test_each_command_names_the_nearest(tmp_root, argv, says):
+    "One parser: unknown options and wrong numbers of words are mistakes of the user in every command"
+    code, out, err = typed(*argv)
+    assert code == 2 and err.startswith("error: ") and says in err and "Traceback" not in err, err
+
+
+def test_words_and_options_in_any_order(tmp_root):
+    "Overrides before, between and after options; a value that begins with a dash"
+    words = ["training_args.seed=1", "job_subdir=x", "--dry-run"]
+    outputs = [typed("train_sft", *(words[i] for i in order))[1] for order in ((0, 1, 2), (0, 2, 1), (2, 0, 1))]
+    assert len({*outputs}) == 1 and "job_subdir: x" in outputs[0]
+    assert typed("runs", "--sort", "-loss")[0] == 0
+
+
 def test_light_commands_import_nothing_heavy(checkout):
     "--help, a dry run and the list of runs leave torch and its like alone"
     heavy = "('torch', 'transformers', 'papermill', 'wandb', 'matplotlib', 'pandas')"

@@ -149,8 +149,8 @@ def our_overrides(
     "The same run as overrides of `train_sft`"
     t = dict(max_length=options["max_length"], per_device_train_batch_size=options["per_device"],
              max_steps=options["steps"], learning_rate=options["learning_rate"], lr_scheduler_type="constant",
-             warmup_steps=0, gradient_checkpointing=False, save_steps=options["steps"],
-             bf16=options["dtype"] == "bfloat16", packing=options["packing"])
+             gradient_checkpointing=False, save_steps=options["steps"], bf16=options["dtype"] == "bfloat16",
+             packing=options["packing"])
     own = dict(model=None, dataset="local", trainer="plw") | {
         "dataset_args.dataset_name": f"{inputs}/rows.jsonl", "model_args.model_name_or_path": f"{inputs}/model",
         "tokenizer_args.tokenizer_name_or_path": f"{inputs}/model", "plw_args.prompt_loss_weight": 0,
@@ -171,9 +171,9 @@ def our_side(
     from post_training import train_sft
     from post_training.stages import training
     os.environ |= dict(POST_TRAINING_RUNS_DIR=f"{out}/runs", POST_TRAINING_ARTIFACTS_DIR=f"{out}/artifacts")
-    def prepare(cfg):
+    def load_data(cfg):
         phases("libraries")
-        data = train_sft.SFT_STAGE.prepare(cfg)
+        data = train_sft.SFT_STAGE.load_data(cfg)
         phases("tokens")
         return data
     def trainer(*args, **kwargs):
@@ -181,7 +181,7 @@ def our_side(
         own.add_callback(phases.steps())
         phases("model")
         return own
-    if code := training.run_training_stage(replace(train_sft.SFT_STAGE, prepare=prepare, trainer=trainer),
+    if code := training.run_training_stage(replace(train_sft.SFT_STAGE, load_data=load_data, trainer=trainer),
                                            our_overrides(inputs, options)):
         raise SystemExit(code)
 

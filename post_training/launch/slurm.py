@@ -328,7 +328,7 @@ def job_script(
         raise UserError(f"{str(bad[0])!r} holds a line break.")
     processes = batch_arithmetic(cfg)["world_size"] if trains else 1
     logs = logs or dict(output=sbatch_path(log_dir) + ("/slurm-%A_%a.out" if len(configs) > 1 else "/slurm-%j.out"))
-    for p in configs: sbatch_path(p) # the logs of steps lie beside it
+    for p in configs: sbatch_path(p) # the logs of steps lie next to it
     options = "".join(shlex.quote(o) + " " for o in step_options(cfg))
     return render_script("job", title=f"{cfg['stage']} by post-training; {len(configs)} run{'s'*(len(configs) > 1)}",
                          directives=sbatch_directives(cfg, name, logs, len(configs)), configs=configs, setup=c["setup"],

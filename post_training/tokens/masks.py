@@ -192,8 +192,8 @@ def template_options(
     if isinstance(tools, str): tools = json.loads(tools) if tools.strip() else None
     else: tools = without_none(tools) # Arrow gives each tool the fields of all others
     if tools and not isinstance(tools, list): raise ValueError("the tools are not a list")
-    return ((("tools", json.dumps(tools)),) if tools else ()) + (
-        (("add_generation_prompt", "true"),) if add_generation_prompt else ())
+    offered = (("tools", json.dumps(tools)),) if tools else ()
+    return (*offered, ("add_generation_prompt", "true")) if add_generation_prompt else offered
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #1e63700e
 @patch

@@ -185,8 +185,8 @@ def plot_ratios(
     plt.close(fig) # shown once, as the value of a cell
     edges = np.geomspace(whole[0]/1.05, whole[-1]*1.05, 41)
     names = [s for s in df.source.value_counts().index if s]
-    parts = {s: df.source == s for s in names[:max_sources]} | (
-        {"others": df.source.isin(names[max_sources:])} if names[max_sources:] else {})
+    parts = {s: df.source == s for s in names[:max_sources]}
+    if names[max_sources:]: parts["others"] = df.source.isin(names[max_sources:])
     for name, rows in (parts or {"all rows": df.source == df.source}).items():
         v = trim_tails(df.loc[rows, f"ratio_{kind}"], share)
         ax.stairs(np.histogram(v, edges)[0], edges, label=f"{name} ({v.mean():.2f})" if v.size else name, lw=1.5)
