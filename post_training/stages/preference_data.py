@@ -534,7 +534,8 @@ def merged_counts(
     completions:dict, # from `completion_counts`
 )->dict: # in, out, dropped, examples, completions, lost before
     "The counts of a stage, over reading and annotating"
-    dropped = {k: sum(c["dropped"].get(k, 0) for c in read) for k in dict.fromkeys(k for c in read for k in c["dropped"])}
+    reasons = dict.fromkeys(k for c in read for k in c["dropped"])
+    dropped = {k: sum(c["dropped"].get(k, 0) for c in read) for k in reasons}
     return {"in": sum(c["in"] for c in read), "out": merged["rows"], "dropped": dropped | merged["dropped"],
             "examples": {k: v for c in read for k, v in c["examples"].items()} | merged["examples"],
             "completions": completions, "lost before": {k: v for c in read for k, v in c["lost"].items()}}
