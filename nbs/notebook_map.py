@@ -4,16 +4,16 @@ from pathlib import Path
 
 NBS = Path(__file__).parent
 SUBJECTS = dict(recipes="One notebook per stage. `post-training STAGE` executes it; the executed copy is the record.",
-                benchmarks="Measurements against what one would use instead. `make bench` runs them.",
+                benchmarks="Measurements against common alternatives. `make bench` runs them with the functions of `90_bench`.",
                 experiments="Questions with a grid of runs. Copy one, edit the grid, run the scripts that it writes.",
-                explore="Notebooks to look around with, and reports.")
+                explore="The user guide, notebooks to explore data and checkpoints, and reports.")
 
 
 def heading(path):
     "Title and subtitle of a notebook"
     first = "".join(json.loads(path.read_text())["cells"][0]["source"]).splitlines()
     title = next(line[2:].strip() for line in first if line.startswith("# "))
-    return title, next((line[2:].strip() for line in first if line.startswith("> ")), "")
+    return title, " ".join(line[1:].strip() for line in first if line.startswith(">"))
 
 
 def number(path):
@@ -31,9 +31,12 @@ def folders():
 def notebook_map():
     "The page"
     out = ["# Map of the notebooks", "",
-           "Chapters export the package: `NN_wing/N_name.ipynb` exports `post_training/wing/name.py`. A folder never imports a",
-           "folder with a higher number, and a chapter never imports a chapter of its folder with a higher number.",
-           "", "This page is generated from titles and subtitles by `make readme`.", ""]
+           "Chapters export the package: `NN_folder/N_name.ipynb` exports `post_training/folder/name.py`. The chapters of `80_entry`",
+           "export modules at the top of the package: `post_training/cli.py`, `train_sft.py` and `train_preference.py`. A folder never",
+           "imports a folder with a higher number, and a chapter never imports a chapter of its folder with a higher number.", "",
+           "Training is in three places. `40_training` is the trainer. `65_stages/5_training` is what one process does around it.",
+           "`recipes/train_sft` and `recipes/train_preference` are the notebooks that a command executes.", "",
+           "This page is generated from titles and subtitles by `make readme`.", ""]
     for folder in folders():
         out += [f"## {folder.name}", ""]
         if folder.name in SUBJECTS: out += [SUBJECTS[folder.name], ""]

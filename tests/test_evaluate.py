@@ -33,8 +33,8 @@ def place(tmp_path_factory):
     return home
 
 
-def typed(place, *more, rows="rows.jsonl"):
-    return [f"model_args.model_name_or_path={place}/model-0", f"dataset_args.dataset_name={place / rows}", "evaluation.max_new_tokens=4", *more]
+def typed(place, *more, rows="rows.jsonl", answers=("evaluation.max_new_tokens=4",)):
+    return [f"model_args.model_name_or_path={place}/model-0", f"dataset_args.dataset_name={place / rows}", *answers, *more]
 
 
 def measured(*overrides):
@@ -69,7 +69,7 @@ def test_one_bad_row_does_not_end_it(place, tmp_root):
 
 def test_a_rule_for_answers_is_no_text_to_score(place, tmp_root):
     rows = [dict(question="1 + 1?", answer="2"), dict(question="2 + 2?", answer="^4$", verifier="regex"), dict(question="Short?", answer="1-3", verifier="length")]
-    results, _ = measured(*typed(place, rows=write(place / "rules.jsonl", rows)), "measure=[perplexity]")
+    results, _ = measured(*typed(place, rows=write(place / "rules.jsonl", rows), answers=()), "measure=[perplexity]")
     told = results["checkpoints"]["model-0"]["perplexity"]
     assert (told["rows"], told["dropped"], sorted(told["dropped_why"].values())) == (1, 2, [1, 1])
 
@@ -86,7 +86,8 @@ def test_a_rule_for_answers_is_no_text_to_score(place, tmp_root):
 ])
 def test_bad_input_writes_nothing(place, tmp_root, more, rows, says):
     name = "rows.jsonl" if rows is None else write(place / "bad.jsonl", rows)
-    with pytest.raises(UserError) as e: measured(*typed(place, rows=name), *more)
+    only_text = "measure=[perplexity]" in more  # nothing is generated
+    with pytest.raises(UserError) as e: measured(*(typed(place, rows=name, answers=()) if only_text else typed(place, rows=name)), *more)
     assert any(s in str(e.value) for s in says.split("|")), e.value
     assert not list(tmp_root.rglob("evaluation")) and not list(tmp_root.rglob("answers.jsonl"))
 
@@ -152,7 +153,7 @@ def test_as_typed(place, tmp_root, capsys):
 def test_documents_of_a_task_named_by_its_file_are_inputs(place, tmp_root):
     from post_training.evaluation.lm_eval import write_task
     task = write_task(tmp_root / "far" / "away", "mine", [dict(question="2 + 2?", answer="4")], 4)
-    words = [*typed(place), "measure=[]", f"lm_eval.tasks=[{task}]", "lm_eval.apply_chat_template=true"]
+    words = [*typed(place, answers=()), "measure=[]", f"lm_eval.tasks=[{task}]", "lm_eval.apply_chat_template=true"]
     _, record = measured(*words)
     assert run.changed_inputs(record) == []
     with open(task.with_suffix(".jsonl"), "a") as f: f.write(json.dumps(dict(question="3 + 3?", answer="6")) + "\n")

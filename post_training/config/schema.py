@@ -329,9 +329,10 @@ def _measures(what:str):
 
 # %% ../../nbs/10_config/2_schema.ipynb #ed18a5e2
 EVALUATION_CONDITIONS = {
-    "one_checkpoint": Condition("checkpoints is empty", lambda c: not c("checkpoints"), "<checkpoints> says which"),
+    "one_checkpoint": Condition("checkpoints is empty", lambda c: not c("checkpoints"), "<checkpoints> says which",
+        soft=True),
     "no_split": Condition("split is null", lambda c: c("dataset_args.split") is None,
-        "<dataset_args.split> says which"),
+        "<dataset_args.split> says which", soft=True),
     "accuracy": Condition("accuracy is measured", _measures("accuracy"), "<measure> samples no answers",
         "add accuracy to measure, or leave it out"),
     "accuracy_or_tasks": Condition("accuracy or a task is measured",
