@@ -68,7 +68,10 @@ def step_meter(
     import torch
     from transformers import TrainerCallback
     class StepMeter(TrainerCallback):
-        starts, ends, losses, norms = (), (), (), ()
+        starts = ()
+        ends = ()
+        losses = ()
+        norms = ()
         held = first_peak = profiler = None
         def on_step_begin(self, args, state, control, model=None, **kwargs):
             if peak_of_first_step and not self.starts:

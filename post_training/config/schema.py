@@ -314,7 +314,7 @@ DATA_CONDITIONS = {
     "server": Condition("backend=server", _known("backend", "server"), "<backend> asks no server",
         "set backend=server, or leave it out"),
     "samples": Condition("temperature is above 0", lambda c: c("generation.temperature") != 0,
-        "<generation.temperature> takes the likeliest token"),
+        "<generation.temperature> takes the likeliest token", "set generation.temperature above 0, or leave it out"),
     "chooses": Condition("mode is not offline", lambda c: c("mode") != "offline",
         "<mode> takes the pair that a row came with"),
     "reward_model": Condition("kind=model", _known("reward_args.kind", "model"), "<reward_args.kind> asks no model"),
@@ -343,7 +343,7 @@ EVALUATION_CONDITIONS = {
     "perplexity": Condition("perplexity is measured", _measures("perplexity"), "<measure> has no perplexity",
         "add perplexity to measure, or leave it out"),
     "sampled_answers": Condition("temperature is above 0", lambda c: c("evaluation.temperature") != 0,
-        "<evaluation.temperature> takes the likeliest token"),
+        "<evaluation.temperature> takes the likeliest token", "set evaluation.temperature above 0, or leave it out"),
     "tasks": Condition("a task is named", lambda c: c("lm_eval.tasks") != [], "no task is named",
         "set lm_eval.tasks, or leave it out"),
     "dialogues": Condition("dialogues is above 0", lambda c: c("parity.dialogues") != 0,
@@ -1377,7 +1377,9 @@ def unread_notices(
     others=(), # dotted key -> preset: keys of other stages that were left out of the configuration
 )->list[str]: # one line for each reason
     "What presets and shared overrides say that is not read, and is left out of the run's identity"
-    reasons, of_stage, keys = {}, {}, stage_keys(cfg["stage"])
+    reasons = {}
+    of_stage = {}
+    keys = stage_keys(cfg["stage"])
     def add_stage_key(where, name):
         preset = where.removeprefix("preset ")
         if preset.partition("=")[0] in chosen: of_stage.setdefault(preset, []).append(name)

@@ -31,7 +31,10 @@ class CommandParser(argparse.ArgumentParser):
     ):
         options = dict(allow_abbrev=False, exit_on_error=False, formatter_class=argparse.RawDescriptionHelpFormatter)
         super().__init__(**{**options, **kwargs})
-        self.words, self.setup, self.help_text, self.noun = words, setup, help_text, noun
+        self.words = words
+        self.setup = setup
+        self.help_text = help_text
+        self.noun = noun
 
 # %% ../../nbs/00_core/4_arguments.ipynb #a5c3297b
 @patch

@@ -300,7 +300,9 @@ def evaluate_config(
     from post_training.tokens.tokenizer import load_tokenizer
     if checkpoint: model_path(checkpoint) # a wrong folder fails before anything is loaded
     ensure_demo(cfg)
-    e, model, tokenizer_args = cfg["evaluation"], cfg["model_args"], dict(cfg["tokenizer_args"])
+    e = cfg["evaluation"]
+    model = cfg["model_args"]
+    tokenizer_args = dict(cfg["tokenizer_args"])
     tokenizer = load_tokenizer(run.base_model(tokenizer_args.pop("tokenizer_name_or_path"), cfg["runs_dir"])[0],
                                **tokenizer_args)
     device = cfg.get("cluster", {}).get("device", "auto")

@@ -176,9 +176,14 @@ def peak_moments(
     options:MemoryOptions=MemoryOptions(),
 )->dict: # moment -> gradients, activations, work, in bytes
     "The five moments of the table above"
-    s, policy, recompute, kernel = shape, train.precision, train.recompute, options.xielu_kernel
+    s = shape
+    policy = train.precision
+    recompute = train.recompute
+    kernel = options.xielu_kernel
     p = table_entry(PRECISION_POLICIES, policy, "policy")
-    L, positions, complete = s["layers"], train.positions, train.accumulation > 1 or train.frozen
+    L = s["layers"]
+    positions = train.positions
+    complete = train.accumulation > 1 or train.frozen
     layer = layer_work(s, positions, policy, recompute, kernel, train.frozen)
     per_layer = positions*(s["hidden"]*p["residual"] if recompute else layer_activations(s, policy, kernel))
     saved = L*per_layer + positions*s["hidden"]*(4 + 2*p["residual"]) # and the final norm's
@@ -390,7 +395,9 @@ def cpu_optimizer(
 # %% ../../nbs/70_launch/3_estimate.ipynb #c64bbc32
 def _estimate_of(cfg:dict, tokens:float, mean_length:int|None, reference_tokens:float)->dict:
     "`estimate_of` where everything is known; a pair is two sequences, a pack of pairs as long as two"
-    t, cluster, w = cfg["training_args"], cfg["cluster"], training_topology(cfg)
+    t = cfg["training_args"]
+    cluster = cfg["cluster"]
+    w = training_topology(cfg)
     if not t.get("max_length"):
         raise UserError("training_args.max_length is null: the longest row decides, and it is not known here.")
     may_be_cpu = cluster["device"] == "auto" and not cluster.get("gpu")

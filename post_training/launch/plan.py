@@ -108,7 +108,9 @@ def order_stages(
         if bad := [a for a in s.after if a not in names]:
             raise UserError(f"{origin}: stage {s.name} waits for {bad[0]}, which is no stage of this "
                             f"plan.{did_you_mean(bad[0], names)} Stages: {', '.join(names)}.")
-    sorter, ordered, ready = TopologicalSorter({s.name: s.after for s in stages}), [], set()
+    sorter = TopologicalSorter({s.name: s.after for s in stages})
+    ordered = []
+    ready = set()
     try: sorter.prepare()
     except CycleError as e:
         circle = ", ".join(n for n in names if n in e.args[1])
@@ -388,7 +390,9 @@ def submit_plan(
     emitted, jobs = emit_plan(plan), {}
     for s in plan.stages:
         jobs[s.name] = [r.job for r in plan.runs[s.name] if r.job]
-        after, queued, new = [j for a in s.after for j in jobs[a]], len(jobs[s.name]), []
+        after = [j for a in s.after for j in jobs[a]]
+        queued = len(jobs[s.name])
+        new = []
         try:
             if emitted[s.name] and s.each is not None and s.stage not in SHARD_STAGES:
                 new.append(slurm.submit_array(emitted[s.name], *array_folder(plan, s.name), after))

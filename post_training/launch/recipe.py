@@ -285,7 +285,9 @@ def execute_run(
 # %% ../../nbs/70_launch/7_recipe.ipynb #b4d6945d
 def _execute_attempt(attempt:Attempt, recipe:Path, parameters:dict):
     "Execute the recipe, then close the attempt with the exit code of its end"
-    out, code, facts = attempt.attempt_dir/recipe.name, 1, {}
+    out = attempt.attempt_dir/recipe.name
+    code = 1
+    facts = {}
     try:
         with progress_thread(attempt.run_dir): execute_notebook(recipe, out, parameters)
         keep_final(attempt, out)

@@ -114,7 +114,9 @@ def log_files(
     record:dict, # its record
 )->list[Path]: # those that exist and are not empty, the last written last
     "The logs of the newest attempt, of the newest job and of tasks of the newest array"
-    attempts, jobs, array = record.get("attempts") or [], record.get("jobs") or [], slurm.array_of(record)
+    attempts = record.get("attempts") or []
+    jobs = record.get("jobs") or []
+    array = slurm.array_of(record)
     logs = [job_log(run_dir, jobs[-1])] if jobs else []
     if array: logs += task_logs(run_dir, array)
     if attempts:
@@ -388,7 +390,9 @@ def checkpoint_folders(
     all_checkpoints:bool=False, # of a finished run also the final and the best one
 )->tuple[list[CheckpointFolder], list[str]]: # the folders, each with its fate; notices
     "The checkpoints of a run on disk"
-    record, out, notices = read_record(run_dir), [], []
+    record = read_record(run_dir)
+    out = []
+    notices = []
     status = state_for_gc(run_dir, record)
     for generation in generations(record):
         folder, why = own_folder(record, generation)
@@ -418,7 +422,9 @@ def gc_checkpoints(
         raise UserError("Name the runs, or give --failed for those that failed or were killed. `post-training runs` "
                         "lists them.")
     everything = [(p, read_record(p)) for p in all_runs()]
-    named, out, notices = [find_run(n) for n in names], [], []
+    named = [find_run(n) for n in names]
+    out = []
+    notices = []
     chosen = named + [p for p, r in everything if failed and run_status(p, r) in ("failed", "killed")]
     needed = referenced_checkpoints(everything)
     for p in dict.fromkeys(chosen):

@@ -103,7 +103,9 @@ def check_weights_fit_gpus(
     cfg:dict, # a composed, resolved config
 ):
     "Raise where the weights of a shard worker's model do not fit on its GPUs"
-    w, gpu, per_node = shard_worker_weights(cfg), cfg["cluster"]["gpu"], cfg["cluster"]["gpus_per_node"]
+    w = shard_worker_weights(cfg)
+    gpu = cfg["cluster"]["gpu"]
+    per_node = cfg["cluster"]["gpus_per_node"]
     if not w or not w["limit_gib"] or w["gib"] <= w["gpus"]*(w["limit_gib"] - 2): return
     name = (cfg.get("model_args") or cfg["reward_args"])["model_name_or_path"]
     text = (f"The weights of {name} are {w['gib']:.1f} GiB, and a worker has {w['gpus']} {gpu} of {w['limit_gib']:g} "
@@ -179,7 +181,9 @@ def job_arithmetic(
     rows:int=0, # training rows, or packs; 0: not known
 )->list[dict]: # what, value
     "The resources of a job and its work, before it is submitted"
-    nodes, gpus, hours = tasks_of(cfg) or nodes_of(cfg), gpus_of(cfg), hours_of(cfg["cluster"]["time"])
+    nodes = tasks_of(cfg) or nodes_of(cfg)
+    gpus = gpus_of(cfg)
+    hours = hours_of(cfg["cluster"]["time"])
     facts = {"nodes": nodes, "GPUs": nodes*gpus}
     if cfg["stage"] in SHARD_STAGES:
         facts = {"shards": cfg["shards"]["number"], "tasks, each one node": nodes,

@@ -194,7 +194,9 @@ def chain_jobs(
     if not points or not steps: raise UserError("A chain has at least one point and one stage.")
     results, jobs = {}, {}
     for p in points:
-        known, previous, used = dict(p), (), set()
+        known = dict(p)
+        previous = ()
+        used = set()
         for s in steps:
             if s.stage in known or "before" in p:
                 raise UserError(f"{s.stage} is in the chain twice, or it or before is a setting: {{{s.stage}.data}} "
@@ -247,7 +249,9 @@ def compose_jobs(
     jobs:list[SweepJob],
 )->list[ComposedConfig]: # one for each job
     "Compose every job; the first mistake in any stops with the job's name"
-    out, names, same = [], {}, {}
+    out = []
+    names = {}
+    same = {}
     for job in jobs:
         check_job(job, names)
         try:
@@ -374,7 +378,9 @@ def write_job(
     composed:ComposedConfig, # of it
 )->list[tuple]: # its lines of the submit script: the array of its shards, where it has one, and the job
     "Write the config and the scripts of one job"
-    cfg, name, run_dir = composed.cfg, job.name, run_folder(composed.cfg)
+    cfg = composed.cfg
+    name = job.name
+    run_dir = run_folder(composed.cfg)
     config, script = folder/f"configs/{name}.yaml", folder/f"scripts/{name}.sbatch"
     logs = {kind: sbatch_path(folder/f"out/{name}.{end}") for kind, end in (("output", "out"), ("error", "err"))}
     save_frozen(cfg, config, composed.overrides)
@@ -401,7 +407,9 @@ def write_sweep(
     if (folder/"jobs.json").exists():
         raise UserError(f"{folder} holds a sweep already. Make another with sweep_folder.")
     for part in ("out", "submitted"): (folder/part).mkdir()
-    lines, entries, runs = [], [], []
+    lines = []
+    entries = []
+    runs = []
     for job, c in zip(jobs, composed):
         run_dir = run_folder(c.cfg)
         if c.stage in SHARD_STAGES: runs.append(run_dir)

@@ -16,6 +16,7 @@ def has_successor(
 )->torch.Tensor: # bool, true where the next entry continues the sequence
     "Whether a token is followed by another of its own sequence"
     same_BT = (sequence_BT[:, :-1] == sequence_BT[:, 1:]) & (sequence_BT[:, :-1] >= 0)
+    # the last entry of a row has no successor; in rows with fewer than two entries all are false
     return torch.cat([same_BT, torch.zeros_like(same_BT[:, :1]) if same_BT.shape[1] else sequence_BT < -1], 1)
 
 # %% ../../nbs/05_losses/3_irl.ipynb #5b9fdc06

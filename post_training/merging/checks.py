@@ -105,7 +105,9 @@ def sample_tensors(
 )->list[str]: # tensors, at least one
     "All tensors, or a random sample with so many elements, drawn with a fixed seed"
     import random
-    names, sample, remaining = sorted(sizes), [], max_elements
+    names = sorted(sizes)
+    sample = []
+    remaining = max_elements
     random.Random(0).shuffle(names)
     for n in names:
         if sizes[n] <= remaining or not sample:
@@ -241,7 +243,9 @@ def model_distances(
            for n, s in steps.items()):
         return {}
     result = LazyTensorLoader.from_disk(str(folder), lazy_unpickle=False)
-    by_layer, left_out, square = {}, 0, 0.
+    by_layer = {}
+    left_out = 0
+    square = 0.
     for tensor in [n for n in steps if n in result.index.tensor_paths]:
         read = [(LoaderCache().get(ref).get_tensor(tensor), base) for ref, _, _, base in steps[tensor].inputs]
         merged_T, sources = result.get_tensor(tensor), [t for t, base in read if not base]

@@ -86,7 +86,9 @@ def merge_summary(
 )->str: # one line
     "The last merge of a record, in one line"
     facts = list(facts.values())[-1]
-    result, compared, distances = facts["result"], facts["compared"], facts["distances"]
+    result = facts["result"]
+    compared = facts["compared"]
+    distances = facts["distances"]
     out = f"{result['tensors']} tensors, {result['parameters']:,} parameters in {result['dtype']}"
     if compared:
         out += f"; {compared['method']} in fp64 differs by at most {compared['largest_difference']:.1e}"
@@ -139,7 +141,9 @@ def model_merging(
         return str(record["final"]["output"]), {k: record[k] for k in ("merge", "inputs", "summary")}
     ensure_variants(cfg)
     docs = check_merge_config(cfg)
-    results, source_folders, merges = {}, {}, {}
+    results = {}
+    source_folders = {}
+    merges = {}
     parents = []
     for name, doc in docs: check_document(doc)
     with file_lock(folder.parent/".merge.lock"), respect_hub_offline():

@@ -519,7 +519,9 @@ def completion_counts(
 )->dict: # kept (completions, or pairs), lost by reason, reencoded: what changed when texts were encoded again
     "Counts of kept and lost completions"
     from post_training.preferences.reference_logprobs import reencoding_report
-    kept, lost, reencoded = 0, Counter(), []
+    kept = 0
+    lost = Counter()
+    reencoded = []
     for _, r in results:
         kept += len(r.get("completions") or r.get("rows") or [])
         lost.update(r.get("lost") or {})

@@ -87,7 +87,9 @@ def token_meanings(
     if encoder in _MEANINGS: return _MEANINGS[encoder]
     out = {}
     for chat, options in structured_meaning_chats() if wants_blocks(tokenizer.chat_template) else plain_meaning_chats():
-        opens, ends, inside = defaultdict(set), defaultdict(set), defaultdict(set)
+        opens = defaultdict(set)
+        ends = defaultdict(set)
+        inside = defaultdict(set)
         for before, after, ending, opening in pieces_between(encoder, chat, options):
             for token in encoder.special.findall(ending): ends[token].add(before)
             tokens = [t for t in encoder.special.findall(opening) if before or t != tokenizer.bos_token]

@@ -35,7 +35,7 @@ def probe_text(i)->str: # a text that shows how a template transforms the i-th t
     return f"\n\n\n\n\u2003\ue001\"{i}\ue002\u2003\n\n\n\n"
 
 # %% ../../nbs/25_tokens/3_template_shapes.ipynb #5ef69785
-TEXT_TRANSFORMS = dict( # what templates are known to do to a text
+TEXT_TRANSFORMS = dict( # name: what a template may do to a text; None: nothing
     as_is=None,
     json=lambda s: json.dumps(s, ensure_ascii=False)[1:-1],
     json_ascii=lambda s: json.dumps(s)[1:-1],
@@ -47,6 +47,7 @@ TEXT_TRANSFORMS = dict( # what templates are known to do to a text
     strip=str.strip)
 
 # %% ../../nbs/25_tokens/3_template_shapes.ipynb #2dacb277
+# a probe without its whitespace, in quotes as they are or escaped
 _CORE = re.compile(r'(?:\ue001|\\ue001)\\?"(\d+|N)(?:\ue002|\\ue002)')
 
 # %% ../../nbs/25_tokens/3_template_shapes.ipynb #cdd5aad9
@@ -141,7 +142,7 @@ def start_of_turn(
     special:re.Pattern, # matches control tokens
     piece:str, # what the template writes before the first text of a turn
     header:str, # the generation prompt
-    prompt_piece:str|None=None, # what it writes there when it asks for an answer; None where a turn always begins anew
+    prompt_piece:str|None=None, # what it writes there to ask for an answer; None where no turn can continue
 )->int: # characters of `piece` that are given to the model
     "Where a turn begins in the piece before its first text"
     for cut in range(len(header), 0, -1):
@@ -153,12 +154,12 @@ def start_of_turn(
 
 # %% ../../nbs/25_tokens/3_template_shapes.ipynb #07bbc0bb
 def turn_regions(
-    k:int, # first text of the turn, counted in the rendering
+    k:int, # first text of the turn, as its number in the rendering
     j:int, # last text of the turn
     written:list[bool], # of each text: whether the model writes it
     pieces:list[str], # of each text: the piece before it; one more for the end
     special:re.Pattern, # matches control tokens
-    context_length:int, # characters of the piece before text `k` that do not belong to the turn, from `start_of_turn`
+    context_length:int, # characters of the piece before text `k` that precede the turn, from `start_of_turn`
     end:int, # characters of the piece after text `j` that belong to the turn, from `end_of_turn`
 )->list[tuple]: # (edge, shift, edge, shift) of each region: from edge + shift to edge + shift
     "The regions of one turn that the model writes"

@@ -108,7 +108,9 @@ def stream_text(
     "Text of an answer in pieces"
     kinds = {THOUGHT: "thought", THOUGHT_END: "answer", CALL: "call"} if THOUGHT_END in tokenizer.chat_template else {}
     marks = {tokenizer.convert_tokens_to_ids(t): k for t, k in kinds.items()}
-    kind, piece_ids, sent = "answer", [], 0
+    kind = "answer"
+    piece_ids = []
+    sent = 0
     for i in ids:
         if i in marks: kind, piece_ids, sent = marks[i], [], 0; continue
         piece_ids.append(i)

@@ -649,7 +649,9 @@ def templates_html(
 )->HtmlText:
     "One conversation in each template, with its mask in colours, and what each template can carry"
     facts = template_facts(tokenizer, names)
-    own, out, top = tokenizer.chat_template, [], 'style="text-align:left;vertical-align:top"'
+    own = tokenizer.chat_template
+    out = []
+    top = 'style="text-align:left;vertical-align:top"'
     try:
         for f in facts.to_dict("records"):
             tokenizer.chat_template = template_text(f["template"])

@@ -405,7 +405,9 @@ def headline_setup(
     cfg:dict, # composed
 )->dict[str, str]: # model, data, loss, steps: those that the stage has
     "The setup of a run, from its config"
-    stage, merge, facts = cfg["stage"], cfg.get("model_merging"), {}
+    stage = cfg["stage"]
+    merge = cfg.get("model_merging")
+    facts = {}
     if cfg.get("checkpoints"): facts["checkpoints"] = ", ".join(map(short_path, cfg["checkpoints"]))
     elif stage in MODEL_STAGES: facts["model"] = short_path(cfg["model_args"]["model_name_or_path"])
     if stage == "ref_rewards": facts["reward"] = str(cfg["reward_args"]["name"])
@@ -465,7 +467,9 @@ def training_results(
     record:dict, # of a training run
 )->dict[str, str]: # steps, training rows, losses, accuracy
     "The results of training, as far as the record has them"
-    final, evaluation, facts = record.get("final") or {}, record.get("evaluation") or {}, {}
+    final = record.get("final") or {}
+    evaluation = record.get("evaluation") or {}
+    facts = {}
     if "step" in final: facts["steps"] = f"{final['step']:,} of {record.get('total_steps') or final['step']:,}"
     if (rows := (record.get("counts") or {}).get("train") or {}).get("out"):
         facts["training rows"] = f"{rows['out']:,}" + (f", {rows['tokens']:,} tokens" if rows.get("tokens") else "")
