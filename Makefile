@@ -81,7 +81,7 @@ slow-notebooks: env ## run the notebooks that have slow cells, with them, and th
 lab: env ## JupyterLab on the notebooks
 	@$(RUN) jupyter lab --notebook-dir=. $(LAB) nbs/index.ipynb
 
-bench: env ## the benchmarks beside what one would use instead, into runs/bench, and a table of wanted ratios (BENCH="masks sft": only these)
+bench: env ## the benchmarks against common alternatives, into runs/bench, and a table of targets (BENCH="masks sft": only these)
 	@$(RUN) python -m post_training.bench.records $(BENCH)
 
 readme: env ## README.md from nbs/index.ipynb, nbs/README.md from the notebooks' titles

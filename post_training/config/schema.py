@@ -232,6 +232,8 @@ TRAINER_CONDITIONS = {
         "<tokenization.max_length> says how long rows are, and only estimates of memory read this", soft=True),
     "evaluates": Condition("rows are evaluated", lambda c: c("stage") == "tokenize" or _evaluates(c),
         "<training_args.eval_strategy> evaluates no rows", _EVALUATE),
+    "has_eval_rows": Condition("rows are evaluated", lambda c: c("stage") == "tokenize" or _evaluates(c),
+        "<training_args.eval_strategy> evaluates no rows", soft=True),
     "evaluates_by_steps": Condition("eval_strategy=steps", _known("training_args.eval_strategy", "steps"),
         "<training_args.eval_strategy> counts no steps", "set training_args.eval_strategy=steps, or leave it out"),
     "eval_in_training": Condition("eval_strategy=steps, epoch", lambda c: c("training_args.eval_strategy") != "no",
@@ -491,7 +493,7 @@ class EvalSplitKeys:
 class SubsampleKeys:
     "Rows to keep; 0 keeps all"
     train:int = key(0)
-    eval:int = key(0, when="evaluates")
+    eval:int = key(0, when="has_eval_rows")
 
 # %% ../../nbs/10_config/2_schema.ipynb #107cfb7b
 @section
@@ -1377,9 +1379,7 @@ def unread_notices(
     others=(), # dotted key -> preset: keys of other stages that were left out of the configuration
 )->list[str]: # one line for each reason
     "What presets and shared overrides say that is not read, and is left out of the run's identity"
-    reasons = {}
-    of_stage = {}
-    keys = stage_keys(cfg["stage"])
+    reasons, of_stage, keys = {}, {}, stage_keys(cfg["stage"])
     def add_stage_key(where, name):
         preset = where.removeprefix("preset ")
         if preset.partition("=")[0] in chosen: of_stage.setdefault(preset, []).append(name)

@@ -31,7 +31,7 @@ _WORD = re.compile(rf"[{_WIDE}]|[^\W{_WIDE}]+")
 def shingles(
     text:str, # any text
     ngram:int=5, # words in a shingle
-)->set[str]: # empty where the text holds no word
+)->set[str]: # empty if the text holds no word
     "The word n-grams of a text, without case and punctuation; a text with fewer words is one shingle"
     words = _WORD.findall(text.lower())
     return {" ".join(words[i:i + ngram]) for i in range(max(1, len(words) - ngram + 1))} if words else set()
@@ -91,7 +91,7 @@ def check_duplicate_settings(
 
 # %% ../../nbs/20_data/5_duplicates.ipynb #8480f56c
 def count_duplicates(
-    dataset, # `datasets.Dataset` with messages, and id and source where there are any
+    dataset, # `datasets.Dataset` with messages, and id and source if there are any
     threshold:float=0.8, # similarity from which rows are near duplicates; 0 counts exact ones only
     num_perm:int=128, # length of a sketch
     ngram:int=5, # words in a shingle
@@ -158,7 +158,7 @@ def find_in_train(
 
 # %% ../../nbs/20_data/5_duplicates.ipynb #3d6298c8
 def count_overlap(
-    train, # `datasets.Dataset` with messages, and id and source where there are any
+    train, # `datasets.Dataset` with messages, and id and source if there are any
     other_datasets:dict, # name: `datasets.Dataset` with messages that should not be among the training rows
     threshold:float=0.8, # similarity from which texts are near duplicates; 0 looks for exact ones only
     num_perm:int=128, # length of a sketch

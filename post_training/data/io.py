@@ -126,7 +126,7 @@ def feature_of(
 def check_column_kinds(
     shape:dict, # of all rows
 ):
-    "Raise a `UserError` where a column holds numbers or booleans in one row and another kind in another"
+    "Raise a `UserError` if a column holds numbers or booleans in one row and another kind in another"
     for name, column in shape.get("fields", {}).items():
         kinds = {k: where for k, where in column["kinds"].items() if k != "null"}
         if len(kinds) > 1 and {"number", "bool"} & set(kinds):
@@ -139,7 +139,7 @@ def as_stored(
     value, # a JSON value
     feature, # its feature
 ):         # the value that Arrow stores
-    "A value for Arrow; as JSON text where its type is JSON"
+    "A value for Arrow; as JSON text if its type is JSON"
     if value is None: return None
     if type(feature).__name__ == "Json": return json.dumps(value, ensure_ascii=False)
     if isinstance(feature, dict): return {k: as_stored(value.get(k), f) for k, f in feature.items()}
@@ -150,7 +150,7 @@ def as_stored(
 def storage_type(
     t, # an Arrow type
 ):
-    "The Arrow type with text in the place of JSON"
+    "The Arrow type with text in place of JSON"
     import pyarrow as pa
     if pa.types.is_list(t): return pa.list_(storage_type(t.value_type))
     if pa.types.is_struct(t): return pa.struct([(f.name, storage_type(f.type)) for f in t])
@@ -209,7 +209,7 @@ def read_quick(
     kind:str, # json or parquet
     files:list[str], # paths
 ):                   # `datasets.Dataset`
-    "Read files with the datasets library, from its copy where it has one; its log is silenced, the error says enough"
+    "Read files with the datasets library, from its copy if it has one; its log is silenced, the error says enough"
     import datasets
     log, level = datasets.logging.get_logger("datasets"), datasets.logging.get_verbosity()
     log.setLevel("CRITICAL")
@@ -252,7 +252,7 @@ def unreadable_files(
 # %% ../../nbs/20_data/1_io.ipynb #bfaedeef
 def pick_split(
     splits:dict, # split name: anything
-    split:str|None, # the requested one; None where there is only one
+    split:str|None, # the requested one; None if there is only one
     path, # what the user wrote, for the message
 ):        # the value of that split
     "The requested split, or a `UserError` that lists those that exist"
@@ -267,7 +267,7 @@ def pick_split(
 def read_saved(
     folder, # written by `save_to_disk` or `save_rows`
 )->dict: # split name: `datasets.Dataset`; without splits, the name is train
-    "A saved dataset; a `UserError` where it is incomplete"
+    "A saved dataset; a `UserError` if it is incomplete"
     import datasets, pyarrow
     if (Path(folder)/MANIFEST).exists() and (wrong := verify_manifest(folder, hashes=False)):
         raise UserError(f"{folder} is not a whole dataset: {wrong[0]}. Make it again.")
@@ -281,7 +281,7 @@ def from_hub(
     name:str, # `organisation/dataset`
     split:str|None=None, # which split; None for all
 ):                       # `datasets.Dataset`, or a dict of splits
-    "Load a dataset from the hub; the error says what to do where that fails"
+    "Load a dataset from the hub; the error says what to do if that fails"
     import datasets
     try: return datasets.load_dataset(name, split=split)
     except ValueError as e: raise UserError(f"{name} on the hub: {e}") from e
@@ -293,7 +293,7 @@ def from_hub(
 def local_splits(
     path:str|Path, # saved folder, folder of files, file or glob
 )->dict|None: # split name: function that reads it; None for a name on the hub
-    "The splits of a dataset on this machine; a `UserError` where there is none"
+    "The splits of a dataset on this machine; a `UserError` if there is none"
     text, p = str(path), Path(path).expanduser()
     if p.is_dir():
         if any((p/name).exists() for name in ("dataset_dict.json", "state.json")):
@@ -310,7 +310,7 @@ def local_splits(
 # %% ../../nbs/20_data/1_io.ipynb #9d9d0760
 def load_rows(
     path:str|Path, # hub name, saved folder, folder of files, file or glob
-    split:str|None=None, # which split; None where there is only one
+    split:str|None=None, # which split; None if there is only one
 ):                       # `datasets.Dataset`
     "Load one split of a dataset, local or from the hub"
     local = local_splits(path)
@@ -334,7 +334,7 @@ def load_splits(
 # %% ../../nbs/20_data/1_io.ipynb #a1e83eb2
 def split_names(
     path:str|Path, # a local dataset, as for `load_rows`
-)->list[str]: # names of its splits; empty where it has none
+)->list[str]: # names of its splits; empty if it has none
     "Names of the splits of a local dataset"
     p = Path(path).expanduser()
     if (p/"dataset_dict.json").exists(): return list(read_saved(p))

@@ -128,7 +128,7 @@ def draw_rows(
 def unify_types(
     a, # an Arrow type
     b, # an Arrow type
-):    # the type that holds both; None where there is none
+):    # the type that holds both; None if there is none
     "The common type of two Arrow types"
     import pyarrow as pa
     schemas = [pa.schema([("x", a)]), pa.schema([("x", b)])]
@@ -291,7 +291,7 @@ def count_rows(
     count_tokens, # function(dataset) -> (tokens per row, completion tokens per row)
     budget:int|None=None, # tokens at most; None: no limit
     copies:int=1, # how often each row will occur
-    block:int=5000, # rows counted at a time where there is a budget
+    block:int=5000, # rows counted at a time if there is a budget
 )->tuple: # (tokens_K, completion_K) of the rows that fit
     "Token counts of the rows, up to the first that does not fit into the budget"
     tokens, completion = np.zeros(0, np.int64), np.zeros(0, np.int64)
@@ -448,7 +448,7 @@ def mixture_columns(
     source_rows:list[SourceRows], # of all sources
     columns_to_keep, # columns of the mixture
 )->list[str]: # in order: the columns to keep, id, source, origin, origin_id
-    "The columns of a mixture; a `UserError` where no source has any of the columns to keep"
+    "The columns of a mixture; a `UserError` if no source has any of the columns to keep"
     have = columns_of(source_rows)
     if not {*columns_to_keep} & (have | {"source"}) - {"id"}:
         raise UserError(f"No source has a column of columns_to_keep ({', '.join(columns_to_keep)})."
@@ -504,7 +504,7 @@ def mix_sources(
 def plot_composition(
     mixture:Mixture, # with its table
 ):                   # `matplotlib` figure
-    "The share of each source in rows, and in tokens where they were counted"
+    "The share of each source in rows, and in tokens if they were counted"
     from matplotlib import pyplot as plt
     rows = mixture.table[:-1]
     kinds = dict(row_share="rows") | (dict(token_share="tokens", completion_share="completion tokens")
@@ -529,7 +529,7 @@ def source_lengths(
     mixture:Mixture, # with its training rows
     max_rows:int=2000, # rows per source to look at where characters are counted
 )->dict: # source: lengths_K of its rows, each once
-    "Lengths of the rows of every source: tokens where they were counted, else characters"
+    "Lengths of the rows of every source: tokens if they were counted, else characters"
     if mixture.lengths: return {s: n for s, n in mixture.lengths.items() if len(n)}
     at = {}
     for i, s in enumerate(mixture.train["source"][:]): at.setdefault(s, []).append(i)

@@ -31,7 +31,7 @@ def split_sizes(
 def classes_of(
     dataset, # `datasets.Dataset`
     by:str|None, # column; None: all rows are one class
-)->list: # the class of each row; the name of a ClassLabel; None where there is no value
+)->list: # the class of each row; the name of a ClassLabel; None if there is no value
     "The class of every row"
     from datasets import ClassLabel
     if by is None: return ["all rows"]*len(dataset)
@@ -114,8 +114,8 @@ def split_dataset(
     by:str|None=None, # column to stratify by
     seed:int=42, # of the draw
     rare_classes:str="error", # classes of a single row: error, or train
-)->tuple: # (splits, table); the table is None where the evaluation split exists already
-    "Make the evaluation split where it is missing; where it exists, change nothing"
+)->tuple: # (splits, table); the table is None if the evaluation split exists already
+    "Make the evaluation split if it is missing; if it exists, change nothing"
     if not eval_split or train_split == eval_split:
         raise UserError(f"The training split is {train_split!r} and the evaluation split {eval_split!r}: give two "
                         "different names.")

@@ -24,7 +24,7 @@ def parse_json(
     x, # JSON text or a value
     name:str, # what the value is, for the message
 ):        # the value
-    "The value of a JSON text; other values unchanged; `MalformedRow` where the text is not JSON"
+    "The value of a JSON text; other values unchanged; `MalformedRow` if the text is not JSON"
     if not isinstance(x, str): return x
     try: return json.loads(x or "null")
     except (ValueError, RecursionError) as e: raise MalformedRow(f"{name} are not JSON") from e
@@ -73,7 +73,7 @@ def properties_of(
 def tool_list(
     tools, # a list of tools, JSON text, or None; a tool is bare (name, description, parameters) or in OpenAI's form
 )->list[dict]: # name, description and plain schema of each
-    "Tools in one form; `MalformedRow` where they cannot be read"
+    "Tools in one form; `MalformedRow` if they cannot be read"
     text, tools = isinstance(tools, str), parse_json(tools, "the tools") or []
     if not isinstance(tools, list): raise MalformedRow("the tools are not a list")
     out = []
@@ -204,7 +204,7 @@ def check_pending(
     blocks:list[dict], # the blocks so far
     kind:str, # the next part, with its article
 ):
-    "Raise `MalformedRow` where the last tool calls do not have exactly their outputs"
+    "Raise `MalformedRow` if the last tool calls do not have exactly their outputs"
     last = blocks[-1] if blocks else None
     if last and last["type"] == "tool_calls":
         raise MalformedRow(f"a tool call is followed by {kind} with no tool output in between")
@@ -266,7 +266,7 @@ def row_tools(
     row:dict, # a Swiss-AI row
     verifiable:bool, # whether an answer is displayed through `display_answers`
 )->list[dict]: # tools with plain schemas
-    "The tools of a row, with the one that displays answers where it is used"
+    "The tools of a row, with the one that displays answers if it is used"
     tools = tool_list(row.get("available_functions"))
     return tools + [DISPLAY_ANSWERS]*(verifiable and all(t["name"] != "display_answers" for t in tools))
 
@@ -333,7 +333,7 @@ def message_parts(
 def in_call_order(
     parts:list[dict], # parts of an assistant turn; calls and outputs may carry an id
 )->list[dict]: # the same, outputs in the order of the calls that they answer
-    "Sort the outputs of parallel calls by the ids of the calls, where they have ids"
+    "Sort the outputs of parallel calls by the ids of the calls, if they have ids"
     out = []
     calls = []
     for kind, run in groupby(parts, key=lambda p: p["type"]):
@@ -351,7 +351,7 @@ def in_call_order(
 # %% ../../nbs/20_data/3_swissai.ipynb #88aba3a3
 def assistant_turns(
     messages:list[dict], # plain messages
-)->list: # plain messages, with a list of parts in the place of each turn of the assistant
+)->list: # plain messages, with a list of parts in place of each turn of the assistant
     "Gather messages of assistant and tools into turns; a turn continues after the outputs of its tools"
     out = []
     for m in messages:
@@ -416,7 +416,7 @@ def plain_messages(
 def texts_only(
     messages:list[dict], # plain or structured messages
 )->list[dict]: # role and text, and nothing else
-    "Messages as role and text; `UnsupportedContent` where calls or thoughts would be lost"
+    "Messages as role and text; `UnsupportedContent` if calls or thoughts would be lost"
     out = []
     for m in plain_messages(messages):
         if m.get("tool_calls"): raise UnsupportedContent("an assistant message calls tools")
@@ -487,8 +487,8 @@ def convert_batch(
     checks, # names of role checks
     on_malformed:str, # drop or error
     branches=None, # of each row: (index of the conversation, branch to follow); None: first branches, ids unchanged
-)->dict: # messages, and a fault where there are none
-    "The conversations of a batch; every row comes out, with a fault where it is to be dropped"
+)->dict: # messages, and a fault if there are none
+    "The conversations of a batch; every row comes out, with a fault if it is to be dropped"
     out = dict(messages=[], _fault=[], _row=[])
     for i, values in zip(indices, zip(*batch.values())):
         row = dict(zip(batch, values))
@@ -531,7 +531,7 @@ def convert_dataset(
     num_proc:int|None=None, # processes; None chooses
     branches=None, # as for `convert_batch`
 )->tuple: # (`datasets.Dataset`, counts)
-    "A dataset with a column of messages in the place of the columns that they were made from"
+    "A dataset with a column of messages in place of the columns that they were made from"
     from datasets import Dataset, Features, Value, concatenate_datasets
     from datasets.fingerprint import get_temporary_cache_files_directory
     if on_malformed not in ("drop", "error"): raise UserError(f"on_malformed={on_malformed!r}: drop or error.")
@@ -556,12 +556,12 @@ def convert_dataset(
 # %% ../../nbs/20_data/3_swissai.ipynb #02f11029
 def as_messages(
     dataset, # `datasets.Dataset` in any known format
-    blocks:bool|None=None, # structured contents; None: where the rows have them
+    blocks:bool|None=None, # structured contents; None: if the rows have them
     checks=(), # names of role checks that rows have to pass
     on_malformed:str="drop", # drop or error
     num_proc:int|None=None, # processes; None chooses
 )->tuple: # (`datasets.Dataset`, counts: in, out, dropped by reason, the first row of each reason)
-    "Any dataset with a column `messages` in the place of its format's columns; other columns stay"
+    "Any dataset with a column `messages` in place of its format's columns; other columns stay"
     columns = None if is_swissai(dataset.column_names) else format_of(dataset.column_names)
     return convert_dataset(dataset, columns, has_blocks(dataset) if blocks is None else blocks, checks, on_malformed,
                            num_proc)

@@ -178,7 +178,7 @@ def load_for_generation(
     all_gpus:bool=False, # spread the layers over all GPUs
     **load_args, # dtype, attn_implementation, trust_remote_code, revision for `load_model`
 ): # the model, in evaluation mode
-    "Load a checkpoint that is to answer prompts"
+    "Load a checkpoint to answer prompts"
     from post_training.models.load import default_device, flash_available, load_model, resolve_auto
     device = device or default_device()
     auto = resolve_auto(device, "inference", load_args.get("dtype") or "auto", load_args.get("attn_implementation"),
@@ -357,7 +357,7 @@ def parse_evaluation_args(
 # %% ../../nbs/60_evaluation/2_answers.ipynb #bd5ddde8
 def evaluate_command(
     argv:list[str]|None=None, # the command line
-)->int: # exit code: 0, 2 for mistakes of the user, 1 for faults
+)->int: # exit code: 0, 2 for mistakes of the user, 1 for errors of the program
     "Evaluate, write the result, keep the numbers in the record"
     args = parse_evaluation_args(sys.argv[1:] if argv is None else argv)
     out = Path(args.out)

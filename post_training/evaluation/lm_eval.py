@@ -44,7 +44,7 @@ def write_task(
 # %% ../../nbs/60_evaluation/4_lm_eval.ipynb #dccd0de9
 def find_tasks(
     tasks:list[str], # names, or paths of YAML files
-    include_path=None, # a folder with tasks of one's own
+    include_path=None, # a folder with your own tasks
 ): # the harness's task manager
     "A task manager that knows the requested tasks, or a `UserError` with the nearest names"
     import_lm_eval()

@@ -16,7 +16,7 @@ def non_text_answers(
     columns, # the columns that define its format; None for the Swiss-AI format
     verifier:str|None=None, # for rows that name none
 )->list[str]: # for each row: why its answer is not a text; empty where it is one
-    "Rows whose answer is a rule for answers: a regular expression, a number of words, a schema"
+    "Rows whose answer is not a text but a rule for texts: a regular expression, a number of words, a schema"
     if not columns or columns[-1] != "answer": return [""]*len(rows)
     rules = dict(regex="a regular expression", length="a length in words", json_schema="a JSON schema")
     names = [r.get("verifier") or verifier for r in rows]

@@ -19,7 +19,7 @@ def evenly_spaced_indices(
 
 # %% ../../nbs/60_evaluation/1_statistics.ipynb #18cae7b2
 def bootstrap(
-    values, # [n] scores
+    values, # scores, one for each prompt
     n:int=2000, # resamples
     level:float=.95, # share of the resampled means inside the interval
     seed:int=0, # of the resampling
@@ -31,7 +31,7 @@ def bootstrap(
 
 # %% ../../nbs/60_evaluation/1_statistics.ipynb #864a0671
 def paired_bootstrap(
-    before, # [n] or [n, samples] scores of each prompt
+    before, # [prompts] or [prompts, samples] scores
     after, # the same prompts, another model
     n:int=10000, # resamples of the prompts
     level:float=.95, # share of the resampled differences inside the interval

@@ -27,7 +27,7 @@ def length_batches(
     lengths:Sequence[int], # of the prompts
     batch_size:int, # prompts in a batch
 )->list[list[int]]: # indices, the longest prompts first
-    "Batches of prompts of similar length, so that little is padding"
+    "Batches of prompts of similar length, to keep padding small"
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
 
@@ -144,7 +144,7 @@ def check_prompts(
 def generate_completions(
     model, # a causal language model; left in the mode it was in
     tokenizer, # decodes the result, and knows the pad token
-    prompts:Sequence[Sequence[int]], # token ids, each ending where the assistant is to begin
+    prompts:Sequence[Sequence[int]], # token ids, each up to the position where the assistant begins
     max_new_tokens:int=64, # the limit for each row
     temperature:float=0., # 0: greedy
     top_p:float=1., # see `pick_token`

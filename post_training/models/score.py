@@ -36,7 +36,7 @@ def head_transform(
 def head_kernel(
     device:torch.device, # where the hidden states are
 )->str: # "trl" or "tiles"
-    "TRL's kernel where Triton compiles it, our own tiles elsewhere"
+    "TRL's kernel on devices for which Triton compiles it, otherwise our own tiles"
     from trl.kernels.chunked_logprob import _use_triton
     return "trl" if _use_triton(device) else "tiles"
 

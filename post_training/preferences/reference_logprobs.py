@@ -220,7 +220,7 @@ def score_pieces(
     model, # with a score head
     pieces:list, # `ScoringPiece`s
     tokens:int, # of a forward at most
-    share:bool, # read a prompt once where it is worth it
+    share:bool, # read a prompt once if that saves enough
 )->list: # for each piece: an fp32 array
     "Log-probabilities of pieces, each row by the method that suits it"
     lengths, out = {}, [None]*len(pieces)
@@ -336,7 +336,7 @@ def reencoding_report(
 def row_result(
     completions:list[dict], # of the row
     scored:list[tuple], # (`ScoringPiece`, fp32 array)
-    sampled:list[tuple], # the same for sampled ids where they differ
+    sampled:list[tuple], # the same for sampled ids, if they differ
     compared:int, # completions whose ids were compared
     skipped:dict, # skipped completions by reason
 )->dict: # completions, lost, reencoded; or dropped

@@ -44,7 +44,7 @@ def plain_turns(
     messages:list[dict], # plain or structured
     system_prompt:str="keep", # keep or drop
 )->list[dict]: # role and text
-    "A conversation as the plain turns that a reward model reads; raises `UnsupportedContent` where that is impossible"
+    "A conversation as the plain turns that a reward model reads; raises `UnsupportedContent` if that is impossible"
     if system_prompt not in SYSTEM_PROMPTS:
         raise UserError(f"system_prompt={system_prompt!r}: one of {', '.join(SYSTEM_PROMPTS)}.")
     system, out = [], []

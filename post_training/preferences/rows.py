@@ -207,7 +207,7 @@ def split_conversation(
     messages:list[dict], # a conversation
     blocks:bool, # structured contents
     tools=None, # the tools of the row
-)->tuple: # (prompt, content of the completion; None where there is none)
+)->tuple: # (prompt, content of the completion; None if there is none)
     "A conversation as prompt and completion; raises with the reason if that is impossible"
     try: alone = not messages or messages[-1]["role"] == "user"
     except (KeyError, TypeError): raise MalformedRow("a message is not a mapping with a role") from None
@@ -295,7 +295,7 @@ def rows_batch(
 def unique_ids(
     ids:list[str],
 )->list[str]:
-    "Ids, with a suffix for those that were there before"
+    "Ids, with a suffix for each id that repeats an earlier one"
     seen = set(ids)
     out = []
     count = Counter()
@@ -518,7 +518,7 @@ def references_of(
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #51ffde09
 def mix_pairs(
-    sources, # list of mappings: dataset_name, dataset_path, subsample_factor, duplication_factor, as for `mix_sources`
+    sources, # list of dicts: dataset_name, dataset_path, subsample_factor, duplication_factor, as for `mix_sources`
     seed:int=42, # of the draw and the order
     shuffle:bool=True, # draw and order at random
     allow_other_references:bool=False, # mix sets whose reference models differ

@@ -117,7 +117,7 @@ def checkpoints_root(
 
 # %% ../../nbs/15_run/3_identity.ipynb #ebc77185
 def config_changes(
-    frozen:dict, # the config of the first attempt
+    frozen:dict, # the config that was written when the generation began
     cfg:dict, # the config now
 )->tuple[dict, dict]: # changes of the identity, other changes: dotted key -> (then, now)
     "How a config differs from the frozen one"

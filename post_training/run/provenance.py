@@ -126,7 +126,7 @@ def changed_inputs(
 )->list[str]: # paths whose content differs now
     "The inputs of a run that have changed since; contents are read only if names, sizes or times differ"
     before = {path: digests for path, digests in (record.get("inputs") or {}).items() if digests.get("content")}
-    # an input that is gone cannot be compared, and the finished run stands
+    # a deleted input cannot be compared; the finished run stays valid
     now = {path: inputs_of([path], content=False)[path] for path in before}
     touched = [path for path, digests in now.items() if digests and digests["stat"] != before[path]["stat"]]
     return [path for path in touched if inputs_of([path])[path].get("content") != before[path]["content"]]

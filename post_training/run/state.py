@@ -70,7 +70,7 @@ def run_status(
 # %% ../../nbs/15_run/5_state.ipynb #d2d87584
 @dataclass
 class RunState:
-    "What is left to do for a config"
+    "What is left to do for a config: the status of its run and the reason"
     hash:str # of the config
     run_dir:Path # folder of the record
     checkpoints_dir:Path # of the generation that would be continued; for a new run the folder that holds generations

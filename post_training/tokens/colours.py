@@ -55,7 +55,7 @@ def pieces_between(
     options:dict, # of the template
 )->list[tuple]: # (kind before, kind after, what ends the text before, what opens the text after); None at both ends
     "The pieces that a template writes between the texts of a conversation, each cut in two"
-    def rendered(messages): # empty where the template refuses them
+    def rendered(messages): # empty if the template refuses them
         text = encoder.render([messages], **options)[0]
         return text if isinstance(text, str) else ""
     text = rendered(chat)
@@ -110,7 +110,7 @@ def shown_tokens(
     tokenizer, # with a chat template
     ids, # control tokens
 )->list[tuple]: # (what is shown, the tokens themselves)
-    "Control tokens by their meaning, as themselves where they have none; a repeated token once, with its count"
+    "Control tokens by their meaning, as themselves if they have none; a repeated token once, with its count"
     out = []
     for i, same in groupby(np.asarray(ids).tolist()):
         n = len(list(same))

@@ -28,7 +28,7 @@ def row_messages(
     columns=None, # the columns that name its format, from `format_of`; None for the Swiss-AI format
     blocks:bool=False, # whether the template takes structured contents
 )->list[dict]: # messages in the template's format
-    "The conversation of a row in the format that a template takes; raises where it is malformed or unsupported"
+    "The conversation of a row in the format that a template takes; raises if it is malformed or unsupported"
     messages = linearise_branch(row) if columns is None else to_messages(row, columns)
     if fault := check_messages(messages): raise MalformedRow(fault)
     if blocks: return to_structured(messages, None if columns is None else row.get("tools"))
@@ -39,7 +39,7 @@ def template_tools(
     rows:list[dict], # rows of a dataset
     columns, # the columns that name the format
     blocks:bool, # whether the template takes structured contents
-)->list: # of each row: its tools; None where the messages hold them
+)->list: # of each row: its tools; None if the messages hold them
     "The tools that a template is given as an argument"
     return [None if blocks or columns is None else r.get("tools") for r in rows]
 
@@ -109,7 +109,7 @@ def fit_to_length(
     max_length:int|None, # tokens at most
     overlength:str, # truncate, drop or error
 )->tuple|Refused: # (ids_T, completion_T)
-    "A tokenized chat cut to length; refused where no token is left to train on"
+    "A tokenized chat cut to length; refused if no token is left to train on"
     n = len(chat)
     if max_length and n > max_length and overlength != "truncate":
         return Refused("overlength", f"it has {n} tokens and max_length is {max_length}")
@@ -141,7 +141,7 @@ def tokenize_row_batch(
     allow_control_tokens_in_content:bool=False, # encode control tokens in contents as control tokens
     serial:bool=False, # several processes share the work: one thread each
 )->dict: # columns of tokenized rows
-    "Tokenize a batch of raw rows; every row comes out, with a reason where it is to be dropped"
+    "Tokenize a batch of raw rows; every row comes out, with a reason if it is to be dropped"
     if serial: os.environ["TOKENIZERS_PARALLELISM"] = "false"
     rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
     _, chats = tokenize_conversations(rows, tokenizer, columns, policies["unsupported_roles"],
@@ -193,7 +193,7 @@ def tokenize_rows(
     batch_size:int=500, # rows of one encoding call
     work=None, # folder for temporary files; None keeps everything in memory
     **policies, # overlength, on_unverifiable, unsupported_roles, on_malformed
-): # `datasets.Dataset`: a row for each raw row, with the reason where it is to be dropped
+): # `datasets.Dataset`: a row for each raw row, with the reason if it is to be dropped
     "Tokenize every row; nothing is dropped yet"
     from datasets import Features, List, Value
     policies = check_policies(**policies)
@@ -332,7 +332,7 @@ def cached_tokenize(
     max_drop_fraction:float|None=None, # share of rows that may be dropped
     num_proc:int|None=None, # processes; None chooses
     make=tokenize_dataset, # the function that tokenizes: for conversations, or for rows of another kind
-    fingerprint:str|None=None, # of the tokenizer, where it is known
+    fingerprint:str|None=None, # of the tokenizer, if it is known
     **parameters, # max_length, policies and the other parameters of `make`
 )->tuple: # (`datasets.Dataset`, counts with the key and whether it was found)
     "Tokenize a dataset once and keep it under a hash of its inputs; one process works, the others wait and read"

@@ -63,7 +63,7 @@ def check_generation_prompt(
     conversations:list[list[dict]], # messages, in the format the template takes
     on_mismatch:str="error", # error or warn
     tools:list|None=None, # of each conversation: its tools, for a template that takes them
-)->str|None: # the warning; None where the ids are the same
+)->str|None: # the warning; None if the ids are the same
     "Check that the ids before the last answer are those of the generation prompt"
     tools = tools or [None]*len(conversations)
     chats = tokenize_chats(tokenizer, conversations, unsupported_roles="drop", tools=tools)

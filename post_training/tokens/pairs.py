@@ -32,7 +32,7 @@ def side_messages(
 
 # %% ../../nbs/25_tokens/11_pairs.ipynb #53de2564
 def pair_messages(
-    row:dict, # chosen and rejected, and prompt where it has its own column
+    row:dict, # chosen and rejected, and prompt if it has its own column
 )->tuple: # prompt as messages, content of the chosen answer, content of the rejected one
     "The prompt and the two answers of a row"
     sides = [side_messages(row.get(k)) for k in ("chosen", "rejected")]
@@ -58,7 +58,7 @@ def check_pair_columns(
     reference:bool=False, # log-probabilities of the reference are read from the data
     rewards:bool=False, # the loss needs quantile rewards
 ):
-    "Raise a `UserError` where the data lacks columns that a loss needs; nothing is used in their place"
+    "Raise a `UserError` if the data lacks columns that a loss needs; nothing is used in their place"
     def missing_text(missing): return f"The data has no column {' and no column '.join(missing)}."
     sides = [k for k in ("chosen", "rejected") if k not in names]
     if sides:
@@ -147,7 +147,7 @@ def tokenize_pair(
 # %% ../../nbs/25_tokens/11_pairs.ipynb #08fbe0f2
 PAIR_NUMBER_COLUMNS = ("ref_chosen_logprob", "ref_rejected_logprob", "chosen_reward", "rejected_reward",
                        "chosen_quantile_reward", "rejected_quantile_reward")
-PAIR_LIST_COLUMNS = ("ref_chosen_logprobs", "ref_rejected_logprobs", "ref_rewards") # kept where the data has them
+PAIR_LIST_COLUMNS = ("ref_chosen_logprobs", "ref_rejected_logprobs", "ref_rewards") # kept if the data has them
 PAIR_FLAG_COLUMNS = ("chosen_is_reference", "rejected_is_reference")
 PAIR_INDEX_COLUMNS = ("chosen_reference", "rejected_reference") # index of the reference that it is
 
@@ -162,7 +162,7 @@ def tokenize_pair_batch(
     allow_control_tokens_in_content:bool=False, # encode control tokens in contents as control tokens
     serial:bool=False, # several processes share the work: one thread each
 )->dict: # columns of tokenized pairs
-    "Tokenize a batch of pairs; every row comes out, with a reason where it is to be dropped"
+    "Tokenize a batch of pairs; every row comes out, with a reason if it is to be dropped"
     if serial: os.environ["TOKENIZERS_PARALLELISM"] = "false"
     rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
     parsed = []
@@ -231,7 +231,7 @@ def drop_pairs(
     policies:dict, # name: choice
     max_drop_fraction:float|None=None, # share of rows that may be dropped
 )->tuple: # (`datasets.Dataset`, counts)
-    "The pairs without a reason to drop them, and counts; a `UserError` where a policy or the share forbids dropping"
+    "The pairs without a reason to drop them, and counts; a `UserError` if a policy or the share forbids dropping"
     counts = pair_counts(data)
     for reason in counts["dropped"]:
         policy = policy_for_reason(reason)

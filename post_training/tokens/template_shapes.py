@@ -112,7 +112,7 @@ def is_needed(
     return path[-1] in ("content", "text", "output", "formatted_tools") or "arguments" in path
 
 # %% ../../nbs/25_tokens/3_template_shapes.ipynb #da1816bb
-def first_special(special:re.Pattern, piece:str)->int: # index; the length of the piece where there is none
+def first_special(special:re.Pattern, piece:str)->int: # index; the length of the piece if there is none
     "Where the first control token of a piece begins"
     m = special.search(piece)
     return m.start() if m else len(piece)
@@ -142,7 +142,7 @@ def start_of_turn(
     special:re.Pattern, # matches control tokens
     piece:str, # what the template writes before the first text of a turn
     header:str, # the generation prompt
-    prompt_piece:str|None=None, # what it writes there to ask for an answer; None where no turn can continue
+    prompt_piece:str|None=None, # what it writes there to ask for an answer; None if no turn can continue
 )->int: # characters of `piece` that are given to the model
     "Where a turn begins in the piece before its first text"
     for cut in range(len(header), 0, -1):

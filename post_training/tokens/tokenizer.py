@@ -125,7 +125,7 @@ def set_special(
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #b21bf3e8
 def check_pad(tokenizer):
-    "Raise a `UserError` where pad or eos is missing, or both are the same token"
+    "Raise a `UserError` if pad or eos is missing, or both are the same token"
     if tokenizer.eos_token_id is None:
         raise UserError("The tokenizer has no eos token: set tokenizer_args.model_eos_token_id.")
     if tokenizer.pad_token_id is None:
@@ -209,7 +209,7 @@ def read_tokenizer(
     name_or_path:str, # folder or hub name
     trust_remote_code:bool=False, # run code that comes with it
 ):                                # a fast tokenizer
-    "Read a fast tokenizer, with an error that says what to do where there is none"
+    "Read a fast tokenizer, with an error that says what to do if there is none"
     from transformers import AutoTokenizer
     path = Path(name_or_path).expanduser()
     if not path.exists() and (path.is_absolute() or str(name_or_path).count("/") > 1):

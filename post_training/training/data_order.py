@@ -17,7 +17,7 @@ def row_order(
     n:int, # number of rows
     seed:int, # seed of the data order
     epoch:int, # epoch, from 0
-    shuffle:bool=True, # False keeps the order of the data set
+    shuffle:bool=True, # False keeps the order of the dataset
 )->np.ndarray: # [N] row indices
     "The order in which an epoch visits the rows: a permutation seeded by (seed, epoch)"
     return np.random.default_rng([seed, epoch]).permutation(n) if shuffle else np.arange(n)
@@ -42,8 +42,8 @@ def micro_batches_for_rank(
 )->np.ndarray: # [A, B] row indices of this rank's micro-batches, -1 in an empty slot
     "The micro-batches of one rank in one optimizer step"
     rows = np.asarray(rows)
-    if lengths is not None:
-        rows = rows[np.argsort(-np.asarray(lengths)[rows], kind="stable")] # no copy where they are an array already
+    if lengths is not None: # asarray does not copy an array
+        rows = rows[np.argsort(-np.asarray(lengths)[rows], kind="stable")]
     slots = np.full(accumulation*world_size*per_device, -1)
     slots[:len(rows)] = rows
     return slots.reshape(accumulation, world_size, per_device)[:, rank]
@@ -60,8 +60,8 @@ class StepBatchSampler:
         seed:int=42, # seed of the order
         shuffle:bool=True, # a new permutation in each epoch
         drop_last:bool=False, # leave out the rows that do not fill a global batch
-        lengths=None, # token counts of the rows: sorts inside a step
-        order=None, # visit these rows in this order instead
+        lengths=None, # token counts of the rows, to sort inside a step; None: no sorting
+        order=None, # row indices to visit in this order; `shuffle` and `seed` then have no effect
     ):
         self.n = n
         self.per_device = per_device
@@ -148,7 +148,7 @@ def collate_rows(
     items:list, # items of `RowDataset`, one for each slot of a micro-batch
     collator, # list of rows -> batch
     filler, # makes a row without weight, for a micro-batch that has empty slots only
-    host_inputs=None, # batch -> facts that are known on the host, so that the device need not be asked
+    host_inputs=None, # batch -> extra entries computed on the host, e.g. the positions to score
 ):
     "One micro-batch from the rows of its slots"
     batch = collator([row for item in items for row in item] or [{**filler(), "row_index": -1}])
@@ -156,7 +156,7 @@ def collate_rows(
 
 # %% ../../nbs/40_training/1_data_order.ipynb #2cb420ea
 def make_loader(
-    rows:RowDataset, # data set
+    rows:RowDataset, # dataset
     sampler:StepBatchSampler, # which rows form each micro-batch of this rank
     collator, # list of rows -> batch
     filler, # makes a row without weight

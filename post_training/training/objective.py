@@ -28,7 +28,7 @@ class Objective(Protocol):
     def step_counts(self, batch:dict)->torch.Tensor:
         "On the host, in fp64: the denominators of the loss terms, then COUNTS"
     def host_inputs(self, batch:dict, score_all:bool=False)->dict:
-        "Facts of a batch that the device would otherwise have to be asked for"
+        "Entries of a batch that the host computes, so that it need not wait for the device"
     def score(self, model, batch:dict, score_all:bool=False, with_top1:bool=True)->tuple:
         "Output of the scoring forward, and the labels"
     def loss_terms(self, scored:tuple, batch:dict)->list[LossTerm]:
@@ -41,7 +41,7 @@ class Objective(Protocol):
 # %% ../../nbs/40_training/6_objective.ipynb #f89f6243
 @dataclass(frozen=True)
 class SFTObjective:
-    "A loss of `losses.*` and its arguments"
+    "A supervised loss and its arguments"
     name: str = "plw" # sft, plw, ln-plw or irl
     prompt_loss_weight: float = 0. # weight of prompt tokens; sft weighs all tokens alike
     sequence_level: bool = False # normalise per sequence, then average over sequences
@@ -163,7 +163,7 @@ def host_inputs(self:SFTObjective,
     batch:dict, # from a collator, on the host
     score_all:bool=False, # as for `score`
 )->dict: # positions to score, under the name that `score` reads; and `packed_inputs`
-    "Facts of a batch that the device would otherwise have to be asked for"
+    "Entries of a batch that the host computes, so that it need not wait for the device"
     name = "all_scored_positions" if score_all else "scored_positions"
     return {name: find_scored_positions(self.labels(batch, score_all)), **packed_inputs(batch)}
 

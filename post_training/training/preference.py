@@ -98,7 +98,7 @@ def host_inputs(self:PreferenceObjective,
     batch:dict, # from `PairCollator`, on the host
     score_all:bool=False, # no effect: only answers are scored
 )->dict: # scored_positions, used, max_refs and `packed_inputs`
-    "Facts of a batch that the device would otherwise have to be asked for"
+    "Entries of a batch that the host computes, so that it need not wait for the device"
     n_S = answer_lengths(batch)
     if self.qrpo: check_quantiles(torch.where(n_S > 0, batch["quantiles"], 0.5))
     max_refs = int(torch.where(n_S > 0, batch["n_refs"], 1).max())
@@ -348,7 +348,7 @@ def reference_logps(
                          "its own.")
     if sharded and not hasattr(trainer, "reference_engine"):
         from trl.models import prepare_deepspeed
-        trainer.reference_engine = prepare_deepspeed(trainer.model, acc) # one for all data sets
+        trainer.reference_engine = prepare_deepspeed(trainer.model, acc) # one for all datasets
     model = trainer.reference_engine if sharded else trainer.model.to(a.device)
     model.eval()
     lengths = row_lengths(data)

@@ -112,7 +112,10 @@ def stream_text(
     piece_ids = []
     sent = 0
     for i in ids:
-        if i in marks: kind, piece_ids, sent = marks[i], [], 0; continue
+        if i in marks:
+            kind = marks[i]
+            piece_ids, sent = [], 0
+            continue
         piece_ids.append(i)
         text = tokenizer.decode(piece_ids, skip_special_tokens=True)
         if text.endswith("\ufffd") and len(text) - sent < 8: continue # a part of a character
