@@ -169,7 +169,7 @@ def test_the_road(demo, tmp_path, monkeypatch, capfd):
                             "training_args.loss_type=sigmoid")
     assert told["reference"].endswith("its adapters off") and told["canary"] == 0
     first = run.read_metrics(then)[0]
-    assert first["chosen_log_ratio"] == 0 and first["loss"] == pytest.approx(0.6931472, abs=1e-6)
+    assert abs(first["chosen_log_ratio"]) < 1e-5 and first["loss"] == pytest.approx(0.6931472, abs=1e-6)
     assert not verify_manifest(second) and (score(load_model(second).eval()) - score(merged)).abs().max() > 1e-3
 
 

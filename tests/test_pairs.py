@@ -195,7 +195,7 @@ def test_rows_without_references_say_which_key_keeps_them(mode, tmp_path):
     from post_training.data.messages import check_dropped
     rows = rows_of([[(1., False, "stop", "a"), (0., False, "stop", "b")]] * 4)
     _, counts = merged(rows, tmp_path / "none", 1, mode)
-    with pytest.raises(UserError, match="All 4 rows were dropped .*first row p0; min_num_ref_rewards=0 keeps them"): check_dropped({"in": 4, "out": counts["rows"], **counts})
+    with pytest.raises(UserError, match="All 4 rows were dropped .*first row p0; set min_num_ref_rewards=0 to keep them"): check_dropped({"in": 4, "out": counts["rows"], **counts})
     assert len(pairs_batch_fn(rows, mode, min_num_ref_rewards=0)([0])[0]["rows"]) == 1
 
 

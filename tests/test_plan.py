@@ -228,7 +228,7 @@ def counted(*args, **kwargs):
     if n == 30: os.kill(os.getpid(), signal.SIGKILL)
     return unlink(*args, **kwargs)
 os.unlink = counted
-runs.free(runs.gc_pieces([{str(run_dir)!r}])[0])"""
+runs.delete_checkpoints(runs.gc_checkpoints([{str(run_dir)!r}])[0])"""
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9
     assert left(folder) == [".freed-checkpoint-2", "checkpoint-3"] and run.newest_verified(folder)[0].name == "checkpoint-3"
     assert len(list((folder / ".freed-checkpoint-2").iterdir())) < 21

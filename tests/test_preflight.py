@@ -101,7 +101,7 @@ def test_what_the_first_node_lacks_the_others_hear_of(attempt):
     codes, _, err = ended(start(0, attempt.config_path, port, 60, 2, "127.0.0.1", "--needed-gib", 1e9), start(1, attempt.config_path, port))
     kind, message = error_of(attempt)
     assert codes == [2, 2] and kind == "user" and "node 0 (n0): artifacts_dir=" in message and "1000000000.0 are needed (--needed-gib)" in message
-    assert "node 0 says what others found" in err[1]
+    assert "node 0 reports those of the others" in err[1]
 
 
 def test_a_folder_that_is_not_shared(attempt, tmp_path):

@@ -9,7 +9,7 @@ __all__ = ['CALL', 'THOUGHT_END', 'prompt_of', 'prompts_of', 'render_prompts', '
            'verdict_text', 'show_samples', 'parse_evaluation_args', 'evaluate_command']
 
 # %% ../../nbs/60_evaluation/2_answers.ipynb #5057f369
-import argparse, importlib, numpy as np, sys, time, traceback
+import argparse, numpy as np, sys, time, traceback
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path

@@ -9,7 +9,7 @@ __all__ = ['check_sources', 'merge_document', 'merge_summary', 'merge_rows', 're
 # %% ../../nbs/65_stages/8_model_merging.ipynb #69ac5378
 import contextlib, json, shutil, yaml
 from pathlib import Path
-from .. import config, run
+from .. import run
 from ..core.files import UserError, atomic_dir, did_you_mean, file_lock, write_manifest
 from ..merging.checks import check_finite, check_result, compare_with_definition, model_distances
 from ..merging.document import (

@@ -10,7 +10,7 @@ __all__ = ['TRANSIENT_ERROR_WORDS', 'wants_cpu', 'init_distributed', 'zero_stage
            'train_rank', 'hand_over', 'record_final', 'error_kind', 'report_error', 'run_training_stage']
 
 # %% ../../nbs/65_stages/5_training.ipynb #6b9cd150
-import datetime, importlib, json, os, sys, traceback
+import datetime, json, os, sys, traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
