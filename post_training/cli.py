@@ -13,7 +13,7 @@ __all__ = ['COMMANDS', 'PREVIEWED', 'stage_line', 'help_text', 'stage_help_text'
 import os, sys
 from functools import partial
 from .core.arguments import CommandParser, exit_code_of, whole_number
-from .core.files import UserError, did_you_mean
+from .core.files import UserError
 
 # %% ../nbs/80_entry/3_cli.ipynb #069f728f
 COMMANDS = { # name: what it does, and how it is typed

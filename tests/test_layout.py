@@ -7,7 +7,6 @@ import sys
 import tomllib
 from collections import defaultdict
 from functools import cache
-from pathlib import Path
 
 import pytest
 from conftest import BIN, ROOT

@@ -364,7 +364,7 @@ def evaluate_command(
     try:
         cfg = config.load_frozen(args.config)
         with gc_paused():
-            import datasets, transformers.modeling_utils, post_training.models.load
+            import datasets, transformers.modeling_utils, post_training.models.load # noqa: F401
         result = evaluate_config(cfg, args.checkpoint, args.num_prompts)
         write_json(out, result)
         if args.name:

@@ -124,7 +124,7 @@ def load_libraries(
     if os.environ.get("RANK", "0") == "0": load_wandb(cfg["wandb"].get("mode"))
     quiet_libraries()
     with gc_paused():
-        import torch, post_training.training.trainer
+        import torch, post_training.training.trainer # noqa: F401
 
 # %% ../../nbs/65_stages/5_training.ipynb #65311109
 def start_rank(

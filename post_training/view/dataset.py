@@ -12,7 +12,7 @@ __all__ = ['HEADINGS', 'INSPECT_USAGE', 'CONVERSATION_KINDS', 'inspect_batch', '
            'encode_conversation', 'template_facts', 'templates_html']
 
 # %% ../../nbs/75_view/2_dataset.ipynb #5d216c91
-import importlib, json, numpy as np, os, re, sys
+import json, numpy as np, os, re, sys
 from dataclasses import dataclass
 from pathlib import Path
 from .. import config, run
