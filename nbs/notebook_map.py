@@ -1,12 +1,15 @@
 "Prints nbs/README.md: a table of the notebooks of each folder, made from their titles and subtitles. `make readme` calls it."
+
 import json
 from pathlib import Path
 
 NBS = Path(__file__).parent
-SUBJECTS = dict(recipes="One notebook per stage. `post-training STAGE` executes it; the executed copy is the record.",
-                benchmarks="Measurements against common alternatives. `make bench` runs them with the functions of `90_bench`.",
-                experiments="Questions with a grid of runs. Copy one, edit the grid, run the scripts that it writes.",
-                explore="The user guide, notebooks to explore data and checkpoints, and reports.")
+SUBJECTS = dict(
+    recipes="One notebook per stage. `post-training STAGE` executes it; the executed copy is the record.",
+    benchmarks="Measurements against common alternatives. `make bench` runs them with the functions of `90_bench`.",
+    experiments="Questions with a grid of runs. Copy one, edit the grid, run the scripts that it writes.",
+    explore="The user guide, notebooks to explore data and checkpoints, and reports.",
+)
 
 
 def heading(path):
@@ -25,21 +28,31 @@ def number(path):
 def folders():
     "The folders that hold notebooks: chapters in their order, then the others"
     found = {p.parent for p in NBS.glob("*/*.ipynb") if not p.parent.name.startswith(".")}
-    return sorted(found, key=lambda f: (not f.name[:2].isdigit(), list(SUBJECTS).index(f.name) if f.name in SUBJECTS else 0, f.name))
+    return sorted(
+        found,
+        key=lambda f: (not f.name[:2].isdigit(), list(SUBJECTS).index(f.name) if f.name in SUBJECTS else 0, f.name),
+    )
 
 
 def notebook_map():
     "The page"
-    out = ["# Map of the notebooks", "",
-           "Chapters export the package: `NN_folder/N_name.ipynb` exports `post_training/folder/name.py`. The chapters of `80_entry`",
-           "export modules at the top of the package: `post_training/cli.py`, `train_sft.py` and `train_preference.py`. A folder never",
-           "imports a folder with a higher number, and a chapter never imports a chapter of its folder with a higher number.", "",
-           "Training is in three places. `40_training` is the trainer. `65_stages/5_training` is what one process does around it.",
-           "`recipes/train_sft` and `recipes/train_preference` are the notebooks that a command executes.", "",
-           "This page is generated from titles and subtitles by `make readme`.", ""]
+    out = [
+        "# Map of the notebooks",
+        "",
+        "Chapters export the package: `NN_folder/N_name.ipynb` exports `post_training/folder/name.py`. The chapters of `80_entry`",
+        "export modules at the top of the package: `post_training/cli.py`, `train_sft.py` and `train_preference.py`. A folder never",
+        "imports a folder with a higher number, and a chapter never imports a chapter of its folder with a higher number.",
+        "",
+        "Training is in three places. `40_training` is the trainer. `65_stages/5_training` is what one process does around it.",
+        "`recipes/train_sft` and `recipes/train_preference` are the notebooks that a command executes.",
+        "",
+        "This page is generated from titles and subtitles by `make readme`.",
+        "",
+    ]
     for folder in folders():
         out += [f"## {folder.name}", ""]
-        if folder.name in SUBJECTS: out += [SUBJECTS[folder.name], ""]
+        if folder.name in SUBJECTS:
+            out += [SUBJECTS[folder.name], ""]
         out += ["| notebook | title | subject |", "|---|---|---|"]
         for path in sorted(folder.glob("*.ipynb"), key=number):
             title, subtitle = heading(path)
@@ -48,4 +61,5 @@ def notebook_map():
     return "\n".join(out)
 
 
-if __name__ == "__main__": print(notebook_map(), end="")
+if __name__ == "__main__":
+    print(notebook_map(), end="")
