@@ -1379,7 +1379,8 @@ def unread_notices(
     others=(), # dotted key -> preset: keys of other stages that were left out of the configuration
 )->list[str]: # one line for each reason
     "What presets and shared overrides say that is not read, and is left out of the run's identity"
-    reasons, of_stage, keys = {}, {}, stage_keys(cfg["stage"])
+    keys = stage_keys(cfg["stage"])
+    reasons, of_stage = {}, {}
     def add_stage_key(where, name):
         preset = where.removeprefix("preset ")
         if preset.partition("=")[0] in chosen: of_stage.setdefault(preset, []).append(name)
