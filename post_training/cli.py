@@ -18,7 +18,7 @@ from .core.files import UserError
 # %% ../nbs/80_entry/3_cli.ipynb #069f728f
 COMMANDS = { # name: what it does, and how it is typed
     "plan": "several stages that wait for each other: plan PLAN.yaml [--dry-run] [key=value ... for all stages]",
-    "jobs": "what waits and runs on the cluster, and why: jobs [RUN ...] [--all] [--lines N]",
+    "jobs": "waiting and running jobs of the cluster, with reasons: jobs [RUN ...] [--all] [--lines N]",
     "runs": "list runs: --stage, --status, --text, --sort NUMBER; show RUN, diff A B, verify [RUN ...], "
             "keep RUN [NAME], gc [RUN ...] [--failed] [--all-checkpoints] [--yes]",
     "inspect": "look at a dataset as the model will see it: "
@@ -31,7 +31,7 @@ COMMANDS = { # name: what it does, and how it is typed
 def stage_line(
     stage:str, # a stage's name
 )->str: # the first comment of its config
-    "What a stage is for, in the words of its config"
+    "The description of a stage, from its config"
     from post_training.config.schema import CONFIGS
     first = (CONFIGS/f"{stage}.yaml").read_text().split("\n", 1)[0]
     return first.lstrip("# ").strip() if first.startswith("#") else ""
@@ -45,7 +45,7 @@ def help_text()->str:
         *(f"  {s:18} {stage_line(s)}  [configs/{s}.yaml]" for s in stage_names()),
         "\nOther commands:", *(f"  {name:18} {text}" for name, text in COMMANDS.items()),
         "\n  --dry-run          print the composed config, the run folder and the batch; start nothing, write nothing",
-        "  --force            begin a finished run anew, as another attempt from step 0; the old one is kept",
+        "  --force            begin a new generation of a finished run, from step 0; the old one is kept",
         "  STAGE --help       the presets a stage chooses from"])
 
 # %% ../nbs/80_entry/3_cli.ipynb #9a4f140a
@@ -61,7 +61,7 @@ def stage_help_text(
         names = preset_names("accelerate" if group == "accelerate_config" else group)
         lines.append(f"  {group}=  {', '.join(n + ' (default)' * (n == chosen) for n in names)}")
     return "\n".join([*lines, f"\n`post-training {stage} --dry-run` prints every key with its value, `--keys WORD ...`"
-                      " what keys take and who reads them. A value with spaces, commas or brackets is quoted twice: "
+                      " the values and readers of keys. A value with spaces, commas or brackets is quoted twice: "
                       "'key=\"a b\"'."])
 
 # %% ../nbs/80_entry/3_cli.ipynb #keystxt2
@@ -69,7 +69,7 @@ def keys_text(
     stage:str, # a stage's name
     words:list[str]=(), # keys whose name has one of them; none: all keys
 )->str: # a table
-    "The keys of a stage: what each takes, its range and who reads it"
+    "The keys of a stage, with their values, ranges and readers"
     from post_training.config.schema import describe_keys, known_keys, unknown_key_hint
     from post_training.view.report import as_table
     rows = [r for r in describe_keys(stage) if not words or any(w in r["key"] for w in words)]
@@ -78,7 +78,7 @@ def keys_text(
                     f"{unknown_key_hint(words[0], known_keys(stage))}")
 
 # %% ../nbs/80_entry/3_cli.ipynb #c557cffa
-PREVIEWED = ("dataset_mixture", "dataset_split") # stages that are cheap enough to compute for a preview
+PREVIEWED = ("dataset_mixture", "dataset_split") # stages whose preview is computed, because they are fast
 
 # %% ../nbs/80_entry/3_cli.ipynb #02d9296c
 def preview_of(
@@ -170,7 +170,7 @@ def diff_command(
 # %% ../nbs/80_entry/3_cli.ipynb #5e539887
 def verify_command(
     args, # words: runs; none: all
-)->int: # exit code: 1 where something is wrong
+)->int: # exit code: 1 if a problem was found
     "`post-training runs verify`"
     from post_training.run.find import all_runs, find_run
     from post_training.run.record import read_record
@@ -198,19 +198,19 @@ def keep_command(
 def gc_command(
     args, # words: runs; failed, all_checkpoints, yes
 )->int: # exit code
-    "`post-training runs gc ...`: list the folders that go, ask, delete"
+    "`post-training runs gc ...`: list the folders to be deleted, ask, delete"
     from post_training.launch.runs import delete_checkpoints, gc_checkpoints, gc_rows, format_bytes
     from post_training.view.report import as_table
     folders, notices = gc_checkpoints(args.words, args.failed, args.all_checkpoints)
     if folders: print(as_table(gc_rows(folders)))
     for n in notices: print(f"! {n}")
     going = [p for p in folders if not p.keep_reason]
-    total = f"{len(going)} of {len(folders)} folders go, {format_bytes(sum(p.bytes for p in going))}"
+    total = f"{len(going)} of {len(folders)} folders will be deleted, {format_bytes(sum(p.bytes for p in going))}"
     print(total if going else "nothing to free", flush=True)
     if not going: return 0
     if not args.yes:
         if not sys.stdin.isatty():
-            raise UserError("Nothing was deleted: there is no terminal to ask at. Add --yes if that is what you want.")
+            raise UserError("Nothing was deleted: there is no terminal to ask. Add --yes to delete without a question.")
         if input("Delete? [y/N] ").strip().lower() not in ("y", "yes"): print("nothing was deleted"); return 0
     print(f"{format_bytes(delete_checkpoints(going))} freed")
     return 0
@@ -232,7 +232,7 @@ def add_gc_options(
 ):
     "The options of `runs gc`"
     parser.add_argument("--failed", action="store_true", help="all runs that failed or were killed")
-    parser.add_argument("--all-checkpoints", action="store_true", help="the final and newest checkpoints too")
+    parser.add_argument("--all-checkpoints", action="store_true", help="also the final and newest checkpoints")
     parser.add_argument("--yes", action="store_true", help="do not ask")
 
 # %% ../nbs/80_entry/3_cli.ipynb #fc6d3077
@@ -246,10 +246,10 @@ def add_runs_options(
         actions.add_parser(name, words=words, setup=setup, **kwargs).set_defaults(call=call)
     add("list", "", list_command, add_list_options, help="a line for each run")
     add("show", "RUN", show_command, help="one run and its jobs")
-    add("diff", "A B", diff_command, help="what differs between two runs")
+    add("diff", "A B", diff_command, help="the differences between two runs")
     add("verify", "[RUN ...]", verify_command, help="compare folders with their hashes and manifests")
     add("keep", "RUN [NAME]", keep_command, help="a small, redacted copy for git")
-    add("gc", "[RUN ...]", gc_command, add_gc_options, help="delete checkpoints that nothing needs")
+    add("gc", "[RUN ...]", gc_command, add_gc_options, help="delete checkpoints that are not needed")
 
 # %% ../nbs/80_entry/3_cli.ipynb #3986da94
 def jobs_command(
@@ -261,7 +261,7 @@ def jobs_command(
     from post_training.run.find import find_run
     rows, notice = job_rows(args.words, args.all)
     if notice: print(notice)
-    if not rows: print("no job of a run here waits or runs; --all lists those that ended"); return 0
+    if not rows: print("no job of these runs waits or runs; --all lists ended jobs"); return 0
     print(as_table(rows, ["run", "job", "state", "nodes", "elapsed", "restarts", "step"]))
     for r in rows:
         details = [text for text in (r["why"], "" if args.words else r["line"]) if text]
@@ -276,7 +276,7 @@ def add_jobs_options(
     parser:CommandParser,
 ):
     "The options of `jobs`"
-    parser.add_argument("--all", action="store_true", help="jobs that ended too")
+    parser.add_argument("--all", action="store_true", help="also jobs that ended")
     parser.add_argument("--lines", type=whole_number, default=20, metavar="N", help="lines of each log (20)")
 
 # %% ../nbs/80_entry/3_cli.ipynb #039e1ec6
@@ -314,9 +314,9 @@ def add_stage_options(
 ):
     "The options of a stage"
     add_dry_run(parser)
-    parser.add_argument("--keys", action="store_true", help="print the keys of the stage: what each takes, its range "
-                        "and who reads it; with words only keys whose name has one of them")
-    parser.add_argument("--force", action="store_true", help="begin a finished run anew, from step 0")
+    parser.add_argument("--keys", action="store_true", help="print the keys of the stage with values, ranges and "
+                        "readers; with words only keys whose name contains one of them")
+    parser.add_argument("--force", action="store_true", help="begin a new generation of a finished run, from step 0")
 
 # %% ../nbs/80_entry/3_cli.ipynb #65a5a188
 def add_inspect(
@@ -371,7 +371,7 @@ def build_parser()->CommandParser:
 def main(
     argv:list[str]=None, # None: this process' arguments
 )->int: # exit code
-    "The console script: mistakes and failed jobs end in a few lines, without a traceback"
+    "The console script; user errors and failed jobs end with a few lines, without a traceback"
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] in ([], ["help"]): argv = ["--help"]
     def call():

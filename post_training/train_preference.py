@@ -21,7 +21,7 @@ from .stages.training import (TrainingStage, RankContext, collator_of, load_base
 # %% ../nbs/80_entry/2_train_preference.ipynb #7e7349bc
 def demo_pair(
     row:dict, # an embedded row with answers, from `demo.with_student_answers`
-)->dict|None: # a row of the stage pairs without log-probabilities; None where all answers are right, or none
+)->dict|None: # a row of the stage pairs without log-probabilities; None if all answers are right, or all are wrong
     "The first right and the first wrong answer of a student"
     from post_training.data.swissai import linearise_branch, plain_messages
     prompt = plain_messages(linearise_branch(row)[:-1])
@@ -43,7 +43,7 @@ def ensure_pairs(
     n_train:int=1500, # prompts, about
     n_eval:int=200,
 ):
-    "Write the embedded pairs where the configuration names them and they are missing"
+    "Write the embedded pairs if the configuration names them and they do not exist"
     import random
     from post_training.demo.data import DEMO_VERSION, with_student_answers, demo_rows, is_current_demo
     folder = config.site_path(cfg["artifacts_dir"])/"datasets/demo-pairs"
@@ -91,7 +91,7 @@ def chosen_chats(
 def unused_columns(
     raw, # pairs
 )->list[str]: # notices
-    "Columns of the rows that pairs have no place for"
+    "Notices about columns that training on pairs does not read"
     if "tools" not in raw.column_names: return []
     n = sum(tools not in (None, "", "[]", []) for tools in raw["tools"][:])
     return [f"{n} of {len(raw)} pairs have tools in a column of their own, which is not read: prompts are "
@@ -101,7 +101,7 @@ def unused_columns(
 def load_tokenized_pairs(
     cfg:dict, # composed
 )->TokenizedData:
-    "Tokenizer and tokenized pairs of a config, made where they are missing"
+    "Tokenizer and tokenized pairs of a config, made if they are missing"
     from post_training.tokens.pairs import cached_pairs
     ensure_pairs(cfg)
     o, notices = preference_objective(cfg), []
@@ -128,7 +128,7 @@ def pair_examples(
 def reference_key(
     w:RankContext,
     data:TokenizedData,
-    auto:dict, # what `auto` means for this rank
+    auto:dict, # the values of `auto` on this rank
     split:str, # train or eval
 )->str: # hex digest
     "The key of the computed log-probabilities of a split"
@@ -142,7 +142,7 @@ def reference_key(
 def reference_name(
     cfg:dict, # composed
 )->str: # a folder or a hub name
-    "The reference model: the one that is named, else the one that training begins with"
+    "The reference model: the model of the config, or else the initial model of training"
     name = cfg["ref_model_args"]["model_name_or_path"] or cfg["model_args"]["model_name_or_path"]
     return run.base_model(name, cfg["runs_dir"])[0]
 
@@ -155,9 +155,9 @@ def adapters_off(
 
 # %% ../nbs/80_entry/2_train_preference.ipynb #3681d92e
 def score_with_reference(
-    w:RankContext, # with adapters its model is kept, to be trained
+    w:RankContext, # with adapters it keeps the model for training
     data:TokenizedData,
-    auto:dict, # what `auto` means for this rank
+    auto:dict, # the values of `auto` on this rank
     splits:list[str], # train, eval
 )->dict: # split -> [N, 2] log-probabilities of the chosen and the rejected answers
     "Load the reference, or with adapters the model that is trained, and score all answers"
@@ -177,7 +177,7 @@ def score_with_reference(
         with model.disable_adapter() if shared else contextlib.nullcontext():
             logps = {s: reference_logps(trainer, getattr(data, s)) for s in splits}
         trainer.accelerator.free_memory()
-    if shared and w.zero_stage != 3: w.model = model # ZeRO-3 has cut it into parts for another engine
+    if shared and w.zero_stage != 3: w.model = model # ZeRO-3 has sharded it for another engine
     del trainer, model
     gc.collect()
     return logps
@@ -186,9 +186,9 @@ def score_with_reference(
 def compute_reference(
     w:RankContext,
     data:TokenizedData,
-    auto:dict, # what `auto` means for this rank
+    auto:dict, # the values of `auto` on this rank
 )->dict: # split -> [N, 2] log-probabilities of the chosen and the rejected answers
-    "Log-probabilities of all answers under the reference, each rank its share; read where they were computed before"
+    "Log-probabilities of all answers under the reference, each rank computes its share; saved ones are read"
     import numpy as np
     splits = [s for s in ("train", "eval") if getattr(data, s) is not None]
     files = {s: w.checkpoints_dir/f"reference-{s}.npz" for s in splits}
@@ -220,13 +220,13 @@ def save_reference(
 def add_reference_and_quantiles(
     w:RankContext,
     data:TokenizedData,
-    auto:dict, # what `auto` means for this rank
+    auto:dict, # the values of `auto` on this rank
 )->dict: # for the record
-    "Give every pair its reference and its quantiles"
+    "Add the reference log-probabilities and the quantiles to every pair"
     from post_training.training.preference import quantile_facts, with_quantiles, with_reference
     o, t = preference_objective(w.cfg), w.cfg["training_args"]
     splits, facts = [s for s in ("train", "eval") if getattr(data, s) is not None], {}
-    if not o.needs_reference: facts["reference"] = "none: the loss needs none"
+    if not o.needs_reference: facts["reference"] = "none: the loss needs no reference"
     elif not t["ref_logprobs_from_dataset"]:
         for s, logps in compute_reference(w, data, auto).items():
             setattr(data, s, with_reference(getattr(data, s), logps))
@@ -245,20 +245,20 @@ def add_reference_and_quantiles(
 def before_training_checks(
     w:RankContext,
 )->list: # functions of trainer and model
-    "The step-0 check of the reference, with its result in the record; none where the reference is another model"
+    "The step-0 check of the reference, with its result in the record; empty if the reference is another model"
     from post_training.training.preference import check_reference_at_step0
     own_model = run.base_model(w.cfg["model_args"]["model_name_or_path"], w.cfg["runs_dir"])[0]
     is_other = not w.cfg["training_args"]["ref_logprobs_from_dataset"] and reference_name(w.cfg) != own_model
     def check(trainer, model):
         difference = check_reference_at_step0(trainer, model)
-        if w.is_main: run.update_record(w.run_dir, canary=difference)
+        if w.is_main: run.update_record(w.run_dir, reference_check=difference)
     return [] if is_other or not preference_objective(w.cfg).needs_reference else [check]
 
 # %% ../nbs/80_entry/2_train_preference.ipynb #1c098193
 def make_preference_trainer(
     w:RankContext,
     data:TokenizedData, # completed by `add_reference_and_quantiles`
-    auto:dict, # what `auto` means for this rank
+    auto:dict, # the values of `auto` on this rank
     args, # TRL's arguments
     write_line=None, # called with each metrics line on the main rank
     order=None, # visit the training rows in this order

@@ -24,7 +24,7 @@ def sft_objective(
 def make_sft_trainer(
     w:RankContext,
     data:TokenizedData,
-    auto:dict, # what `auto` means for this rank
+    auto:dict, # the values of `auto` on this rank
     args, # TRL's arguments
     write_line=None, # called with each metrics line on the main rank
     order=None, # visit the training rows in this order

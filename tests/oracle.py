@@ -48,3 +48,38 @@ def oracle(name, model, rows, prompt_loss_weight=0.0, sequence_level=False, lamb
     counted = [s for s in sequences if any(s[1]) or (w > 0 and len(s[1]))]
     total = sum(fraction(name, [s], w) for s in counted)
     return torch.as_tensor(total / max(len(counted), 1), dtype=torch.float64)
+
+
+def weighted_fraction(name, sequences, w):
+    "The loss over a list of (token losses, completion flags, weights of the tokens, weight of the row): four sums over tokens, each token added by itself"
+    sums, norms = [0.0, 0.0], [0.0, 0.0]  # of the prompt, of the completion
+    for losses, is_completion, weights, row_weight in sequences:
+        for loss, flag, weight in zip(losses, is_completion, weights):
+            if weight * row_weight == 0: continue
+            sums[flag] = sums[flag] + row_weight * weight * loss
+            norms[flag] += row_weight * weight
+    if name in ("sft", "plw"):
+        norm = w * norms[0] + norms[1]
+        return (w * sums[0] + sums[1]) / norm if norm else 0.0
+    return sum(part * sums[k] / norms[k] for k, part in enumerate((w, 1.0)) if norms[k])
+
+
+def weighted_oracle(name, model, rows, prompt_loss_weight=0.0, sequence_level=False, lambda_td=0.5, gamma=1.0):
+    """The loss of one optimizer step whose rows have weights, an fp64 scalar with gradient.
+
+    As `oracle`, with rows (ids, completion_mask, weight of each token, weight of the row). On the sequence level the loss of a row is its own
+    fraction, and the step's loss their mean weighted by the rows; a row in which nothing has a weight does not count.
+    """
+    w = 1.0 if name == "sft" else prompt_loss_weight
+    sequences = []
+    for ids, completion_mask, weights, row_weight in rows:
+        ids = [int(x) for x in ids]
+        losses = token_losses(name, model(input_ids=torch.tensor([ids]), use_cache=False).logits[0], ids, lambda_td, gamma)
+        sequences.append((losses, [bool(x) for x in completion_mask][1:], [float(x) for x in weights][1:], float(row_weight)))
+    if not sequence_level: return torch.as_tensor(weighted_fraction(name, sequences, w), dtype=torch.float64)
+    total, norm = 0.0, 0.0
+    for losses, flags, weights, row_weight in sequences:
+        if not any(d > 0 and (flag or w > 0) for d, flag in zip(weights, flags)): continue
+        total = total + row_weight * weighted_fraction(name, [(losses, flags, weights, 1.0)], w)
+        norm += row_weight
+    return torch.as_tensor(total / norm if norm else 0.0, dtype=torch.float64)

@@ -11,7 +11,7 @@ from trainer_worker import adapted, make_model, make_tokenizer, watched
 ROWS, GLOBAL_BATCH, RATE = 11, 4, 0.02
 
 
-def make_pairs():
+def make_pairs(weighted=False):
     "Pairs of several lengths over 48 tokens, with made-up references and rewards; one answer holds the output of a tool"
     rng, rows = random.Random(7), []
     for i in range(ROWS):
@@ -24,6 +24,7 @@ def make_pairs():
             n = sum(scored[s])
             row |= {f"{s}_ids": ids[s], f"{s}_scored": scored[s], f"{s}_length": n, f"ref_{s}_logprob": -n * rng.uniform(3, 4.5), f"ref_{s}_logprobs": [],
                     f"{s}_reward": reward, f"{s}_quantile_reward": sum(r <= reward for r in refs) / len(refs), f"{s}_is_reference": s == "chosen"}
+        if weighted: row["row_weight"] = [1.0, 0.5, 3.0, 0.0][i % 4]
         rows.append(row)
     return rows
 
@@ -62,7 +63,7 @@ def run_case(case, folder):
 
     from post_training.training.preference import objective_from_args, reference_logps, with_quantiles, with_reference
 
-    data, lines = Dataset.from_list(make_pairs()), []
+    data, lines = Dataset.from_list(make_pairs(case.get("weighted", False))), []
     if case.get("computed"):
         around = make_trainer(case, folder, data, [], other_model())
         first, again = (reference_logps(around, data) for _ in range(2))

@@ -257,7 +257,7 @@ def test_no_requeue(job, slurm):
     for task in range(TASKS):
         slurm.run("scancel", "--batch", "--signal=USR1", f"{job.array}_{task}")
     record = job.end("FAILED")
-    assert {f["exit"] for f in record["array"]["failed"]} == {75} and "the same command goes on" in record["stopped"], job.log()
+    assert {f["exit"] for f in record["array"]["failed"]} == {75} and "the same command continues" in record["stopped"], job.log()
     assert [json.loads(p.read_text())["batches"] for p in Path(record["checkpoints_dir"]).parent.glob("work/shards/*/progress.json")] == [1] * TASKS
 
 

@@ -60,7 +60,7 @@ def test_container_of_a_server_is_no_part_of_a_run():
     ("ref_logprobs", [], "131.5 GiB, and a worker has 1 gh200 of 95.6 GiB. Set tensor_parallel_size=2."),
     ("ref_completions", ["backend=server", "server.command=[vllm,'{tensor_parallel_size}']"], "Set tensor_parallel_size=2."),
     ("ref_logprobs", ["cluster.gpu=a100-40gb", "tensor_parallel_size=3", "cluster.gpus_per_node=4"], "a worker has 3 a100-40gb of 40 GiB. Set tensor_parallel_size=4."),
-    ("ref_completions", ["cluster.gpu=a100-40gb", "cluster.gpus_per_node=2"], "a node has 2: use a server that spans several")])
+    ("ref_completions", ["cluster.gpu=a100-40gb", "cluster.gpus_per_node=2"], "a node has 2: use a server on several nodes")])
 def test_a_model_that_cannot_fit(stage, more, says, tmp_root, capsys):
     "Refused by the dry run, by a submission, and in a plan"
     words = [*LARGE, *more]
@@ -85,7 +85,7 @@ def test_models_that_fit_or_are_not_known(tmp_root, capsys):
 def test_reward_model_on_one_gpu(tmp_root):
     words = ["reward_model=skywork-v2-llama3-8b", "dataset_args.dataset_name=rows", *CLARIDEN]
     cfg = config.compose("ref_rewards", [*words, "reward_args.model_name_or_path=meta-llama/Llama-3.1-70B"]).cfg
-    with pytest.raises(UserError, match="A reward model is held by one GPU"): slurm.check_weights_fit_gpus(cfg)
+    with pytest.raises(UserError, match="A reward model must fit on one GPU"): slurm.check_weights_fit_gpus(cfg)
     small = config.compose("ref_rewards", [*words, "reward_args.model_name_or_path=meta-llama/Llama-3.1-8B"]).cfg
     assert slurm.shard_worker_weights(small)["gib"] == pytest.approx((8_030_261_248 - 128256 * 4096) * 2 / 2**30, rel=1e-4)
 

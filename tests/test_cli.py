@@ -76,7 +76,7 @@ def test_known_command_line_composes(tmp_root):
     (["train_sft", "model=apertus-8"], "apertus-8b"),
     (["train_sft", "training_args.learning_rat=1"], "learning_rate"),
     (["train_sft", "trainer=PLW"], "plw"),
-    (["train_sft", "global_batch_size=33"], "does not divide"),
+    (["train_sft", "global_batch_size=33"], "is not divisible"),
     (["train_sft", "accelerate_config=ds-zero4"], "ds-zero3"),
     (["train_sft", "job_subdir=../up"], "job_subdir"),
     (["train_sft", "cluster=slurm", "accelerate_config=ddp", "training_args.per_device_train_batch_size=1", "cluster.time=soon"], "HH:MM:SS"),

@@ -120,7 +120,7 @@ def test_any_override_composes_or_is_refused(text):
     (["stage=x"], "Choices: train_sft"),
     (["job_subdir=${job_subdir}"], "ecursive"),
     (["wandb.run_name=${oc.env:NOT_SET_ANYWHERE}"], "NOT_SET_ANYWHERE is not set"), (["wandb.run_name=${hydra:runtime.cwd}"], "resolved"),
-    (["wandb.run_name=${oc.env:WANDB_API_KEY,x}"], "named like a secret"), (["training_args.lr_scheduler_kwargs={_target_: os.system}"], "names no code"),
+    (["wandb.run_name=${oc.env:WANDB_API_KEY,x}"], "named like a secret"), (["training_args.lr_scheduler_kwargs={_target_: os.system}"], "must not refer to Python code"),
     (["accelerate_config=ds-zero4"], "Did you mean 'ds-zero3'"), (["accelerate=ds-zero4"], "ds-zero3"), (["num_nodes=2"], "one node"), (["num_processes=-1"], "train nothing"),
     (["global_batch_size=0"], "at least 1"), (["training_args.per_device_train_batch_size=0"], "at least 1"), (["job_subdir=/etc"], "below the outputs"),
     (["job_subdir=null"], "takes text"), (["training_args.max_seq_length=8", "training_args.max_length=9"], "same key"), (["training_args.warmup_ratio=10"], "warmup_steps"),
@@ -230,7 +230,7 @@ def test_presets_of_an_earlier_code_base_compose(tmp_path, tmp_root):
     ("# @package _global_\ntraining_args:\n  lerning_rate: 1\n", r"learning_rate'\? \(preset dataset=mine\)"),
     ("# @package _global_\ntrainer: [\n", "mine.yaml, line"), ("# @package _global_\na: 1\na: 2\n", "duplicate"), ("- 1\n", "@package _global_"),
     ("# @package _global_\ndefaults:\n  - nowhere\n", "nowhere"), ("# @package _global_\nwandb:\n  run_name: ${eval:'__import__(1)'}\n", "only arithmetic"),
-    ("# @package _global_\ntraining_args:\n  lr_scheduler_kwargs:\n    a:\n      - _target_: os.system\n", "names no code"),
+    ("# @package _global_\ntraining_args:\n  lr_scheduler_kwargs:\n    a:\n      - _target_: os.system\n", "must not refer to Python code"),
     ("# @package _global_\n_target_: os.system\n", "Unknown key _target_"),
     ("# @package _global_\nhydra:\n  run:\n    dir: /x\n", "sets keys of hydra"), ("", "@package _global_")])
 def test_faulty_presets_are_named(text, says, tmp_path):
@@ -263,7 +263,7 @@ def test_typed_batch_beats_presets():
     assert c.cfg["global_batch_size"] == 1024 and c.origins["global_batch_size"] == "derived" and "512" in c.notices[0]
     c = compose("train_sft", [*big, "num_nodes=128", "global_batch_size=1024"])
     assert c.cfg["training_args"]["gradient_accumulation_steps"] == 1
-    for bad, says in ([f"{ACCUMULATION}=2", "global_batch_size=512"], "disagree"), (["num_nodes=100"], "global_batch_size=800|does not divide"):
+    for bad, says in ([f"{ACCUMULATION}=2", "global_batch_size=512"], "disagree"), (["num_nodes=100"], "global_batch_size=800|is not divisible"):
         with pytest.raises(UserError, match=says): compose("train_sft", [*big, *bad])
     assert compose("train_sft", [*big, f"{ACCUMULATION}=2", "global_batch_size=1024"]).cfg["global_batch_size"] == 1024
 

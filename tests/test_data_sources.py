@@ -116,7 +116,7 @@ BAD_FILES = {
     "lone surrogate in a list": ("rows.json", b'[{"question": "\\ud800"}]', "a lone surrogate"),
     "NUL byte": ("rows.jsonl", b'{"question": "a", "answer": "b"}\n{"question": "a", "answer": "\0"}\n', "line 2: it is not JSON"),
     "not UTF-8": ("rows.jsonl", '{"question": "\u00e9"}\n'.encode("latin-1"), "line 1: it is not UTF-8"),
-    "two types in a column": ("rows.jsonl", b'{"question": "a", "answer": "b"}\n{"question": "a", "answer": 5}\n', "line 2: column 'answer' is a number there, and a text in"),
+    "key twice": ("rows.jsonl", b'{"question": "a", "answer": "b"}\n{"question": "a", "answer": "b", "answer": "c"}\n', "line 2: the key 'answer' occurs twice"),
     "parquet cut short": ("rows.parquet", b"PAR1\0\0", "rows.parquet"),
 }
 
@@ -130,11 +130,20 @@ def test_bad_file_is_refused_with_its_place(case, tmp_path, capfd):
     assert "rror" not in capfd.readouterr().err
 
 
+def test_an_answer_that_is_no_text_is_dropped_by_name(tmp_path):
+    "A column of two types is read; the row whose answer is a number is counted, whatever its line"
+    data = load_rows(lines(tmp_path / "rows.jsonl", [dict(question="a", answer="b"), dict(question="a", answer=5)]))
+    assert data["answer"][:] == ["b", 5]
+    kept, counts = as_messages(data)
+    assert (len(kept), counts["in"], sum(counts["dropped"].values())) == (1, 2, 1) and "content" in "".join(counts["dropped"])
+    with pytest.raises(UserError, match="Row 1: "): as_messages(data, on_malformed="error")
+
+
 def test_columns_of_one_row_only_are_none_in_the_others(tmp_path):
-    "Rows of two formats in one file: the rows without the chosen columns are counted"
-    rows = [dict(messages=HI), dict(question="a", answer="b")]
+    "Rows of two formats in one file: each is read by its own format; a row of neither is counted"
+    rows = [dict(messages=HI), dict(question="a", answer="b"), dict(question="a")]
     data, counts = as_messages(load_rows(lines(tmp_path / "rows.jsonl", rows)))
-    assert counts == {"in": 2, "out": 1, "dropped": {"no messages": 1}, "examples": {"no messages": "1"}}
+    assert (counts["in"], counts["out"], sum(counts["dropped"].values())) == (3, 2, 1) and len(data) == 2
 
 
 def test_splits_and_files(tmp_path):

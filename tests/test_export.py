@@ -118,7 +118,7 @@ def test_a_lost_shard_and_a_changed_checkpoint(tiny, tmp_path):
     write_manifest(tmp_path / "shards")
     again = shutil.copytree(tmp_path / "shards", tmp_path / "again")
     next((tmp_path / "shards").glob("*-00002-of-*")).unlink()
-    refused(tmp_path / "shards", tmp_path / "out", "is not whole: .*00002-of.* is missing")
+    refused(tmp_path / "shards", tmp_path / "out", "is incomplete: .*00002-of.* is missing")
     (tmp_path / "shards/manifest.json").unlink()
     refused(tmp_path / "shards", tmp_path / "out", "00002-of.* is missing, which the index names")
     (again / "config.json").write_text((again / "config.json").read_text().replace("128", "129"))
@@ -157,7 +157,7 @@ def test_dtype_and_place(tiny, tmp_path, tmp_root):
     refused(tiny, tmp_path / "tight", "more than", "dtype=bfloat16", "parity.max_difference=1e-6", "parity.dialogues=0")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/mine.txt").write_text("x")
-    for override, match in ((f"save_dir={tmp_path}/taken", "left as it is"), ("push_to_hub=a/b", "HF_HUB_OFFLINE"), ("push_to_hub=name", "organisation/name")):
+    for override, match in ((f"save_dir={tmp_path}/taken", "did not write"), ("push_to_hub=a/b", "HF_HUB_OFFLINE"), ("push_to_hub=name", "organisation/name")):
         c = compose(tiny, override, "parity.dialogues=0")
         task = run.open_run(c.cfg)
         with pytest.raises(UserError, match=match): export.export(task, c.cfg)

@@ -167,7 +167,7 @@ def test_the_road(demo, tmp_path, monkeypatch, capfd):
     assert name == "tiny", "no folder of this machine"
     then, told, second = finished("train_preference", f"artifacts_subdir={tmp_path.name}", f"model_args.model_name_or_path=run:{folder.name}", "training_args.ref_logprobs_from_dataset=false",
                             "training_args.loss_type=sigmoid")
-    assert told["reference"].endswith("its adapters off") and told["canary"] == 0
+    assert told["reference"].endswith("its adapters off") and told["reference_check"] == 0
     first = run.read_metrics(then)[0]
     assert abs(first["chosen_log_ratio"]) < 1e-5 and first["loss"] == pytest.approx(0.6931472, abs=1e-6)
     assert not verify_manifest(second) and (score(load_model(second).eval()) - score(merged)).abs().max() > 1e-3
@@ -177,7 +177,7 @@ WRONG = {  # overrides, words of the message
     "no such module": (["model_args.lora_target_modules=[q_proj,up_prj]"], ["no module 'up_prj'", "Did you mean 'up_proj'", "down_proj, k_proj, o_proj, q_proj, up_proj, v_proj"]),
     "the head": (["model_args.lora_target_modules=[q_proj,lm_head]"], ["names the head (lm_head)"]),
     "rank 0": (["model_args.lora_r=0"], ["model_args.lora_r=0", "at least 1"]),
-    "dropout 1": (["model_args.lora_dropout=1.0"], ["from 0 to below 1"]),
+    "dropout 1": (["model_args.lora_dropout=1.0"], ["at least 0 and below 1"]),
     "four bits": (["model_args.load_in_4bit=true"], ["load it in bfloat16"]),
     "adapters not asked for": (["model_args.use_peft=false"], ["model_args.lora_r=4 is not read", "use_peft=true"]),
     "misspelt": (["model_args.lora_rank=8"], ["lora_rank"]),

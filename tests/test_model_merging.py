@@ -301,7 +301,7 @@ def test_faulty_documents_are_refused(models, tmp_path, document, said):
 @pytest.mark.parametrize("overrides, said", [
     (["model_merging=ties", "sources=[A,B]"], "set base=MODEL"), (["model_merging=task-arithmetic", "sources=[A,B]"], "set base=MODEL"),
     (["model_merging=ties", "sources=[A,A]", "base=C"], "names A twice"), (["sources=[A,B]", "weights=[1,x]"], "weights has 'x'"),
-    (["sources=[A,B]", "weights=[1,2,3]"], "3 numbers for 2 sources"), (["model_merging.dtype=int8"], "dtype=int8 is no dtype of weights")])
+    (["sources=[A,B]", "weights=[1,2,3]"], "3 numbers for 2 sources"), (["model_merging.dtype=int8"], "dtype=int8 is not a dtype of weights")])
 def test_short_forms_that_cannot_mean_a_merge_are_refused(overrides, said):
     with pytest.raises(UserError, match=said):
         merging_document.check_merge_config(config.compose("model_merging", overrides).cfg)

@@ -29,7 +29,7 @@ def command(*words, **env):
 # -- plans
 
 @pytest.mark.parametrize("text, says", [
-    ("- rows\n- train\n", "is no plan: a plan is a mapping"),
+    ("- rows\n- train\n", "is not a plan: a plan is a mapping"),
     ("name: p\nstages: [\n", "is not YAML"),
     ("name: p\n", "has no stages"),
     ("name: p\nstages: []\n", "has no stages"),
@@ -37,12 +37,12 @@ def command(*words, **env):
     (OK + "stage: []\n", "unknown key stage. Did you mean 'stages'?"),
     (OK.replace("stage: train_sft", "stage: train_stf"), "stage train: There is no stage train_stf. Did you mean 'train_sft'?"),
     (OK.replace("stage: train_sft", "stage: train_sft, aftar: [rows]"), "stage train: unknown key aftar. Did you mean 'after'?"),
-    (OK.replace("stage: train_sft", "stage: train_sft, after: [row]"), "train waits for row, which is no stage of this plan. Did you mean 'rows'?"),
+    (OK.replace("stage: train_sft", "stage: train_sft, after: [row]"), "train waits for row, which is not a stage of this plan. Did you mean 'rows'?"),
     (OK.replace("stage: dataset_mixture", "stage: dataset_mixture, after: [train]"), "rows, train wait for each other in a circle"),
     (OK.replace("name: train", "name: rows"), "rows is the name of 2 stages"),
     (OK.replace("name: train,", "name: 1st,"), "stage 1st: a name is letters"),
     (OK.replace("stage: train_sft", "stage: train_sft, overrides: {seed: 1}"), "stage train: overrides is a list of texts"),
-    (OK.replace("stage: train_sft", "stage: train_sft, overrides: [{seed: 1}]"), "is no override"),
+    (OK.replace("stage: train_sft", "stage: train_sft, overrides: [{seed: 1}]"), "is not an override"),
     (OK.replace("stage: train_sft", "stage: train_sft, overrides: [model=tinny]"), "stage train: There is no preset model=tinny. Did you mean 'tiny'"),
     (OK.replace("stage: train_sft", "stage: train_sft, overrides: [training_args.max_step=1]"), "stage train: Unknown key training_args.max_step."),
     (OK.replace("stage: train_sft", "stage: train_sft, each: []"), "stage train: each is a list with the overrides of each run"),
@@ -54,7 +54,7 @@ def command(*words, **env):
     (OK.replace("stage: dataset_mixture", "stage: dataset_mixture, each: [[seed=1], [seed=2]]").replace("stage: train_sft", 'stage: train_sft, overrides: ["resume_from={rows.run}"]'),
      "rows is an array of 2 runs. Say which: {rows.0.run} to {rows.1.run}"),
     (OK.replace("stage: train_sft", "stage: train_sft, overrides: [cluster=slurm, cluster.device=cpu, cluster.gpus_per_node=1]"), "rows is local and train is slurm"),
-    (OK.replace("stage: train_sft", "stage: train_sft, overrides: [submit=false]"), "submit=false has no place in it"),
+    (OK.replace("stage: train_sft", "stage: train_sft, overrides: [submit=false]"), "submit=false is not allowed"),
 ])
 def test_mistakes_in_a_plan(text, says, tmp_root):
     "Each names the file, the stage and what to do, and nothing is written"

@@ -74,7 +74,7 @@ def test_a_node_that_never_comes(attempt):
     codes, _, err = ended(start(0, attempt.config_path, free_port(), 12))
     assert codes == [1] and time.monotonic() - began < 20
     kind, message = error_of(attempt)
-    assert kind == "lost" and "node 1 (n1): never came to the roll call" in message and message in err[0]
+    assert kind == "lost" and "node 1 (n1): did not report to the roll call" in message and message in err[0]
     assert "Traceback" not in err[0] and not left_behind(attempt)
 
 
@@ -92,7 +92,7 @@ def test_what_one_node_lacks_all_know(attempt):
     kind, message = error_of(attempt)
     assert codes == [2, 2] and kind == "user" and message in err[0]
     assert "node 1 (n1): dataset_args.dataset_name=/x/y does not exist there." in message
-    assert "node 1 (n1): model_args.model_name_or_path=an-org/not-here is no path there and not in the cache" in message
+    assert "node 1 (n1): model_args.model_name_or_path=an-org/not-here is neither a path there nor in the cache" in message
     assert "node 0" not in message
 
 

@@ -205,7 +205,7 @@ def test_a_server_that_stays_broken_ends_the_worker_with_a_fault():
 
 @pytest.mark.parametrize("options, asked, says", [
     (dict(model="other"), {}, "does not serve 'tiny'. Set server.model"), (dict(max_model_len=10), {}, r"no room for a prompt of \d+ tokens and 8 new ones"),
-    (dict(ids=False), {}, "takes no token ids as a prompt"), (dict(most=1), dict(samples_per_request=4), "gave 1 completions where 4 were asked for"),
+    (dict(ids=False), {}, "does not accept token ids as a prompt"), (dict(most=1), dict(samples_per_request=4), "gave 1 completions where 4 were asked for"),
     (dict(key="right"), {}, "needs another key: set POST_TRAINING_SERVER_KEY"), (dict(faults=[error(400, "top_k is too odd")]), {}, "refuses a request. It says")])
 def test_refusals_say_what_to_do_and_are_not_repeated(options, asked, says):
     with Endpoint(**options) as e, pytest.raises(UserError, match=says):
@@ -238,7 +238,7 @@ def test_a_server_that_reads_other_tokens_is_found_out():
     with Endpoint() as e:
         whole = e.complete
         e.complete = lambda body: whole(body | dict(prompt=[1, *body["prompt"]]))  # a BOS of its own
-        with pytest.raises(UserError, match="read 4 tokens where a prompt of 3 ids was given"):
+        with pytest.raises(UserError, match="read 4 tokens, and the prompt has 3 ids"):
             server(e, 8)(PROMPTS[:1], 1, SEEDS[:1])
 
 
@@ -292,7 +292,7 @@ def test_transformers_serve_is_refused_with_the_reason(demo, tmp_path):
         while serve.poll() is None and time.monotonic() < until:
             try: ac.http_json(url + "/health"); break
             except OSError: time.sleep(.5)
-        for fields, says in ((ac.VLLM_FIELDS, "does not take vLLM's fields"), ({}, "takes no token ids as a prompt")):
+        for fields, says in ((ac.VLLM_FIELDS, "does not take vLLM's fields"), ({}, "does not accept token ids as a prompt")):
             with pytest.raises(UserError, match=says): ac.server_backend(url, name, 4, fields=fields)([[1, 2, 3]], 1, [[0]])
         with pytest.raises(UserError, match="does not serve 'other'"): ac.request_with_retries(url, "/v1/completions", dict(model="other", prompt="hello"), requested_model="other")
         text = ac.request_with_retries(url, "/v1/completions", dict(model=name, prompt="hello", n=3, max_tokens=4, seed=1, temperature=1., top_p=1.))

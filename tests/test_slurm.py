@@ -1,4 +1,4 @@
-"Runs on two nodes of a real Slurm: what is cut goes on and ends with the same weights, what cannot work is not tried again, what is cancelled stays so."
+"Runs on two nodes of a real Slurm: an interrupted run continues and ends with the same weights, a run that cannot work is not retried, and a cancelled run is not restarted."
 import json
 import os
 import shutil
@@ -101,7 +101,7 @@ def job(slurm, tmp_path, demo):
 
 @pytest.fixture(scope="module")
 def uncut(tmp_path_factory, demo):
-    "The same training on this machine, never cut: its metrics and its final weights"
+    "The same training on this machine without interruption: its metrics and its final weights"
     root = tmp_path_factory.mktemp("uncut")
     copy_demo(demo, root)
     env = os.environ | dict(POST_TRAINING_RUNS_DIR=str(root / "runs"), POST_TRAINING_ARTIFACTS_DIR=str(root / "artifacts"))
@@ -136,7 +136,7 @@ def test_two_nodes(job, slurm, uncut, tmp_path):
     "Emit, submit, finish; the record, its attempt and its notebook; the metrics and weights of a local run; nothing that was typed is run"
     job.submit(f"wandb.run_name={quote_value(NASTY)}", "job_subdir='a %j b/c'", f"cluster.env.SAID={quote_value(NASTY)}", f"cluster.directives.comment={quote_value(NASTY)}")
     twice = job.command("train_sft", *SHARED, *ON_SLURM, "job_subdir='a %j b/c'", check=False)
-    assert twice.returncode == 2 and f"Job {job.id} is already at" in twice.stderr
+    assert twice.returncode == 2 and f"Job {job.id} of run" in twice.stderr
     record = job.end("COMPLETED")
     assert record["status"] == "finished" and record["config"]["wandb"]["run_name"] == NASTY and record["config"]["cluster"]["env"]["SAID"] == NASTY
     [attempt] = record["attempts"]
@@ -154,7 +154,7 @@ def test_two_nodes(job, slurm, uncut, tmp_path):
 
 
 def test_time_limit(job, slurm, uncut):
-    "A job that is asked to leave after its first 30 to 60 s, for a training of more: the ranks save and leave, the next lives finish it; wandb keeps its id"
+    "A job is asked to stop after 30 to 60 s of a longer training: the ranks save and stop, the next attempts finish the run, and its wandb id stays the same"
     long = ("training_args.max_steps=800", "training_args.save_steps=1000", "dataset_args.debug_subsample.train=0", "training_args.num_train_epochs=10")
     job.submit(*long, "cluster.time=2", "cluster.signal_seconds=60", "wandb.mode=offline")
     record = job.end("COMPLETED", seconds=1200)
@@ -167,7 +167,7 @@ def test_time_limit(job, slurm, uncut):
 
 
 def test_asked_to_leave(job, slurm, uncut):
-    "The same by hand, without requeueing: a successor that waited behind the job goes on"
+    "The same by a file, without requeueing: a successor that waited for the job continues"
     job.submit("cluster.requeue=false", "cluster.directives.comment='kept by the successor'")
     job.at_step(6)
     first, waiting = job.record["jobs"]  # whoever looks knows of the successor
@@ -183,24 +183,24 @@ def test_asked_to_leave(job, slurm, uncut):
 
 
 def test_preference(job, slurm, uncut):
-    "Preference training, asked to leave once: the next life reads the reference it computed before, and ends with the numbers of two local processes"
+    "Preference training is asked to stop once: the next attempt reads the computed reference, and ends with the numbers of two local processes"
     job.submit(stage="train_preference")
     job.at_step(6)
     slurm.run("scancel", "--batch", "--signal=USR1", job.id)
     record = job.end("COMPLETED")
     assert [a["exit"] for a in record["attempts"]] == [75, 0] and slurm.job(job.id)["Restarts"] == "1", job.log()
-    assert record["attempts"][1]["job"]["num_nodes"] == 2 and record["resumed_from"]["2"] and record["canary"] < 1e-6
+    assert record["attempts"][1]["job"]["num_nodes"] == 2 and record["resumed_from"]["2"] and record["reference_check"] < 1e-6
     assert record["reference"].startswith("computed by")
     same(job, uncut(stage="train_preference"))
 
 
 def test_second_job(job, slurm):
-    "A script submitted by hand while its run is at work ends by itself and leaves the other's attempt alone"
+    "A script submitted by hand while its run is at work ends, and does not change the other attempt"
     job.submit("training_args.max_steps=400", "training_args.num_train_epochs=100", "training_args.save_steps=400")  # long enough for the second to come
     job.at_step(1)
     second = slurm.submit(job.run_dir / "submit.sbatch", env=job.env)
     assert slurm.wait(second, 120) == "FAILED", job.log()
-    assert "left alone" in (job.run_dir / f"slurm-{second}.out").read_text()
+    assert "it is not changed" in (job.run_dir / f"slurm-{second}.out").read_text()
     assert "exit" not in job.record["attempts"][0] and job.record["status"] == "running" and "stopped" not in job.record
     assert job.end("COMPLETED")["status"] == "finished"
 
@@ -228,7 +228,7 @@ def test_node_failure(job, slurm, uncut):
 
 
 def test_preemption(job, slurm, uncut):
-    "A more urgent job takes the nodes; the run goes on behind it"
+    "A job with a higher priority takes the nodes; the run continues after it"
     job.submit()
     job.at_step(5)
     slurm.submit("#!/bin/bash\nsleep 3\n", "--partition=urgent", "--nodes=4", "--exclusive", "--time=1", "--output=/dev/null")
@@ -258,7 +258,7 @@ def test_killed_rank(job, slurm, uncut):
     record = job.end("FAILED")
     assert len(record["attempts"]) == 2 and "max_retries=1" in record["stopped"], job.log()
     assert slurm.job(job.id)["ExitCode"] == "1:0"
-    job.submit("cluster.max_retries=4")  # the same command, more tries: it goes on
+    job.submit("cluster.max_retries=4")  # the same command with more retries continues
     assert job.end("COMPLETED")["status"] == "finished"
     same(job, uncut())
 
@@ -281,7 +281,7 @@ def test_missing_data_is_told_before_training(job, slurm):
 
 
 def test_cancelled(job, slurm, uncut):
-    "scancel ends the chain; the same command goes on later"
+    "scancel ends the chain; the same command continues later"
     job.submit()
     job.at_step(6)
     slurm.run("scancel", job.id)

@@ -103,9 +103,9 @@ def test_the_seeds_sbatch_line(apertus):
     (lambda: sweep.grid(model="tiny"), "give a list of values"),
     (lambda: rates(), "learning_rate is empty"),
     (lambda: rates(0.1, 0.1), "Two jobs are called lr0.1"),
-    (lambda: jobs_of([dict(dataset="a/b")], "{dataset}"), "no safe file name"),
-    (lambda: jobs_of([dict(dataset="it's")], "{dataset}"), "no safe file name"),
-    (lambda: jobs_of([dict(dataset="a\nb")], "{dataset}"), "no safe file name"),
+    (lambda: jobs_of([dict(dataset="a/b")], "{dataset}"), "not a safe file name"),
+    (lambda: jobs_of([dict(dataset="it's")], "{dataset}"), "not a safe file name"),
+    (lambda: jobs_of([dict(dataset="a\nb")], "{dataset}"), "not a safe file name"),
     (lambda: jobs_of([dict(dataset="demo")], "{datasets}"), "Did you mean 'dataset'?"),
     (lambda: jobs_of([dict(a=1), dict(a=2)], "{a}"), "1 and 2 are the same run"),
     (lambda: jobs_of([dict(lr=1)], "x", **{"training_args.learning_rat": "{lr}"}), "job x: Unknown key training_args.learning_rat. Did you mean"),
@@ -126,7 +126,7 @@ def test_bad_grid(make, told, tmp_root):
 @pytest.mark.parametrize("name", ["a/b", "..", "a b", "it's", "$(touch x)", ""])
 def test_bad_names_of_experiments(name, tmp_root):
     for names in ((name, "grid"), ("mine", name)):
-        with pytest.raises(UserError, match="no safe file name"): sweep.write_sweep(*names, rates(0.1))
+        with pytest.raises(UserError, match="not a safe file name"): sweep.write_sweep(*names, rates(0.1))
     assert not (tmp_root / "runs").exists()
 
 

@@ -15,7 +15,20 @@ def rate(objective):
     return 0.002 if objective["name"] == "irl" else 0.05
 
 
-def make_rows():
+def add_weights(rows):
+    "The same rows with weights of tokens (one weight to a message, or several to its parts) and of rows, some of them 0"
+    rng = random.Random(3)
+    for i, row in enumerate(rows):
+        starts = [t for t, (a, b) in enumerate(zip([None, *row["completion_mask"]], row["completion_mask"])) if a != b]
+        row["weights"] = []
+        for start, end in zip(starts, [*starts[1:], len(row["input_ids"])]):
+            weight, cut = rng.choice([1.0, 1.0, 0.5, 0.0, 2.5]), rng.randrange(start, end + 1) if i % 3 == 0 else end
+            row["weights"] += [weight] * (cut - start) + [weight * rng.choice([0.0, 0.25])] * (end - cut)
+        row["row_weight"] = [1.0, 0.5, 3.0, 0.0][i % 4]
+    return rows
+
+
+def make_rows(weighted=False):
     "Conversations of several lengths and turns over 48 tokens; the last has no prompt that is predicted"
     rng, rows = random.Random(5), []
     for i in range(ROWS):
@@ -26,7 +39,7 @@ def make_rows():
                 mask += [flag] * length
         if i == ROWS - 1: mask = [0] + [1] * (len(mask) - 1)
         rows.append(dict(input_ids=ids, completion_mask=mask, row_id=f"r{i}", source="ab"[i % 2], length=len(ids)))
-    return rows
+    return add_weights(rows) if weighted else rows
 
 
 def make_model():
@@ -84,7 +97,7 @@ def run_case(case, folder):
     from post_training.training.trainer import SFTTrainer, TrainerHooks
 
     Watched = watched(SFTTrainer)
-    data, lines = Dataset.from_list(make_rows()), []
+    data, lines = Dataset.from_list(make_rows(case.get("weighted", False))), []
     packs = [[int(i)] for i in range(ROWS)] if case.get("packed") else None
     collator = PackCollator() if packs else PadCollator(pad_token_id=0, padding_side=case.get("side", "right"))
     args = dict(per_device_train_batch_size=case["per_device"], gradient_accumulation_steps=case["accumulation"], optim="sgd", learning_rate=rate(case["objective"]), bf16=False,

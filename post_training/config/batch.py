@@ -20,7 +20,7 @@ def accelerate_file(
     known, path = preset_names("accelerate"), Path(name).expanduser()
     if name in known: return CONFIGS/"accelerate"/f"{name}.yaml"
     if path.is_file(): return path.resolve()
-    with contextlib.suppress(UserError): # outside a checkout there is no project root
+    with contextlib.suppress(UserError): # there is no project root outside a checkout
         if site_path(path).is_file(): return site_path(path)
     if path.parts[-3:-1] == ("configs", "accelerate") and path.stem in known: return CONFIGS/"accelerate"/path.name
     raise UserError(f"accelerate_config={name} is neither a preset nor a file.{did_you_mean(path.stem, known)} "
@@ -36,7 +36,7 @@ def accelerate_preset(
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as e:
         raise UserError(f"accelerate_config={name} cannot be read: {first_error_line(e)}") from None
     if not isinstance(preset, dict):
-        raise UserError(f"accelerate_config={name} is no file of accelerate's format: it holds no keys.")
+        raise UserError(f"accelerate_config={name} is not a file of accelerate's format: it contains no keys.")
     return preset
 
 # %% ../../nbs/10_config/5_batch.ipynb #d97fc684
@@ -54,8 +54,8 @@ def world_size(
         world = cfg["num_nodes"] * per_node
         if cfg["num_processes"] not in (None, world):
             raise UserError(f"num_processes={cfg['num_processes']}, but {cfg['num_nodes']} nodes of {per_node} "
-                            f"processes are {world}: leave num_processes out.")
-    if world < 1: raise UserError(f"{world} processes train nothing: num_processes and num_nodes are at least 1.")
+                            f"processes give {world}: leave num_processes out.")
+    if world < 1: raise UserError(f"{world} processes cannot train: num_processes and num_nodes must be at least 1.")
     single = str(preset.get("distributed_type", "NO")).upper() in ("NO", "FALSE")
     if world > 1 and single:
         raise UserError(f"accelerate_config={cfg['accelerate_config']} starts one process, and {world} are requested: "
@@ -65,22 +65,22 @@ def world_size(
 # %% ../../nbs/10_config/5_batch.ipynb #engineof
 def engine_of(
     cfg:dict, # composed
-)->str|None: # single, ddp or deepspeed; None for stages that train nothing
-    "What holds the processes of a run together"
+)->str|None: # single, ddp or deepspeed; None for stages without training
+    "The engine that connects the processes of a run"
     if cfg["stage"] not in TRAINING_STAGES: return None
     kind = str(accelerate_preset(cfg["accelerate_config"]).get("distributed_type", "NO")).upper()
     return "deepspeed" if kind == "DEEPSPEED" else "ddp" if world_size(cfg) > 1 else "single"
 
 # %% ../../nbs/10_config/5_batch.ipynb #5512f044
 def _indivisible(total:int, world:int, rows:int)->UserError:
-    "The error for a global batch that does not divide, with the nearest ones that do"
+    "The error for a global batch that is not divisible, with the nearest divisible values"
     step = world * rows
     near = [b for b in (total // step * step, -(-total // step) * step) if b]
     divisors = [r for r in range(1, total // world + 1) if total % (world * r) == 0]
     nearest_rows = sorted(sorted(divisors, key=lambda r: abs(r - rows))[:2])
-    text = (f"global_batch_size={total} does not divide by {world} process{'es' * (world > 1)} x {rows} "
+    text = (f"global_batch_size={total} is not divisible by {world} process{'es' * (world > 1)} x {rows} "
             f"row{'s' * (rows > 1)} = {step}.")
-    text += f"\nNearest that do: global_batch_size={' or '.join(map(str, near))}"
+    text += f"\nThe nearest divisible values: global_batch_size={' or '.join(map(str, near))}"
     if nearest_rows:
         text += f"; or training_args.per_device_train_batch_size={' or '.join(map(str, nearest_rows))}"
     return UserError(text + ".")
@@ -90,17 +90,17 @@ def batch_arithmetic(
     cfg:dict, # composed
     typed=(), # dotted keys that the user typed: they take precedence over presets
 )->dict: # world_size, per_device, accumulation, global_batch
-    "The four numbers of a batch, with the missing one derived; numbers that do not divide or disagree are refused"
+    "The four numbers of a batch, with the missing number derived; numbers that disagree are refused"
     key = "training_args.gradient_accumulation_steps"
     world, rows = world_size(cfg), cfg["training_args"]["per_device_train_batch_size"]
     total, steps = cfg.get("global_batch_size"), cfg["training_args"].get("gradient_accumulation_steps")
     for name,n in (("training_args.per_device_train_batch_size", rows), ("global_batch_size", total), (key, steps)):
-        if n is not None and n < 1: raise UserError(f"{name}={n}: it is at least 1.")
+        if n is not None and n < 1: raise UserError(f"{name}={n}: it must be at least 1.")
     if total and steps and total != world * rows * steps:
         if "global_batch_size" in typed and key in typed:
             raise UserError(f"global_batch_size={total} and {key}={steps} disagree: {world} processes x {rows} rows x "
                             f"{steps} = {world * rows * steps}.\n"
-                            "Leave one of the two out: it is derived from the other.")
+                            "Leave one of the two out. It is derived from the other.")
         if key in typed: total = None
         else: steps = None
     if total is None: total = world * rows * (steps or 1)

@@ -31,7 +31,7 @@ class ComposedConfig:
     presets:dict # the same presets without the overrides of values
     notices:list = field(default_factory=list) # values that were translated or left out
     choices:dict = field(default_factory=dict) # group -> preset
-    unread:dict = field(default_factory=dict) # dotted key -> why nobody reads it, in short: trainer=sft
+    unread:dict = field(default_factory=dict) # dotted key -> why it is not read, in short: trainer=sft
 
 # %% ../../nbs/10_config/6_compose.ipynb #9952b48e
 def _sort_overrides(
@@ -64,7 +64,7 @@ def _sort_overrides(
 
 # %% ../../nbs/10_config/6_compose.ipynb #46ee6c25
 def _as_text(key:str, value, t:ParsedOverride, keys:dict):
-    "The value of an override; if the key's type is text, numbers and booleans stay as they were typed"
+    "The value of an override; if the key's type is text, a typed number or boolean stays text"
     kinds = set(keys.get(key, "").split("|"))
     if "str" in kinds and type(value) in (int, float, bool) and not {"int", "float", "bool"} & kinds:
         return t.text.partition("=")[2].strip() if value is t.value else str(value)
@@ -106,12 +106,12 @@ def _without_others(raw:dict, origins:dict, keys:dict)->dict: # dotted key -> pr
         pop_key(raw, key)
         origins.pop(key)
         while (key := key.rpartition(".")[0]) and get_key(raw, key) == {}:
-            pop_key(raw, key) # a section that held nothing else
+            pop_key(raw, key) # a section that has become empty
     return others
 
 # %% ../../nbs/10_config/6_compose.ipynb #a5cf0d6b
 def _trust(cfg:dict, origin, typed)->list[str]: # notices; `cfg` is changed in place
-    "Code that comes with a model runs only from a commit that the config names"
+    "Allow the code of a model repository only if the config names its commit"
     notices = []
     for section in ("model_args", "tokenizer_args", "training_args", "reward_args"):
         key = f"{section}.trust_remote_code"
@@ -125,10 +125,11 @@ def _trust(cfg:dict, origin, typed)->list[str]: # notices; `cfg` is changed in p
 
 # %% ../../nbs/10_config/6_compose.ipynb #3893368c
 def _check_values(cfg:dict, keys:dict, origin):
-    "Check the rules beyond types: missing keys, ranges, folders that leave their tree, losses"
+    "Check other rules than types: missing keys, ranges, folders outside their tree, losses"
     optional = ("training_args.", "model_args.", "model_merging.")
     missing = next((k for k in keys if not k.startswith(optional) and get_key(cfg, k, NOTHING) is NOTHING), "")
-    if missing: raise UserError(f"{missing} is missing{origin(missing)}: it may have another value but not be removed.")
+    if missing:
+        raise UserError(f"{missing} is missing{origin(missing)}: its value may change, but it cannot be removed.")
     check_ranges(cfg, stage_keys(cfg["stage"]), origin)
     for key in ("job_subdir", "artifacts_subdir"):
         path = Path(cfg[key])
@@ -142,7 +143,7 @@ def _check_values(cfg:dict, keys:dict, origin):
 def history_name(
     cfg:dict, # of a stage that makes preference data
 )->str: # name of the rows that it writes
-    "The name of the rows that a stage reads, and what the stage adds to it"
+    "The name of the rows that a stage reads, plus a word for what the stage adds"
     tail = lambda path: re.sub(r"\.(jsonl?|parquet)$", "", str(path).rstrip("/").split("/")[-1])
     dataset = tail(cfg["dataset_args"]["dataset_name"])
     model = cfg.get("model_name") or tail(get_key(cfg, "model_args.model_name_or_path", "")).removeprefix("run:")
@@ -163,10 +164,10 @@ def _named(cfg:dict)->dict: # dotted key -> value
 
 # %% ../../nbs/10_config/6_compose.ipynb #2fe4f1e2
 def _packed(cfg:dict, packs:int)->str:
-    "The notice about the content of a batch if rows are packed"
+    "The notice about the size of a batch if rows are packed"
     unit, sequences = ("pairs", 2) if cfg["stage"] == "train_preference" else ("rows", 1)
     capacity = sequences*(cfg["training_args"]["max_length"] or 0) or "the longest row's"
-    return (f"training_args.packing=true: a step takes {packs} pack{'s'*(packs > 1)}, each of as many {unit} as fit "
+    return (f"training_args.packing=true: a step takes {packs} pack{'s'*(packs > 1)}, each with as many {unit} as fit "
             f"into {capacity} positions, not {packs} {unit}. "
             f"Divide global_batch_size by the {unit} of a pack to keep their number.")
 
@@ -232,7 +233,7 @@ def compose(
         where = next((w for k,w in origins.items() if k == key or k.startswith(key + ".")), "default")
         return "" if where == "default" else f" ({where})"
     try: presets, _, _ = _finish(json.loads(json.dumps(raw)), keys, origin, holes_ok=True)
-    except UserError: presets = resolve_interpolations(raw) # overrides may correct what is wrong with presets alone
+    except UserError: presets = resolve_interpolations(raw) # overrides may complete presets
     applied, more = _apply(raw, values, keys)
     typed.update(applied)
     cfg, derived, late = _finish(raw, keys, origin, typed)
@@ -277,7 +278,7 @@ def origin_text(
     key:str, # dotted
     composed:ComposedConfig,
 )->str: # "dataset=demo", "typed", "not read: trainer=plw"
-    "Where a value comes from, and why nobody reads it"
+    "Where a value comes from, and why it is not read"
     where = next((w for k,w in composed.origins.items() if k == key or k.startswith(f"{key}.")), "default")
     where = {"override": "typed"}.get(where, where.removeprefix("preset "))
     if key not in composed.unread: return where
@@ -320,7 +321,7 @@ def load_frozen(
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise UserError(f"{path} is not YAML: {first_error_line(e)}") from None
     if not isinstance(cfg, dict) or "stage" not in cfg:
-        raise UserError(f"{path} is no frozen configuration: it names no stage.")
+        raise UserError(f"{path} is not a frozen configuration: it names no stage.")
     keys = known_keys(stage_name(str(cfg["stage"])))
     cfg = check_config(cfg, keys, lambda key: f" ({path})")
     _check_values(cfg, keys, lambda key: f" ({path})")
@@ -335,7 +336,7 @@ def compose_frozen(
     typed = json.loads(first_line.removeprefix("# typed: ")) if first_line.startswith("# typed: ") else []
     try: now = compose(cfg["stage"], typed)
     except UserError:
-        notice = f"The presets no longer compose; the values are those of {Path(path).name}."
+        notice = f"The presets no longer compose. The values come from {Path(path).name}."
         return ComposedConfig(cfg["stage"], typed, cfg, dict.fromkeys(flatten(cfg), "frozen"), cfg, [notice])
     a, b = flatten(cfg), flatten(now.cfg)
     of_this_run = ("run_dir", "resuming_dir", "resuming_hash", "runs_dir", "artifacts_dir")

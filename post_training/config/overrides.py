@@ -69,7 +69,7 @@ OLD_NAMES = {"training_args.max_seq_length": "training_args.max_length", "model_
              "tokenizer_args.eos_token_id": "tokenizer_args.model_eos_token_id",
              "dataset_args.shuffle": "training_args.train_sampling_strategy", "seed": "training_args.seed",
              "dataset_mixer": "sources", "dataset_args.output_path": "save_data_dir"}
-# sections of old presets that nothing reads any more
+# sections of old presets that are no longer read
 OLD_SECTIONS = ("model_vllm_config", "model_generation_config", "script_args", "preset")
 
 # %% ../../nbs/10_config/3_overrides.ipynb #e0d9ee19
@@ -94,7 +94,7 @@ def translate_key(
     old = next((o for o in names if key == o or key.startswith(o + ".")), None)
     if old is None: return key, value
     if old == "training_args.warmup_ratio" and not (isinstance(value, (int, float)) and 0 <= value < 1):
-        raise UserError(f"{key}={value}: a warm-up ratio is at least 0 and below 1. For a number of steps set "
+        raise UserError(f"{key}={value}: a warm-up ratio must be at least 0 and below 1. For a number of steps set "
                         "training_args.warmup_steps.")
     if old == "dataset_args.shuffle": value = {True: "random", False: "sequential"}.get(value, value)
     return OLD_NAMES[old] + key[len(old):], value
@@ -109,7 +109,7 @@ def translate_presets(
     notices = []
     for section in OLD_SECTIONS:
         if pop_key(raw, section) is not NOTHING:
-            notices.append(f"The section {section} of a preset is not read here and was left out.")
+            notices.append(f"The section {section} of a preset is not read any more and was left out.")
     for old in names:
         if (value := pop_key(raw, old)) is NOTHING: continue
         origin = next((origins.pop(k) for k in list(origins) if k == old or k.startswith(old + ".")), "default")

@@ -47,7 +47,7 @@ def losses_of(
         raise UserError(f"training_args.loss_type names a loss twice: {', '.join(map(str, names))}.")
     for w in weights:
         if not _is_number(w) or w < 0:
-            raise UserError(f"training_args.loss_weights={list(weights)}: a weight is a number, 0 or above.")
+            raise UserError(f"training_args.loss_weights={list(weights)}: each weight must be a number, at least 0.")
     if names and not any(weights):
         raise UserError(f"training_args.loss_weights={list(weights)}: with all weights 0 nothing would be trained.")
     return dict(zip(map(str, names), map(float, weights)))
@@ -93,7 +93,7 @@ def check_losses(
             raise UserError(f"training_args.{key}={a[key]}: there are "
                             f"{', '.join(choices)}.{did_you_mean(str(a[key]), choices)}")
     if a.get("ld_alpha") is not None and not 0 <= a["ld_alpha"] <= 1:
-        raise UserError(f"training_args.ld_alpha={a['ld_alpha']}: it lies between 0 and 1.")
+        raise UserError(f"training_args.ld_alpha={a['ld_alpha']}: it must be between 0 and 1.")
     if a.get("ld_alpha") is not None and "qrpo" in losses:
         raise UserError("training_args.ld_alpha weighs the answers of a pair by each other's length: QRPO, which "
                         "scores each alone, does not support it.")
@@ -104,7 +104,7 @@ def check_losses(
 
 # %% ../../nbs/10_config/1_preference_losses.ipynb #1b05cf30
 UNSUPPORTED_PAIR_ARGS = { # key of training_args -> (valid values, what to do instead)
-    "use_weighting": ((False,), "WPO's weights need probabilities that the scoring head does not give"),
+    "use_weighting": ((False,), "the weights of WPO need probabilities that the scoring head does not compute"),
     "sync_ref_model": ((False,), "the reference stays what it is: its log-probabilities are stored with the rows"),
     "truncation_mode": (("keep_start",), "a pair is never cut: it is dropped and counted if it is too long"),
     "precompute_ref_batch_size": ((None,), "use training_args.per_device_eval_batch_size"),
@@ -121,7 +121,7 @@ def check_preference_args(
     for key, (valid, instead) in UNSUPPORTED_PAIR_ARGS.items():
         if key in t and t[key] not in valid: raise UserError(f"training_args.{key}={t[key]}: {instead}.")
     if t.get("num_ref_rewards") is not None and t["num_ref_rewards"] < 1:
-        raise UserError(f"training_args.num_ref_rewards={t['num_ref_rewards']}: it is at least 1.")
+        raise UserError(f"training_args.num_ref_rewards={t['num_ref_rewards']}: it must be at least 1.")
     if t.get("precompute_ref_log_probs") and t.get("ref_logprobs_from_dataset"):
         raise UserError("training_args.precompute_ref_log_probs and ref_logprobs_from_dataset are both true: the "
                         "reference's log-probabilities come from the data or are computed, not both.")

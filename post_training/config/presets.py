@@ -64,7 +64,8 @@ def project_root(
     start = Path(start or ".").resolve()
     for folder in (start, *start.parents):
         if (folder/"settings.ini").is_file() and "post_training" in (folder/"settings.ini").read_text(): return folder
-    raise UserError(f"{start} is not inside a checkout of this project (no settings.ini above it). Go to one, or set "
+    raise UserError(f"{start} is not inside a checkout of this project (no settings.ini above it). Change "
+                    "to such a folder, or set "
                     "POST_TRAINING_ROOT.")
 
 # %% ../../nbs/10_config/4_presets.ipynb #57f93530
@@ -98,8 +99,8 @@ def preset_names(
 def preset_file(
     group:str, # such as mixture
     value, # as typed, perhaps a path
-)->Path|None: # the file; None if the value is no path of a YAML file
-    "The file that a choice names by its path"
+)->Path|None: # the file; None if the value is not the path of a YAML file
+    "The preset file whose path was typed in place of a name"
     path = Path(str(value)).expanduser()
     if path.suffix not in (".yaml", ".yml"): return None
     file = next((p for p in (path, site_path(path)) if p.is_file()), None)
@@ -113,7 +114,7 @@ def _raw_yaml(path:Path)->dict:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader) # written in C: Hydra has read the file with its own before
     raw = yaml.load(path.read_text(), Loader=loader)
     if raw is not None and not isinstance(raw, dict):
-        raise UserError(f"{path.name} holds no keys: a preset is a mapping of keys to values.")
+        raise UserError(f"{path.name} contains no keys: a preset is a mapping of keys to values.")
     return raw or {}
 
 # %% ../../nbs/10_config/4_presets.ipynb #c09e224d
@@ -145,11 +146,11 @@ def preset_groups(
 
 # %% ../../nbs/10_config/4_presets.ipynb #4cc2296e
 def _one_document(text:str, origin:str="The file")->str:
-    "YAML of several documents as one, with the list of them under `stages`; a single document stays as it is"
+    "Several YAML documents as one, as a list under `stages`; a single document is returned unchanged"
     docs = [d for d in yaml.safe_load_all(text) if d is not None]
     if not docs: raise UserError(f"{origin} has no document of YAML with keys in it: it is empty.")
     if wrong := [d for d in docs if not isinstance(d, dict)]:
-        raise UserError(f"{origin} has {str(wrong[0])[:60]!r} where a mapping is meant, key: value.")
+        raise UserError(f"{origin} has {str(wrong[0])[:60]!r} where a mapping is needed, key: value.")
     return text if len(docs) == 1 else yaml.safe_dump({"stages": docs}, sort_keys=False)
 
 # %% ../../nbs/10_config/4_presets.ipynb #f45443f3
@@ -197,18 +198,18 @@ def _origins(config, dirs:list)->dict: # dotted key -> "default" or "preset mode
         origin = f"preset {group}={name}" if name else "default"
         path = next(p for base in dirs if (p := base/f"{d.config_path}.yaml").is_file())
         if d.package and group not in SECTION_GROUPS:
-            raise UserError(f"{path.name} has to begin with the line: # @package _global_")
+            raise UserError(f"{path.name} must begin with the line: # @package _global_")
         keys = {k: v for k,v in _raw_yaml(path).items() if k != "defaults"}
         if d.package and name: keys = {group: keys}
         if "hydra" in keys:
-            raise UserError(f"{path.name} sets keys of hydra itself, which nothing here reads: remove them.")
+            raise UserError(f"{path.name} sets keys of Hydra itself, which are not read: remove them.")
         out |= {k: origin for k in flatten(keys)}
     return out
 
 # %% ../../nbs/10_config/4_presets.ipynb #a5bb8689
 def compose_presets(
     stage:str, # a stage
-    choices:dict, # group -> preset, those that were typed
+    choices:dict, # group -> preset, as typed
     config_dir=None, # an additional folder of presets
 )->tuple: # (raw nested dict with interpolations, dotted key -> origin)
     "Compose the stage and its presets with Hydra; no global state is left behind"
@@ -251,7 +252,7 @@ def _reason(e:Exception)->str:
 
 # %% ../../nbs/10_config/4_presets.ipynb #cb1bcc80
 def _resolve_node(node, key:str):
-    "One node of an OmegaConf tree as plain data"
+    "A node of an OmegaConf tree as plain data"
     from omegaconf import OmegaConf
     from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
     if OmegaConf.is_dict(node):

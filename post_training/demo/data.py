@@ -171,7 +171,7 @@ def demo_rows(
 def operands_of(
     row:dict, # a demo row
 )->tuple: # skill and operands
-    "The operands of a row, read from its text: numbers in any order, letters in theirs"
+    "The operands of a row, read from its text: numbers in any order, letters in the order of the text"
     text, skill = row["initial_prompt"]["content"], row["skill"]
     if skill == "reverse": return ("reverse", text.split(":")[1].strip())
     thing = [re.sub(r"\d+", "#", text)] if skill == "recall" else []
@@ -193,7 +193,7 @@ DEMO_VERSION = 2 # of the rows, the tokenizer and the initial weights: another n
 def write_split_files(
     folder, # for the files
     rows:dict[str, list[dict]], # of each split
-    replace:bool, # replace older ones
+    replace:bool, # replace older files
     seed:int, # of the rows, for the manifest
 )->Path: # the folder
     "Write each split as a file of JSON lines, with a manifest"
@@ -209,7 +209,7 @@ def write_split_files(
 def write_demo(
     folder, # for the files
     seed:int=0, # of the rows
-    replace:bool=False, # replace older ones
+    replace:bool=False, # replace older files
     **sizes:int, # n_train and n_eval
 )->Path: # the folder
     "Write the demo rows as `train.jsonl` and `eval.jsonl` with a manifest"
@@ -219,7 +219,7 @@ def write_demo(
 def is_current_demo(
     folder, # of the demo data or the tiny model
 )->bool: # whether it may be used as it is; False if it is to be built
-    "Whether a built folder is complete and of this version; a folder of other origin raises"
+    "Whether a built folder is complete and of this version; a folder of another origin raises an error"
     folder = Path(folder)
     if not folder.exists(): return False
     manifest = json.loads((folder/MANIFEST).read_text()) if (folder/MANIFEST).is_file() else {}
@@ -276,7 +276,7 @@ def wrong_answer(
 def with_student_answers(
     row:dict, # a demo row
     n:int, # answers of the student
-    share:float, # of right answers among them
+    share:float, # of right answers among the student's answers
     rng:random.Random,
 )->dict: # the row with a branch for each answer
     "A row with the right answer and answers of a student"
@@ -294,7 +294,7 @@ def with_student_answers(
 def write_demo_answers(
     folder, # for the files
     n:int=6, # answers of the student to each prompt
-    share:float=.6, # of right answers among them
+    share:float=.6, # of right answers among the student's answers
     seed:int=0, # of rows and answers
     **sizes:int, # n_train and n_eval
 )->Path: # the folder

@@ -23,7 +23,7 @@ def near_number(
     n:int, # the right number
     rng:random.Random,
 )->int:
-    "A wrong number that is near, or of the same size"
+    "A wrong number that is near the right number, or of the same size"
     while True:
         m = rng.choice([n + rng.choice([-1, 1]), n + rng.choice([-10, 10]), n + rng.randint(-9, 9),
                         rng.randint(1, 199)])
@@ -204,9 +204,9 @@ def train_tiny_reward(
     rows:list[dict], # of the demo, to train on
     epochs:int=4, # passes over the right answers, to learn to answer
     per_row:int=2, # pairs of a row, to learn to judge; one pass
-    held_out:list[dict]=(), # rows to measure on, after training
+    held_out:list[dict]=(), # rows for measuring the accuracy after training
     seed:int=0, # of weights, pairs and order
-    replace:bool=False, # replace an older one
+    replace:bool=False, # replace an older model
     **facts, # for the manifest
 )->Path: # the folder
     "Train the tiny reward model; write it with its tokenizer and a manifest with the accuracy on held-out pairs"

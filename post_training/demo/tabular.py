@@ -78,14 +78,14 @@ class TabularWorld(NamedTuple):
     "Prompts, their possible completions, and the rewards of these"
     features_PMD: torch.Tensor # of the completions
     log_ref_PM: torch.Tensor # reference policy
-    reward_PM: torch.Tensor # never seen by a loss
+    reward_PM: torch.Tensor # not available to a loss
     quantile_PM: torch.Tensor # exact quantile of the reward
 
 # %% ../../nbs/45_demo/3_tabular.ipynb #759d5c49
 def random_world(
     prompts:int, # P
     completions:int, # M
-    generator:torch.Generator, # of everything drawn
+    generator:torch.Generator, # for all random numbers
     features:int=12, # D
     levels:int=0, # distinct rewards; 0: all are different
     own:float=0.15, # spread of the part of a reward that features do not determine
@@ -305,7 +305,7 @@ LENGTH_LOSSES = { # name: loss, and its settings
 def bigram_merit(
     space:CompletionSpace, # the completions
     generator:torch.Generator, # for all random numbers
-    own:float=0.3, # spread of the sequence's own part
+    own:float=0.3, # spread of the random part of each sequence
 )->torch.Tensor: # merit_S
     "The merit of sequences, before the influence of length is removed"
     def draw(*shape): return torch.randn(*shape, generator=generator, dtype=torch.float64)

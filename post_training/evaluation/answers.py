@@ -35,21 +35,21 @@ def prompts_of(
     "The prompts of rows as token ids, or the reason why there is none"
     from post_training.data.messages import MalformedRow, UnsupportedContent, format_of
     from post_training.data.swissai import is_swissai
-    from post_training.tokens.dataset import row_messages, template_tools
+    from post_training.tokens.dataset import row_chat
     from post_training.tokens.gates import prompt_ids
-    from post_training.tokens.templates import wants_blocks
     if not tokenizer.chat_template:
         raise UserError("The tokenizer has no chat template, so that rows give no prompts: set "
                         "tokenizer_args.chat_template_name.")
     columns = None if not rows or is_swissai(rows[0]) else format_of(rows[0])
-    out, blocks = [], wants_blocks(tokenizer.chat_template)
+    out = []
     last = (columns or ("",))[-1] # the column of a row's answer, in formats of two columns
     for row in rows:
         if last in ("answer", "response", "completion", "output", "targets") and row.get(last) is None:
             row = row | {last: "-"} # a question without an answer is still a prompt
         try:
-            out.append(prompt_ids(tokenizer, prompt_of(row_messages(row, columns, blocks)),
-                                  tools=template_tools([row], columns, blocks)[0]).tolist())
+            chat = row_chat(row, tokenizer)
+            out.append(prompt_ids(tokenizer, prompt_of(chat.messages), tools=chat.tools,
+                                  template_kwargs=chat.template_kwargs).tolist())
         except (MalformedRow, UnsupportedContent, UserError) as e: out.append(str(e) or type(e).__name__)
         except (KeyError, TypeError, AttributeError) as e: out.append(f"a field is missing or has another type ({e!r})")
     return out
@@ -84,7 +84,8 @@ def generated_answer(
     ids:list[int], # what the model wrote
 )->str:
     "The answer in a generated text: what follows the thoughts, or the tool call"
-    if THOUGHT_END in (tokenizer.chat_template or ""):
+    from post_training.tokens.templates import named_templates
+    if any(THOUGHT_END in template for template in named_templates(tokenizer.chat_template).values()):
         for mark in (CALL, THOUGHT_END):
             i = tokenizer.convert_tokens_to_ids(mark)
             if i in ids:
@@ -215,7 +216,8 @@ def generate_answers(
     from post_training.models.generate import complete_batch, length_batches, model_stop_ids, row_noise
     from post_training.preferences.completions import call_stop_ids
     s, at = sampling, [i for i, p in enumerate(prompts) if p and not isinstance(p, str)]
-    stop, out = model_stop_ids(model, call_stop_ids(tokenizer)), dict(existing or {})
+    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id] # by the rule of the template
+    stop, out = model_stop_ids(model, [*ends, *call_stop_ids(tokenizer)]), dict(existing or {})
     # batches are planned over all prompts, because the last digits of logits depend on the batch
     batches = [[at[k] for k in b]
                for b in length_batches([len(prompts[i]) for i in at], max(1, s.batch_size//s.samples))]
@@ -309,12 +311,14 @@ def evaluate_config(
     path = checkpoint or run.base_model(model["model_name_or_path"], cfg["runs_dir"])[0]
     rows = eval_rows(cfg, e["num_prompts"] if num_prompts is None else num_prompts)
     out = evaluate_checkpoint(path, rows, tokenizer, e["max_new_tokens"], e["batch_size"], e["num_samples_shown"],
-                              None if device == "auto" else device, tokenizer.eos_token_id,
+                              None if device == "auto" else device,
                               trust_remote_code=model["trust_remote_code"],
                               **{k: model[k] for k in ("dtype", "attn_implementation")})
+    notices = list(tokenizer.notices)
     if not (cfg["dataset_args"].get("eval_split") or {}).get("name"):
-        out["notice"] = ("These prompts are training rows: the config names no evaluation split "
-                         "(dataset_args.eval_split.name).")
+        notices.append("These prompts are training rows: the config names no evaluation split "
+                       "(dataset_args.eval_split.name).")
+    if notices: out["notice"] = " ".join(notices)
     return out | dict(checkpoint=Path(path).name if Path(path).exists() else path, dataset=cfg["dataset_name"])
 
 # %% ../../nbs/60_evaluation/2_answers.ipynb #63a79e8f

@@ -13,17 +13,20 @@ from ..core.files import UserError
 
 # %% ../../nbs/55_export/2_parity.ipynb #a962005d
 def with_plain_messages(
-    template:str, # Jinja source
-)->str: # the same where it takes plain messages already
+    template, # Jinja source, or several by name
+): # in the same form; unchanged if it accepts plain messages already
     "A template that takes plain messages as well as structured ones"
-    from post_training.tokens.templates import wants_blocks
+    from post_training.tokens.templates import split_defaults, wants_blocks, with_each_source
     first = (config.CONFIGS.parent/"templates/plain_messages.jinja").read_text()
-    return template if template.startswith(first) or not wants_blocks(template) else first + template
+    def change(source):
+        defaults, rest = split_defaults(source) # values of `chat_template_kwargs` stay in front
+        return source if rest.startswith(first) or not wants_blocks(source) else defaults + first + rest
+    return with_each_source(template, change)
 
 # %% ../../nbs/55_export/2_parity.ipynb #e871e2cc
 def check_tokenizer(
     tokenizer, # to be exported
-    model, # it belongs to
+    model, # that it belongs to
     record:dict, # of the run that trained the model; may be empty
 ):
     "Refuse a tokenizer with more ids than the model has rows, or with another template than that of training"
@@ -34,26 +37,22 @@ def check_tokenizer(
                         "tokenizer_args and model_args do not belong together.")
     trained = (record.get("fingerprints") or {}).get("template")
     if trained and trained != template_fingerprint(tokenizer):
-        raise UserError("The chat template is not the one that this run was trained with. Leave "
-                        "tokenizer_args.chat_template_name at null: the checkpoint holds its own.")
+        raise UserError("The chat template differs from the template of this run's training. Leave "
+                        "tokenizer_args.chat_template_name at null: the checkpoint contains its template.")
 
 # %% ../../nbs/55_export/2_parity.ipynb #663848a3
 def set_generation_ids(
     model, # changed in place
-    tokenizer, # decides the special ids
+    tokenizer, # its special ids are used
 ):
     "Give a model the special ids and stop tokens of training, a cache for generation, and valid sampling settings"
     from post_training.tokens.tokenizer import config_ids
-    ids = config_ids(tokenizer)
-    text_config, g = model.config.get_text_config(), model.generation_config
-    for name, value in ids.items():
-        setattr(text_config, name, value)
-        if name != "eos_token_id": setattr(g, name, value)
-    stops = [g.eos_token_id] if isinstance(g.eos_token_id, int) else list(g.eos_token_id or [])
-    g.eos_token_id = [ids["eos_token_id"], *(i for i in stops if i != ids["eos_token_id"])]
-    text_config.use_cache = True # training switches it off
-    try: g.validate(strict=True)
-    except ValueError: g.do_sample = True # a temperature without do_sample cannot be saved
+    from post_training.models.load import set_special_ids
+    set_special_ids(model, config_ids(tokenizer))
+    model.config.get_text_config().use_cache = True # training switches it off
+    try: model.generation_config.validate(strict=True)
+    # a temperature without do_sample cannot be saved
+    except ValueError: model.generation_config.do_sample = True
 
 # %% ../../nbs/55_export/2_parity.ipynb #1e1ac7c6
 DIALOGUES = { # name -> plain messages: role, content and, for some answers, thoughts
@@ -83,13 +82,13 @@ def own_dialogues()->list[tuple]: # (name, plain messages, tools)
 def training_dialogues(
     cfg:dict, # composed for this stage
     record:dict, # of the run that trained the checkpoint; may be empty
-    blocks:bool, # whether the template takes structured contents
-)->tuple[list, str]: # (name, messages in the template's form, tools); a notice, or an empty text
+    tokenizer, # of training
+)->tuple[list, str]: # (name, messages in the template's form, tools, further arguments); a notice, or an empty text
     "Dialogues spread over the training data: the dataset of the config, or else of the record"
     from post_training.data.io import load_rows
     from post_training.data.messages import MalformedRow, UnsupportedContent, format_of
     from post_training.data.swissai import is_swissai
-    from post_training.tokens.dataset import row_messages, template_tools
+    from post_training.tokens.dataset import row_chat
     args, trained = cfg["dataset_args"], (record.get("config") or {}).get("dataset_args") or {}
     name, n = args["dataset_name"] or trained.get("dataset_name"), cfg["parity"]["dialogues"]
     if not name or not n: return [], "no training data is compared: set dataset_args.dataset_name"*(n > 0)
@@ -98,36 +97,38 @@ def training_dialogues(
     except UserError as e:
         if args["dataset_name"]: raise
         return [], f"the training data is not compared: {e}"
-    columns, out = None if is_swissai(rows.column_names) else format_of(rows.column_names), []
+    if not is_swissai(rows.column_names): format_of(rows.column_names) # an unknown format is refused
+    out, unread = [], []
     n = min(n, len(rows))
     for i in range(n):
         row = rows[i*len(rows)//n]
-        try:
-            out.append((f"training row {row.get('id', i*len(rows)//n)}", row_messages(row, columns, blocks),
-                        template_tools([row], columns, blocks)[0]))
-        except (MalformedRow, UnsupportedContent): pass
-    return out, ""
+        title = f"training row {row.get('id', i*len(rows)//n)}"
+        try: chat = row_chat(row, tokenizer)
+        except (MalformedRow, UnsupportedContent) as e: unread.append(f"{title}: {e}")
+        else: out.append((title, chat.messages, chat.tools, chat.template_kwargs))
+    return out, f"{len(unread)} of {n} training rows are not compared, such as {unread[0]}" if unread else ""
 
 # %% ../../nbs/55_export/2_parity.ipynb #8fc9712a
 def ids_of(
     tokenizer, # with its template
-    messages:list[dict], # in any form that the template takes
-    tools:list|None, # as the template takes them
+    messages:list[dict], # in any form that the template accepts
+    tools:list|None, # in the form of the template
     add_generation_prompt:bool, # end with the generation prompt
-)->list[int]: # empty where the template refuses
+    **template_kwargs, # further arguments of the template
+)->list[int]: # empty if the template raises an error
     "Ids of a dialogue by `apply_chat_template`"
     import jinja2
     try:
         return list(tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=add_generation_prompt,
-                                                  tokenize=True, return_dict=True)["input_ids"])
+                                                  tokenize=True, return_dict=True, **template_kwargs)["input_ids"])
     except jinja2.exceptions.TemplateError: return []
 
 # %% ../../nbs/55_export/2_parity.ipynb #9a91bc01
 def compare_ids(
     trained, # the tokenizer of training
     exported, # read from the folder
-    dialogues:list[tuple], # (name, messages in the template's form or plain ones, tools)
-)->list[dict]: # dialogue, tokens, same (None where the template has no place for it), note, ids, chat
+    dialogues:list[tuple], # (name, messages in the template's form or plain ones, tools), perhaps further arguments
+)->list[dict]: # dialogue, tokens, same (None if the template cannot render it), note, ids, chat
     "Render and encode dialogues with both tokenizers: whole, and up to the last answer with the generation prompt"
     from post_training.data.messages import MalformedRow, UnsupportedContent
     from post_training.data.swissai import is_structured, to_structured
@@ -136,20 +137,21 @@ def compare_ids(
     from post_training.tokens.templates import wants_blocks
     blocks, out = wants_blocks(trained.chat_template), []
     takes_plain = with_plain_messages(exported.chat_template) == exported.chat_template
-    for name, original, tools in dialogues:
+    for name, original, tools, *more in dialogues:
+        kwargs = (more[0] if more else None) or {}
         row = dict(dialogue=name, tokens=None, same=None, note="", ids=None, chat=None)
         out.append(row)
         try: messages = to_structured(original, tools) if blocks else original
         except (MalformedRow, UnsupportedContent) as e: row["note"] = str(e); continue
         template_args = None if blocks else tools # structured messages hold their tools
         control, text = (tokenize_chats(trained, [messages], allow_control_tokens_in_content=a,
-                                        tools=[template_args])[0] for a in (True, False))
-        if isinstance(control, Refused): row["note"] = f"no place in this template ({control.reason})"; continue
+                                        tools=[template_args], template_kwargs=[kwargs])[0] for a in (True, False))
+        if isinstance(control, Refused): row["note"] = f"the template cannot render it ({control.reason})"; continue
         ids, last = control.input_ids.tolist(), max(i for i, m in enumerate(messages) if m["role"] == "assistant")
-        prompt = prompt_ids(trained, messages[:last], True, template_args).tolist()
+        prompt = prompt_ids(trained, messages[:last], True, template_args, kwargs).tolist()
         cases = [(messages, ids, False), (messages[:last], prompt, True)]
         if blocks and takes_plain and not tools and not is_structured(original): cases.append((original, ids, False))
-        row["same"] = all(ids_of(exported, m, template_args, add) == expected for m, expected, add in cases)
+        row["same"] = all(ids_of(exported, m, template_args, add, **kwargs) == expected for m, expected, add in cases)
         row |= dict(tokens=len(ids), ids=ids, chat=control)
         if isinstance(text, Refused) or text.input_ids.tolist() != ids:
             row["note"] = "control tokens in a message: training reads them as text"
@@ -187,11 +189,11 @@ def check_export_parity(
 ):
     "Refuse an export that differs from the checkpoint"
     if different := [r["dialogue"] for r in compared if r["same"] is False]:
-        raise UserError(f"{len(different)} of {len(compared)} dialogues have other ids in the exported tokenizer than "
-                        f"in training, such as {different[0]!r}. Nothing was written.")
+        raise UserError(f"{len(different)} of {len(compared)} dialogues have other ids with the exported tokenizer "
+                        f"than in training, for example {different[0]!r}. Nothing was written.")
     if not any(r["same"] for r in compared):
-        raise UserError(f"The template has no place for any of the dialogues ({compared[0]['note']}): nothing could be "
-                        "compared, nothing was written.")
+        raise UserError(f"The template renders none of the {len(compared)} dialogues ({compared[0]['note']}). Nothing "
+                        "could be compared, and nothing was written.")
     bound = 0. if same_dtype else max_difference*logits["largest"]
     if not logits["max_difference"] <= bound:
         advice = "" if same_dtype else " Choose a wider dtype, or a larger parity.max_difference."

@@ -17,14 +17,14 @@ def serve_command(
     port:int=8000, # to listen at
     device:str="auto", # cpu, cuda or auto
 )->list[str]: # to be started with HF_HUB_OFFLINE=1
-    "The command that serves a folder to this machine alone"
+    "The command that serves a folder on this machine only"
     program = Path(sys.executable).parent/"transformers"
     return [str(program) if program.exists() else "transformers", "serve", str(folder), "--host", "127.0.0.1", "--port",
             str(port), "--device", device, "--log-level", "warning"]
 
 # %% ../../nbs/55_export/4_serving.ipynb #19f74ff5
 def free_port()->int:
-    "A port that no process listens at"
+    "A free port"
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
@@ -36,7 +36,7 @@ def temporary_server(
     device:str="auto", # cpu, cuda or auto
     seconds:float=180, # to wait for it
 ):
-    "A server on a folder for the length of the block, at a free port; yields its address"
+    "A server of a folder during a `with` block, on a free port; yields its address"
     port, log = free_port(), tempfile.TemporaryFile()
     try:
         process = subprocess.Popen(serve_command(folder, port, device), env=os.environ | dict(HF_HUB_OFFLINE="1"),

@@ -30,12 +30,12 @@ def check_launch(
     cluster = cfg.get("cluster") or {}
     if this_job(): return # on a cluster post_training.launch.preflight checks the nodes
     if cluster.get("launcher", "local") != "local":
-        raise UserError(f"cluster={cluster.get('name')} hands jobs to a scheduler; this command starts them on this "
+        raise UserError(f"cluster={cluster.get('name')} submits jobs to a scheduler; this command starts them on this "
                         "machine. Set cluster=local.")
     if cfg["stage"] not in TRAINING_STAGES: return
     n = batch_arithmetic(cfg)["world_size"]
     if device_of(cfg) == "cuda" and visible_gpus() < n:
-        raise UserError(f"{n} processes need {n} GPUs and this machine shows {visible_gpus()}. Set num_processes, or "
+        raise UserError(f"{n} processes need {n} GPUs, and this machine has {visible_gpus()}. Set num_processes, or "
                         "cluster.device=cpu.")
 
 # %% ../../nbs/70_launch/4_accelerate.ipynb #9f8b316f
@@ -83,7 +83,7 @@ def launch_command(
     settings_path, # the launcher's settings
     processes:int, # on this machine
 )->list[str]: # an argument list
-    "The command of the ranks under accelerate; they share the processors unless OMP_NUM_THREADS is set"
+    "The command of the ranks under accelerate; they share the CPU cores unless OMP_NUM_THREADS is set"
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0))//processes))
     return [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(settings_path),
             "--num_cpu_threads_per_process", threads, "-m", module, str(config_path)]
@@ -96,7 +96,7 @@ os.execvp(sys.argv[2], sys.argv[2:])""" # prctl(PR_SET_PDEATHSIG, SIGKILL)
 
 # %% ../../nbs/70_launch/4_accelerate.ipynb #6d1460a3
 def stop_tree(
-    pid:int, # of the process at the top
+    pid:int, # of the parent process
     grace:float=10., # seconds between SIGTERM and SIGKILL
 ):
     "End a process and all its descendants"
@@ -141,7 +141,7 @@ def run_supervised(
 def run_progress(
     run_dir, # a run folder
 )->tuple[int, int|None, str]: # last step, all steps, text to show with them
-    "How far a run is, from its log"
+    "The progress of a run, from its log"
     rows = [r for r in read_metrics(run_dir) if "step" in r]
     last = next((r["loss"] for r in reversed(rows) if "loss" in r), None)
     text = f"loss {last:.4g}" if isinstance(last, (int, float)) else ""
@@ -152,7 +152,7 @@ def run_progress(
 def show_progress(
     run_dir, # a run folder
 ):
-    "Yield a function that shows the progress of a run where it can be shown"
+    "Yield a function that shows the progress of a run if it can be shown"
     if "IN_TEST" in os.environ or "POST_TRAINING_PARENT" in os.environ and not this_job():
         yield lambda: None # the command that started this kernel shows it
     elif sys.stderr.isatty():
@@ -171,11 +171,11 @@ def show_progress(
 
 # %% ../../nbs/70_launch/4_accelerate.ipynb #5c0292f7
 class JobFailed(RuntimeError):
-    "A started job ended with a fault of the program; the message ends with the path of its log"
+    "A started job ended with an error that is not the user's; the message ends with the path of its log"
 
 # %% ../../nbs/70_launch/4_accelerate.ipynb #bbce3380
 class HandedOver(RuntimeError):
-    "Training was asked to stop, saved and left: another attempt continues"
+    "Training stopped on request after a save; another attempt continues"
 
 # %% ../../nbs/70_launch/4_accelerate.ipynb #03003516
 def last_lines(
@@ -200,7 +200,7 @@ def raise_for_exit(
     except (OSError, ValueError): error = {}
     if error.get("kind") == "user": raise UserError(error["message"])
     how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    raise JobFailed(f"The job {how}. The last lines of its errors:\n{last_lines(stderr)}\nAll of it: {stderr}")
+    raise JobFailed(f"The job {how}. The last lines of its errors:\n{last_lines(stderr)}\nThe whole log: {stderr}")
 
 # %% ../../nbs/70_launch/4_accelerate.ipynb #375fe1ca
 def run_module(
@@ -209,8 +209,8 @@ def run_module(
     folder, # for its logs and error.json
     env:dict=None, # variables on top of this environment
     name:str="job", # NAME.stdout.log and NAME.stderr.log
-)->int: # 0; anything else raises
-    "Run a module in one process of its own, to its end"
+)->int: # 0; any other code raises an error
+    "Run a module in a separate process, to its end"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder/"error.json").unlink(missing_ok=True)
@@ -224,7 +224,7 @@ def run_module(
 def raise_if_handed_over(
     folder, # of the attempt
 ):
-    "`HandedOver` where the ranks have written that they stopped as asked"
+    "Raise `HandedOver` if the ranks have written that they stopped on request"
     try: saved = json.loads((Path(folder)/"handed-over.json").read_text())
     except OSError: return
     raise HandedOver(f"Training was asked to stop: {saved['checkpoint']} is saved, and the next attempt continues from "
@@ -234,8 +234,8 @@ def raise_if_handed_over(
 def launch_ranks(
     module:str, # that each rank runs
     attempt:Attempt, # opened with `run.open_run`
-)->int: # 0; anything else raises
-    "Start the ranks and wait for their end; inside a job the batch script starts them. A trained run is left alone"
+)->int: # 0; any other code raises an error
+    "Start the ranks and wait for their end; inside a job the batch script starts them; a trained run is not changed"
     folder = attempt.attempt_dir
     if is_trained(attempt.run_dir, attempt.checkpoints_dir): return 0
     cfg = yaml.safe_load(attempt.config_path.read_text())
@@ -270,7 +270,7 @@ def follow_job(
     write_atomic(folder/"ready", "training may begin\n")
     while not (folder/"ended").exists(): time.sleep(every); tick()
     code = int((folder/"ended").read_text())
-    if code == HANDED_OVER: raise HandedOver("The job was asked to leave before training began.")
+    if code == HANDED_OVER: raise HandedOver("The job was asked to stop before training began.")
     return code
 
 # %% ../../nbs/70_launch/4_accelerate.ipynb #36acf845
@@ -278,7 +278,7 @@ def launch_evaluation(
     attempt:Attempt, # opened with `run.open_run`
     name:str, # before or after: the file's name and the record's key
     checkpoint=None, # folder; None: the model that the run starts from
-)->dict: # accuracy, skills, samples; empty where evaluation is off
+)->dict: # accuracy, skills, samples; empty if evaluation is off
     "Evaluate a checkpoint on the prompts of the run's config, once"
     cfg = yaml.safe_load(attempt.config_path.read_text())
     if not cfg["evaluation"]["num_prompts"] or name == "before" and not cfg["evaluation"]["before"]: return {}

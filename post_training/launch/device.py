@@ -11,9 +11,9 @@ from pathlib import Path
 
 # %% ../../nbs/70_launch/1_device.ipynb #7b21c265
 def visible_gpus(
-    env:dict=None, # environment to look into; None: this process'
-)->int: # how many
-    "GPUs that a process started here would see"
+    env:dict=None, # environment; None: this process'
+)->int: # a number
+    "The number of GPUs that a process on this machine would see"
     installed = len([p for p in Path("/dev").glob("nvidia*") if p.name[6:].isdigit()])
     visible = (os.environ if env is None else env).get("CUDA_VISIBLE_DEVICES")
     if visible is None: return installed

@@ -59,7 +59,7 @@ def model_states(
     if zero_stage not in (0, 1, 2, 3) or world_size < 1:
         raise UserError(f"estimate: zero_stage is 0 to 3 and world_size at least 1, not {zero_stage} and {world_size}.")
     frozen, t = (0, n) if trained is None else (n, trained)
-    # adapters are in fp32 where no engine keeps a master of them
+    # adapters are in fp32 if no engine keeps a master of them
     own = dict(parameter=4, gradient=4) if frozen and not zero_stage else p
     # parameters of an optimizer, a gradient, a weight shard
     shared = [t/(world_size if zero_stage >= stage else 1) for stage in (1, 2, 3)]
@@ -109,7 +109,7 @@ def head_memory(
     tile:tuple=HEAD_TILE, # positions and ids of a tile
     frozen:bool=False, # the head's weight gets no gradient
 )->tuple: # bytes at work in the forward, and in the backward
-    "What the head needs on top of the hidden states"
+    "The memory of the head in addition to the hidden states"
     p = table_entry(PRECISION_POLICIES, policy, "policy")
     V = shape["vocab"]
     H = shape["hidden"]
@@ -122,11 +122,11 @@ def head_memory(
 # %% ../../nbs/70_launch/3_estimate.ipynb #1a5fd9ac
 @dataclass(frozen=True)
 class TrainShape:
-    "What one GPU works on in a step, and how the GPUs share the model"
+    "The work of a GPU in a step, and how the GPUs share the model"
     zero_stage: int = 0 # 0: no DeepSpeed
     world_size: int = 1 # W, GPUs in all
     per_device_batch: int = 1 # rows, or packs, of a micro-batch
-    seq_len: int = 4096 # positions of a row, padding included: max_length where rows are packed
+    seq_len: int = 4096 # positions of a row, padding included: max_length if rows are packed
     accumulation: int = 1 # micro-batches of a step
     policy: str|None = None # a key of `PRECISION_POLICIES`; None: bf16 under DeepSpeed, else autocast
     optimizer: str = "adamw_torch" # a key of `OPTIMIZERS`
@@ -155,11 +155,11 @@ def layer_work(
     shape:dict, # of `dense_shape`
     positions:int, # tokens of a micro-batch, padding included
     policy:str="bf16", # a key of `PRECISION_POLICIES`
-    recompute:bool=True, # what the layer keeps is computed anew
+    recompute:bool=True, # the layer's activations are recomputed
     xielu_kernel:bool=False, # see `layer_activations`
     frozen:bool=False, # its weights get no gradient
 )->int: # bytes
-    "What the backward of one layer needs at its peak"
+    "The peak memory of the backward of one layer"
     s, p = shape, table_entry(PRECISION_POLICIES, policy, "policy")
     wide = 4 if policy == "autocast" and not s["gated"] and not xielu_kernel else p["work"]
     temporaries = (4 if s["gated"] or xielu_kernel else 6)*wide*s["mlp"] + 2*p["residual"]*s["hidden"]
@@ -191,7 +191,7 @@ def peak_moments(
     copies = 2*(counts["attention"] + counts["mlp"])*(policy == "autocast" and not (train.frozen and recompute))
     kept, earlier = copies*(not recompute), states["gradients"]*(train.accumulation > 1)
     of_head = states["gradients"]*(1 if complete else s["vocab"]*s["hidden"]/counts["total"])
-    # at the first layer its own gradients and the embedding's are still to come
+    # at the first layer, its gradients and those of the embedding do not exist yet
     coming = counts["embedding"]*(not s["tied"]) + (counts["attention"] + counts["mlp"])/L
     of_layers = states["gradients"]*(1 if complete else 1 - coming/counts["total"])
     stays = saved + recompute*layer if positions*s["mlp"]*p["work"] < options.heap else 0
@@ -230,15 +230,15 @@ def memory_per_gpu(
 def estimate(
     model, # see `read_model_config`
     device:str|None="gh200", # a key of `DEVICES`; None or cpu: no limit and no speed
-    train:TrainShape=TrainShape(), # its seq_len is that of memory
+    train:TrainShape=TrainShape(), # its seq_len is used for memory
     nodes:int=1, # of the cluster, for the cost
     mean_length:int=None, # tokens of a row on average, for the arithmetic of attention; None: train.seq_len
     tokens:float=0, # to train on over all epochs; 0: no hours
     utilization:float=0.45, # see `tokens_per_second`
     options:MemoryOptions=MemoryOptions(),
     family:str=None, # see `dense_shape`
-)->dict: # parameters, device, gpus, memory (GiB by part), gflop_per_token; of a known device more, see below
-    "Will it fit, how fast will it be, what will it cost"
+)->dict: # parameters, device, gpus, memory (GiB by part), gflop_per_token; for a known device more, see above
+    "The memory, speed and cost of a training"
     world, length = train.world_size, mean_length or train.seq_len
     m = memory_per_gpu(model, train, options, family)
     flops = flops_per_token(model, length, train.recompute, train.scored, family, train.trained)
@@ -257,7 +257,7 @@ def estimate(
 # %% ../../nbs/70_launch/3_estimate.ipynb #8d6d4d74
 def estimate_rows(
     e:dict, # of `estimate` or `estimate_of`
-)->list[dict]: # what, value, unit; a single row where there is no estimate
+)->list[dict]: # what, value, unit; a single row if there is no estimate
     "An estimate as rows of a table"
     m, row = e.get("memory"), lambda what, value, unit="": dict(what=what, value=value, unit=unit)
     if "reason" in e: return [row("no estimate", "", e["reason"])]
@@ -278,7 +278,7 @@ def estimate_rows(
     cost = ([row(f"training on {e['tokens']:,.0f} tokens", f"{e['hours']:.2f}", "hours"),
              row("cost", f"{e['node_hours']:.1f}", "node-hours")] if "hours" in e else [])
     if "reference_hours" in e:
-        cost.insert(1, row("of them the reference's forward", f"{e['reference_hours']:.2f}", "hours"))
+        cost.insert(1, row("of which the reference's forward", f"{e['reference_hours']:.2f}", "hours"))
     adapters = ([row("parameters of adapters, trained", f"{e['trained_parameters']/1e6:.2f}", "million")]
                 if "trained_parameters" in e else [])
     return [row("parameters", f"{n:.2f}", million), *adapters,
@@ -290,7 +290,7 @@ def config_of(
     cfg:dict, # a composed, resolved config
     name:str|None=None, # of another model than the one that is trained
 )->dict: # what config.json holds
-    "The sizes of the model that a run starts from; a run's checkpoint is not verified for it"
+    "The sizes of the model that a run starts from; a run's checkpoint is not verified"
     name = str(name or cfg["model_args"]["model_name_or_path"])
     if not name.startswith("run:"):
         return read_model_config(site_path(name) if (site_path(name)/"config.json").is_file() else name)
@@ -324,7 +324,7 @@ def adapters_of(
 # %% ../../nbs/70_launch/3_estimate.ipynb #8bef9c43
 def reference_of(
     cfg:dict, # a composed, resolved config
-)->str|None: # the model's name; None where no model scores the rows
+)->str|None: # the model's name; None if no model scores the rows
     "The model that scores all answers before training on pairs"
     t = cfg["training_args"]
     if cfg["stage"] != "train_preference" or t["ref_logprobs_from_dataset"] or {*losses_of(t)} == {"sft"}: return None
@@ -345,10 +345,10 @@ def assumptions_text(
             f"{'with' if t.get('activation_checkpointing') else 'without'} recomputation")
     if "trained_parameters" in e: text += ", the model frozen and adapters trained"
     if reference_of(cfg):
-        text += ", the reference's forward over all rows before training" + "; its model is gone by then"*(
+        text += ", the reference's forward over all rows before training" + "; its model is freed before training"*(
             not cfg["model_args"].get("use_peft"))
     if e["device"] == "cpu":
-        return text + ("; on a CPU the memory of the interpreter and its libraries comes on top, and no speed is "
+        return text + ("; on a CPU the memory of the interpreter and its libraries is not included, and no speed is "
                        "estimated.")
     text += f", {e['memory']['reserve']:g} GiB for CUDA and NCCL"
     if e["device"] is None: return text + f". cluster.gpu is not set ({', '.join(DEVICES)}): no limit and no speed."
@@ -362,8 +362,8 @@ def with_reference_pass(
     length:int, # tokens of a sequence on average
     train:TrainShape, # of the training
     options:MemoryOptions=MemoryOptions(),
-)->dict: # the same, with the pass of the reference where a model makes one
-    "Add what the reference model takes: its hours, and its memory where that is the most"
+)->dict: # the same, with the pass of the reference if a model makes one
+    "Add the reference model: its hours, and its memory if that is the peak"
     if not (name := reference_of(cfg)): return out
     model, t = config_of(cfg, name), cfg["training_args"]
     rows = 2*(t.get("per_device_eval_batch_size") or 1)
@@ -382,7 +382,7 @@ def with_reference_pass(
 def cpu_memory_options(
     positions:int, # tokens of a micro-batch, padding included
 )->MemoryOptions:
-    "What is different on a CPU, apart from the optimizer"
+    "The options for a CPU, apart from the optimizer"
     return MemoryOptions(reserve=0., tile=(positions, min(32768, max(512, 2**20//positions))), heap=2**25)
 
 # %% ../../nbs/70_launch/3_estimate.ipynb #1c8bcd4e
@@ -394,12 +394,12 @@ def cpu_optimizer(
 
 # %% ../../nbs/70_launch/3_estimate.ipynb #c64bbc32
 def _estimate_of(cfg:dict, tokens:float, mean_length:int|None, reference_tokens:float)->dict:
-    "`estimate_of` where everything is known; a pair is two sequences, a pack of pairs as long as two"
+    "`estimate_of` if everything is known; a pair is two sequences, and a pack of pairs is as long as two"
     t = cfg["training_args"]
     cluster = cfg["cluster"]
     w = training_topology(cfg)
     if not t.get("max_length"):
-        raise UserError("training_args.max_length is null: the longest row decides, and it is not known here.")
+        raise UserError("training_args.max_length is null: the length of the longest row is unknown.")
     may_be_cpu = cluster["device"] == "auto" and not cluster.get("gpu")
     cpu = cluster["device"] == "cpu" or may_be_cpu and device_of(cfg) == "cpu"
     sequences = 2 if cfg["stage"] == "train_preference" else 1
@@ -424,7 +424,7 @@ def estimate_of(
     tokens:float=0, # to train on over all epochs; 0: no hours
     mean_length:int=None, # tokens of a row, or of both sequences of a pair, on average; None: each of max_length
     reference_tokens:float=0, # tokens of all rows; 0: those to train on, by the epochs
-)->dict|None: # of `estimate` with the assumptions; only `reason` where there is none; None for a stage without training
+)->dict|None: # of `estimate` with the assumptions; only `reason` if there is none; None for a stage without training
     "The estimate of a run, from its config"
     if cfg["stage"] not in TRAINING_STAGES: return None
     try: return _estimate_of(cfg, tokens, mean_length, reference_tokens)
@@ -439,7 +439,7 @@ def plot_memory(
     stages:tuple=(0, 1, 2, 3), # ZeRO stages to compare
     options:MemoryOptions=MemoryOptions(),
 ): # a matplotlib figure
-    "A bar of parts per ZeRO stage, and the device's limit"
+    "A stacked bar for each ZeRO stage, and the device's limit"
     from matplotlib import pyplot as plt
     limit = table_entry(DEVICES, device, "device")["gib"]
     bars = [memory_per_gpu(model, replace(train, zero_stage=z), options) for z in stages]

@@ -31,11 +31,11 @@ FAULT_EXIT_CODES = (1, 139, 134, 137) # exits of an attempt whose program or mac
 def attempts_without_progress(
     record:dict, # of a run
     newest:str|None, # name of the newest verified checkpoint
-)->int: # attempts since somebody submitted it
-    "Attempts that failed, or were cut and brought no new checkpoint"
+)->int: # attempts since the last submission
+    "The number of attempts that failed, or ended without notice and without a new checkpoint"
     chain = [a for a in record.get("attempts") or []
              if a.get("generation") == record.get("generation") and a["number"] > record.get("chain", 0)]
-    # the checkpoint that each began from; an attempt that did not reach training would have begun where the next did
+    # the checkpoint that each attempt began from; an attempt without training counts like the next attempt
     began = [newest]
     for a in reversed(chain): began.insert(0, (record.get("resumed_from") or {}).get(str(a["number"]), began[0]))
     stuck = [a == b for a, b in zip(began, began[1:])]
@@ -45,7 +45,7 @@ def attempts_without_progress(
 # %% ../../nbs/70_launch/8_job.ipynb #198f391e
 def last_error(
     folder, # of an attempt
-)->dict: # kind and message; empty where nothing was left
+)->dict: # kind and message; empty if there is no error
     "The error that the ranks or the pre-flight reported"
     try: return json.loads((Path(folder)/"error.json").read_text())
     except (OSError, ValueError): return {}
@@ -58,7 +58,7 @@ def next_action(
     trained:int=0, # exit code of training
     recipe:int=0, # exit code of the recipe
 )->tuple[str, int, str]: # done, again or stop; exit code of the job; why
-    "What follows the attempt that has just ended"
+    "The decision after an attempt"
     record = read_record(run_dir)
     attempts = record.get("attempts") or []
     if is_done(run_dir, checkpoints_dir): return "done", 0, "finished"
@@ -70,9 +70,9 @@ def next_action(
         return "stop", 2, f"a mistake that would come again: {reported or 'see the attempt'}"
     if error.get("kind") == "fault": return "stop", 1, f"a fault that would come again: {reported}"
     if is_trained(run_dir, checkpoints_dir) and trained == 0 and exit == 1:
-        return "stop", 1, "training is finished; what comes after it failed"
+        return "stop", 1, "training is finished; a later step failed"
     if trained == 0 and exit == 1 and not (folder/"handed-over.json").exists():
-        return "stop", 1, "the recipe failed; its notebook shows where"
+        return "stop", 1, "the recipe failed; its notebook shows the error"
     newest = newest_verified(checkpoints_dir)[0]
     n = attempts_without_progress(record, newest and newest.name)
     if n > max_retries:
@@ -85,9 +85,9 @@ def next_action(
 # %% ../../nbs/70_launch/8_job.ipynb #10faed4c
 def note_job(
     run_dir, # a run folder
-    successor:str="", # id of the job that waits behind this one, where requeueing is off
+    successor:str="", # id of the job that waits for this job, if requeueing is off
 ):
-    "Add this job to the record where it is missing (submitted by hand), and the job that waits behind it"
+    "Add this job to the record if it is missing (submitted by hand), and the job that waits for it"
     job = this_job()
     if successor and job:
         record_job(run_dir, int(successor), None, Path(run_dir)/f"slurm-{successor}.out", job["task"], [job["id"]])
@@ -121,7 +121,7 @@ def wait_for_previous_start(
 def run_attempt_in_job(
     config, # frozen
     attempt_file, # file that the attempt's folder is written to
-    successor:str="", # id of the job that waits behind this one, where requeueing is off
+    successor:str="", # id of the job that waits for this job, if requeueing is off
 )->int: # exit code
     "Open an attempt from a frozen config and execute its recipe"
     composed = compose(load_frozen(config)["stage"], [str(config)])
@@ -142,7 +142,7 @@ def write_verdict(
     run_dir, # a run folder
     verdict:tuple[str, int, str], # of `next_action`
 )->tuple[str, int, str]: # the same
-    "Write into the record what follows, and why a chain has ended"
+    "Write the decision into the record, and the reason if the chain has ended"
     word, _, why = verdict
     def change(r):
         last = (r.get("attempts") or [{}])[-1]
@@ -158,7 +158,7 @@ def write_verdict(
 def note_tasks(
     run_dir, # a run folder
     max_tasks:int=20, # tasks whose logs are kept
-)->str: # one sentence; empty where all ended well, or there is no array
+)->str: # one sentence; empty if all tasks succeeded, or if there is no array
     "Write into the record how the tasks of the newest array ended"
     array = array_of(read_record(run_dir))
     if not array: return ""
@@ -169,7 +169,7 @@ def note_tasks(
     first = next((e for e in failed if e["exit"] is not None), failed[0])
     reported = next((line for line in reversed(first.get("tail", "").split("\n")) if line.startswith("error: ")),
                     first["why"]).removeprefix("error: ")
-    return (f"{len(failed)} of {array['tasks']} tasks of array {array['id']} did not end well; task {first['task']}: "
+    return (f"{len(failed)} of {array['tasks']} tasks of array {array['id']} did not succeed; task {first['task']}: "
             f"{reported} ({first['log']})")
 
 # %% ../../nbs/70_launch/8_job.ipynb #4d40e177
@@ -188,7 +188,7 @@ def finish_job(
         return "done", 0, "finished"
     if not is_own_attempt(last):
         why = "this job could not open an attempt; its log says why"
-        if is_live(run_dir): return "stop", recipe or 1, f"{why} (another attempt is at work: it is left alone)"
+        if is_live(run_dir): return "stop", recipe or 1, f"{why} (another attempt is at work; it is not changed)"
         return write_verdict(run_dir, ("stop", recipe or 1, why))
     if "exit" not in last: close_attempt(run_dir, last["number"], trained or recipe or 1)
     verdict = next_action(run_dir, record["checkpoints_dir"], cfg["cluster"]["max_retries"], trained, recipe)
@@ -204,7 +204,7 @@ def job_parser()->argparse.ArgumentParser:
     run, settle, stop, model = (commands.add_parser(name) for name in ("run", "settle", "stop", "model"))
     for p in (run, settle, stop, model): p.add_argument("config", help="frozen")
     run.add_argument("--attempt-file", required=True, help="the attempt's folder is written to it")
-    run.add_argument("--successor", default="", help="id of the job that waits behind this one")
+    run.add_argument("--successor", default="", help="id of the job that waits for this job")
     stop.add_argument("--why", required=True)
     for name in ("--trained", "--recipe"): settle.add_argument(name, type=int, required=True, help="exit code")
     return parser
@@ -213,7 +213,7 @@ def job_parser()->argparse.ArgumentParser:
 def job_main(
     argv:list[str]=None, # None: this process' arguments
 )->int: # exit code
-    "The command of the batch script: `run`, `settle`, `stop`, or `model` (where the model of a server is)"
+    "The command of the batch script: `run`, `settle`, `stop`, or `model` (the path of a server's model)"
     args = job_parser().parse_args(argv)
     try:
         if args.command == "run": return run_attempt_in_job(args.config, args.attempt_file, args.successor)

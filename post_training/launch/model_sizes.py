@@ -27,9 +27,9 @@ DEVICES = {
 def table_entry(
     table:dict, # name -> anything
     name:str, # the choice
-    kind:str, # what it is a choice of, for the message
+    kind:str, # what the table holds, for the message
 ): # the table's entry
-    "An entry of one of the tables below, or a `UserError` that names the nearest"
+    "An entry of one of the tables below, or a `UserError` with the nearest name"
     if name in table: return table[name]
     raise UserError(f"estimate: unknown {kind} {name!r}.{did_you_mean(str(name), table)} Known: {', '.join(table)}.")
 
@@ -83,7 +83,7 @@ def read_model_config(
     path = Path(str(model)).expanduser()/"config.json"
     if path.is_file(): return json.loads(path.read_text())
     if str(model) in PUBLISHED_CONFIGS: return PUBLISHED_CONFIGS[str(model)]
-    raise UserError(f"estimate: {model} is no folder with a config.json on this machine, and none of the models whose "
+    raise UserError(f"estimate: {model} is no folder with a config.json here, nor one of the models whose "
                     f"sizes are known: {', '.join(PUBLISHED_CONFIGS)}."
                     f"{did_you_mean(str(model), PUBLISHED_CONFIGS)} Give the folder of its files.")
 
@@ -95,7 +95,7 @@ EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_inte
 def dense_shape(
     model, # see `read_model_config`
     family:str=None, # count it like this family; None: the config's model_type
-)->dict: # layers, hidden, heads, head_size, query, key, mlp, vocab, tied, and what `FAMILIES` says
+)->dict: # layers, hidden, heads, head_size, query, key, mlp, vocab, tied, and the entry of `FAMILIES`
     "The sizes of a dense decoder"
     c = read_model_config(model)
     c = c.get("text_config") or c
@@ -122,7 +122,7 @@ def parameter_counts(
     model, # see `read_model_config`
     family:str=None, # see `dense_shape`
 )->dict: # embedding, attention, mlp, norms, head, total
-    "How many parameters there are, exactly; a tied head counts once, as embedding"
+    "The exact number of parameters; a tied head counts once, as embedding"
     s = dense_shape(model, family)
     L = s["layers"]
     H = s["hidden"]
@@ -141,7 +141,7 @@ def parameter_counts(
 # %% ../../nbs/70_launch/2_model_sizes.ipynb #4bd13b3b
 def flops_per_token(
     model, # see `read_model_config`
-    seq_len:int=4096, # tokens that attend to each other: the row, or a document where rows are packed
+    seq_len:int=4096, # tokens that attend to each other: the row, or a document if rows are packed
     recompute:bool=False, # the forward runs a second time in the backward
     scored:float=1., # share of positions that the head scores
     family:str=None, # see `dense_shape`
@@ -169,7 +169,7 @@ def tokens_per_second(
 )->float: # trained tokens per second over all GPUs
     "The rate at a given utilization"
     if not 0 < utilization <= 1:
-        raise UserError(f"estimate: utilization is {utilization}; it is a share of the peak, above 0 and at most 1.")
+        raise UserError(f"estimate: utilization is {utilization}; the share of the peak must be above 0 and at most 1.")
     if n_gpus < 1: raise UserError(f"estimate: n_gpus is {n_gpus}; it must be at least 1.")
     return n_gpus*table_entry(DEVICES, device, "device")["bf16"]*utilization/flops_per_token(
         model, seq_len, recompute, scored, family, trained)
@@ -178,8 +178,8 @@ def tokens_per_second(
 def training_hours(
     tokens:float, # trained in all, over all epochs
     rate:float, # tokens per second, of `tokens_per_second`
-)->float: # of training alone
-    "How long training takes"
+)->float: # hours of training alone
+    "The duration of training"
     return tokens/rate/3600
 
 # %% ../../nbs/70_launch/2_model_sizes.ipynb #e8e097bf
@@ -200,7 +200,7 @@ def lora_parameters(
     dora:bool=False, # and a magnitude for each output
     family:str=None, # see `dense_shape`
 )->int: # trained parameters
-    "How many parameters adapters have"
+    "The number of parameters of adapters"
     s = dense_shape(model, family)
     H, Q = s["hidden"], s["query"]
     K, F = s["key"], s["mlp"]

@@ -21,7 +21,7 @@ from ..core.files import UserError, file_lock, redact, verify_manifest, write_at
 
 # %% ../../nbs/70_launch/5_preflight.ipynb #f2dc315b
 class TransientError(RuntimeError):
-    "A problem that another try, or other nodes, may fix: the network, a node, a port"
+    "A problem that a retry or other nodes may fix: the network, a node, a port"
 
 # %% ../../nbs/70_launch/5_preflight.ipynb #9893d5ac
 def with_timeout(
@@ -29,7 +29,7 @@ def with_timeout(
     name:str, # of the call, for the message
     call, # a function without arguments
 ): # its result
-    "A call's result, or `TransientError` when it does not come in time; its thread is left behind"
+    "A call's result, or `TransientError` when it does not come in time; its thread is abandoned"
     result = {}
     def work():
         try: result["value"] = call()
@@ -51,7 +51,7 @@ class JobNode:
     port: int # that training will use there
     rank: int # of this node, from 0
     nodes: int # of the job
-    seconds: float # that all of it may take
+    seconds: float # for the whole pre-flight
     needed_gib: float|None = None # free space to require; None: two checkpoints
     start: float = 0. # time.monotonic() at its beginning
 
@@ -106,8 +106,8 @@ def check_port(n:JobNode)->str:
         try: s.bind(("", n.port))
         except OSError as e:
             raise TransientError(f"port {n.port} cannot be opened ({e.strerror}): a process holds it. `ss -ltnp 'sport "
-                                 f"= :{n.port}'` on that node says which; the port follows from the job's id, so a "
-                                 "job submitted anew gets another.") from None
+                                 f"= :{n.port}'` on that node shows it. The port follows from the job's id, so a "
+                                 "new job gets another port.") from None
     return f"{n.port} is free"
 
 # %% ../../nbs/70_launch/5_preflight.ipynb #039bc9fc
@@ -133,13 +133,13 @@ def model_source(
     record = run.read_record(run.find_run(name[4:], runs_dir, parts=False))
     whole = [p for p in run.list_checkpoints(record["checkpoints_dir"]) if not verify_manifest(p, hashes=False)]
     if not whole:
-        raise UserError(f"model_args.model_name_or_path={name}: no whole checkpoint of it is there, in "
+        raise UserError(f"model_args.model_name_or_path={name}: it has no complete checkpoint in "
                         f"{record['checkpoints_dir']}.")
     return str(whole[0])
 
 # %% ../../nbs/70_launch/5_preflight.ipynb #5e1f6fb3
 def checkpoint_gib(cfg:dict)->float|None:
-    "The size of a checkpoint at most; None where the model's files are not on this machine"
+    "The size of a checkpoint at most; None if the model's files are not on this machine"
     folder = Path(model_source(cfg["model_args"]["model_name_or_path"], cfg.get("runs_dir")))
     files = sorted(folder.glob("*.safetensors"))
     try: numbers = sum(map(tensor_numbers, files))
@@ -157,9 +157,9 @@ def write_probe(
             f.write(b"probe"); f.flush(); os.fsync(f.fileno())
     except OSError as e:
         if not Path(folder).is_dir():
-            raise UserError(f"{key}: the folder {folder} does not exist there. It must lie on a file system "
+            raise UserError(f"{key}: the folder {folder} does not exist there. It must be on a file system "
                             f"that all nodes mount{mount_hint()}.") from None
-        full = " No room or no quota is left." if e.errno in (28, 122) else ""
+        full = " No space or no quota is left." if e.errno in (28, 122) else ""
         raise UserError(f"{key}: the folder {folder} cannot be written to there ({e.strerror}).{full}") from None
 
 # %% ../../nbs/70_launch/5_preflight.ipynb #a1f0c798
@@ -169,13 +169,13 @@ def mount_hint()->str:
 
 # %% ../../nbs/70_launch/5_preflight.ipynb #9ef21788
 def check_artifacts(n:JobNode)->str:
-    "The checkpoints' folder can be written to, and has room for the checkpoints to come"
+    "The checkpoints' folder can be written to, and has space for the next checkpoints"
     folder = Path(n.cfg.get("resuming_dir") or config.site_path(n.cfg["artifacts_dir"]))
     write_probe(folder, f"artifacts_dir={n.cfg['artifacts_dir']}")
     disk, trains = os.statvfs(folder), n.cfg["stage"] in config.TRAINING_STAGES
     free, each = disk.f_bavail*disk.f_frsize/2**30, checkpoint_gib(n.cfg) if trains else None
     count = max(1, 2 - len(run.list_checkpoints(folder)))
-    need, why = 1., "the model's size is not known here, so 1 GiB is required"
+    need, why = 1., "the model's size is not known, so 1 GiB is required"
     if each: need, why = count*each, f"{count} checkpoint{'s'*(count > 1)} of {each:.1f} GiB at most"
     if n.needed_gib is not None: need, why = n.needed_gib, "--needed-gib"
     where = f"artifacts_dir={n.cfg['artifacts_dir']}: in {folder}"
@@ -189,7 +189,7 @@ def check_artifacts(n:JobNode)->str:
 
 # %% ../../nbs/70_launch/5_preflight.ipynb #bcc7772a
 def check_run_folder(n:JobNode)->str:
-    "The folders of the run and of this attempt can be written to"
+    "Check that the folders of the run and of this attempt are writable"
     for folder in (n.cfg.get("run_dir") or n.folder, n.folder): write_probe(folder, f"runs_dir={n.cfg.get('runs_dir')}")
     return "writable"
 
@@ -198,7 +198,7 @@ def check_readable(
     key:str, # in the config, for the message
     name:str, # its value
     path:str, # where it is
-)->str|None: # how many files; None where there is no such path
+)->str|None: # how many files; None if there is no such path
     "Open every file of a path, and read a byte of it"
     files = run.input_files(path)
     for f in files[:2000]:
@@ -234,11 +234,11 @@ def on_hub(
     from huggingface_hub.errors import HFValidationError, HfHubHTTPError
     if in_cache(name, kind): return "in the local cache"
     if constants.is_offline_mode():
-        raise UserError(f"{key}={name} is no path there and not in the cache {constants.HF_HUB_CACHE}, and "
-                        "HF_HUB_OFFLINE=1 forbids to ask the hub. Fetch it on a login node, or give a path.")
+        raise UserError(f"{key}={name} is neither a path there nor in the cache {constants.HF_HUB_CACHE}, and "
+                        "HF_HUB_OFFLINE=1 forbids a request to the hub. Download it on a login node, or give a path.")
     try: HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=seconds)
     except HFValidationError:
-        raise UserError(f"{key}={name} does not exist there, and is no name of the hub.") from None
+        raise UserError(f"{key}={name} does not exist there, and is not a name of the hub.") from None
     except HfHubHTTPError as e:
         code = getattr(e.response, "status_code", 0)
         if code in (401, 403, 404):
@@ -247,12 +247,12 @@ def on_hub(
         raise TransientError(f"{key}={name}: the hub answers with HTTP {code}.") from None
     except Exception as e:
         raise TransientError(f"{key}={name} is not in the local cache, and the hub does not answer from "
-                             f"there ({type(e).__name__}). Fetch it on a login node, or give a path.") from None
+                             f"there ({type(e).__name__}). Download it on a login node, or give a path.") from None
     return "on the hub"
 
 # %% ../../nbs/70_launch/5_preflight.ipynb #6ef9e197
 def looks_local(name:str)->bool:
-    "Whether a name that is no path on this node was meant as a path, and not as a name of the hub"
+    "Whether a name that does not exist on this node looks like a path, not like a name of the hub"
     if name.startswith((".", "~", "/", "run:")) or Path(name).suffix in (".json", ".jsonl", ".parquet"): return True
     return not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or "/" in name and config.site_path(name).parent.is_dir()
 
@@ -263,21 +263,21 @@ def check_source(
     kind:str, # model or dataset
     revision:str=None, # of a hub model
 )->str: # where it was found, or how many files
-    "The model or dataset that a key of the config names is there"
+    "Check that the model or dataset of a key exists on this node"
     name = str(config.get_key(n.cfg, key))
     path = model_source(name, n.cfg.get("runs_dir"))
     if files := check_readable(key, name, path):
         if key == "model_args.model_name_or_path" and not (Path(path)/"config.json").is_file():
-            raise UserError(f"{key}={name} holds no model there: it has no config.json.")
+            raise UserError(f"{key}={name} is not a model there: it has no config.json.")
         return files
     if looks_local(name):
-        raise UserError(f"{key}={name} does not exist there. It must lie on a file system that all nodes "
+        raise UserError(f"{key}={name} does not exist there. It must be on a file system that all nodes "
                         f"mount{mount_hint()}.")
     return on_hub(key, name, kind, revision, min(15., max(1., n.seconds_left()/4)))
 
 # %% ../../nbs/70_launch/5_preflight.ipynb #8aa97651
 def check_model(n:JobNode)->str:
-    "The model, and the tokenizer where it is another, can be read"
+    "Check that the model, and a separate tokenizer, can be read"
     if not (n.cfg.get("model_args") or {}).get("model_name_or_path"): return ""
     result = check_source(n, "model_args.model_name_or_path", "model", n.cfg["model_args"].get("model_revision"))
     tokenizer = (n.cfg.get("tokenizer_args") or {}).get("tokenizer_name_or_path")
@@ -287,13 +287,13 @@ def check_model(n:JobNode)->str:
 
 # %% ../../nbs/70_launch/5_preflight.ipynb #d30daa58
 def check_dataset(n:JobNode)->str:
-    "The dataset can be read"
+    "Check that the dataset can be read"
     return (check_source(n, "dataset_args.dataset_name", "dataset")
             if (n.cfg.get("dataset_args") or {}).get("dataset_name") else "")
 
 # %% ../../nbs/70_launch/5_preflight.ipynb #7517fdce
 def gpus_here(env:dict=None)->int:
-    "GPUs that a process started here would see and that the driver reports"
+    "The number of GPUs that are visible to a process and reported by the driver"
     installed = len([p for p in Path("/dev").glob("nvidia*") if p.name[6:].isdigit()])
     if installed and shutil.which("nvidia-smi"):
         try: listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout
@@ -306,14 +306,14 @@ def gpus_here(env:dict=None)->int:
 
 # %% ../../nbs/70_launch/5_preflight.ipynb #7a7eeb1a
 def check_gpus(n:JobNode)->str:
-    "A node has as many GPUs as processes are to start on it, where the config needs GPUs"
+    "Check that a node has a GPU for each of its processes, if the config needs GPUs"
     cluster = n.cfg.get("cluster") or {}
     if cluster.get("device") == "cpu": return "none needed"
     visible, needed = gpus_here(), cluster.get("processes_per_node") or cluster.get("gpus_per_node") or 1
     if cluster.get("device") == "cuda" and visible < needed:
         raise UserError(f"{visible} GPU{'s are' if visible != 1 else ' is'} visible there, and "
                         f"cluster.gpus_per_node={needed} asks for {needed}. Set it to the GPUs of a node, or see which "
-                        "GPUs the job was given.")
+                        "GPUs the job has.")
     return f"{visible} visible"
 
 # %% ../../nbs/70_launch/5_preflight.ipynb #bd49dcc4
@@ -348,14 +348,14 @@ def local_report(
 
 # %% ../../nbs/70_launch/5_preflight.ipynb #d2bbb245
 def connect(n:JobNode):
-    "Try node 0's port until it opens; refused: no process listens yet, a time-out: the network is blocked"
+    "Try node 0's port until it opens (refused: no process listens yet; time-out: the network is blocked)"
     why = None
     while (left := n.seconds_left(0.9)) > 0:
         try: socket.create_connection((n.address, n.port), timeout=min(5., left)).close(); return
         except OSError as e: why = e.strerror or str(e)
         time.sleep(0.1)
     raise TransientError(f"cannot reach node 0 at {n.address}, port {n.port} ({why}): node 0 did not start, it stopped "
-                         "with a problem of its own, or the network keeps them apart.")
+                         "because of a problem, or the network blocks the connection.")
 
 # %% ../../nbs/70_launch/5_preflight.ipynb #14714122
 def open_store(n:JobNode):
@@ -396,7 +396,7 @@ def exchange_reports(
     else:
         reports = [read_key(store, f"{key}/{r}", n.seconds_left(time_share)) for r in range(n.nodes)]
         store.set(f"{key}/all", json.dumps(reports))
-    if reports is None: raise TransientError(f"node 0 at {n.address}, port {n.port}, went away during the pre-flight.")
+    if reports is None: raise TransientError(f"node 0 at {n.address}, port {n.port}, stopped during the pre-flight.")
     return reports
 
 # %% ../../nbs/70_launch/5_preflight.ipynb #2548cc95
@@ -404,7 +404,7 @@ def close_store(
     store, # of `open_store`
     n:JobNode,
 ):
-    "Leave together: node 0 reports before the first node leaves, and leaves last, since it serves the store"
+    "End together: node 0 reports before the first node ends, and ends last, because it serves the store"
     end = min(n.seconds_left(), 5.) + time.monotonic()
     try:
         if n.rank: read_key(store, "reported", n.seconds_left())
@@ -420,12 +420,12 @@ def missing_reports(
     round_name:str="roll call", # which round it was
     env:dict=None, # where Slurm lists the job's nodes; None: this process'
 )->list[dict]: # reports with a problem each
-    "Reports for the nodes that never came, with Slurm's names where they are known"
+    "Reports for the nodes that did not report, with Slurm's names if they are known"
     env = os.environ if env is None else env
     names = expand_hostnames(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST"))
-    message = f"went away before the {round_name} was over."
+    message = f"stopped before the {round_name} was over."
     if round_name == "roll call":
-        message = (f"never came to the roll call at {n.address}, port {n.port}, within {n.seconds:.0f} s "
+        message = (f"did not report to the roll call at {n.address}, port {n.port}, within {n.seconds:.0f} s "
                    "(cluster.preflight_seconds): it did not start, or cannot reach that address.")
     return [dict(rank=r, name=names[r] if len(names) == n.nodes else None,
                  problems=[dict(check=round_name, kind="lost", message=message)])
@@ -452,8 +452,8 @@ def check_markers(
         except OSError: same = False
         if same: continue
         out.append(problem_of("folders", UserError(
-            f"{Path(path).parent} is there, but it is not the folder that node 0 writes to. "
-            "Runs and artifacts must lie on a file system that all nodes share.")))
+            f"{Path(path).parent} exists, but it is not the folder that node 0 writes to. "
+            "Runs and artifacts must be on a file system that all nodes share.")))
     return out
 
 # %% ../../nbs/70_launch/5_preflight.ipynb #97ba73bc
@@ -487,7 +487,7 @@ def sum_report(
     n:JobNode,
     reports:list[dict], # of the roll call
 )->dict: # rank, name, seconds, results, problems
-    "The all-reduce, with its failure as a report"
+    "Run the all-reduce; a failure becomes a report"
     gpus_everywhere = all(not r["results"].get("gpus", "0").startswith(("0", "none")) for r in reports)
     cuda = (n.cfg.get("cluster") or {}).get("device") != "cpu" and gpus_everywhere
     backend, began = "nccl" if cuda else "gloo", time.monotonic()
@@ -506,7 +506,7 @@ def sum_report(
 def problems_text(
     reports:list[dict], # with their problems
     nodes:int, # of the job
-)->str: # empty where all is well
+)->str: # empty if there is no problem
     "The problems of all nodes in one text; a problem that several nodes share appears once"
     by_message = {}
     for r in reports:
@@ -524,7 +524,7 @@ def problems_text(
 def problem_kind(
     reports:list[dict], # with their problems
 )->str: # user, lost, or nothing
-    "One problem that a retry cannot fix decides for all"
+    "The kind of all problems: user if a retry cannot fix one of them, else lost"
     kinds = {p["kind"] for r in reports for p in r["problems"]}
     return "user" if "user" in kinds else "lost" if kinds else ""
 
@@ -534,7 +534,7 @@ def write_preflight_error(
     reports:list[dict], # with their problems
     nodes:int, # of the job
 ):
-    "Write error.json where something is wrong; a node that could not reach the others may have written one before"
+    "Write error.json if something is wrong; a node that could not reach the others may have written one before"
     kind, message = problem_kind(reports), problems_text(reports, nodes)
     path = Path(folder)/"error.json"
     if not kind or not Path(folder).is_dir(): return
@@ -551,7 +551,7 @@ def checks_table(
     rounds:list[list[dict]], # reports of each round, by rank
     seconds:float, # in all
 )->str:
-    "The checks: the slowest node's seconds, and node 0's results"
+    "Print the checks, with the seconds of the slowest node and the results of node 0"
     lines = [f"pre-flight: {len(rounds[0])} node{'s'*(len(rounds[0]) != 1)} in {seconds:.1f} s"]
     for reports in rounds:
         for check in reports[0]["seconds"]:
@@ -567,7 +567,7 @@ def collective_rounds(
     store, # of `open_store`
     report:dict, # of `local_report`
 )->list[list[dict]]: # reports of each round; the last one holds the problems
-    "The rounds in which nodes meet; each begins only where the round before had no problem"
+    "The rounds in which nodes meet; each begins only if the round before had no problem"
     markers, rounds = {}, []
     try:
         if not report["problems"]: markers = write_markers(n)
@@ -591,7 +591,7 @@ def finish_preflight(
     n:JobNode,
     report:dict, # of `local_report`
 )->tuple[list[list[dict]], bool]: # reports of each round, and whether the nodes have met
-    "Meet the other nodes where there are any and this one can"
+    "Meet the other nodes, if there are any and this node can"
     if n.nodes == 1 or {p["check"] for p in report["problems"]} & {"address", "port"}:
         write_preflight_error(n.folder, [report], n.nodes)
         return [[report]], False
@@ -612,7 +612,7 @@ def read_job_config(
     n:JobNode, # whose config is filled in
     path, # of the frozen config
 )->dict: # of `local_report`
-    "Read the config, then do the node's own checks"
+    "Read the config, then do the local checks of the node"
     try: n.cfg = with_timeout(n.seconds_left()/2, "reading the config", lambda: config.load_frozen(path))
     except Exception as e:
         return dict(rank=n.rank, name=node_name(), seconds={}, results={}, problems=[problem_of("config", e)])

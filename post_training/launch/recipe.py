@@ -25,7 +25,7 @@ from .accelerate import (HandedOver, JobFailed, check_launch, show_progress, rai
 # %% ../../nbs/70_launch/7_recipe.ipynb #b9feddda
 def recipe_parameters(
     path, # a recipe notebook
-)->dict: # name -> default, None where it is not a literal
+)->dict: # name -> default, None if it is not a literal
     "Names and defaults in the cell tagged `parameters`"
     cells = [c for c in json.loads(Path(path).read_text())["cells"]
              if "parameters" in c.get("metadata", {}).get("tags", [])]
@@ -76,7 +76,7 @@ def own_kernel():
                         metadata=dict(supported_encryption=["curve"])))
         env = dict(JUPYTER_PATH=os.pathsep.join(filter(None, [d, os.environ.get("JUPYTER_PATH")])),
                    POST_TRAINING_PARENT=str(os.getpid()), JUPYTER_PLATFORM_DIRS="1")
-        if not visible_gpus(): env.setdefault("DS_ACCELERATOR", "cpu") # or DeepSpeed says that it found none
+        if not visible_gpus(): env.setdefault("DS_ACCELERATOR", "cpu") # otherwise DeepSpeed reports that it found none
         previous = {k: os.environ.get(k) for k in env}
         os.environ.update(env)
         try: yield
@@ -108,7 +108,7 @@ def execute_notebook(
     from traitlets.config import Config
     # other users of this machine cannot read the connection
     encrypted = Config(KernelManager=dict(transport_encryption="auto" if zmq.has("curve") else "disabled"))
-    # it warns about parameters that it cannot parse; `check_parameters` has checked them
+    # papermill warns about parameters that it cannot parse; `check_parameters` has checked them
     logging.getLogger("papermill").setLevel(logging.ERROR)
     with own_kernel(), raise_on_sigterm():
         try:
@@ -146,7 +146,7 @@ def closing_line(
 
 # %% ../../nbs/70_launch/7_recipe.ipynb #2a07080c
 def shown_path(path)->str:
-    "A path as it is typed from the project root, where it is below it"
+    "A path relative to the project root, if it is below the root"
     try: return str(Path(path).relative_to(project_root()))
     except ValueError: return str(path)
 
@@ -178,7 +178,7 @@ def progress_thread(run_dir):
 
 # %% ../../nbs/70_launch/7_recipe.ipynb #5b8bad8b
 def keep_final(
-    attempt:Attempt, # that ended well
+    attempt:Attempt, # that succeeded
     notebook:Path, # executed, in the attempt's folder
 ):
     "Make an executed notebook read-only, and put a copy next to the record"
@@ -189,14 +189,14 @@ def keep_final(
 # %% ../../nbs/70_launch/7_recipe.ipynb #ab95514b
 def hand_to_cluster(
     composed:ComposedConfig, # with cluster.launcher=slurm
-    force:bool=False, # begin a finished run anew, from step 0
+    force:bool=False, # begin a new generation of a finished run, from step 0
 )->slurm.EmittedJob:
-    "Make a run's folder and its batch script, submit it where `submit` says so, and print the result"
-    if composed.cfg["submit"]: slurm.run_slurm("sbatch", "--version") # raises before anything is written
+    "Make a run's folder and its batch script, submit it if `submit` is set, and print the result"
+    if composed.cfg["submit"]: slurm.run_slurm("sbatch", "--version") # an error here comes before anything is written
     job = slurm.emit(composed, force)
     if job.status == "done": print_done(job.run_dir, job.run_state.checkpoints_dir); return job
     for fact in slurm.job_arithmetic(composed.cfg): print(f"{fact['what']}: {fact['value']}")
-    for warning in slurm.config_warnings(composed.cfg): print(f"look again: {warning}")
+    for warning in slurm.config_warnings(composed.cfg): print(f"warning: {warning}")
     print(f"run {shown_path(job.run_dir)} ({job.status})")
     if composed.cfg["submit"]:
         number, array = slurm.submit(job), slurm.array_of(read_record(job.run_dir))
@@ -211,13 +211,13 @@ def hand_to_cluster(
 # %% ../../nbs/70_launch/7_recipe.ipynb #cf2445b3
 def open_task(
     composed:ComposedConfig, # as the recipe composed it
-    force:bool=False, # begin a finished run anew, from step 0
+    force:bool=False, # begin a new generation of a finished run, from step 0
     attempt:int=0, # join this attempt, which a command opened; 0 opens one
 )->Attempt:
-    "Open the run that a recipe is about, here or in a job of a cluster"
+    "Open the run of a recipe on this machine, or submit it to a cluster"
     if composed.cfg["cluster"]["launcher"] != "local" and not this_job():
         hand_to_cluster(composed, force)
-        raise SystemExit(0) # for papermill this is a good end
+        raise SystemExit(0) # papermill treats this as success
     return open_run(composed.cfg, origins=composed.origins, overrides=composed.overrides, force=force, attempt=attempt)
 
 # %% ../../nbs/70_launch/7_recipe.ipynb #3ca2e157
@@ -242,7 +242,7 @@ def absolute_overrides(
 def check_stage_config(
     cfg:dict, # composed
 ):
-    "Run the check that a stage has of its own, before a kernel is started"
+    "Run the stage's own check, before a kernel is started"
     from post_training.merging.document import check_merge_config
     if cfg["stage"] == "model_merging": check_merge_config(cfg)
 
@@ -250,10 +250,10 @@ def check_stage_config(
 def run_recipe(
     stage:str, # a stage's name
     overrides, # Hydra overrides, as typed
-    force:bool=False, # begin a finished run anew, from step 0
+    force:bool=False, # begin a new generation of a finished run, from step 0
     command:list[str]=None, # as typed, for the record
-)->int: # exit code: 0; faults and mistakes raise
-    "Run a stage by its recipe, or hand it to the cluster that its config names, and print where the record is"
+)->int: # exit code 0; any failure raises an error
+    "Run a stage by its recipe, or submit it to the cluster of its config, and print the path of the record"
     overrides = absolute_overrides(stage, overrides)
     composed = compose(stage, overrides)
     check_stage_config(composed.cfg)
@@ -263,11 +263,11 @@ def run_recipe(
 # %% ../../nbs/70_launch/7_recipe.ipynb #b6a84ed6
 def execute_run(
     composed:ComposedConfig,
-    overrides, # what the recipe composes anew: as typed, or a frozen file
-    force:bool=False, # begin a finished run anew, from step 0
+    overrides, # for the recipe, which composes them again: as typed, or a frozen file
+    force:bool=False, # begin a new generation of a finished run, from step 0
     command:list[str]=None, # as typed, for the record
     opened=lambda attempt: None, # called with the attempt once it is open
-)->int: # exit code: 0; faults and mistakes raise
+)->int: # exit code 0; any failure raises an error
     "Execute a recipe here, as an attempt of its run"
     check_launch(composed.cfg)
     recipe = recipe_path(composed.stage)

@@ -28,29 +28,29 @@ from .accelerate import run_progress
 REASONS = { # the scheduler's word, or its beginning -> its meaning
     "Resources": "waits for nodes to become free",
     "Priority": "jobs with a higher priority come first",
-    "Dependency": "waits for another job to end well",
-    "DependencyNeverSatisfied": "the job it waits for did not end well: it will never start",
+    "Dependency": "waits for another job to succeed",
+    "DependencyNeverSatisfied": "the job that it waits for did not succeed: it will never start",
     "JobHeldUser": "held by you: scontrol release JOB",
-    "BeginTime": "starts again in about two minutes (put back into the queue), or at the time it was given",
+    "BeginTime": "starts again in about two minutes (requeued), or at its begin time",
     "JobHeldAdmin": "held by an administrator: ask the site",
-    "JobArrayTaskLimit": "as many tasks of the array run as may at once",
+    "JobArrayTaskLimit": "the limit of running tasks of the array is reached",
     "PartitionTimeLimit": "cluster.time is more than the partition allows: it will never start",
     "PartitionNodeLimit": "more nodes than the partition has or allows: it will never start",
     "PartitionDown": "the partition is down",
     "PartitionConfig": "more nodes or time than the partition allows, or an account it does not: it will never start "
                        "as it is",
-    "ReqNodeNotAvail": "nodes that it needs are down or reserved (maintenance?)",
+    "ReqNodeNotAvail": "needed nodes are down or reserved (maintenance?)",
     "Reservation": "waits for its reservation to begin",
     "InvalidAccount": "the account is not valid: cluster.account",
     "InvalidQOS": "the QOS is not valid: cluster.qos",
-    "QOSMaxJobs": "as many jobs as the QOS lets you run at once",
+    "QOSMaxJobs": "the QOS limit of running jobs is reached",
     "QOSMaxWall": "cluster.time is more than the QOS allows: it will never start",
     "QOSMax": "over a limit of the QOS for one job or user",
     "AssocMax": "over a limit of your account for one job or user",
-    "AssocGrp": "your account is at the limit of what it may use",
+    "AssocGrp": "the limit of your account is reached",
     "QOSGrp": "the QOS is used up by its group",
     "Cleaning": "the processes of its last start are still being ended",
-    "job_requeued_in_held_state": "put back and held: scontrol release JOB",
+    "job_requeued_in_held_state": "requeued and held: scontrol release JOB",
     "TimeLimit": "the time limit ended it",
     "NodeDown": "a node died",
     "NonZeroExitCode": "it failed",
@@ -60,7 +60,7 @@ REASONS = { # the scheduler's word, or its beginning -> its meaning
 # %% ../../nbs/70_launch/11_runs.ipynb #ec11cd9b
 def why_waiting(
     reason:str|None, # the scheduler's word
-)->str: # empty where there is none
+)->str: # empty if there is none
     "A reason in words; an unknown reason stays as it is"
     if not reason: return ""
     word = reason.strip("()").split(",")[0]
@@ -76,7 +76,7 @@ def log_tail(
     path, # a log
     max_lines:int=20, # at most
     max_bytes:int=65536, # bytes read
-)->list[str]: # lines that are not empty; none where there is no such file
+)->list[str]: # lines that are not empty; no line if the file does not exist
     "The end of a log, safe to print"
     try:
         with open(path, "rb") as f:
@@ -85,7 +85,7 @@ def log_tail(
             text = f.read().decode(errors="replace")
     except OSError: return []
     if max_lines <= 0: return []
-    lines = text.split("\n")[size > max_bytes:] # the first of a part is cut
+    lines = text.split("\n")[size > max_bytes:] # the first line of a part may be incomplete
     lines = [_CONTROL.sub("", line.rstrip("\r").rpartition("\r")[2]).rstrip() for line in lines]
     return [redact(line)[:500] for line in lines if line.strip()][-max_lines:]
 
@@ -103,7 +103,7 @@ def task_logs(
     array:dict, # of its record
     max_files:int=3, # files
 )->list[Path]:
-    "The logs of an array's tasks: failed tasks first, then those that wrote last"
+    "The logs of an array's tasks: failed tasks first, then the tasks that wrote last"
     logs = sorted(Path(run_dir).glob(f"slurm-{array['id']}_*.out"), key=lambda p: -p.stat().st_mtime)
     failed = {e["log"] for e in slurm.task_ends(run_dir, array) if e["exit"] is not None}
     return sorted(logs, key=lambda p: p.name not in failed)[:max_files]
@@ -112,7 +112,7 @@ def task_logs(
 def log_files(
     run_dir, # a run folder
     record:dict, # its record
-)->list[Path]: # those that exist and are not empty, the last written last
+)->list[Path]: # existing logs that are not empty, the last written last
     "The logs of the newest attempt, of the newest job and of tasks of the newest array"
     attempts = record.get("attempts") or []
     jobs = record.get("jobs") or []
@@ -127,8 +127,8 @@ def log_files(
 # %% ../../nbs/70_launch/11_runs.ipynb #993918a1
 def ask_queue(
     records:list[dict], # of runs that have jobs
-)->tuple[dict, str]: # the scheduler's answer by job, None where it cannot be asked; why not
-    "The scheduler's facts about the newest job of each run"
+)->tuple[dict, str]: # the scheduler's answer by job, None if it cannot be asked; why not
+    "The scheduler's answer about the newest job of each run"
     if not shutil.which("squeue"):
         return None, "There is no squeue on this machine: the table is from the records alone."
     try:
@@ -142,8 +142,8 @@ def ask_queue(
 def blocked_by(
     job:dict, # of a run that did not begin
     runs:list[tuple], # (folder, record) of all runs
-)->str: # empty where no run failed
-    "The run that a job waited for and that did not end well"
+)->str: # empty if no run failed
+    "The run that a job waited for and that did not succeed"
     waited = {*map(str, job.get("after") or [])}
     for folder, r in runs:
         jobs = [j for j in r.get("jobs") or [] if {str(j["id"]), slurm.job_key(j)} & waited]
@@ -218,7 +218,7 @@ def close_unstarted_run(
     known:dict, # the scheduler's answer
     runs:list[tuple]=(), # (folder, record) of all runs
 )->dict: # the record as it is now
-    "Mark a queued record as failed where its last job is over"
+    "Mark a queued record as failed if its last job is over"
     key = slurm.job_key(record["jobs"][-1])
     state = known.get(key, {}).get("state")
     if record.get("status") != "queued" or state is None or state in slurm.ACTIVE_STATES or is_live(run_dir):
@@ -236,7 +236,7 @@ def shown_jobs(
     record:dict, # of a run that was submitted
     known:dict|None, # the scheduler's answer
 )->list[dict]: # of its jobs
-    "The newest job of a run; before it the array that it waits for, as long as one of its tasks is active"
+    "The newest job of a run; before it the array that it waits for, while a task is active"
     array = slurm.array_of(record)
     active = array and {*slurm.task_states(array, known or {}).values()} & {*slurm.ACTIVE_STATES}
     return ([array] if active and record["jobs"][-1] is not array else []) + record["jobs"][-1:]
@@ -245,7 +245,7 @@ def shown_jobs(
 def job_rows(
     names=(), # runs; none: those that wait or run
     every:bool=False, # all runs that were ever submitted
-)->tuple[list[dict], str]: # a row for each run's newest job, for each job where runs are named; a notice
+)->tuple[list[dict], str]: # a row for each run's newest job, for each job if runs are named; a notice
     "The jobs of runs, as a table"
     every_run = [(p, read_record(p)) for p in all_runs()]
     named = [find_run(n) for n in names]
@@ -264,7 +264,7 @@ def job_rows(
 def job_tails(
     run_dir, # a run folder
     max_lines:int=20, # of each log
-)->dict[str, list[str]]: # path below the run's folder, or the log's own name -> its last lines
+)->dict[str, list[str]]: # path below the run's folder, or the log's name -> its last lines
     "The ends of a run's logs"
     run_dir = Path(run_dir)
     name = lambda p: str(p.relative_to(run_dir)) if p.is_relative_to(run_dir) else p.name
@@ -289,13 +289,13 @@ def job_history(
 # %% ../../nbs/70_launch/11_runs.ipynb #83206993
 @dataclass
 class CheckpointFolder:
-    "A checkpoint, or the rest of one"
+    "A checkpoint, or the remains of a checkpoint"
     run_dir:Path # of its run
     generation:int # of that run
     path:Path
     bytes:int
     kind:str # checkpoint, unfinished save
-    keep_reason:str = "" # why it stays; empty: it goes
+    keep_reason:str = "" # why it is kept; empty: it is deleted
 
 # %% ../../nbs/70_launch/11_runs.ipynb #f145956b
 def folder_bytes(
@@ -315,13 +315,13 @@ def generations(
 def own_folder(
     record:dict, # of a run
     generation:dict, # one of its generations
-)->tuple[Path|None, str]: # the folder of its checkpoints; None and why it is not touched
-    "The folder of a generation, where it is this run's own and lies within the artifacts"
+)->tuple[Path|None, str]: # the folder of its checkpoints; None and the reason why it is not changed
+    "The folder of a generation, if it belongs to this run and is within the artifacts"
     cfg = record["config"]
     folder, artifacts = generation_folder(cfg, generation), site_path(cfg["artifacts_dir"]).resolve()
     if not folder.is_dir(): return None, "" # deleted already
     if not folder.resolve().is_relative_to(artifacts):
-        return None, f"{folder.name} of {record['id']} lies outside the artifacts folder (behind a link?)"
+        return None, f"{folder.name} of {record['id']} is outside the artifacts folder (behind a link?)"
     try: owner = (folder/"owner").read_text().strip()
     except OSError: owner = None
     if owner == generation["id"]: return folder, ""
@@ -332,7 +332,7 @@ def own_folder(
 def referenced_checkpoints(
     records:list[tuple], # (folder, record) of all runs
 )->dict: # (id of a run, name of a checkpoint), or a path -> names of the runs that need it
-    "The checkpoints that runs were started from or will be"
+    "The checkpoints from which runs were started or will be started"
     out = {}
     def add(key, run_name): out.setdefault(key, []).append(run_name)
     for folder, record in records:
@@ -357,7 +357,7 @@ def state_for_gc(
     run_dir, # a run folder
     record:dict, # its record
 )->str: # finished, failed, killed, ready, or queued (without a job)
-    "The state of a run that may lose checkpoints; an error says why it may not"
+    "The state of a run whose checkpoints may be deleted; otherwise an error with the reason"
     status = run_status(run_dir, record)
     if is_live(run_dir) or status == "running":
         raise UserError(f"{Path(run_dir).name} is at work now. Wait for it or stop it.")
@@ -366,7 +366,7 @@ def state_for_gc(
     if status != "finished" and not record.get("stopped") and (job := slurm.active_job(record)):
         raise UserError(f"Job {job} of {Path(run_dir).name} is in the queue. scancel {job} ends it.")
     if status not in ("finished", "failed", "killed", "queued", "ready"):
-        raise UserError(f"The state of {Path(run_dir).name} is {status}: its checkpoints are left alone.")
+        raise UserError(f"The state of {Path(run_dir).name} is {status}, so its checkpoints cannot be deleted.")
     return status
 
 # %% ../../nbs/70_launch/11_runs.ipynb #0b03706d
@@ -380,7 +380,7 @@ def result_checkpoints(
     return ({best: "best"} if best else {}) | ({final.name: "final"} if final else {})
 
 # %% ../../nbs/70_launch/11_runs.ipynb #fe58f4bb
-# names of unfinished saves and of an interrupted deletion
+# names of unfinished saves and of interrupted deletions
 _UNFINISHED = (".tmp-checkpoint-", ".tmp-old-checkpoint-", ".freed-checkpoint-")
 
 # %% ../../nbs/70_launch/11_runs.ipynb #e50b197b
@@ -388,7 +388,7 @@ def checkpoint_folders(
     run_dir:Path, # a run folder
     referenced:dict, # from `referenced_checkpoints`
     all_checkpoints:bool=False, # of a finished run also the final and the best one
-)->tuple[list[CheckpointFolder], list[str]]: # the folders, each with its fate; notices
+)->tuple[list[CheckpointFolder], list[str]]: # the folders, each kept or deleted; notices
     "The checkpoints of a run on disk"
     record = read_record(run_dir)
     out = []
@@ -402,7 +402,7 @@ def checkpoint_folders(
         results = result_checkpoints(generation, folder) if keeps_results else {}
         for p in sorted(p for p in folder.iterdir() if p.name.startswith(("checkpoint-", *_UNFINISHED))):
             if p.is_symlink() or not p.is_dir():
-                notices.append(f"{folder.name}/{p.name} is a link or no folder: left alone"); continue
+                notices.append(f"{folder.name}/{p.name} is a link or not a folder, and is not changed"); continue
             keys = [k for k in referenced
                     if k == (generation["id"], p.name) or isinstance(k, Path) and k.is_relative_to(p.resolve())]
             users = [w for k in keys for w in referenced[k] if w != run_dir.name]
@@ -416,7 +416,7 @@ def gc_checkpoints(
     names=(), # runs
     failed:bool=False, # all runs that failed or were killed, too
     all_checkpoints:bool=False, # of finished runs also the final and the best one
-)->tuple[list[CheckpointFolder], list[str]]: # their folders, each with its fate; notices
+)->tuple[list[CheckpointFolder], list[str]]: # their folders, each kept or deleted; notices
     "The checkpoints that could be deleted"
     if not names and not failed:
         raise UserError("Name the runs, or give --failed for those that failed or were killed. `post-training runs` "
@@ -450,7 +450,7 @@ def format_bytes(
 def gc_rows(
     folders:list[CheckpointFolder],
 )->list[dict]: # run, generation, checkpoint, size, fate
-    "The fate of each folder, as a table"
+    "A table of the folders, each kept or deleted"
     return [dict(run=p.run_dir.name, generation=p.generation, checkpoint=p.path.name, size=format_bytes(p.bytes),
                  fate=f"stays: {p.keep_reason}" if p.keep_reason else "goes") for p in folders]
 
@@ -467,9 +467,9 @@ def _note_freed(run_dir:Path, folders:list[CheckpointFolder], when:str, done:boo
 
 # %% ../../nbs/70_launch/11_runs.ipynb #817f7c42
 def delete_checkpoints(
-    folders:list[CheckpointFolder], # those without a reason to stay are deleted
+    folders:list[CheckpointFolder], # the folders without a reason to be kept are deleted
 )->int: # bytes
-    "Delete checkpoints, run by run; meanwhile no other process can begin to work on the run"
+    "Delete checkpoints, run by run; no other process can open the run meanwhile"
     freed, when = 0, datetime.datetime.now().astimezone().isoformat(timespec="microseconds")
     for run_dir in dict.fromkeys(p.run_dir for p in folders):
         going = [p for p in folders if p.run_dir == run_dir and not p.keep_reason]

@@ -41,7 +41,7 @@ def grid(
         if not isinstance(values, (list, tuple, range)):
             raise UserError(f"The axis {name} is {values!r}: give a list of values, [{values!r}].")
         if not len(values):
-            raise UserError(f"The axis {name} is empty: there would be no job. Give at least one value.")
+            raise UserError(f"The axis {name} is empty, so there would be no job. Give at least one value.")
     return [dict(zip(axes, point)) for point in itertools.product(*axes.values())]
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #bc35bb4e
@@ -69,7 +69,7 @@ def make_override(
 def fill_settings(
     value, # text with {name} in it, or anything else
     settings:dict, # of a job
-    kind:str="", # where the text stands, for the message
+    kind:str="", # the location of the text, for the message
 ):
     "Put settings into a text; `{name}` alone is the setting itself, whatever its type"
     if not isinstance(value, str): return value
@@ -80,7 +80,7 @@ def fill_settings(
         raise UserError(f"{kind}{value} asks for {e.args[0]}, which the job does not "
                         f"set.{did_you_mean(e.args[0], settings)} It sets {', '.join(settings)}.") from None
     except (ValueError, IndexError, AttributeError, TypeError) as e:
-        raise UserError(f"{kind}{value} is no text with {{name}} in it ({e}). Write {{{{ for a "
+        raise UserError(f"{kind}{value} is not a text with {{name}} in it ({e}). Write {{{{ for a "
                         "literal brace.") from None
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #4109e140
@@ -91,7 +91,7 @@ class SweepJob:
     stage:str
     overrides:list # texts in Hydra's grammar
     settings:dict # for the name, the table and the figure
-    after:tuple = () # names of the jobs that have to end well before
+    after:tuple = () # names of the jobs that must succeed before
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #5d248a83
 # the columns of a sweep's table
@@ -105,8 +105,8 @@ def check_name(
 )->str:
     "A name that is safe as a file name, and as a part of a path"
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,159}", name): return name
-    raise UserError(f"{kind} {name!r} is no safe file name. Use letters, digits, dots, dashes and underscores, at most "
-                    "160; of a path or a hub name take the last part.")
+    raise UserError(f"{kind} {name!r} is not a safe file name. Use at most 160 letters, digits, dots, dashes and "
+                    "underscores; of a path or a hub name use the last part.")
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #89453431
 def job_name(
@@ -142,7 +142,7 @@ def job_overrides(
     experiment:str, # name
     job:SweepJob,
 )->list[str]:
-    "A job's overrides with those that follow from its name"
+    "A job's overrides, plus the overrides that follow from its name"
     typed = {parse_override(o).key for o in job.overrides}
     if taken := typed & {"job_subdir", "wandb.run_name"}:
         raise UserError(f"{sorted(taken)[0]} of job {job.name} follows from its experiment and name: leave it out.")
@@ -165,10 +165,10 @@ def chain_config(
     step:ChainStage,
     overrides:list[str], # of one of its jobs
     is_last:bool, # no later stage reads its output
-)->dict: # composed; empty where neither its name nor its output is needed
-    "The config of a stage of a chain, to know what it writes"
+)->dict: # composed; empty if neither its name nor its output is needed
+    "The config of a stage of a chain, which determines its output"
     if not step.form and step.stage not in SHARD_STAGES:
-        raise UserError(f"stage {step.stage} has no form, and writes no rows that its jobs could be called after.")
+        raise UserError(f"stage {step.stage} has no form, and writes no rows that could give its jobs a name.")
     if step.form and is_last: return {}
     try: return compose(step.stage, overrides).cfg
     except UserError as e: raise UserError(f"stage {step.stage}: {e}") from None
@@ -179,7 +179,7 @@ def chain_result(
     job:SweepJob,
     cfg:dict, # of `chain_config`
 )->SimpleNamespace: # job, name, data, run
-    "What later stages of a chain may ask of a job"
+    "The facts of a job that later stages of a chain may use"
     folder = cfg and run_folder(cfg | dict(job_subdir=run_subdir(experiment, job)))
     run = str(folder.relative_to(site_path(cfg["runs_dir"]))) if cfg else ""
     return SimpleNamespace(job=job.name, name=cfg.get("dataset_name"), data=cfg.get("save_data_dir"), run=run)
@@ -190,8 +190,8 @@ def chain_jobs(
     points:list[dict], # settings, as `grid` makes them
     steps:list[ChainStage], # in the order in which they run
 )->list[SweepJob]:
-    "The jobs of a chain for each point, each behind the one before it; points that ask for the same share a job"
-    if not points or not steps: raise UserError("A chain has at least one point and one stage.")
+    "The jobs of a chain for each point, each after the stage before it; points with the same settings share a job"
+    if not points or not steps: raise UserError("A chain needs at least one point and one stage.")
     results, jobs = {}, {}
     for p in points:
         known = dict(p)
@@ -237,8 +237,8 @@ def check_job(
             raise UserError(f"job {job.name} waits for {previous}, and there is no such job before "
                             f"it.{did_you_mean(previous, names)}")
         if not names[previous]["cluster"]["requeue"]:
-            raise UserError(f"{job.name} would wait for {previous}, which has cluster.requeue=false: after a cut "
-                            "another job continues it. Set it to true.")
+            raise UserError(f"{job.name} would wait for {previous}, which has cluster.requeue=false: after its "
+                            "time limit another job continues it. Set it to true.")
     if taken := [s for s in job.settings if s in SWEEP_COLUMNS]:
         raise UserError(f"{taken[0]} is a column of the results: give the setting of job {job.name} another name, such "
                         "as max_steps for steps.")
@@ -248,7 +248,7 @@ def compose_jobs(
     experiment:str, # name
     jobs:list[SweepJob],
 )->list[ComposedConfig]: # one for each job
-    "Compose every job; the first mistake in any stops with the job's name"
+    "Compose every job; the first mistake raises an error with the job's name"
     out = []
     names = {}
     same = {}
@@ -260,7 +260,7 @@ def compose_jobs(
         except UserError as e: raise UserError(f"job {job.name}: {e}") from None
         if c.cfg["cluster"]["launcher"] != "slurm":
             raise UserError(f"job {job.name} is for cluster={c.cfg['cluster']['name']}, which has no scheduler. Add "
-                            "cluster=slurm; `run_sweep` runs it here all the same.")
+                            "cluster=slurm; `run_sweep` can run it here nevertheless.")
         other = same.setdefault(config_hash({**c.cfg, "job_subdir": "any"}), job.name)
         if other != job.name:
             raise UserError(f"{other} and {job.name} are the same run: no key of the identity differs. Leave one out.")
@@ -272,9 +272,9 @@ def compose_jobs(
 # %% ../../nbs/70_launch/10_sweep.ipynb #642db92f
 def sweep_folder(
     experiment:str, # name
-    sub_experiment:str, # what this grid is about
+    sub_experiment:str, # the name of this grid
 )->Path: # empty
-    "Make a new folder; two of the same minute get different names"
+    "Make a new folder; two folders of the same minute get different names"
     stamp = f"{check_name(sub_experiment, 'The sub-experiment')}-{datetime.datetime.now():%Y-%m-%d-%H-%M}"
     top = runs_root()/"experiments"/check_name(experiment, "The experiment")
     top.mkdir(parents=True, exist_ok=True)
@@ -338,9 +338,9 @@ def sbatch_line(
 # %% ../../nbs/70_launch/10_sweep.ipynb #187fc287
 def submit_script(
     folder, # of the sweep
-    jobs:list[tuple], # (name, names that it waits for, array that it comes behind, command), in an order that can run
-    question:str=None, # that the experiment asks
-    runs=(), # folders that have to exist, for logs
+    jobs:list[tuple], # (name, names that it waits for, array that it waits for, command), in an order that can run
+    question:str=None, # of the experiment
+    runs=(), # folders for logs, which must exist
 )->str:
     "The script that submits the jobs of a sweep"
     comment = "".join(f"# {line}\n" for line in (question or "").splitlines())
@@ -354,7 +354,7 @@ def submit_script(
 def mark_job(
     folder, # of a sweep
     name:str, # of a job
-    state:str="", # done, or the id of the job; empty: it is to be submitted
+    state:str="", # done, or the id of the job; empty: it will be submitted
     array:str="", # id of its array
 ):
     "Write the state of a job for the submit script"
@@ -376,7 +376,7 @@ def write_job(
     folder:Path, # of a sweep
     job:SweepJob,
     composed:ComposedConfig, # of it
-)->list[tuple]: # its lines of the submit script: the array of its shards, where it has one, and the job
+)->list[tuple]: # its lines of the submit script: the array of its shards, if it has one, and the job
     "Write the config and the scripts of one job"
     cfg = composed.cfg
     name = job.name
@@ -395,7 +395,7 @@ def write_job(
 # %% ../../nbs/70_launch/10_sweep.ipynb #a1e1642e
 def write_sweep(
     experiment:str, # name, that of its notebook
-    sub_experiment:str, # what this grid is about
+    sub_experiment:str, # the name of this grid
     jobs:list[SweepJob],
     question:str=None, # of the experiment
     folder=None, # made already with `sweep_folder`
@@ -429,7 +429,7 @@ def read_sweep(
 )->list[dict]: # the jobs
     "The jobs of a sweep, in its order"
     try: jobs = json.loads((Path(folder)/"jobs.json").read_text())["jobs"]
-    except OSError: raise UserError(f"{folder} is no folder of a sweep: it has no jobs.json.") from None
+    except OSError: raise UserError(f"{folder} is not the folder of a sweep: it has no jobs.json.") from None
     known = [j["name"] for j in jobs]
     if unknown := [n for n in names if n not in known]:
         raise UserError(f"There is no job {unknown[0]}.{did_you_mean(unknown[0], known)} Jobs: {', '.join(known)}.")
@@ -471,7 +471,7 @@ def sweep_job_rows(
 def mark_all_jobs(
     folder, # of a sweep
     names, # of jobs
-)->list[str]: # names of those that are neither finished nor waiting nor running
+)->list[str]: # names of the jobs that are neither finished nor waiting nor running
     "Mark the state of jobs, from the records and the scheduler"
     remaining = []
     for j in read_sweep(folder, names):
@@ -479,7 +479,7 @@ def mark_all_jobs(
         record = read_record(run_folder(c.cfg))
         busy, jobs = active_jobs(record), record.get("jobs") or [{}]
         if busy and jobs[-1].get("kind") == "shards":
-            mark_job(folder, j["name"], "", str(jobs[-1]["id"])) # the job behind it was refused, or is gone
+            mark_job(folder, j["name"], "", str(jobs[-1]["id"])) # the merging job was refused, or is gone
         else: mark_job(folder, j["name"], busy[0] if busy else "done" if locate_run(c).status == "done" else "")
         if not submitted_id(folder, j["name"]): remaining.append(j["name"])
     return remaining
@@ -530,10 +530,10 @@ def submit_sweep(
     "Submit the jobs of a sweep that are neither finished nor waiting nor running, and record them"
     folder, chosen = Path(folder), [j["name"] for j in read_sweep(folder, names)]
     if not shutil.which("sbatch"):
-        raise UserError("sbatch is not on this machine: log in where Slurm is, or run the jobs here with run_sweep.")
+        raise UserError("sbatch is not on this machine: log in to a machine with Slurm, or use run_sweep here.")
     needed = {n for j in read_sweep(folder, chosen) for n in j["after"]}
     remaining = [n for n in mark_all_jobs(folder, [*chosen, *(needed - {*chosen})]) if n in chosen]
-    for name in remaining: # a run that cannot begin raises before anything is submitted
+    for name in remaining: # a run that cannot begin raises an error before any submission
         c = compose_frozen(folder/f"configs/{name}.yaml")
         queue_run(c.cfg, c.origins, c.overrides)
     if not remaining: return {}
@@ -550,7 +550,7 @@ def run_sweep(
     folder, # of a sweep
     names=(), # of jobs; none: all
 ):
-    "Run the jobs of a sweep on this machine, one after the other; finished ones are looked up"
+    "Run the jobs of a sweep on this machine, one after the other; finished jobs are looked up"
     for j in read_sweep(folder, names):
         overrides = [*j["overrides"], "cluster=local"]
         c = compose(j["stage"], overrides)
@@ -609,7 +609,7 @@ def sweep_figure(
     "A column of the table over a setting, or the curves of all runs over steps"
     from matplotlib import pyplot as plt
     fig, ax = plt.subplots(figsize=(6, 3.2), dpi=70, layout="constrained")
-    plt.close(fig) # shown once, as the value of a cell
+    plt.close(fig) # it is shown as the value of a cell
     lines = {}
     for j, r in zip(read_sweep(folder), sweep_rows(folder, more=[y])):
         label = "" if hue is None else f"{hue} {r.get(hue)}" if x != "step" or hue != "job" else r["job"]
@@ -640,16 +640,16 @@ def sweep_conclusion(
     best, worst = finished[0], finished[-1]
     text = (f"Of {len(finished)} finished jobs ({len(rows)} in all), the {'highest' if maximize else 'lowest'} "
             f"{column} is {best[column]:.4g}, at {by} {best[by]}")
-    if len(finished) == 1: return text + "; there is nothing to compare it with."
+    if len(finished) == 1: return text + "; no other job is finished for a comparison."
     if best[column] == worst[column]: return text + ", and no other differs from it."
-    return f"{text}; the other end is {worst[column]:.4g}, at {by} {worst[by]}."
+    return f"{text}; the {'lowest' if maximize else 'highest'} is {worst[column]:.4g}, at {by} {worst[by]}."
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #f7802a76
 def check_experiment_name(
-    experiment:str, # as the notebook's parameter says
-    env:dict=None, # where a notebook server names the file; None: this process'
+    experiment:str, # the notebook's parameter
+    env:dict=None, # in which a notebook server names the file; None: this process'
 )->str:
-    "The experiment's name, compared with the name of the open notebook where that is known"
+    "The experiment's name, compared with the name of the open notebook if that is known"
     file = Path((os.environ if env is None else env).get("JPY_SESSION_NAME") or "")
     if file.suffix == ".ipynb" and file.parent.name == "experiments" and file.stem != experiment:
         raise UserError(f"This notebook is {file.name} and its experiment is called {experiment}. Set experiment to "
@@ -681,9 +681,9 @@ def typed_parameters(
     path, # an experiment's notebook
     words:list[str], # name=value
 )->dict: # name -> value
-    "Parameters as they are typed: texts stay as they are, other values are read as YAML"
+    "Typed parameters: texts are not changed, other values are read as YAML"
     import yaml
-    if bad := [w for w in words if "=" not in w]: raise UserError(f"{bad[0]} is no parameter: write name=value.")
+    if bad := [w for w in words if "=" not in w]: raise UserError(f"{bad[0]} is not a parameter: write name=value.")
     defaults = recipe_parameters(path) if Path(path).is_file() else {}
     pairs = [w.partition("=")[::2] for w in words]
     # without the default, 48:00:00 would be a number

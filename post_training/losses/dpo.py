@@ -149,6 +149,7 @@ def pair_losses(
     normalize_loss_by_length:bool=False, # divide the loss of a pair by the mean length of its answers
     plain_logps_S:torch.Tensor|None=None, # log-probabilities for `sft` if `logps_S` weights tokens (LD-DPO)
     used_N:torch.Tensor|None=None, # of `used_answers`, if the host knows them; None finds them here
+    weights_P:torch.Tensor|None=None, # weight of each pair in the data; None: 1
     **kwargs, # of `pair_scores`
 )->tuple: # (list of LossTerm, one for each loss; number of betas that a bound changed)
     "Sum and count of each loss over the pairs of a micro-batch"
@@ -158,18 +159,23 @@ def pair_losses(
     scores, clamped = pair_scores(logps, ref, n, beta, **kwargs)
     per_pair = n.view(-1, 2).to(logps.dtype).mean(-1) if normalize_loss_by_length else 1.
     zero = logps_S.sum()*0 # a micro-batch of fillers keeps its gradient
-    pairs = pair_count(lengths_S)
+    pairs = pair_count(lengths_S, weights_P)
+    r_P = None if weights_P is None else weights_P.index_select(0, used_N[0::2]//2)
+    def total(x_P): return (x_P if r_P is None else r_P*x_P).sum()
     terms = []
     for name, weight in loss_types.items():
         if name == "sft":
             chosen = (logps if plain is None else plain)[0::2]
-            terms.append(LossTerm(zero - chosen.sum(), n[0::2].sum().double(), weight))
-        else: terms.append(LossTerm(zero + (PAIR_LOSSES[name](scores)/per_pair).sum(), pairs, weight))
+            tokens = n[0::2] if r_P is None else n[0::2].double()
+            terms.append(LossTerm(zero - total(chosen), total(tokens).double(), weight))
+        else: terms.append(LossTerm(zero + total(PAIR_LOSSES[name](scores)/per_pair), pairs, weight))
     return terms, clamped
 
 # %% ../../nbs/05_losses/5_dpo.ipynb #d9c4d12f
 def pair_count(
     lengths_S:torch.Tensor, # tokens of each answer, 0 in a filler
+    weights_P:torch.Tensor|None=None, # weight of each pair in the data; None: 1
 )->torch.Tensor: # fp64 scalar
-    "The number of pairs in a micro-batch"
-    return (lengths_S > 0).view(-1, 2).all(-1).sum().double()
+    "The number of pairs in a micro-batch, or the sum of their weights"
+    used_P = (lengths_S > 0).view(-1, 2).all(-1)
+    return used_P.sum().double() if weights_P is None else torch.where(used_P, weights_P.double(), 0.).sum()

@@ -8,7 +8,7 @@ __all__ = ['SFT_LOSSES', 'has_successor', 'next_values', 'value_mask', 'scored_t
 # %% ../../nbs/05_losses/3_irl.ipynb #4fc03bca
 import torch
 from .logps import at_least_fp32
-from .sft import NLL_LOSSES, LossTerm, length_normalised, ln_plw, token_weights
+from .sft import NLL_LOSSES, DataWeights, LossTerm, length_normalised, ln_plw, token_weights
 
 # %% ../../nbs/05_losses/3_irl.ipynb #72a3b436
 def has_successor(
@@ -46,9 +46,11 @@ def scored_tokens(
     sequence_BT:torch.Tensor, # sequence number, -1 on padding
     prompt_loss_weight:float=0., # w
     lambda_td:float=0.5, # without the temporal-difference term irl needs no values
+    data:DataWeights|None=None, # weights of the data; None: all are 1
 )->torch.Tensor: # bool: tokens whose log-probability (and value) the loss reads
     "The tokens that the forward has to score for a loss"
     w_BT = token_weights(name, prompt_mask_BT, completion_mask_BT, prompt_loss_weight)
+    if data is not None: w_BT = w_BT*data.products(sequence_BT)
     return value_mask(w_BT, sequence_BT) if name == "irl" and lambda_td else w_BT > 0
 
 # %% ../../nbs/05_losses/3_irl.ipynb #f4860357
@@ -73,14 +75,15 @@ def irl(
     values_BT:torch.Tensor|None=None, # logsumexp of the logits at `value_mask`; needed unless lambda_td is 0
     lambda_td:float=0.5, # weight of the temporal-difference term
     gamma:float=1., # discount
+    data:DataWeights|None=None, # weights of the data; None: all are 1
 )->list[LossTerm]: # two terms: prompt, completion
     "Temporal-difference regularised maximum likelihood, normalised as LN-PLW"
     rest = prompt_mask_BT, completion_mask_BT, sequence_BT, prompt_loss_weight, sequence_level
     if lambda_td < 0: raise ValueError(f"lambda_td is {lambda_td}; it must be 0 (plain LN-PLW) or above.")
-    if lambda_td == 0: return ln_plw(logps_BT, *rest)
+    if lambda_td == 0: return ln_plw(logps_BT, *rest, data)
     if values_BT is None:
         raise ValueError("irl needs values_BT if lambda_td is above 0: request values from the forward.")
-    return length_normalised(lambda_td*td_terms(logps_BT, values_BT, sequence_BT, gamma) - logps_BT, *rest)
+    return length_normalised(lambda_td*td_terms(logps_BT, values_BT, sequence_BT, gamma) - logps_BT, *rest, data)
 
 # %% ../../nbs/05_losses/3_irl.ipynb #b80e2b1a
 SFT_LOSSES = {**NLL_LOSSES, "irl": irl} # every value of the key `trainer`

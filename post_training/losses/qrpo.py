@@ -171,9 +171,11 @@ def completion_sums(
 # %% ../../nbs/05_losses/4_qrpo.ipynb #e565bd71
 def completion_count(
     lengths_S:torch.Tensor, # tokens of each completion, 0 in an unused slot
+    weights_S:torch.Tensor|None=None, # weight of each completion in the data; None: 1
 )->torch.Tensor: # fp64 [1]: denominator of the only loss term, to be summed over micro-batches and ranks
-    "The number of completions of this micro-batch over which the loss is averaged"
-    return (lengths_S > 0).sum().double()[None]
+    "The number of completions of this micro-batch over which the loss is averaged, or the sum of their weights"
+    if weights_S is None: return (lengths_S > 0).sum().double()[None]
+    return torch.where(lengths_S > 0, weights_S.double(), 0.).sum()[None]
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #ad344dcf
 def effective_beta(
@@ -274,6 +276,7 @@ def qrpo_loss(
     n_refs_S:torch.Tensor|None=None, # references behind each quantile; for the finite partition and for mid-ranks
     atoms:tuple|None=None, # of `tied_atoms`, for the finite partition
     max_refs:int|None=None, # the largest of `n_refs_S`, from a host that has checked the quantiles
+    weights_S:torch.Tensor|None=None, # weight of each completion in the data; None: 1
 )->QRPOOutput: # terms and metrics
     "(f(q) - beta log Z - beta (log pi - log pi_ref))^2, summed over completions"
     s, used_S = settings, lengths_S > 0
@@ -287,7 +290,8 @@ def qrpo_loss(
     log_z_S = partition_of(beta_S, s.transform, s.partition, n_refs_S, atoms, max_refs)
     loss_S = (reward_S - log_z_S - beta_S*log_ratio_S)**2
     if s.normalize_loss_by_length: loss_S = loss_S/lengths_S.clamp(min=1)
-    term = LossTerm(torch.where(used_S, loss_S, 0.).sum(), completion_count(lengths_S)[0], 1.)
+    if weights_S is not None: loss_S = loss_S*weights_S
+    term = LossTerm(torch.where(used_S, loss_S, 0.).sum(), completion_count(lengths_S, weights_S)[0], 1.)
     metrics = [torch.where(used_S, x.detach(), 0.)
                for x in (reward_S - log_z_S, log_ratio_S, log_z_S + beta_S*log_ratio_S, beta_S)]
     return QRPOOutput([term], used_S, *metrics, clamped)

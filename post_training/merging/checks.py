@@ -152,7 +152,7 @@ def check_finite(
     loader, # of mergekit, for one model
     name:str, # of the model, for the message
 ):
-    "Refuse a model with a weight that is not finite; one tensor is in memory at a time"
+    "Refuse a model with a weight that is not finite; one tensor at a time is in memory"
     for tensor in loader.index.tensor_paths:
         bad = (~loader.get_tensor(tensor).isfinite()).sum().item()
         if bad: raise UserError(f"{name} has {bad:,} weights that are not finite, in {tensor}.")
@@ -235,7 +235,7 @@ def model_distances(
     steps:dict[str, MergeStep], # from `merge_plan`
     names:dict[str, str], # folder of a source -> its name
 )->dict: # models, reference, reference_norm, norm, layers (rows), cosines, apart, left_out (tensors of other shapes)
-    "Distances between sources, base and result, read one tensor at a time; empty where layers were picked"
+    "Distances between sources, base and result, read one tensor at a time; empty if layers were picked"
     from mergekit.io.lazy_tensor_loader import LazyTensorLoader
     from mergekit.io.tasks import LoaderCache
     order = [(str(ref), base) for ref, _, _, base in next(iter(steps.values())).inputs]
@@ -265,7 +265,7 @@ def model_distances(
 # %% ../../nbs/50_merging/4_checks.ipynb #b0fce423
 def plot_distances(
     distances:dict, # from `model_distances`
-): # a matplotlib figure; None where there is nothing to draw
+): # a matplotlib figure; None if there is nothing to draw
     "The distance of each model to the reference, layer by layer, and the angles between the differences"
     from matplotlib import pyplot as plt
     if not distances: return None

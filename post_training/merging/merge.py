@@ -25,7 +25,7 @@ def mergekit_session(
     from mergekit.options import MergeOptions, parse_kmb
     gpu = options["gpu"]
     if gpu and not torch.cuda.is_available():
-        raise UserError("options.gpu=true, and this machine shows no GPU: leave it out.")
+        raise UserError("options.gpu=true, but this machine has no GPU. Leave it out.")
     if options["low_cpu_memory"] and not gpu:
         raise UserError("options.low_cpu_memory=true keeps results on the GPU: it needs options.gpu=true.")
     try: shard_size = parse_kmb(options["out_shard_size"])
@@ -56,7 +56,7 @@ class MergeStep:
 def parse_document(
     doc:dict, # with folders
 ): # mergekit's `MergeConfiguration`
-    "A document as mergekit reads it; what mergekit refuses is a mistake of the user"
+    "A document as mergekit reads it; a refusal by mergekit becomes a `UserError`"
     from mergekit.config import MergeConfiguration
     try: return MergeConfiguration.model_validate(doc)
     except (ValueError, RuntimeError) as e: # pydantic's error is a ValueError
@@ -97,7 +97,7 @@ def merge_plan(
 def check_merge_weights(
     steps:dict[str, MergeStep], # from `merge_plan`
 ):
-    "Refuse weights that sum to 0 where the method divides by the sum, all weights 0, and densities outside [0, 1]"
+    "Refuse weights that sum to 0 if the method divides by the sum, all weights 0, and densities outside [0, 1]"
     for tensor, step in steps.items():
         own = [(Path(ref.model.path).name, p) for ref, _, p, base in step.inputs]
         weights = {n: p["weight"] for n, p in own if "weight" in p}
@@ -191,7 +191,7 @@ def write_model_files(
 def _error_hint(
     method:str, # of the merge
     message:str, # of mergekit
-)->str: # empty where nothing is known
+)->str: # empty if nothing is known
     "How to avoid a known error of a method"
     if method.startswith("della") and "Expected p_in" in message:
         return (" A tensor of one element has no ranks: density: [{filter: act_fn, value: 1}, {value: 0.5}] keeps "

@@ -47,7 +47,7 @@ def source_folder(
     folder = Path(path).expanduser().resolve()
     if (folder/"adapter_config.json").is_file() and not (folder/"config.json").is_file():
         raise UserError(f"{name} is an adapter: write BASE+ADAPTER, with the model it belongs to.")
-    if not (folder/"config.json").is_file(): raise UserError(f"{name} holds no model: it has no config.json.")
+    if not (folder/"config.json").is_file(): raise UserError(f"{name} is not a model: it has no config.json.")
     return str(folder), lineage.get("parents") or []
 
 # %% ../../nbs/50_merging/2_sources.ipynb #e3d253f9
@@ -62,7 +62,7 @@ def split_mention(
         lora = mention.get("lora")
         return text(mention["model"]), text(lora) if lora else None, {
             k: v for k, v in mention.items() if k == "override_architecture" and v}
-    if not isinstance(mention, str): raise UserError(f"{mention!r} is no model: a name is text.")
+    if not isinstance(mention, str): raise UserError(f"{mention!r} is not a model: a name is text.")
     whole = config.site_path(mention).is_dir() or mention.count("+") != 1
     model, _, lora = (mention, "", "") if whole else mention.partition("+")
     return model, lora or None, {}
@@ -139,7 +139,7 @@ def read_pickled(
     for name in names:
         try: shard = torch.load(folder/name, map_location="meta", weights_only=True)
         except Exception as e:
-            raise UserError(f"{folder/name} does not hold plain weights: {str(e).splitlines()[0]}") from None
+            raise UserError(f"{folder/name} does not contain plain weights: {str(e).splitlines()[0]}") from None
         tensors |= {k: (dtypes.get(t.dtype, str(t.dtype)), tuple(t.shape)) for k, t in shard.items()}
     if scalars := [k for k, (_, shape) in tensors.items() if not shape]:
         raise UserError(f"{folder}: mergekit's unpickler cannot read single numbers such as {scalars[0]}. Save the "
@@ -184,7 +184,7 @@ class MergeSource:
     config:dict # config.json
     tensors:dict # tensor -> (dtype, shape)
     generation:dict # generation_config.json
-    vocabulary:dict|None # token -> id; None where there is no tokenizer
+    vocabulary:dict|None # token -> id; None if there is no tokenizer
     encodes:str # fingerprint of the tokenizer
     template:str # fingerprint of the chat template
     base:bool=False # the model that the others were trained from, which is not merged itself
@@ -197,7 +197,7 @@ def read_source(
     pickles:bool=False, # read pickled weights too
     trust_remote_code:bool=False, # of its tokenizer
 )->MergeSource:
-    "Read what a folder says about its model"
+    "Read the description of a model from its folder"
     from post_training.tokens.tokenizer import read_tokenizer, template_fingerprint, tokenizer_fingerprint
     folder, read = Path(folder), lambda file: json.loads(file.read_text()) if file.is_file() else {}
     try: settings, generation = read(folder/"config.json"), read(folder/"generation_config.json")
@@ -217,7 +217,7 @@ COSMETIC_KEYS = ("transformers_version", "_name_or_path", "torch_dtype", "dtype"
                  "_attn_implementation")
 # keys of config.json that follow the tokenizer
 SPECIAL_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# keys of config.json that may differ where layers are picked
+# keys of config.json that may differ if layers are picked
 DEPTH_KEYS = ("num_hidden_layers", "layer_types", "max_window_layers")
 
 # %% ../../nbs/50_merging/2_sources.ipynb #0759ed32
@@ -292,9 +292,9 @@ def check_weights_fit(
 def check_use_fits(
     sources:list[MergeSource],
     doc:dict, # the mergekit document
-    donor:str=None, # the source whose values the result gets where they differ
+    donor:str=None, # the source whose values the result gets if they differ
 ):
-    "Refuse sources that are used in different ways where no donor is named"
+    "Refuse sources that are used in different ways if no donor is named"
     merged = [s for s in sources if not s.base] or sources
     sliced, aligned = "slices" in doc or "modules" in doc, bool(doc.get("tokenizer") or doc.get("tokenizer_source"))
     ignore = (*(DEPTH_KEYS if sliced else ()), *(("vocab_size",) if aligned else ()))
@@ -320,7 +320,7 @@ def check_same_vocabulary(
     a:MergeSource,
     b:MergeSource,
 ):
-    "Refuse two sources whose tokens have other ids"
+    "Refuse two sources in which a token has different ids"
     x, y = a.vocabulary, b.vocabulary
     if x is None or y is None or x == y: return
     token = next(t for t in [*x, *y] if x.get(t) != y.get(t))
@@ -339,8 +339,8 @@ def check_slices(
         span, layers = part.get("layer_range"), depth[part["model"]["model"]["path"]]
         pair = isinstance(span, list) and len(span) == 2 and all(isinstance(n, int) for n in span)
         if not (pair and 0 <= span[0] < span[1] <= layers):
-            raise UserError(f"{where}.layer_range={span}: the model has {layers} layers, so a range is [first, one "
-                            f"after the last] within [0, {layers}].")
+            raise UserError(f"{where}.layer_range={span}: the model has {layers} layers, so a range is [first, "
+                            f"last + 1] within [0, {layers}].")
 
 # %% ../../nbs/50_merging/2_sources.ipynb #7311b380
 def check_trust(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DTYPE_CHOICES', 'ENGINES', 'TINY_SHAPE', 'PRETOKENIZE_PATTERN', 'resolve_auto', 'flash_available', 'default_device',
-           'model_path', 'quiet_activation', 'load_model', 'tiny_config', 'train_bpe', 'rendered_texts', 'build_tiny']
+           'model_path', 'quiet_activation', 'load_model', 'set_special_ids', 'tiny_config', 'train_bpe',
+           'rendered_texts', 'build_tiny']
 
 # %% ../../nbs/30_models/1_load.ipynb #e9017cea
 import contextlib, importlib.util, logging
@@ -61,7 +62,7 @@ def model_path(
     path, name = Path(name).expanduser(), str(name)
     if path.is_dir():
         if (path/"config.json").is_file(): return str(path)
-        raise UserError(f"{name} holds no model: it has no config.json.")
+        raise UserError(f"{name} is not a model: it has no config.json.")
     looks_local = name.startswith((".", "~", "/", "artifacts", "runs")) or name.count("/") != 1
     if looks_local or path.parent.is_dir():
         raise UserError(f"There is no model at {name}: correct model_args.model_name_or_path (a folder, a hub name as "
@@ -103,6 +104,21 @@ def load_model(
         raise UserError(f"Cannot load the model {name}: {str(e).strip().splitlines()[0]}") from e
     return model.to(device) if device else model
 
+# %% ../../nbs/30_models/1_load.ipynb #sp3c1d02
+def set_special_ids(
+    model, # changed in place
+    ids:dict, # from `tokens.tokenizer.config_ids`
+):
+    "Give a model the special ids of a tokenizer; the tokenizer's end token comes first among the stop tokens"
+    text_config, generation = model.config.get_text_config(), model.generation_config
+    stops = generation.eos_token_id
+    stops = [stops] if isinstance(stops, int) else list(stops or [])
+    for key, value in ids.items():
+        setattr(text_config, key, value)
+        setattr(generation, key, value)
+    # generation stops at each of them
+    generation.eos_token_id = [ids["eos_token_id"], *(i for i in stops if i != ids["eos_token_id"])]
+
 # %% ../../nbs/30_models/1_load.ipynb #537a911c
 TINY_SHAPE = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
                   num_key_value_heads=4, max_position_embeddings=2048,
@@ -125,7 +141,7 @@ PRETOKENIZE_PATTERN = r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+"
 # %% ../../nbs/30_models/1_load.ipynb #8b7859d4
 def train_bpe(
     texts, # iterable of texts
-    vocab_size:int=1024, # at most; fewer ids if the texts hold no more merges
+    vocab_size:int=1024, # at most; fewer ids if the texts have no more merges
 ): # `tokenizers.Tokenizer`
     "A byte-level BPE with single digits and Apertus' special tokens"
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -153,7 +169,7 @@ def build_tiny(
     rows, # Swiss-AI rows to train the tokenizer on
     seed:int=0, # of the initial weights
     vocab_size:int=1024, # at most
-    replace:bool=False, # replace older ones
+    replace:bool=False, # replace an older model
     **facts, # for the manifest
 )->Path: # the folder
     "Build the tiny model and its tokenizer, with safetensors, chat template, generation config and manifest"

@@ -15,7 +15,7 @@ from ..losses.logps import IGNORE, label_logits, tiled_logps
 # %% ../../nbs/30_models/2_score.ipynb #796bd125
 @dataclass
 class ScoreOutput(ModelOutput):
-    "Per-token results, [B, T-1], entry t for token t+1; 0 (False) where there is no label"
+    "Per-token results, [B, T-1], entry t for token t+1; 0 (False) if there is no label"
     log_probs: torch.Tensor|None = None # fp32, with gradient
     is_top1: torch.Tensor|None = None # bool: the label is the likeliest token; None unless asked for
     state_values: torch.Tensor|None = None # fp32, with gradient: logsumexp of the logits; None unless asked for
@@ -79,7 +79,7 @@ def score_positions(
 
 # %% ../../nbs/30_models/2_score.ipynb #f995698a
 def find_scored_positions(
-    labels_BT:torch.Tensor, # aligned with the ids, -100 where nothing is to be scored
+    labels_BT:torch.Tensor, # aligned with the ids, -100 at positions that are not scored
 )->torch.Tensor: # positions_N, int64: indices of the labelled positions in the flattened [B, T-1]
     "The positions that are scored; on a GPU this waits for the device"
     return (labels_BT[:, 1:] != IGNORE).flatten().nonzero()[:, 0]
@@ -97,7 +97,7 @@ def packed_seqlens(
 def add_score_head(
     model, # a causal language model, or one wrapped by peft
 ): # the same model
-    "Teach `model` to score: `model(..., labels=..., score=True)`, with the other arguments of `score_forward`"
+    "Add a scoring forward: `model(..., labels=..., score=True)`, with the other arguments of `score_forward`"
     target = model.get_base_model() if hasattr(model, "get_base_model") else model
     if getattr(target, "has_score_head", False): return model
     inner = target.forward.__func__ # not bound: a deep copy of the model must not call the original
@@ -116,8 +116,8 @@ def add_score_head(
 def score_forward(
     model, # a causal language model, inside its own forward
     *args, # of the backbone
-    labels:torch.Tensor, # labels_BT aligned with the ids, -100 where nothing is to be scored
-    scored_positions:torch.Tensor|None=None, # of `find_scored_positions`, if the host knows them; None finds them here
+    labels:torch.Tensor, # labels_BT aligned with the ids, -100: not scored
+    scored_positions:torch.Tensor|None=None, # if the host knows them; None: found from the labels
     cu_seqlens:torch.Tensor|None=None, # of `packed_seqlens`, if rows are packed and the host knows them
     max_seqlen:int|None=None, # of `packed_seqlens`
     with_top1:bool=False, # also whether each label is the top token

@@ -49,7 +49,7 @@ def to_number(
     whole, _, top = top.rpartition(" ") if bottom and re.fullmatch(r"\d+ +\d+", top) else ("", "", top)
     power = re.search(r"[eE][-+]?0*(\d*)$", top)
     too_large = len(text) > 1000 or power and len(power[1]) > 3
-    if too_large: return None # an exact value would fill the memory
+    if too_large: return None # an exact value would not fit into memory
     try: return sign*(Fraction(plain_digits(top))/Fraction(bottom or 1) + Fraction(whole or 0))
     except (ValueError, ZeroDivisionError): return None
 
@@ -103,13 +103,13 @@ def find_number(
 # %% ../../nbs/30_models/4_verifiers.ipynb #d0c787e8
 def final_number(
     text:str, # written by the model
-    answer:str, # holds the right number, found in the same way
+    answer:str, # contains the right number, found in the same way
     tolerance:float=1e-6, # relative to the right number
 )->float: # 1.0 or 0.0
     "Whether the final number of a text is the right one"
     number, expected = find_number(text), find_number(str(answer))
     if expected is None:
-        raise UserError(f"The answer {str(answer)[:60]!r} holds no number: use another verifier for this row, or "
+        raise UserError(f"The answer {str(answer)[:60]!r} contains no number: use another verifier for this row, or "
                         "correct it.")
     return float(number is not None and abs(number - expected) <= Fraction(tolerance)*max(1, abs(expected)))
 
@@ -134,7 +134,7 @@ def regex_match(
     except TimeoutError:
         raise UserError(f"The answer {answer[:60]!r} took over {seconds:g} seconds on {str(text)[:40]!r}: "
                         "write it without nested repetition.") from None
-    except engine.error as e: raise UserError(f"The answer {answer[:60]!r} is no regular expression: {e}.") from e
+    except engine.error as e: raise UserError(f"The answer {answer[:60]!r} is not a regular expression: {e}.") from e
 
 # %% ../../nbs/30_models/4_verifiers.ipynb #82a9ef4f
 def length_match(
@@ -143,7 +143,7 @@ def length_match(
 )->float: # 1.0 or 0.0
     "Whether the text has a permitted number of words"
     m = re.fullmatch(r"\s*(?:(\d+)\s*-\s*)?(\d+)\s*", str(answer))
-    if not m: raise UserError(f"The answer {str(answer)[:60]!r} is no length: write MAX or MIN-MAX, in words.")
+    if not m: raise UserError(f"The answer {str(answer)[:60]!r} is not a length: write MAX or MIN-MAX, in words.")
     return float(int(m[1] or 0) <= len((text or "").split()) <= int(m[2]))
 
 # %% ../../nbs/30_models/4_verifiers.ipynb #45ba4daf
@@ -153,7 +153,7 @@ def json_match(
 )->float: # 1.0 or 0.0
     "Whether two texts are the same JSON value"
     try: expected = json.loads(answer)
-    except ValueError as e: raise UserError(f"The answer {str(answer)[:60]!r} is no JSON: {e}.") from e
+    except ValueError as e: raise UserError(f"The answer {str(answer)[:60]!r} is not JSON: {e}.") from e
     try: return float(json.loads(text or "") == expected)
     except ValueError: return 0.
 
@@ -170,7 +170,7 @@ def json_schema(
         schema = json.loads(answer) if isinstance(answer, str) else answer
         jsonschema.Draft202012Validator.check_schema(schema)
     except (ValueError, jsonschema.SchemaError) as e:
-        raise UserError(f"The answer is no JSON schema: {str(e).splitlines()[0]}.") from e
+        raise UserError(f"The answer is not a JSON schema: {str(e).splitlines()[0]}.") from e
     try: return float(jsonschema.Draft202012Validator(schema).is_valid(json.loads(text or "")))
     except ValueError: return 0.
 

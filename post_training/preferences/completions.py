@@ -74,8 +74,8 @@ def call_stop_ids(
 # %% ../../nbs/35_preferences/3_completions.ipynb #17cd6497
 def written_blocks(
     tokenizer, # with a chat template
-    ids:Sequence[int], # written by the model, without the token it stopped at
-)->list[tuple[str, str]]|str: # kind and text of each block, or the reason against the completion
+    ids:Sequence[int], # written by the model, without the stop token
+)->list[tuple[str, str]]|str: # kind and text of each block, or the reason why the completion is skipped
     "The blocks of a generated turn"
     marks = ({tokenizer.convert_tokens_to_ids(m): kind for m, kind in TURN_MARKS.items()}
              if wants_blocks(tokenizer.chat_template) else {})
@@ -98,7 +98,7 @@ def answer_content(
     tokenizer, # with a chat template
     answer:dict, # ids (None if a server gives none; they end with the stop token), text, finish_reason
     blocks:bool, # whether the row is structured
-)->tuple: # (content, None), or (None, reason against the completion)
+)->tuple: # (content, None), or (None, the reason why it is skipped)
     "The content of a generated completion"
     reason = answer["finish_reason"]
     if reason != "stop": return None, "stopped by length" if reason == "length" else f"ended by {reason}"
@@ -134,12 +134,12 @@ def check_sampling(
     temperature:float,
     top_p:float,
 ):
-    "Raise a `UserError` for options that make no sense"
+    "Raise a `UserError` for invalid options"
     if n < 1: raise UserError(f"generation.n={n}: set it to 1 or more.")
     if max_new_tokens < 1: raise UserError(f"generation.max_new_tokens={max_new_tokens}: set it to 1 or more.")
     if temperature < 0:
         raise UserError(f"generation.temperature={temperature}: set it to 0 (the likeliest token) or more.")
-    if not 0 < top_p <= 1: raise UserError(f"generation.top_p={top_p}: it has to be above 0 and at most 1.")
+    if not 0 < top_p <= 1: raise UserError(f"generation.top_p={top_p}: it must be above 0 and at most 1.")
     if n > 1 and temperature == 0:
         raise UserError(f"At temperature 0 all {n} completions of a prompt would be the same. Set generation.n=1 or a "
                         "higher generation.temperature.")
@@ -179,7 +179,7 @@ KEY_VARIABLE = "POST_TRAINING_SERVER_KEY" # environment variable with the key of
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #a1acc470
 class ServerFailed(RuntimeError):
-    "No try got a usable answer from the server"
+    "No request got a usable answer from the server"
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #d8b1feda
 def base_url(
@@ -189,9 +189,9 @@ def base_url(
     url = (url or "").strip().rstrip("/").removesuffix("/v1")
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"server.url={redact(url)!r} is no address of a server: it looks like http://HOST:8000.")
+        raise UserError(f"server.url={redact(url)!r} is not the address of a server, such as http://HOST:8000.")
     if parts.username or parts.password:
-        raise UserError(f"server.url holds a name or a password: set {KEY_VARIABLE} instead.")
+        raise UserError(f"server.url contains a name or a password: set {KEY_VARIABLE} instead.")
     return url
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #76020183
@@ -245,12 +245,12 @@ def request_error(
     said = f"It says ({status}): {(text.replace(secret, '[redacted]') if secret else text)[:400]}"
     low, at = said.lower(), f"The server at {url}"
     if status in (401, 403):
-        return UserError(f"{at} needs another key: set {KEY_VARIABLE} to the one it was started with. {said}")
+        return UserError(f"{at} needs another key: set {KEY_VARIABLE} to the key that it was started with. {said}")
     if re.search(r"context length|max_model_len|maximum model length|longer than the max|too large|too long", low):
         return UserError(f"{at} has no room for a prompt of {tokens} tokens and {max_new_tokens} new ones. Lower "
                          f"max_seq_len to the server's limit: longer rows are then dropped and counted. {said}")
     if re.search(r"prompt\W+(must|should) be a (valid )?string|string_type", low):
-        return UserError(f"{at} takes no token ids as a prompt. Use one that does, such as vllm serve, or "
+        return UserError(f"{at} does not accept token ids as a prompt. Use a server that does, such as vllm serve, or "
                          f"backend=transformers. {said}")
     if re.search(r"model\b.*(does not exist|not found)|pinned to|unknown model", low):
         return UserError(f"{at} does not serve {requested_model!r}. Set server.model to a name that it lists. {said}")
@@ -291,7 +291,7 @@ def request_with_retries(
 def served_model(
     url:str, # base address
     model:str|None=None, # its name; None: the only one that the server lists
-    max_seq_len:int|None=None, # tokens of prompt and completion that it has to accept
+    max_seq_len:int|None=None, # tokens of prompt and completion that the server must accept
     **tries, # timeout, retries and pause of `request_with_retries`
 )->str: # the name for requests
     "The name of the model that a server has, checked"
@@ -322,12 +322,12 @@ def checked_choices(
     "The completions in an answer"
     choices, at = answer.get("choices") or [], f"The server at {url}"
     if len(choices) != n:
-        raise UserError(f"{at} gave {len(choices)} completions where {n} were asked for. Use one that takes n, such as "
+        raise UserError(f"{at} gave {len(choices)} completions and {n} were requested. Use a server with n, such as "
                         "vllm serve, or backend=transformers.")
     read = (answer.get("usage") or {}).get("prompt_tokens")
     if read is not None and read != tokens:
-        raise UserError(f"{at} read {read} tokens where a prompt of {tokens} ids was given: it does not take ids as "
-                        "they are. Use vllm serve, or backend=transformers.")
+        raise UserError(f"{at} read {read} tokens, and the prompt has {tokens} ids: it does not use the ids "
+                        "unchanged. Use vllm serve, or backend=transformers.")
     return [dict(ids=c.get("token_ids"), text=c.get("text") or "", finish_reason=c.get("finish_reason") or "nothing")
             for c in sorted(choices, key=lambda c: c.get("index", 0))]
 
@@ -361,7 +361,7 @@ def in_threads(
 # %% ../../nbs/35_preferences/3_completions.ipynb #7d9aeb3e
 def server_backend(
     url:str, # of the server, with or without /v1
-    model:str, # the name it gives the model, see `served_model`
+    model:str, # its name of the model, see `served_model`
     max_new_tokens:int, # of each sample
     temperature:float=1.,
     top_p:float=1.,

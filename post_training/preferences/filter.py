@@ -56,8 +56,8 @@ def filter_batch_fn(
 ): # function: indices of rows -> a dict for each
     "Count the tokens of completions, and leave out those that do not fit"
     if max_seq_len < 2:
-        raise UserError(f"max_seq_len is {max_seq_len}: a prompt and an answer have two tokens at least.")
-    if min_completions < 0: raise UserError(f"min_completions is {min_completions}: 0 or more.")
+        raise UserError(f"max_seq_len is {max_seq_len}: it must be at least 2 (one prompt token, one answer token).")
+    if min_completions < 0: raise UserError(f"min_completions is {min_completions}: it must be at least 0.")
     def make(indices):
         batch = rows[list(indices)]
         encoded = encode_completions(tokenizer, batch["prompt"],

@@ -7,7 +7,7 @@ __all__ = ['REFERENCE_CHOICES', 'CANDIDATE_CHOICES', 'PAIR_MODES', 'POOL_FIELDS'
            'reference_pool', 'quantile_of', 'Candidate', 'ordered_pair', 'first_pair', 'heuristic_pairs',
            'best_worst_pairs', 'random_pairs', 'k_random_pairs', 'own_pair', 'pair_features', 'pair_row', 'PairRules',
            'chosen_pairs', 'row_pairs', 'pairs_batch_fn', 'pool_columns', 'win_rates', 'pearson_correlation',
-           'within_rows', 'pool_table', 'histogram_counts', 'pair_numbers', 'tie_table', 'pool_texts',
+           'within_rows', 'pool_table', 'histogram_counts', 'pair_numbers', 'tie_table', 'text_hashes',
            'pool_diagnostics', 'pair_diagnostics', 'plot_pairs', 'plot_pool']
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #d9f43b42
@@ -79,7 +79,7 @@ class Candidate(NamedTuple):
 def ordered_pair(
     a:Candidate,
     b:Candidate,
-)->tuple|None: # the better and the worse; None if they are no pair
+)->tuple|None: # the better and the worse; None if they cannot be a pair
     "Two candidates as a pair, if their rewards and their texts differ"
     if a.reward == b.reward or a.key == b.key: return None
     return (a, b) if a.reward > b.reward else (b, a)
@@ -87,11 +87,11 @@ def ordered_pair(
 # %% ../../nbs/35_preferences/6_pairs.ipynb #dcc47786
 def first_pair(
     pool:list[Candidate],
-    low:float, # the rejected one is drawn from those up to this quantile
+    low:float, # largest quantile of candidates for the rejected completion
     rng:random.Random,
 )->tuple|None: # chosen and rejected
     "A pair from the top and the bottom of the quantiles, or the nearest possible"
-    drawn = rng.sample(pool, len(pool)) # among equals, the first that was drawn
+    drawn = rng.sample(pool, len(pool)) # of equal candidates the first drawn is used
     best = lambda candidates: max(candidates, key=lambda c: c.reward)
     worst = lambda candidates: min(candidates, key=lambda c: c.reward)
     def middle_and_bottom(candidates):
@@ -101,7 +101,7 @@ def first_pair(
     chosen = top[0] if top else best(middle or bottom)
     left = [c for c in drawn if ordered_pair(chosen, c)]
     middle, bottom = middle_and_bottom(left)
-    # nothing differs from the chosen one: take any two that differ
+    # no candidate differs from the chosen one: use any two that differ
     if not left: return next((p for p in (ordered_pair(a, b) for a, b in combinations(drawn, 2)) if p), None)
     return ordered_pair(chosen, bottom[0] if bottom else worst(middle or left))
 
@@ -123,7 +123,7 @@ def heuristic_pairs(
 def best_worst_pairs(
     pool:list[Candidate],
     num_pairs:int,
-    rng:random.Random, # decides among equals
+    rng:random.Random, # decides between equal rewards
     n:int=0, # references; not needed
 )->list[tuple]: # (chosen, rejected)
     "The best with the worst, the second best with the second worst, as long as they differ"
@@ -224,7 +224,7 @@ class PairRules:
     num_ref_rewards:int|None=None # use only the first of the reference rewards; None: all
     candidates:str="all" # completions that pairs are chosen from: one of `CANDIDATE_CHOICES`
     seed:int=42 # of the draws, together with the row's id
-    references:str="sampled" # completions that others are compared with: one of `REFERENCE_CHOICES`
+    references:str="sampled" # completions that the others are compared with: one of `REFERENCE_CHOICES`
 
     def __post_init__(self):
         for name, known in (("mode", PAIR_MODES), ("candidates", CANDIDATE_CHOICES), ("references", REFERENCE_CHOICES)):
@@ -233,14 +233,14 @@ class PairRules:
                                 + did_you_mean(str(value), known))
         if self.num_pairs < 1: raise UserError(f"num_pairs is {self.num_pairs}; it must be 1 or more.")
         if self.mode == "offline" and self.num_pairs > 1:
-            raise UserError(f"num_pairs is {self.num_pairs}, but mode=offline takes the one pair that a row came with.")
+            raise UserError(f"num_pairs is {self.num_pairs}, but mode=offline uses the single pair of each row.")
         if self.mode == "heuristic" and self.min_num_ref_rewards < 1:
             raise UserError("mode=heuristic compares with reference rewards: set min_num_ref_rewards to 1 or more, or "
                             "choose best-worst, random, k-random or offline.")
         least = max(self.min_num_ref_rewards, 1)
         if self.num_ref_rewards is not None and self.num_ref_rewards < least:
-            raise UserError(f"num_ref_rewards is {self.num_ref_rewards}: it must be at least 1, and not below "
-                            f"min_num_ref_rewards={self.min_num_ref_rewards}, or every row would be dropped.")
+            raise UserError(f"num_ref_rewards is {self.num_ref_rewards}: it must be at least 1, and at least "
+                            f"min_num_ref_rewards={self.min_num_ref_rewards}. Otherwise every row would be dropped.")
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #44bc03df
 def chosen_pairs(
@@ -248,7 +248,7 @@ def chosen_pairs(
     refs:list[int], # indices of the references, from `reference_pool`
     rules:PairRules,
 )->tuple[list, str]: # (chosen, rejected) as indices, and the reason if there are none
-    "The pairs of a row, by the mode of the rules; pairs of equal texts are left out"
+    "The pairs of a row, by the mode of the rules; mode offline may give equal texts, which are left out"
     completions = row["completions"]
     if PAIR_MODES[rules.mode] is None: pairs, reason = own_pair(completions), "the row came without a pair"
     else:
@@ -421,7 +421,7 @@ def tie_table(
                 equal_texts=None if texts is None else equal_share(texts))
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #e1d28cb0
-def pool_texts(
+def text_hashes(
     rows, # `datasets.Dataset` of prompts and completions
 )->list[int]: # one for each completion
     "A number for the text of each completion, equal for equal texts; 1,000 rows are read at a time"
@@ -443,7 +443,7 @@ def pool_diagnostics(
     return {"policies": pool_table(columns),
             "wins on the same prompt": [dict(policy=a, against=b, wins=w, prompts=n)
                                         for (a, b), (w, n) in win_rates(columns).items()],
-            "ties": [tie_table(columns, pool_texts(rows))],
+            "ties": [tie_table(columns, text_hashes(rows))],
             "length and reward": [dict(over="all completions", correlation=overall),
                                   dict(over="within prompts", correlation=pearson_correlation(length, reward))],
             "finish reasons": [dict(finish_reason=k, completions=n)

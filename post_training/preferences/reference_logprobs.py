@@ -55,7 +55,7 @@ def forward_tokens(
     device, # where the model is
 )->int:
     "Tokens of one forward"
-    if batch_tokens < 1: raise UserError(f"batch_tokens is {batch_tokens}: a forward has at least one token.")
+    if batch_tokens < 1: raise UserError(f"batch_tokens is {batch_tokens}: it must be at least 1.")
     return min(batch_tokens, 1024) if torch.device(device).type == "cpu" else batch_tokens
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #87c9b78c
@@ -76,7 +76,7 @@ def read_row(
     encoded, # an `EncodedRow`, or a `Refused`
     room:int|None, # positions of the model; None: any number
 )->tuple: # pieces, reason to drop the row or None, skipped completions by reason
-    "The pieces of a row, or the reason against it"
+    "The pieces of a row, or the reason why it is dropped"
     if isinstance(encoded, Refused): return [], encoded.reason, {}
     if not encoded.prompt_ids: return [], "the prompt is empty", {}
     if not encoded.completions: return [], "no completions", {}
@@ -159,7 +159,7 @@ def read_prompts(
 def take_prompts(
     cache, # of `read_prompts`
     index_B:torch.Tensor, # indices of prompts, in any order and any number of times
-): # a new cache; the first stays as it is
+): # a new cache; the first is not changed
     "A cache with selected prompts of another one"
     new = copy.copy(cache)
     new.layers = [copy.copy(layer) for layer in cache.layers]
@@ -222,7 +222,7 @@ def score_pieces(
     tokens:int, # of a forward at most
     share:bool, # read a prompt once if that saves enough
 )->list: # for each piece: an fp32 array
-    "Log-probabilities of pieces, each row by the method that suits it"
+    "Log-probabilities of pieces, each row by the faster method"
     lengths, out = {}, [None]*len(pieces)
     for p in pieces: lengths.setdefault((p.row, len(p.prompt)), []).append(len(p.ids))
     shared_rows = {row for (row, n), ls in lengths.items() if share and worth_sharing(n, ls)}
@@ -241,11 +241,11 @@ def score_plain_checked(
     pieces:list, # `ScoringPiece`s
     tokens:int, # of a forward at most
 )->list: # for each piece: an fp32 array
-    "Log-probabilities by the plain method; raises if one is not finite"
+    "Log-probabilities by the plain method; a number that is not finite raises an error"
     logps = score_plain(model, pieces, tokens) if pieces else []
     if all(np.isfinite(x).all() for x in logps): return logps
     raise UserError("The model gives log-probabilities that are not finite, from the first rows on: look at its "
-                    "weights, and at model_args.dtype (float16 overflows where bfloat16 does not).")
+                    "weights, and at model_args.dtype (float16 overflows earlier than bfloat16).")
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #1d553a9c
 def probe_sharing(
@@ -271,7 +271,7 @@ def decide_sharing(
     pieces:list, # `ScoringPiece`s to try
     tokens:int, # of a forward at most
     share_prompts:str|bool="auto", # auto, true, false
-    notice=print, # called with the reason if the plain method is taken
+    notice=print, # called with the reason if the plain method is used
 )->bool:
     "Whether prompts are read once, after a probe"
     if share_prompts not in ("auto", True, False):
@@ -315,7 +315,7 @@ def sampled_pieces(
     pieces:list, # of one row
     completions:list[dict], # of the row
     room:int|None=None, # positions of the model
-)->tuple: # number of compared completions, `ScoringPiece`s with the sampled ids where they differ
+)->tuple: # number of compared completions, `ScoringPiece`s with the sampled ids if they differ
     "Completions whose text encodes to other ids than those that were sampled"
     known = [(p, list(ids)) for p in pieces
              if (c := completions[p.number])["is_reference_completion"] and (ids := c["token_ids"])]
@@ -381,7 +381,7 @@ def logprobs_batch_fn(
     batch_tokens:int=16384, # of a forward at most, padding included
     share_prompts:str|bool="auto", # read a prompt once for all of its completions: auto, true, false
     probe_rows=(), # indices of further rows to probe: the first batch of the plan holds the longest
-    notice=print, # called with a message if the plain method is taken
+    notice=print, # called with a message if the plain method is used
     allow_control_tokens_in_content:bool=False, # encode control tokens in contents as control tokens
 ): # function: indices of rows -> a dict for each
     "Log-probabilities of completions under the reference model"
@@ -390,7 +390,7 @@ def logprobs_batch_fn(
     n, ids = len(tokenizer), model.get_input_embeddings().num_embeddings
     if n > ids: raise UserError(f"The tokenizer has {n} ids and the model {ids}: they do not belong together.")
     if getattr(config, "output_router_logits", False):
-        config.output_router_logits = False # the balancing loss of experts has no place here
+        config.output_router_logits = False # the balancing loss of experts is not computed
     model = add_score_head(model).eval()
     room = getattr(config, "max_position_embeddings", None)
     tokens = forward_tokens(batch_tokens, model.device)
@@ -416,7 +416,7 @@ def weights_fingerprint(
         is_torch_file = p.suffix == ".bin" and p.name.startswith(("pytorch_model", "adapter_model"))
         return p.suffix == ".safetensors" or is_torch_file
     files = sorted(p for p in folder.iterdir() if is_weights(p))
-    if not files: raise UserError(f"{name_or_path} holds no weights: there is no .safetensors file.")
+    if not files: raise UserError(f"{name_or_path} contains no weights: there is no .safetensors file.")
     for p in (folder/"config.json", folder/"adapter_config.json"):
         if not p.is_file(): continue
         config = {k: v for k, v in json.loads(p.read_text()).items() if k not in IGNORED_CONFIG_KEYS}
@@ -440,7 +440,7 @@ def check_reference(
     reference:dict, # from `reference_identity`
     recorded:dict|None, # the identity that the completions stage recorded; None: unknown
     allow_other_reference:bool=False, # accept differences
-)->list[str]: # those of model, tokenizer and template that differ
+)->list[str]: # the differing parts: model, tokenizer, template
     "Refuse a reference other than the one that wrote the reference completions"
     kinds = dict(model="model", tokenizer="tokenizer", template="chat template")
     other = [k for k in kinds if recorded and recorded.get(k) and recorded[k] != reference[k]]

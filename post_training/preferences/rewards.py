@@ -69,11 +69,11 @@ def as_chat(
     messages:list[dict], # plain or structured; the last one is judged
     system_prompt:str="keep", # as for `plain_turns`
 )->list[dict]|Refused:
-    "The plain turns of a conversation in the form that the template takes, or the reason against it"
+    "The plain turns of a conversation in the form that the template takes, or the reason why it is refused"
     try:
         turns = plain_turns(messages, system_prompt)
         if not turns[-1]["content"].strip():
-            return Refused("empty completion", "the completion is empty, or holds thoughts only")
+            return Refused("empty completion", "the completion is empty, or contains thoughts only")
         return to_structured(turns) if wants_blocks(tokenizer.chat_template) else turns
     except UnsupportedContent as e: return Refused(f"unsupported_roles: {e}", str(e))
     except (MalformedRow, KeyError, TypeError, AttributeError) as e: return Refused("malformed", f"{e!r:.80}")
@@ -111,17 +111,17 @@ def read_scores(
     score_index:int|None=None, # output that is the reward, if there are several
     names:dict|None=None, # of the outputs, for the message: `config.id2label`
 ): # scores_B
-    "The reward of each conversation; more than one output is refused unless one is chosen"
+    "The reward of each conversation; several outputs are refused unless `score_index` chooses one"
     scores = out.score if getattr(out, "score", None) is not None else out.logits
     if scores.ndim == 1: scores = scores[:, None]
     if scores.ndim != 2:
         raise UserError(f"The reward model returns scores of shape {list(scores.shape)}: one number for a conversation "
-                        "is needed. It is no sequence classification model.")
+                        "is needed. It is not a sequence classification model.")
     k = scores.shape[1]
     if score_index is None and k > 1:
         has = ", ".join(f"{i}: {(names or {}).get(i, '?')}" for i in range(min(k, 20)))
-        raise UserError(f"The reward model has {k} outputs where one is expected ({has}). Set reward_args.score_index "
-                        "to the one that is the reward.")
+        raise UserError(f"The reward model has {k} outputs, and one is expected ({has}). Set "
+                        "reward_args.score_index to the output that is the reward.")
     if not 0 <= (score_index or 0) < k:
         raise UserError(f"reward_args.score_index={score_index}: the reward model has {k} output{'s'*(k > 1)}, counted "
                         "from 0.")
@@ -144,7 +144,7 @@ def score_batch(
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #5a2f0332
 def pad_of(
-    model, # a sequence classification model; its config is completed where it names no pad token
+    model, # a sequence classification model; its config is completed if it names no pad token
     tokenizer, # of the model
 )->int:
     "The id for padding a reward model's batches: the one by which the model finds the last token"
@@ -241,7 +241,7 @@ class ModelScorer:
 # %% ../../nbs/35_preferences/5_rewards.ipynb #5b7fc77f
 @patch
 def encode(self:ModelScorer, rows:list[dict])->list[list]: # of each row, for each completion: ids or a `Refused`
-    "The conversations of rows as ids; one that is too long is refused, never cut"
+    "The conversations of rows as ids; a conversation that is too long is refused, never truncated"
     flat = [[*r["prompt"], dict(role="assistant", content=c["content"])] for r in rows for c in r["completions"]]
     too_long = Refused("too long", f"more than {self.max_length} tokens in the reward model's template")
     encoded = iter([too_long if isinstance(v, list) and len(v) > self.max_length else v
@@ -321,7 +321,7 @@ def load_reward_model(
     from transformers.utils import logging
     path = model_path(name)
     if trust_remote_code and not Path(path).is_dir() and not re.fullmatch("[0-9a-f]{40}", revision):
-        raise UserError(f"{name} brings code of its own: set reward_args.model_revision to the commit that you have "
+        raise UserError(f"{name} contains Python code: set reward_args.model_revision to the commit that you have "
                         f"read (40 hexadecimal digits), not {revision!r}.")
     kwargs = dict(attn_implementation=attn_implementation) if attn_implementation else {}
     verbosity = logging.get_verbosity()
@@ -334,7 +334,7 @@ def load_reward_model(
         raise UserError(f"Cannot load the reward model {name}: {str(e).strip().splitlines()[0]}") from e
     finally: logging.set_verbosity(verbosity)
     if missing := sorted(info["missing_keys"]):
-        raise UserError(f"{name} is no reward model: it has no weights for {', '.join(missing[:3])}, which would be "
+        raise UserError(f"{name} is not a reward model: it has no weights for {', '.join(missing[:3])}, which would be "
                         "random. Name a sequence classification checkpoint.")
     return model
 
@@ -359,8 +359,8 @@ def load_reward_tokenizer(
     if isinstance(tokenizer.chat_template, dict): tokenizer.chat_template = tokenizer.chat_template.get("default")
     if template: tokenizer.chat_template = template
     if not tokenizer.chat_template:
-        raise UserError(f"The reward model {name} has no chat template of its own: set reward_args.chat_template_name "
-                        "to the one it was trained with.")
+        raise UserError(f"The reward model {name} has no chat template: set reward_args.chat_template_name to "
+                        "the template that it was trained with.")
     check_bos(tokenizer)
     return tokenizer
 
@@ -375,7 +375,7 @@ def model_scorer(
     device:str|None=None, # cpu or cuda; None: a GPU if there is one
     **options, # of `ScoringOptions`
 )->ModelScorer:
-    "Load a reward model as a scorer, in the precision and attention that its device calls for"
+    "Load a reward model as a scorer, with the precision and attention of its device"
     options = ScoringOptions(**options)
     device = device or default_device()
     auto = resolve_auto(device, "inference", dtype, attn_implementation, flash_available(device))
@@ -405,7 +405,7 @@ def check_verifier(
     "Raise a `UserError` if there is no verifier of that name, or its package is missing"
     if name not in VERIFIERS:
         raise UserError(f"Unknown verifier {name!r}.{did_you_mean(name, VERIFIERS)} Known: {', '.join(VERIFIERS)}; or "
-                        "null for the one that each row names.")
+                        "null for the verifier that each row names.")
     if name == "json_schema" and find_spec("jsonschema") is None:
         raise UserError("The verifier json_schema needs the package jsonschema: install it.")
 
@@ -424,7 +424,7 @@ class VerifierScorer:
     def lengths(self, rows:list[dict])->list[int]: return [max(1, len(r["completions"])) for r in rows]
     def facts(self)->dict: return dict(kind="verifier", name=self.name or "of each row")
     def score(self, rows:list[dict])->list:
-        "0 or 1 for each completion of each row, or the reason against a row"
+        "0 or 1 for each completion of each row, or the reason why a row is dropped"
         out = [self.score_row(r) for r in rows]
         for r, v in zip(rows, out):
             if isinstance(v, Refused) and self.on_malformed == "error" and v.reason != "no answer":
@@ -433,7 +433,7 @@ class VerifierScorer:
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #4e708d52
 @patch
-def score_row(self:VerifierScorer, row:dict): # a list of 0.0 or 1.0, or a `Refused` against the row
+def score_row(self:VerifierScorer, row:dict): # a list of 0.0 or 1.0, or a `Refused` for the row
     "Verify the completions of one row; an empty one is wrong"
     if row.get("answer") is None: return Refused("no answer", "a verifier needs the right answer")
     name = self.name or row_verifier(row)
@@ -468,7 +468,7 @@ def reward_lengths(
 # %% ../../nbs/35_preferences/5_rewards.ipynb #b10a361c
 def add_rewards(
     row:dict, # in row form
-    result, # of a scorer: a float or a `Refused` for each completion, or one `Refused` against the row
+    result, # of a scorer: a float or a `Refused` for each completion, or one `Refused` for the row
 )->dict: # completions and lost, or dropped
     "The result of one row"
     if isinstance(result, Refused): return dict(dropped=result.reason, detail=result.detail)

@@ -24,7 +24,8 @@ from .state import RunState, is_trained, locate_run, not_begun
 def refuse_secrets(cfg:dict):
     "Refuse a config with a secret in it, because a config is stored and displayed"
     flat = {k: v for k, v in flatten(cfg).items()
-            if isinstance(v, str) and not k.startswith("model_merging.tokenizer.")} # a text token
+            # the key `token` of a merge is a token of the vocabulary, not a secret
+            if isinstance(v, str) and not k.startswith("model_merging.tokenizer.")}
     hidden = [k for k, v in flat.items() if redact({k.split(".")[-1]: v})[k.split(".")[-1]] != v]
     if hidden:
         raise UserError(f"{', '.join(hidden)} looks like a secret, and a config is kept in the record. Set it in the "
@@ -40,13 +41,13 @@ def check_frozen(
     if identity:
         listed = "; ".join(f"{k}: {a!r} in the folder, {b!r} now" for k, (a, b) in identity.items())
         raise UserError(f"The config differs from the one frozen in {run_dir}: {listed}. Restore config.yaml, or set "
-                        "another job_subdir for a run of its own.")
+                        "another job_subdir to make a new run.")
     return rest
 
 # %% ../../nbs/15_run/6_attempt.ipynb #4c2ec563
 def _claim_generation(
     cfg:dict, # a composed, resolved config
-    run_id:str, # of this run
+    generation_id:str, # the `id` of the record
 )->Path: # the folder, made by this call
     "Make the next free generation folder, so that the checkpoints of two runs never mix"
     root, n = checkpoints_root(cfg), 1
@@ -56,7 +57,7 @@ def _claim_generation(
             (root/f"g{n}").mkdir()
             break
         except FileExistsError: n += 1
-    write_atomic(root/f"g{n}/owner", run_id + "\n")
+    write_atomic(root/f"g{n}/owner", generation_id + "\n")
     return root/f"g{n}"
 
 # %% ../../nbs/15_run/6_attempt.ipynb #65018ab8
@@ -72,15 +73,15 @@ def _begin_generation(
 )->Path: # its checkpoints folder
     "Freeze the config and begin a record; the record of an earlier generation is kept under `earlier`"
     old = read_record(run_dir)
-    n, run_id = old.get("generation", 0) + 1, f"{run_dir.name}-{secrets.token_hex(3)}"
-    folder = _claim_generation(cfg, run_id)
+    n, generation_id = old.get("generation", 0) + 1, f"{run_dir.name}-{secrets.token_hex(3)}"
+    folder = _claim_generation(cfg, generation_id)
     if (run_dir/"metrics.jsonl").exists(): os.replace(run_dir/"metrics.jsonl", run_dir/f"metrics-g{n-1}.jsonl")
     (run_dir/f"{cfg['stage']}.ipynb").unlink(missing_ok=True) # the attempt that made the notebook has its own copy
     save_frozen(cfg, run_dir/"config.yaml", facts.get("overrides") or ())
     def change(r):
         if r: r.setdefault("earlier", []).append({k: r.pop(k) for k in list(r) if k not in RUN_KEYS})
-        r.update(stage=cfg["stage"], hash=digest, id=run_id, generation=n, status="queued", checkpoints_dir=str(folder),
-                 config=cfg, **facts)
+        r.update(stage=cfg["stage"], hash=digest, id=generation_id, generation=n, status="queued",
+                 checkpoints_dir=str(folder), config=cfg, **facts)
         r.setdefault("attempts", [])
     edit_record(run_dir, change)
     return folder
@@ -124,7 +125,7 @@ def _choose_generation(
     if best: check_topology(record.get("topology"), training_topology(cfg))
     elif record.get("freed"):
         raise UserError(f"The checkpoints of {run_dir.name} were freed ({record['freed'][-1]['when']}): there is "
-                        "nothing to continue from. Add --force to begin anew from step 0.")
+                        "nothing to continue from. Add --force to begin a new generation from step 0.")
     return state.checkpoints_dir, changed, "resume" if existing else "new"
 
 # %% ../../nbs/15_run/6_attempt.ipynb #127298e2
@@ -170,7 +171,7 @@ def _attach(cfg:dict, attempt:int)->Attempt:
     state, run_dir = locate_run(cfg), run_folder(cfg)
     attempts = read_record(run_dir).get("attempts") or []
     if attempt > len(attempts) or "exit" in attempts[attempt - 1] or not is_live(run_dir):
-        raise UserError(f"Attempt {attempt} of {run_dir} is not open. Leave attempt=0 to open one here.")
+        raise UserError(f"Attempt {attempt} of {run_dir} is not open. Use attempt=0 to open an attempt here.")
     # end with the command that opened the attempt
     if os.environ.get("POST_TRAINING_PARENT") == str(os.getppid()): die_with_parent(os.getppid())
     folder = run_dir/f"attempts/{attempt}"
@@ -190,11 +191,11 @@ def _refuse_changed(run_dir:Path):
     "Refuse a finished run whose inputs have changed"
     if changed := changed_inputs(read_record(run_dir)):
         raise UserError(f"{', '.join(changed)} changed since the finished run in {run_dir}. Add --force (force=True) "
-                        "to make it anew, or choose another job_subdir.")
+                        "to begin a new generation, or choose another job_subdir.")
 
 # %% ../../nbs/15_run/6_attempt.ipynb #965a2dd4
 def _open_held(cfg:dict, state:RunState, origins:dict, overrides:list, force:bool, command:list)->Attempt:
-    "`open_run` once the lock is held"
+    "The part of `open_run` that needs the lock"
     run_dir = state.run_dir
     attempts = read_record(run_dir).get("attempts") or []
     if not force: _refuse_existing(cfg, run_dir)
@@ -220,7 +221,7 @@ def open_run(
     force:bool=False, # begin a new generation from step 0; earlier checkpoints are kept
     attempt:int=0, # join this attempt, which another command opened; 0 opens one
 )->Attempt:
-    "Open an attempt and hold the run for as long as this process lives; a finished run is only looked up"
+    "Open an attempt and hold the run's lock until the attempt is closed; a finished run is only looked up"
     if attempt: return _attach(cfg, attempt)
     refuse_secrets(cfg)
     run_dir = run_folder(cfg)
@@ -280,7 +281,7 @@ def close_attempt(
 def finish_attempt(
     attempt:Attempt, # opened here or joined
 ):
-    "Close an attempt that ended well; one that a command opened is left to the command"
+    "Close a successful attempt; an attempt that another command opened is closed by that command"
     if not attempt.attached and attempt.status != "done": close_attempt(attempt.run_dir, attempt.number, 0)
 
 # %% ../../nbs/15_run/6_attempt.ipynb #eb0fc45c

@@ -135,7 +135,7 @@ def config_changes(
 def training_topology(
     cfg:dict, # a composed, resolved config
 )->dict: # world_size, per_device, accumulation, zero_stage (None without DeepSpeed); empty for stages without steps
-    "How the work of a step is divided among processes"
+    "How a step is divided among processes"
     if cfg["stage"] not in TRAINING_STAGES: return {}
     preset = yaml.safe_load(accelerate_file(cfg["accelerate_config"]).read_text())
     batch = batch_arithmetic(cfg)
@@ -154,5 +154,6 @@ def check_topology(
     if not saved or not current or all(saved.get(k) == current[k] for k in keys): return
     if saved.get("zero_stage") is None and current["zero_stage"] is None: return # plain data parallelism
     changed = ", ".join(f"{k} was {saved.get(k)} and is {current[k]}" for k in keys if saved.get(k) != current[k])
-    raise UserError(f"DeepSpeed's checkpoints load only where they were saved: {changed}. Resume with the former "
+    raise UserError("A DeepSpeed checkpoint loads only with the processes and ZeRO stage that saved it: "
+                    f"{changed}. Resume with the former "
                     "accelerate_config and number of processes, or start another job_subdir.")

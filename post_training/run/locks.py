@@ -31,7 +31,7 @@ def is_live(
 def release_run(
     run_dir, # a run folder
 ):
-    "Let other attempts in; nothing happens if this process holds no lock"
+    "Release the locks of this process on a run, if it holds any"
     lock = _OPEN_LOCKS.pop(str(Path(run_dir)), None)
     if lock: lock.close()
 
@@ -39,7 +39,7 @@ def release_run(
 def hold_run(
     run_dir, # a run folder
 ):
-    "Keep other attempts out for as long as this process lives, or raise if one is at work"
+    "Lock a run until this process ends, or raise an error if another attempt holds it"
     run_dir = Path(run_dir)
     release_run(run_dir)
     lock = try_lock(run_dir/".lock", fcntl.LOCK_EX)
@@ -47,7 +47,7 @@ def hold_run(
     if workers: workers.close()
     else:
         if lock: lock.close()
-        raise UserError(f"Another attempt is at work on {run_dir}. Wait for it or stop it; two attempts would spoil "
+        raise UserError(f"Another attempt is at work on {run_dir}. Wait for it or stop it; two attempts would damage "
                         "each other's files.")
     _OPEN_LOCKS[str(run_dir)] = lock
 
@@ -55,7 +55,7 @@ def hold_run(
 def join_run(
     run_dir, # a run folder
 ):
-    "Die with the launcher, and keep other attempts out until then"
+    "End with the launcher, and prevent other attempts until then"
     if "POST_TRAINING_ATTEMPT" in os.environ or "LOCAL_RANK" in os.environ: die_with_parent()
     run_dir, first = Path(run_dir), os.environ.get("RANK", "0") == "0"
     locks = [try_lock(run_dir/".workers", fcntl.LOCK_SH, 5.)]

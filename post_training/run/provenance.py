@@ -21,7 +21,7 @@ STACK = ("torch", "transformers", "trl", "accelerate", "deepspeed", "datasets", 
 # %% ../../nbs/15_run/2_provenance.ipynb #cbe7f691
 def stack_versions(
     packages=STACK, # distribution names
-)->dict[str, str]: # name -> version; packages that are not installed are left out
+)->dict[str, str]: # name -> version; without packages that are not installed
     "Versions of the main libraries, without importing them"
     out = dict(python=platform.python_version())
     for name in packages:
@@ -31,7 +31,7 @@ def stack_versions(
 
 # %% ../../nbs/15_run/2_provenance.ipynb #fac60c1a
 def _run_quietly(*command)->str|None: # what it printed; None if it failed or does not exist
-    "Output of a command that may be missing"
+    "The output of a command that may not exist"
     try: return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError): return None
 
@@ -59,7 +59,7 @@ def host_facts()->dict:
 # %% ../../nbs/15_run/2_provenance.ipynb #172d281e
 def path_fingerprint(
     path, # a file or a folder
-    whole:int=2**28, # files up to this many bytes are read whole; of larger ones the size, the first and the last MiB
+    whole:int=2**28, # bytes; of larger files only the size, the first and the last MiB are read
 )->str: # hex digest
     "A digest of names, sizes and contents, the same on every machine; hidden files do not count"
     path = Path(path)
@@ -90,7 +90,7 @@ def check_fingerprints(
     changed = [f"{k} ({before[k][:8]} then, {v[:8]} now)" for k, v in now.items() if before.get(k, v) != v]
     if changed:
         raise UserError(f"Inputs of the run in {run_dir} have changed since it started: {', '.join(changed)}. Restore "
-                        "them, or force the run to start anew.")
+                        "them, or begin a new generation with --force.")
     update_record(run_dir, fingerprints=now)
 
 # %% ../../nbs/15_run/2_provenance.ipynb #1caff675
@@ -123,8 +123,8 @@ def inputs_of(
 # %% ../../nbs/15_run/2_provenance.ipynb #3faab7be
 def changed_inputs(
     record:dict, # of a finished run
-)->list[str]: # paths whose content differs now
-    "The inputs of a run that have changed since; contents are read only if names, sizes or times differ"
+)->list[str]: # paths whose content has changed
+    "The inputs of a run that have changed; contents are read only if names, sizes or times differ"
     before = {path: digests for path, digests in (record.get("inputs") or {}).items() if digests.get("content")}
     # a deleted input cannot be compared; the finished run stays valid
     now = {path: inputs_of([path], content=False)[path] for path in before}
@@ -134,7 +134,7 @@ def changed_inputs(
 # %% ../../nbs/15_run/2_provenance.ipynb #1e4f22a7
 def made_by(
     path, # a folder of rows
-)->list[dict]: # stage, hash and dataset; empty if no run of ours wrote it
+)->list[dict]: # stage, hash and dataset; empty if it was not written by a run
     "The run that wrote a folder of rows, according to its manifest"
     try: manifest = json.loads((site_path(path)/"manifest.json").read_text())
     except (OSError, ValueError): return []

@@ -31,7 +31,7 @@ def is_done(
     run_dir, # a run folder
     checkpoints_dir=None, # the folder of its generation; None reads it from the record
 )->bool:
-    "Whether nothing is left to do: trained, and the last attempt ended well"
+    "Whether a run is trained and its last attempt was successful"
     attempts = read_record(run_dir).get("attempts") or [{}]
     return attempts[-1].get("exit") == 0 and is_trained(run_dir, checkpoints_dir)
 
@@ -50,7 +50,7 @@ def generation_folder(
 def not_begun(
     record:dict, # of a run
 )->bool:
-    "Whether a generation was handed to a scheduler and no attempt has opened it yet"
+    "Whether a generation was made for a scheduler and no attempt has opened it yet"
     return (bool(record) and record.get("status") == "queued"
             and not any(a.get("generation") == record["generation"] for a in record.get("attempts") or []))
 
@@ -79,7 +79,7 @@ class RunState:
 
 # %% ../../nbs/15_run/5_state.ipynb #f3b9024f
 def _why_resume(run_dir:Path, record:dict, folder:Path)->str:
-    "One sentence: how the last attempt ended and which checkpoint there is to continue from"
+    "A sentence: how the last attempt ended, and which checkpoint is the newest complete one"
     state = run_status(run_dir, record)
     how = dict(running="is at work now", killed="was killed", failed="failed", finished="finished",
                queued="was handed over").get(state, state)

@@ -176,7 +176,7 @@ def sync(self:Tracker):
 # %% ../../nbs/15_run/8_tracking.ipynb #2cfee7d6
 @patch
 def finish(self:Tracker,
-    exit_code:int=0, # 0: ended well
+    exit_code:int=0, # 0: success
 ):
     "Send the rest and close the run"
     if not self.run: return
@@ -227,14 +227,15 @@ def read_offline(
 # %% ../../nbs/15_run/8_tracking.ipynb #d2571189
 def wandb_sync(
     runs, # run folders
-    mode:str="online", # offline only shows what would be sent, in wandb's own files
+    mode:str="online", # offline writes wandb's files and sends nothing
 )->list[tuple[Path, int]]: # run folder, number of lines sent
     "Send the lines that runs have logged and Weights & Biases does not have yet"
     if mode == "online" and not has_credentials():
         raise UserError("wandb finds no credentials. Run `wandb login`, or set WANDB_API_KEY.")
     out = []
     for run_dir in map(Path, runs):
-        if not (run_dir/"config.yaml").exists(): raise UserError(f"{run_dir} is no run folder: it has no config.yaml.")
+        if not (run_dir/"config.yaml").exists():
+            raise UserError(f"{run_dir} is not a run folder: it has no config.yaml.")
         if is_live(run_dir):
             print(f"{run_dir.name} is at work; send it when it has ended")
             continue

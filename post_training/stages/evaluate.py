@@ -28,13 +28,13 @@ MEASURES = ("accuracy", "perplexity")
 def check_evaluation_config(
     cfg:dict, # composed for this stage
 ):
-    "Refuse a config that cannot be meant, before anything is read"
+    "Refuse an invalid config before data or models are read"
     e, unknown = cfg["evaluation"], [m for m in cfg["measure"] if m not in MEASURES]
     if unknown:
         raise UserError(f"measure names {unknown[0]!r}.{did_you_mean(str(unknown[0]), MEASURES)} Known: "
                         f"{', '.join(MEASURES)}.")
     if not cfg["measure"] and not cfg["lm_eval"]["tasks"]:
-        raise UserError("Nothing is measured: give measure=[accuracy,perplexity], one of them, or lm_eval.tasks.")
+        raise UserError("Nothing is measured: set measure to accuracy, perplexity or both, or set lm_eval.tasks.")
     if e["samples"] > 1 and not e["temperature"]:
         raise UserError(f"evaluation.samples={e['samples']} at temperature 0 gives the same answer {e['samples']} "
                         "times: set evaluation.temperature=1.0.")
@@ -57,7 +57,7 @@ def evaluation_rows(
     if name is None and (names := split_names(path)):
         name = names[0] if len(names) == 1 else next((n for n in HELD_OUT if n in names), None)
         if name is None:
-            raise UserError(f"{args['dataset_name']} has the splits {', '.join(names)}: say which in "
+            raise UserError(f"{args['dataset_name']} has the splits {', '.join(names)}: choose one with "
                             "dataset_args.split.")
     rows = load_rows(path, name)
     if not len(rows):
@@ -67,16 +67,16 @@ def evaluation_rows(
 # %% ../../nbs/65_stages/6_evaluate.ipynb #79d15f5b
 def check_answers(
     rows:list[dict], # of the evaluation
-    verifier:str|None=None, # for rows that name none
+    verifier:str|None=None, # for rows without a verifier
     where:str="the evaluation set", # for the message
 ):
     "Refuse an evaluation set without an answer that can be checked"
     if any(r.get("answer") is not None and (verifier or row_verifier(r)) for r in rows): return
     if any(r.get("answer") is not None for r in rows):
-        raise UserError(f"The answers of {where} are no numbers, and no row names a verifier: set "
+        raise UserError(f"The answers of {where} are not numbers, and no row names a verifier: set "
                         "evaluation.verifier=exact_match (or regex, json_match, ...), or add a column verifier.")
-    raise UserError(f"No row of {where} has an answer to compare with: add a column answer (and verifier, where it is "
-                    "no number), or set measure=[perplexity], which needs none.")
+    raise UserError(f"No row of {where} has an answer to compare with: add a column answer (and verifier, if it is "
+                    "not a number), or set measure=[perplexity], which needs no answer.")
 
 # %% ../../nbs/65_stages/6_evaluate.ipynb #eb5c80de
 def short_names(
@@ -100,7 +100,7 @@ def candidate_checkpoints(
         path, lineage = run.base_model(given, cfg["runs_dir"])
         out.append(dict(given=given, path=model_path(path), parents=lineage.get("parents", [])))
     if duplicates := [c["given"] for i, c in enumerate(out) if c["path"] in [o["path"] for o in out[:i]]]:
-        raise UserError(f"checkpoints names {duplicates[0]} twice, in two ways.")
+        raise UserError(f"checkpoints names {duplicates[0]} twice, under two names.")
     ends = [f"{run.find_run(c['given'][4:], cfg['runs_dir'], parts=False).name}/{Path(c['path']).name}"
             if c["given"].startswith("run:") else c["path"] for c in out]
     return [c | dict(name=n) for c, n in zip(out, short_names(ends))]
@@ -120,8 +120,8 @@ def candidate_tokenizer(
 # %% ../../nbs/65_stages/6_evaluate.ipynb #e4085a1a
 def model_input(
     path:str, # folder or hub name
-)->str: # what stands for its content
-    "The file of a checkpoint that is fingerprinted: its manifest where it has one, or all of its files"
+)->str: # a file or folder that represents its content
+    "The file of a checkpoint that is fingerprinted: its manifest if it has one, or all of its files"
     return str(Path(path)/MANIFEST) if (Path(path)/MANIFEST).is_file() else path
 
 # %% ../../nbs/65_stages/6_evaluate.ipynb #002933f6
@@ -138,7 +138,7 @@ def saved_answers(
     path:Path, # of a file of saved answers
     key:str, # from `answers_key`
 )->dict[int, list[dict]]: # index of the prompt -> its samples
-    "The answers in a file, which is left ready for more"
+    "The answers in a file; an incomplete last line is removed"
     records, lines = [], path.read_text().split("\n") if path.exists() else []
     for line in lines[:-1]: # the last one has no newline: empty, or half written
         try: records.append(json.loads(line))
@@ -146,7 +146,7 @@ def saved_answers(
     if records and records[0] == key:
         if lines[-1]: write_atomic(path, "\n".join(lines[:-1]) + "\n")
         return {int(i): samples for batch in records[1:] for i, samples in batch.items()}
-    if records: print(f"{path.name}: saved for other prompts or another checkpoint; starting over")
+    if records: print(f"{path.name}: saved for other prompts or another checkpoint; starting again")
     write_atomic(path, json.dumps(key) + "\n")
     return {}
 
@@ -164,7 +164,7 @@ def open_candidate(
     path:str, # of a checkpoint
     tokenizer, # of that checkpoint
 ): # the model
-    "Load a checkpoint; it stops where its generation config says, and at its tokenizer's end token"
+    "Load a checkpoint; it stops at the tokens of its generation config and at its tokenizer's end token"
     from post_training.stages.tokenized_data import expected_stop_ids
     m, device = cfg["model_args"], cfg["cluster"]["device"]
     stops = sorted(s for s in expected_stop_ids(path, tokenizer) if s is not None) or None
@@ -213,7 +213,7 @@ def measure_checkpoint(
     answers_file:Path, # of saved answers
     manager=None, # of the harness's tasks
 )->tuple[dict, dict]: # numbers for the record; details by row: answers, scores, scored, lm_eval
-    "Everything that is measured of a checkpoint; its memory is free afterwards"
+    "Measure a checkpoint, and free its memory afterwards"
     import torch
     from post_training.evaluation.lm_eval import run_tasks
     tokenizer, as_dicts = candidate_tokenizer(cfg, candidate["path"]), rows.to_list()
@@ -252,7 +252,7 @@ def paired_differences(
 def accuracy_difference(
     a:dict, # details by row, of the baseline
     b:dict, # of another checkpoint
-)->dict: # accuracy, as `paired_bootstrap` reports it; empty where no row was checked for both
+)->dict: # accuracy, as `paired_bootstrap` reports it; empty if no row was checked for both
     "The difference of accuracy on rows that were checked for both"
     pairs = [(x, y) for x, y in zip(a.get("scores", []), b.get("scores", [])) if x is not None and y is not None]
     return dict(accuracy=paired_bootstrap(*zip(*pairs))) if pairs else {}
@@ -261,7 +261,7 @@ def accuracy_difference(
 def bits_difference(
     a:dict, # details by row, of the baseline
     b:dict, # of another checkpoint
-)->dict: # bits_per_byte: before, after, difference, interval, n; empty where no row was scored for both
+)->dict: # bits_per_byte: before, after, difference, interval, n; empty if no row was scored for both
     "The difference of bits per byte on rows that were scored for both"
     if "scored" not in a: return {}
     sides = a["scored"], b["scored"]
@@ -287,7 +287,7 @@ def write_evaluation(
     row_scores:dict, # name -> answers, scored, lm_eval
     rows:list[dict], # of the evaluation
 )->str: # the folder
-    "Write the measurements, whole or not at all"
+    "Write the measurements to a folder, which is complete or absent"
     from post_training.data.messages import row_id
     folder, ids = Path(task.checkpoints_dir)/"evaluation", [row_id(r, i) for i, r in enumerate(rows)]
     def write_lines(path, lines):
@@ -347,7 +347,7 @@ def harness_tasks(
 def evaluate(
     task, # the attempt, from `run.open_run` or `launch.recipe.open_task`
     cfg:dict, # composed for this stage
-)->dict: # rows, split, checkpoints (name: numbers), differences; read back where the run is done
+)->dict: # rows, split, checkpoints (name: numbers), differences; read back if the run is done
     "Measure the checkpoints of a config, write the result, and close the run's record"
     from post_training.demo.data import ensure_demo
     if task.status == "done": return read_results(task)
@@ -356,7 +356,7 @@ def evaluate(
     dataset, work = cfg["dataset_args"]["dataset_name"], Path(task.checkpoints_dir)/"work"
     (rows, split), candidates = evaluation_rows(cfg), candidate_checkpoints(cfg)
     if "accuracy" in cfg["measure"]: check_answers(rows.to_list(), cfg["evaluation"]["verifier"], dataset)
-    for c in candidates: candidate_tokenizer(cfg, c["path"]) # all are checked before the first is measured
+    for c in candidates: candidate_tokenizer(cfg, c["path"]) # before any measurement
     manager, task_files = harness_tasks(cfg)
     results, details = dict(dataset=dataset, split=split, rows=len(rows), checkpoints={}), {}
     for i, c in enumerate(candidates):

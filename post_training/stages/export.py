@@ -41,13 +41,13 @@ class ExportResult:
     facts: dict # architecture, parameters, dtype, stops, plain
     notices: list # for the user
     def as_record(self)->dict:
-        "What the record of the run keeps"
+        "The part that the record of the run keeps"
         rows = [{k: r[k] for k in ("dialogue", "tokens", "same", "note")} for r in self.dialogues]
         return dict(dialogues=rows, logits=self.logits, facts=self.facts, notices=self.notices)
 
 # %% ../../nbs/65_stages/7_export.ipynb #9896dbd0
 def _with_template(tokenizer, plain:bool):
-    "A copy of a tokenizer whose template takes plain messages where that is requested"
+    "A copy of a tokenizer whose template takes plain messages if that is requested"
     import copy
     out = copy.deepcopy(tokenizer)
     if plain: out.chat_template = with_plain_messages(out.chat_template)
@@ -61,13 +61,13 @@ def export_checkpoint(
     folder, # a temporary one, to be filled
     name:str, # of the model, for its card
 )->ExportResult:
-    "Write a checkpoint to a folder, read it again, and refuse it where it differs"
+    "Write a checkpoint to a folder, read it again, and refuse it if it differs"
     import torch
     from transformers import AutoTokenizer
     from post_training.tokens.gates import check_stop_tokens
     from post_training.tokens.templates import wants_blocks
     trust = cfg["model_args"]["trust_remote_code"]
-    dialogues, data_notice = training_dialogues(cfg, source.record, wants_blocks(tokenizer.chat_template))
+    dialogues, data_notice = training_dialogues(cfg, source.record, tokenizer)
     dialogues += own_dialogues()
     model = load_checkpoint_source(cfg, source)
     check_tokenizer(tokenizer, model, source.record)
@@ -107,15 +107,15 @@ def output_folder(
     try: own = json.loads((folder/MANIFEST).read_text()).get("run_hash") == task.hash
     except (OSError, ValueError): own = folder.is_dir() and not any(folder.iterdir())
     if own: return folder
-    raise UserError(f"save_dir={cfg['save_dir']} holds something that this configuration did not write: it is left as "
-                    "it is. Choose another folder, or remove it.")
+    raise UserError(f"save_dir={cfg['save_dir']} contains files that this configuration did not write. Choose "
+                    "another folder, or remove it.")
 
 # %% ../../nbs/65_stages/7_export.ipynb #9492c721
 def export(
     task, # the attempt, from `run.open_run`
     cfg:dict, # composed for this stage
 )->tuple: # (folder, the comparison: dialogues, logits, facts, notices, source)
-    "Export a checkpoint, whole or not at all; a finished export is only looked up"
+    "Export a checkpoint to a folder, which is complete or absent; a finished export is only looked up"
     from post_training.demo.data import ensure_demo
     if task.status == "done":
         record = run.read_record(task.run_dir)
@@ -161,6 +161,6 @@ def push_folder(
         api.upload_folder(repo_id=name, folder_path=str(folder), commit_message=f"Export of {folder.name}",
                           ignore_patterns=[MANIFEST])
     except (HfHubHTTPError, OSError, ValueError) as e:
-        raise UserError(f"The export is whole in {folder} but could not be sent to {name}: "
+        raise UserError(f"The export in {folder} is complete, but could not be sent to {name}: "
                         f"{redact(str(e)).strip().splitlines()[0]}") from e
     return f"hub:{name}"

@@ -34,7 +34,7 @@ SPLIT_COLUMN = "_split" # column with the split of a row, while a stage works
 def ensure_reward(
     cfg:dict, # composed
 )->bool: # whether it was built by this call
-    "Train the tiny reward model where a config names it and it is missing: one or two minutes"
+    "Train the tiny reward model if a config names it and it is missing: one or two minutes"
     from post_training.demo.data import is_current_demo
     from post_training.demo.reward_model import build_tiny_reward
     folder = config.site_path(cfg["artifacts_dir"])/"models/tiny-reward"
@@ -72,7 +72,7 @@ def read_annotation_rows(
 def row_keys(
     rows, # from `read_annotation_rows`
 )->list[str]: # one for each row, no two alike
-    "A key for each row: its id, after the split where several splits share ids"
+    "A key for each row: its id, after the split if several splits share ids"
     ids, splits = rows["id"][:], rows[SPLIT_COLUMN][:]
     return ids if len(set(splits)) == 1 or len(set(ids)) == len(ids) else [f"{s}/{i}" for s, i in zip(splits, ids)]
 
@@ -82,7 +82,7 @@ def model_facts(
     tokenizer, # with its template; None for a stage without one
     earlier:dict|None=None, # history by stage, which is not needed here
 )->dict: # fingerprints of weights, tokenizer, template and of all three; the model's name
-    "The model of a stage, as later stages compare it"
+    "The identity of a stage's model, which later stages compare"
     from post_training.preferences.reference_logprobs import reference_identity
     if tokenizer is None: return {}
     name = cfg["model_args"]["model_name_or_path"]
@@ -108,7 +108,7 @@ def reward_facts(
     tokenizer, # not needed
     earlier:dict, # history by stage, which is not needed here
 )->dict: # reward (its name), model (fingerprint or hub name)
-    "The reward of a stage"
+    "The identity of a stage's reward"
     name = cfg["reward_args"]["model_name_or_path"] if cfg["reward_args"]["kind"] == "model" else None
     path = name and run.base_model(name, cfg["runs_dir"])[0]
     return dict(reward=cfg["reward_args"]["name"],
@@ -120,7 +120,7 @@ def pair_facts(
     tokenizer, # not needed
     earlier:dict, # history by stage
 )->dict: # reference, reward
-    "The reference and the reward that the rows of pairs come from"
+    "The reference and the reward behind the rows of pairs"
     return dict(reference=earlier.get("ref_logprobs", {}).get("reference"),
                 reward=earlier.get("ref_rewards", {}).get("reward"))
 
@@ -136,7 +136,7 @@ def fixed_size_batches(
 def max_sequence_tokens(
     cfg:dict, # composed
 )->int: # of prompt and completion together
-    "The limit of the config, or the number of the model's positions where that is smaller"
+    "The limit of the config, or the number of the model's positions if that is smaller"
     from transformers import AutoConfig
     m = cfg["model_args"]
     model_config = AutoConfig.from_pretrained(run.base_model(m["model_name_or_path"], cfg["runs_dir"])[0],
@@ -148,7 +148,7 @@ def max_sequence_tokens(
 def completion_batches(
     cfg:dict, # composed for this stage
     rows, # from `read_annotation_rows`
-    tokenizer,
+    tokenizer, # with its chat template
 )->dict: # lengths and budget, for `shards.make_shard_plan`
     "Prompts of similar length; each counts with n completions of max_new_tokens"
     from post_training.preferences.completions import plan_lengths, prompt_lengths
@@ -160,7 +160,7 @@ def completion_batches(
 def logprob_batches(
     cfg:dict, # composed for this stage
     rows, # from `read_annotation_rows`
-    tokenizer,
+    tokenizer, # with its chat template
 )->dict: # lengths and budget, for `shards.make_shard_plan`
     "Prompts whose completions have a similar total length"
     from post_training.preferences.reference_logprobs import plan_tokens, scoring_lengths
@@ -181,7 +181,7 @@ def reward_batches(
 def annotation_model(
     cfg:dict, # composed
 ): # a model in evaluation mode, on this worker's device
-    "The model that answers or scores"
+    "The model that samples or scores completions"
     from post_training.models.load import default_device, flash_available, load_model, resolve_auto
     m, device = cfg["model_args"], cfg["cluster"]["device"]
     device = default_device() if device == "auto" else device
@@ -199,7 +199,7 @@ def annotation_model(
 def filter_rows(
     cfg:dict, # composed for this stage
     rows, # from `read_annotation_rows`
-    tokenizer,
+    tokenizer, # with its chat template
     facts:dict, # from `stage_facts`
 ): # function: indices of rows -> a result for each
     "Drop rows and completions that are too long for the model"
@@ -210,7 +210,7 @@ def filter_rows(
 def ref_completions(
     cfg:dict, # composed for this stage
     rows, # from `read_annotation_rows`
-    tokenizer,
+    tokenizer, # with its chat template
     facts:dict, # from `stage_facts`
 ): # function: indices of rows -> a result for each
     "Sample completions, with the model in this process or from a server"
@@ -222,7 +222,7 @@ def ref_completions(
     else:
         url = s["url"] or os.environ.get("POST_TRAINING_SERVER_URL")
         if not url:
-            raise UserError("backend=server needs a server: give server.url, or server.command for one that is started "
+            raise UserError("backend=server needs a server: set server.url, or set server.command to start a server "
                             "in the job of a cluster.")
         eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         complete = server_backend(url, served_model(base_url(url), s["model"], cfg["max_seq_len"]),
@@ -235,7 +235,7 @@ def ref_completions(
 def ref_logprobs(
     cfg:dict, # composed for this stage
     rows, # from `read_annotation_rows`
-    tokenizer,
+    tokenizer, # with its chat template
     facts:dict, # from `stage_facts`
 ): # function: indices of rows -> a result for each
     "Score completions under the reference model"
@@ -275,7 +275,7 @@ def make_pairs(
 def consecutive_batches(
     cfg:dict, # composed
     rows, # from `read_annotation_rows`
-    tokenizer,
+    tokenizer, # with its chat template
 )->dict: # lengths and batches for `shards.make_shard_plan`
     "Batches of consecutive rows"
     return fixed_size_batches(len(rows))
@@ -301,10 +301,10 @@ def paired_features(
 # %% ../../nbs/65_stages/4_preference_data.ipynb #19d9f7cc
 @dataclass(frozen=True)
 class AnnotationStage:
-    "What an annotation stage has of its own"
+    "The functions in which the annotation stages differ"
     batch_fn:Callable # (cfg, rows, tokenizer, facts) -> function: indices of rows -> a result for each
     batches:Callable=consecutive_batches # (cfg, rows, tokenizer) -> lengths and budget, or batches
-    facts:Callable=model_facts # (cfg, tokenizer, history by stage) -> who does the work
+    facts:Callable=model_facts # (cfg, tokenizer, history by stage) -> the identity of the model
     runs_model:Callable=lambda cfg: False # cfg -> whether workers run a model
     features:Callable=annotated_features # (blocks, extra) -> features of the result
 
@@ -340,7 +340,7 @@ def stage_facts(
     cfg:dict, # composed
     tokenizer, # None for a stage without one
 )->dict: # for the history and the plan
-    "Who does the work of a stage"
+    "The identity of a stage's model or reward"
     earlier = {h["stage"]: h for h in history_of(cfg)}
     return ANNOTATION_STAGES[cfg["stage"]].facts(cfg, tokenizer, earlier)
 
@@ -348,7 +348,7 @@ def stage_facts(
 def device_kind(
     cfg:dict, # composed
 )->str: # cpu, the name of a GPU, or server
-    "The kind of device of a stage; results are reproducible on one kind, and not promised for a server"
+    "The kind of device of a stage; results are reproducible on one kind, but not with a server"
     if cfg.get("backend") == "server": return "server"
     if not ANNOTATION_STAGES[cfg["stage"]].runs_model(cfg) or cfg["cluster"]["device"] == "cpu": return "cpu"
     import torch
@@ -358,7 +358,7 @@ def device_kind(
 def plan_work(
     cfg:dict, # composed
 )->shards.ShardPlan:
-    "Read and plan the rows of a stage, or find both there"
+    "Read and plan the rows of a stage, or use the files of an earlier process"
     folder = work_folder(cfg)
     with file_lock(folder.parent/".plan.lock"):
         if not (folder/shards.PLAN_FILE).exists(): return _plan_rows(cfg, folder)
@@ -372,13 +372,13 @@ def plan_work(
     number = max(1, min(cfg["shards"]["number"], len(plan.batches)))
     if number == plan.shards: return plan
     costs = shards.balance_batches(plan.costs, number)
-    # `save_shard_plan` refuses another number where shards are begun
+    # `save_shard_plan` refuses another number if work on shards has begun
     return shards.save_shard_plan(
         folder, shards.ShardPlan(plan.keys, plan.batches, plan.costs, plan.params, number, costs, plan.fingerprint))
 
 # %% ../../nbs/65_stages/4_preference_data.ipynb #f7525487
 def _plan_rows(cfg:dict, folder:Path)->shards.ShardPlan:
-    "Read, batch and plan; the plan is written last"
+    "Read rows, make batches and a plan; the plan is written last"
     from post_training.core.files import atomic_dir
     from post_training.tokens.dataset import rows_fingerprint
     rows, counts = read_annotation_rows(cfg)
@@ -424,7 +424,7 @@ def batch_fn(
 def shard_worker_slots(
     cfg:dict, # composed
 )->tuple[int, object]: # number of processes; function from a slot to its environment variables
-    "The shard workers of this machine or task: one for each GPU, or as many processes as the config asks for"
+    "The shard workers of this machine or task: one for each GPU, or the number of processes in the config"
     is_task, gpus = "SLURM_ARRAY_TASK_ID" in os.environ, 0
     if device_kind(cfg) not in ("cpu", "server"):
         import torch
@@ -486,10 +486,10 @@ def unpack_logprobs(
 
 # %% ../../nbs/65_stages/4_preference_data.ipynb #f8d82fa1
 def output_rows(
-    rows, # `datasets.Dataset` that the stage read
+    rows, # `datasets.Dataset`, the input of the stage
     results, # yields (index, result)
 ):
-    "Yield the rows of the result: a changed row, or the rows that were made of it"
+    "Yield the rows of the result: a changed row, or the rows that replace it"
     for i, r in results:
         if "rows" in r: yield from ({SPLIT_COLUMN: rows[i][SPLIT_COLUMN], **new} for new in r["rows"])
         else: yield {**rows[i], "completions": unpack_logprobs(r["completions"])}
@@ -564,7 +564,7 @@ def collect_output(
 # %% ../../nbs/65_stages/4_preference_data.ipynb #9c2b9879
 def history_settings(
     cfg:dict, # composed
-)->dict: # the keys that a reader of the result wants to know
+)->dict: # the keys that describe the result
     "The settings of a stage, for the history"
     return {k: cfg[k]
             for k in ("max_seq_len", "generation", "backend", "mode", "num_pairs", "candidates", "reward_args",
@@ -624,7 +624,7 @@ def run_array_task(
     "Work on the shards of one task of an array"
     cfg = config.load_frozen(config_path)
     plan = plan_work(cfg)
-    own = shards.array_shards(plan) # none where the plan has fewer shards than the array has tasks
+    own = shards.array_shards(plan) # none if the plan has fewer shards than the array has tasks
     work_on_shards(cfg, config_path, own, lambda progress: print(shard_progress_line(progress), flush=True))
     return 0
 
@@ -641,7 +641,7 @@ def has_unfinished_shards(
 # %% ../../nbs/65_stages/4_preference_data.ipynb #63f147bb
 def annotation_main(
     argv:list[str]=None, # None: the arguments of this process
-)->int: # exit code: 2 for mistakes of the user, 3 for a task without work under --ask, 143 after SIGTERM
+)->int: # exit code: 2 for user errors, 3 for a task without work under --ask, 143 after SIGTERM
     "`CONFIG --array`, `CONFIG --array --ask`, or `CONFIG FOLDER --shard N` of one shard worker"
     argv = sys.argv[1:] if argv is None else argv
     if not argv or {"-h", "--help"} & {*argv}:

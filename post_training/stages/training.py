@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRANSIENT_ERROR_WORDS', 'wants_cpu', 'init_distributed', 'zero_stage', 'check_world', 'TrainingStage', 'RankContext',
-           'read_args', 'load_libraries', 'start_rank', 'open_composed_run', 'from_rank0', 'is_rank0_before_init',
+           'read_args', 'load_libraries', 'start_rank', 'open_composed_run', 'from_rank0', 'is_rank0_of_several',
            'shared_data', 'resolve_auto_settings', 'trl_args', 'load_base', 'load_policy', 'packs_of', 'collator_of',
            'trainer_options', 'resume_point', 'probe_memory', 'peak_memory', 'record_inputs', 'begin_record',
            'train_rank', 'hand_over', 'record_final', 'error_kind', 'report_error', 'run_training_stage']
@@ -34,7 +34,7 @@ def init_distributed(
     cpu:bool, # train on the CPU
     timeout:int=1800, # seconds that ranks wait for each other
 )->dict: # world_size, rank, zero_stage (None without DeepSpeed)
-    "Meet the other ranks; on a CPU the first state must be a CPU state, or every rank takes itself for the only one"
+    "Meet the other ranks; on a CPU the first state must be a CPU state, otherwise each rank acts as the only one"
     from accelerate import PartialState
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     kwargs = dict(timeout=datetime.timedelta(seconds=timeout)) if "LOCAL_RANK" in os.environ else {}
@@ -62,20 +62,21 @@ def check_world(
         engine = "no DeepSpeed" if w["zero_stage"] is None else f"DeepSpeed ZeRO-{w['zero_stage']}"
         return f"{w['world_size']} process{'es'*(w['world_size'] != 1)}, {engine}"
     if all(expected[k] == actual[k] for k in ("world_size", "zero_stage")): return
-    raise UserError(f"accelerate_config={accelerate_config} wants {text(expected)}; this worker was started with "
+    raise UserError(f"accelerate_config={accelerate_config} needs {text(expected)}; this worker was started with "
                     f"{text(actual)}. Start it with `post-training {stage} ...`, or with `accelerate launch` and the "
                     "same preset and number of processes.")
 
 # %% ../../nbs/65_stages/5_training.ipynb #5a99db97
 @dataclass(frozen=True)
 class TrainingStage:
-    "What a training stage has of its own"
+    "The functions in which the training stages differ"
     name: str # as in its config; its module is post_training.NAME
-    load_data: Callable # config -> TokenizedData: rows as tokens, made where they do not exist yet
+    load_data: Callable # config -> TokenizedData: the tokenized rows, which are made if they do not exist yet
     arguments: Callable # (training_args, output_dir, cpu, deepspeed) -> TRL's arguments
     trainer: Callable # (rank context, data, auto, args, write_line, order) -> trainer
     examples: Callable = row_examples # TokenizedData -> what the record shows of some rows
-    # (rank context, data, auto) -> facts for the record: what all ranks do to the data before a trainer is made
+    # (rank context, data, auto) -> facts for the record; called on every rank before the trainer is made, and it may
+    # change the data
     prepare_training: Callable|None = None
     @property
     def module(self): return f"post_training.{self.name}"
@@ -93,11 +94,11 @@ class RankContext:
     world_size: int = 1
     zero_stage: int|None = None # None without DeepSpeed
     cpu: bool = True
-    opened_here: bool = False # opened by this process, which has to close it
-    done: bool = False # a finished run was found: nothing to do
-    data: object = None # what rank 0 tokenized before it met the others
+    opened_here: bool = False # this process opened the attempt and must close it
+    done: bool = False # the run is finished already, so nothing is trained
+    data: object = None # rows that rank 0 tokenized before it met the other ranks
     model: object = None # loaded already, to be trained
-    stopped_early: bool = False # stopped on request: saved, to be continued by another attempt
+    stopped_early: bool = False # stopped on request after a save; another attempt continues
     @property
     def is_main(self): return self.rank == 0
     @property
@@ -112,14 +113,14 @@ def read_args(
     frozen = len(argv) == 1 and "=" not in argv[0]
     cfg = config.load_frozen(argv[0]) if frozen else config.compose(stage.name, argv).cfg
     if cfg["stage"] != stage.name:
-        raise UserError(f"{argv[0]} is a config of stage {cfg['stage']}: this is {stage.name}.")
+        raise UserError(f"{argv[0]} is a config of the stage {cfg['stage']}, and this is {stage.name}.")
     return cfg, frozen and bool(cfg.get("run_dir"))
 
 # %% ../../nbs/65_stages/5_training.ipynb #1bc6c8a8
 def load_libraries(
     cfg:dict, # composed
 ):
-    "Load what training needs; the config is checked before"
+    "Load the libraries of training"
     from post_training.run.tracking import load_wandb
     if os.environ.get("RANK", "0") == "0": load_wandb(cfg["wandb"].get("mode"))
     quiet_libraries()
@@ -136,7 +137,7 @@ def start_rank(
     if frozen: run.join_run(cfg["run_dir"])
     load_libraries(cfg)
     cpu = wants_cpu(cfg)
-    data = stage.load_data(cfg) if is_rank0_before_init() else None
+    data = stage.load_data(cfg) if is_rank0_of_several() else None
     world = init_distributed(cpu, cfg["training_args"].get("ddp_timeout") or 1800)
     check_world(run.training_topology(cfg), world, cfg["accelerate_config"], stage.name)
     if frozen:
@@ -154,7 +155,7 @@ def open_composed_run(
     stage:TrainingStage,
     argv:list[str], # overrides
 )->dict: # path of the frozen config, number of the attempt, done, opened_here
-    "Open the run of a composed config; the other ranks wait"
+    "Open the run of a composed config on rank 0, while the other ranks wait"
     c = config.compose(stage.name, argv)
     opened = run.open_run(c.cfg, command=["python", "-m", stage.module, *argv], origins=c.origins, overrides=argv)
     return dict(path=str(opened.config_path), number=opened.number, done=opened.status == "done", opened_here=True)
@@ -170,8 +171,8 @@ def from_rank0(
     return broadcast_object_list([make() if world["rank"] == 0 else None])[0]
 
 # %% ../../nbs/65_stages/5_training.ipynb #a5099564
-def is_rank0_before_init()->bool:
-    "Whether this process is rank 0 of several that have not met yet"
+def is_rank0_of_several()->bool:
+    "Whether the launcher started this process as rank 0 of several"
     return int(os.environ.get("WORLD_SIZE", 1)) > 1 and os.environ.get("RANK") == "0"
 
 # %% ../../nbs/65_stages/5_training.ipynb #76ab49da
@@ -179,7 +180,7 @@ def shared_data(
     stage:TrainingStage,
     w:RankContext,
 )->TokenizedData:
-    "The tokenized rows: rank 0 finds or makes them, the others read the same files"
+    "The tokenized rows; rank 0 finds or makes them, and the other ranks read the same files"
     data = (w.data or stage.load_data(w.cfg)) if w.is_main else None
     shared = from_rank0(dict(world_size=w.world_size, rank=w.rank), lambda: data.for_other_ranks())
     return data if w.is_main else read_tokenized_data(w.cfg, shared)
@@ -188,7 +189,7 @@ def shared_data(
 def resolve_auto_settings(
     w:RankContext,
 )->dict: # dtype, attn_implementation, bf16, device
-    "The settings that `auto` means on this rank"
+    "The values of settings that are `auto`, on this rank"
     from post_training.models.load import flash_available, resolve_auto
     m, device = w.cfg["model_args"], "cpu" if w.cpu else "cuda"
     auto = resolve_auto(device, "none" if w.zero_stage is None else "deepspeed", m["dtype"], m["attn_implementation"],
@@ -206,7 +207,7 @@ def trl_args(
     w:RankContext,
     auto:dict, # from `resolve_auto_settings`
 ):
-    "TRL's arguments: the user's, without those that this project reads itself"
+    "TRL's arguments of this run, with the derived accumulation and dtype"
     args = dict(w.cfg["training_args"], bf16=auto["bf16"],
                 gradient_accumulation_steps=config.batch_arithmetic(w.cfg)["accumulation"], packing=False)
     return stage.arguments(args, w.checkpoints_dir, cpu=w.cpu, deepspeed=w.zero_stage is not None)
@@ -215,11 +216,11 @@ def trl_args(
 def load_base(
     w:RankContext,
     auto:dict, # from `resolve_auto_settings`
-    tokenizer, # decides the special ids
+    tokenizer, # its special ids are used
     name:str|None=None, # a folder, hub name or run:RUN; None: the model that is trained
 ):
     "A model with the tokenizer's special ids in its config and generation config"
-    from post_training.models.load import load_model
+    from post_training.models.load import load_model, set_special_ids
     from post_training.tokens.tokenizer import config_ids
     m = w.cfg["model_args"]
     own = name in (None, m["model_name_or_path"])
@@ -227,31 +228,24 @@ def load_base(
                        attn_implementation=auto["attn_implementation"],
                        revision=own and m.get("model_revision") or "main",
                        trust_remote_code=m.get("trust_remote_code", False))
-    text_config, generation = model.config.get_text_config(), model.generation_config
-    ids = config_ids(tokenizer)
-    if len(tokenizer) > text_config.vocab_size:
-        raise UserError(f"The tokenizer has {len(tokenizer)} ids and the model only {text_config.vocab_size}: "
+    vocab_size = model.config.get_text_config().vocab_size
+    if len(tokenizer) > vocab_size:
+        raise UserError(f"The tokenizer has {len(tokenizer)} ids and the model only {vocab_size}: "
                         "tokenizer_args and model_args do not belong together.")
-    for key, value in ids.items():
-        setattr(text_config, key, value)
-        if key != "eos_token_id": setattr(generation, key, value)
-    stops = generation.eos_token_id
-    stops = [stops] if isinstance(stops, int) else list(stops or [])
-    # any of them stops
-    generation.eos_token_id = [ids["eos_token_id"], *(i for i in stops if i != ids["eos_token_id"])]
+    set_special_ids(model, config_ids(tokenizer))
     return model
 
 # %% ../../nbs/65_stages/5_training.ipynb #9926b207
 def load_policy(
     w:RankContext,
     auto:dict, # from `resolve_auto_settings`
-    tokenizer, # decides the special ids
+    tokenizer, # its special ids are used
 ):
-    "The model that is trained, with adapters where the config asks for them"
+    "The model that is trained, with adapters if `model_args.use_peft` is set"
     from post_training.training.lora import add_adapters, lora_config
     m, lora = w.cfg["model_args"], lora_config(w.cfg["model_args"])
     model, name = load_base(w, auto, tokenizer), m["model_name_or_path"]
-    if Path(name).is_absolute(): name = Path(name).name # a checkpoint holds no path of this machine
+    if Path(name).is_absolute(): name = Path(name).name # a checkpoint must not contain a path of this machine
     if not lora: return model
     return add_adapters(model, lora, w.cfg["training_args"]["seed"], name, upcast=w.zero_stage is None)
 
@@ -260,7 +254,7 @@ def packs_of(
     cfg:dict, # composed
     rows, # tokenized
     sequences_per_row:int=1, # 2 for pairs, each as long as max_length allows
-)->list[list[int]]|None: # rows of each pack; None where rows are not packed
+)->list[list[int]]|None: # rows of each pack; None if rows are not packed
     "The rows that are packed together"
     from post_training.tokens.collate import best_fit_pack
     t = cfg["training_args"]
@@ -270,12 +264,12 @@ def packs_of(
 # %% ../../nbs/65_stages/5_training.ipynb #d3d90cb6
 def collator_of(
     cfg:dict, # composed
-    tokenizer, # pads
+    tokenizer, # its padding token and side are used
 ):
     "The collator that makes a padded or a packed batch"
     from post_training.tokens.collate import PackCollator, PadCollator
     t = cfg["training_args"]
-    # auto is for devices that this project does not run on
+    # the value auto concerns devices that this project does not support
     multiple = t["pad_to_multiple_of"] if isinstance(t.get("pad_to_multiple_of"), int) else None
     return (PackCollator(tokenizer.pad_token_id, multiple) if t.get("packing")
             else PadCollator(tokenizer.pad_token_id, tokenizer.padding_side, multiple))
@@ -308,12 +302,12 @@ def trainer_options(
 # %% ../../nbs/65_stages/5_training.ipynb #5ccda5b1
 def resume_point(
     w:RankContext,
-)->tuple[Path|None, list]: # (checkpoint, skipped ones with the reason)
+)->tuple[Path|None, list]: # (checkpoint, skipped checkpoints with the reason)
     "The checkpoint to continue from, verified"
     path, skipped = run.newest_verified(w.checkpoints_dir)
     if path is None and skipped:
         raise UserError(f"No checkpoint in {w.checkpoints_dir} verifies ({skipped[0][0].name}: {skipped[0][1]}). "
-                        "Restore one, or force a new attempt from step 0 (--force).")
+                        "Restore one, or begin a new generation from step 0 (--force).")
     if path is None and w.cfg.get("resume_from"):
         path = config.site_path(w.cfg["resume_from"])
         if wrong := verify_manifest(path):
@@ -396,14 +390,14 @@ def begin_record(
     run.truncate_metrics(w.run_dir, int(point.name.split("-")[1]) if point else -1)
     record_inputs(w, data, auto)
     write_json(w.run_dir/"examples.json", stage.examples(data))
-    for text in [*data.notices, *(f"passed over {p.name}: {why}" for p, why in skipped)]: print(text, file=sys.stderr)
+    for text in [*data.notices, *(f"skipped {p.name}: {why}" for p, why in skipped)]: print(text, file=sys.stderr)
 
 # %% ../../nbs/65_stages/5_training.ipynb #75e9f54e
 def train_rank(
     stage:TrainingStage,
     w:RankContext,
 ):
-    "Data, resume point, trainer, checkpoints, record"
+    "Train on one rank: data, resume point, trainer, checkpoints, record"
     from accelerate import PartialState
     from post_training.run.tracking import Tracker
     from post_training.training.lora import adapter_facts
@@ -453,7 +447,7 @@ def record_final(
     w:RankContext,
     trainer, # after training
 ):
-    "The final and the best checkpoint, and the last metrics, into the record"
+    "Record the final checkpoint, the best checkpoint and the last metrics"
     from post_training.training.checkpoint import best_checkpoint, complete_checkpoints
     saved = complete_checkpoints(w.checkpoints_dir)
     step, final, manifest = saved[-1]
@@ -469,7 +463,7 @@ def record_final(
     run.update_record(w.run_dir, status="finished", final=facts, checkpoints=kept, peak_memory_gib=peak_memory(w.cpu))
 
 # %% ../../nbs/65_stages/5_training.ipynb #0e92f99d
-# words in messages of errors after which another try may help, in lower case
+# words in the messages of errors after which a retry may help, in lower case
 TRANSIENT_ERROR_WORDS = ("nccl", "gloo", "connection closed", "connection reset", "connection refused", "broken pipe",
                          "timed out", "timeout", "watchdog", "tcpstore", "rendezvous", "ecc error",
                          "unspecified launch failure", "device unavailable", "stale file handle", "input/output error",
@@ -492,12 +486,12 @@ def report_error(
     e:BaseException, # that ended the rank
     attempt_dir:Path|None, # where the launcher looks
 )->int: # exit code
-    "Report an error in one or two lines; a fault of the program keeps its traceback on standard error"
+    "Report an error in one or two lines; an error that is not the user's also prints its traceback"
     kind, file = error_kind(e), Path(attempt_dir or ".")/"error.json"
     message = redact(str(e) if kind == "user" else f"{type(e).__name__}: {e}")
     try: reported = json.loads(file.read_text())["kind"]
     except (OSError, ValueError, KeyError): reported = None
-    is_news = reported is None or reported == "lost" != kind
+    is_news = reported is None or (reported == "lost" and kind != "lost")
     if attempt_dir is not None and attempt_dir.is_dir() and is_news:
         write_json(file, dict(kind=kind, message=message, rank=int(os.environ.get("RANK", 0))))
     if kind != "user": traceback.print_exception(e)
@@ -509,7 +503,7 @@ def run_training_stage(
     stage:TrainingStage,
     argv:list[str]|None=None, # command line; None: of this process
 )->int: # exit code
-    "Train what a frozen config or overrides describe"
+    "Train as a frozen config or overrides describe"
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & {*argv}:
         print(f"python -m {stage.module} CONFIG.yaml | key=value ...   (post-training {stage.name} --help lists the "
@@ -521,12 +515,12 @@ def run_training_stage(
     try:
         w = start_rank(stage, argv)
         attempt_dir = w.attempt_dir
-        if w.done: print(f"{w.run_dir} is finished and its final checkpoint verifies: nothing to do.")
+        if w.done: print(f"{w.run_dir} is finished and its final checkpoint verifies. Nothing is left to do.")
         else:
             if w.is_main: print(f"attempt {w.attempt} in {w.run_dir}", flush=True)
             train_rank(stage, w)
             if w.is_main:
-                print("stopped as asked: the same command goes on" if w.stopped_early
+                print("stopped on request: run the same command again to continue" if w.stopped_early
                       else f"finished: {w.checkpoints_dir/run.read_record(w.run_dir)['final']['checkpoint']}")
     except Exception as e: code = report_error(e, attempt_dir)
     if w is not None and w.opened_here and not w.done:

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['KIND_COLOURS', 'plain_meaning_chats', 'structured_meaning_chats', 'pieces_between', 'token_meanings', 'shown_tokens',
-           'split_runs', 'token_runs', 'HtmlText', 'colour_html', 'colour_ansi']
+           'depth_colour', 'depth_code', 'split_runs', 'token_runs', 'HtmlText', 'weight_legend', 'colour_html',
+           'colour_ansi']
 
 # %% ../../nbs/25_tokens/6_colours.ipynb #6039f2e9
-import html, numpy as np, re, weakref
+import html, json, numpy as np, re, weakref
 from collections import defaultdict
 from itertools import groupby
 from ..data.messages import REASONING_KEYS
@@ -56,7 +57,7 @@ def pieces_between(
 )->list[tuple]: # (kind before, kind after, what ends the text before, what opens the text after); None at both ends
     "The pieces that a template writes between the texts of a conversation, each cut in two"
     def rendered(messages): # empty if the template refuses them
-        text = encoder.render([messages], **options)[0]
+        text = encoder.render([messages], tuple((k, json.dumps(v)) for k, v in options.items()))[0]
         return text if isinstance(text, str) else ""
     text = rendered(chat)
     found = [(m.start(), m.end(), m[1], m[2]) for m in _KIND.finditer(text)]
@@ -121,7 +122,22 @@ def shown_tokens(
 
 # %% ../../nbs/25_tokens/6_colours.ipynb #00fc0274
 KIND_COLOURS = dict( # kind of token: (background in a notebook, code in a terminal)
-    prompt=("#eef1f5", "0"), completion=("#c9e8c9", "1;32"), ignored=("#ffffff", "2;9"), special=("#e3d3f4", "35"))
+    prompt=("#eef1f5", "0"), completion=("#c9e8c9", "1;32"), ignored=("#ffffff", "2;9"), special=("#e3d3f4", "35"),
+    untrained=("#eef1f5", "2;3"))
+
+# %% ../../nbs/25_tokens/6_colours.ipynb #00468d48
+def depth_colour(
+    weight:float, # of a completion token, above 0
+)->str: # of the background; the opacity is in proportion to the weight
+    "The colour of a completion in a notebook by its weight"
+    return KIND_COLOURS["completion"][0] if weight == 1 else f"rgba(75,178,75,{min(max(0.3*weight, 0.06), 0.9):.2f})"
+
+# %% ../../nbs/25_tokens/6_colours.ipynb #1f7699f0
+def depth_code(
+    weight:float, # of a completion token, above 0
+)->str: # dim below 0.5, plain below 1, bold at 1, bright above
+    "The code of a completion in a terminal by its weight"
+    return "2;32" if weight < 0.5 else "32" if weight < 1 else KIND_COLOURS["completion"][1] if weight == 1 else "1;92"
 
 # %% ../../nbs/25_tokens/6_colours.ipynb #fcaddca5
 def split_runs(
@@ -130,16 +146,18 @@ def split_runs(
     completion_mask, # [T]
     prompt_mask=None, # [T]; None: every token that is not completion
     max_tokens:int=800, # more are left out
-)->list[tuple]: # (kind, special, ids)
-    "Runs of tokens of one kind"
+    weights=None, # [T] weight of each token in the data; None: 1
+)->list[tuple]: # (kind, special, ids, weight)
+    "Runs of tokens of one kind and one weight"
     ids = np.asarray(input_ids)[:max_tokens]
     completion = np.asarray(completion_mask, bool)[:max_tokens]
     prompt = ~completion if prompt_mask is None else np.asarray(prompt_mask, bool)[:max_tokens]
     special = encoder_for(tokenizer).is_special[ids]
-    code = np.where(completion, 1, np.where(prompt, 0, 2))*2 + special
-    cuts = np.flatnonzero(np.diff(code, prepend=-1))
-    return [(("prompt", "completion", "ignored")[code[a]//2], bool(special[a]), ids[a:b])
-            for a, b in zip(cuts, [*cuts[1:], len(ids)])]
+    weights = np.ones(len(ids)) if weights is None else np.asarray(weights, float)[:max_tokens]
+    code = np.where(completion, np.where(weights > 0, 1, 3), np.where(prompt, 0, 2))*2 + special
+    cuts = np.flatnonzero((np.diff(code, prepend=-1) != 0) | (np.diff(weights, prepend=-1) != 0))
+    return [(("prompt", "completion", "ignored", "untrained")[code[a]//2], bool(special[a]), ids[a:b],
+             float(weights[a])) for a, b in zip(cuts, [*cuts[1:], len(ids)])]
 
 # %% ../../nbs/25_tokens/6_colours.ipynb #a3b6f587
 def token_runs(
@@ -148,10 +166,12 @@ def token_runs(
     completion_mask, # [T]
     prompt_mask=None, # [T]; None: every token that is not completion
     max_tokens:int=800, # more are left out
-)->list[tuple]: # (kind, special, text)
+    weights=None, # [T] weight of each token in the data; None: 1
+)->list[tuple]: # (kind, special, text), and the weight if there are weights
     "Runs of tokens of one kind, with their text; control tokens as themselves"
-    return [(kind, special, tokenizer.decode(ids.tolist(), skip_special_tokens=False))
-            for kind, special, ids in split_runs(tokenizer, input_ids, completion_mask, prompt_mask, max_tokens)]
+    runs = split_runs(tokenizer, input_ids, completion_mask, prompt_mask, max_tokens, weights)
+    return [(kind, special, tokenizer.decode(ids.tolist(), skip_special_tokens=False),
+             *(() if weights is None else (weight,))) for kind, special, ids, weight in runs]
 
 # %% ../../nbs/25_tokens/6_colours.ipynb #9b79fbd4
 class HtmlText(str):
@@ -159,14 +179,25 @@ class HtmlText(str):
     def _repr_html_(self): return str(self)
 
 # %% ../../nbs/25_tokens/6_colours.ipynb #1ce91fd4
-def _html_span(kind:str, text:str, token:str|None=None)->str: # `token`: the control token that `text` stands for
-    "A piece of text in the colour of its kind; its text is escaped"
-    style = f"background:{KIND_COLOURS[kind][0]};"
+def _html_span(kind:str, text:str, token:str|None=None, weight:float=1.)->str: # `token`: what `text` stands for
+    "A piece of text in the colour of its kind and weight; its text is escaped"
+    style = f"background:{depth_colour(weight) if kind == 'completion' else KIND_COLOURS[kind][0]};"
     if kind == "ignored": style += "color:#aaa;"
+    if kind == "untrained": style += "color:#777;border-top:1px dashed #999;"
     if token is not None: style += f"border-bottom:2px solid {'#bbb' if kind == 'ignored' else '#8a5cc2'};"
     if token not in (None, text): style += "font-size:80%;font-style:italic;"
-    title = f' title="{html.escape(token)}"' if token is not None else ""
+    about = ([token] if token is not None else []) + ([f"weight {weight:g}"] if weight != 1 else [])
+    title = f' title="{html.escape(", ".join(about))}"' if about else ""
     return f'<span{title} style="{style}">{html.escape(text)}</span>'
+
+# %% ../../nbs/25_tokens/6_colours.ipynb #5ef11efd
+def weight_legend(
+    weights, # of completion tokens
+    shown:int=5, # more are left out, except the smallest and the largest
+)->list[float]: # ascending, without 1; empty if all are 1
+    "The weights that a legend explains"
+    found = sorted({round(float(w), 6) for w in weights} - {1.})
+    return found if len(found) <= shown else [found[0], found[len(found)//2], found[-1]]
 
 # %% ../../nbs/25_tokens/6_colours.ipynb #09125ec1
 def colour_html(
@@ -176,14 +207,18 @@ def colour_html(
     prompt_mask=None, # [T]; None: every token that is not completion
     max_tokens:int=800, # more are left out
     legend:bool=True, # explain the colours
+    weights=None, # [T] weight of each token in the data; None: 1
 )->HtmlText:
-    "A tokenized row in colours for a notebook; control tokens by their meaning, the token itself on hover"
-    body = ""
-    for kind, special, ids in split_runs(tokenizer, input_ids, completion_mask, prompt_mask, max_tokens):
-        if special: body += "".join(_html_span(kind, text, token) for text, token in shown_tokens(tokenizer, ids))
-        else: body += _html_span(kind, tokenizer.decode(ids.tolist(), skip_special_tokens=False)).replace("\n", "⏎\n")
+    "A tokenized row in colours for a notebook; control tokens by their meaning, the token and its weight on hover"
+    body, seen = "", []
+    for kind, special, ids, w in split_runs(tokenizer, input_ids, completion_mask, prompt_mask, max_tokens, weights):
+        if kind in ("completion", "untrained"): seen.append(w)
+        text = "" if special else tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+        if special: body += "".join(_html_span(kind, t, token, w) for t, token in shown_tokens(tokenizer, ids))
+        else: body += _html_span(kind, text, weight=w).replace("\n", "⏎\n")
     more = f" … {len(input_ids) - max_tokens} more tokens" if len(input_ids) > max_tokens else ""
     names = [_html_span(k, k) for k in ("prompt", "completion", "ignored")]
+    names += [_html_span("completion" if w else "untrained", f"weight {w:g}", weight=w) for w in weight_legend(seen)]
     names.append(_html_span("prompt", "⟨special⟩", "the token itself"))
     head = f'<div style="font-size:80%">{" ".join(names)}</div>' if legend else ""
     return HtmlText(f'{head}<div style="white-space:pre-wrap;font-family:monospace;color:#111">{body}{more}</div>')
@@ -195,13 +230,15 @@ def colour_ansi(
     completion_mask, # [T]
     prompt_mask=None, # [T]; None: every token that is not completion
     max_tokens:int=800, # more are left out
+    weights=None, # [T] weight of each token in the data; None: 1
 )->str:
     "A tokenized row in colours for a terminal; control tokens by their meaning, control characters made visible"
     out = []
-    for kind, special, ids in split_runs(tokenizer, input_ids, completion_mask, prompt_mask, max_tokens):
+    for kind, special, ids, w in split_runs(tokenizer, input_ids, completion_mask, prompt_mask, max_tokens, weights):
         text = ("".join(shown for shown, _ in shown_tokens(tokenizer, ids)) if special
                 else tokenizer.decode(ids.tolist(), skip_special_tokens=False))
         text = re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda m: repr(m[0])[1:-1], text)
-        code = KIND_COLOURS[kind][1] + (f";{KIND_COLOURS['special'][1]};4" if special else "")
+        code = depth_code(w) if kind == "completion" else KIND_COLOURS[kind][1]
+        if special: code += f";{KIND_COLOURS['special'][1]};4"
         out.append(f"\x1b[{code}m{text}\x1b[0m")
     return "".join(out)

@@ -9,8 +9,8 @@ __all__ = ['RATIO_COLUMNS', 'first_and_rest', 'row_sizes', 'ratio_columns', 'gen
 # %% ../../nbs/25_tokens/8_ratios.ipynb #e8cba2ea
 import numpy as np, os
 from ..core.files import ForkShared, UserError
-from ..data.messages import content_text, format_of, row_id
-from ..data.swissai import is_swissai
+from ..data.columns import account, check_account
+from ..data.messages import content_text, row_id
 from .masks import Refused, encoder_for
 from .dataset import (
     check_policies, fit_to_length, process_count, raise_for_policy, tokenize_conversations)
@@ -67,7 +67,7 @@ def measure_ratio_batch(
     batch:dict, # columns of raw rows
     indices:list[int], # their indices
     tokenizer, # with a chat template
-    columns, # the columns that name the format
+    ignore:tuple, # columns that are treated as absent
     policies:dict, # from `check_policies`
     allow_control_tokens_in_content:bool=False, # encode control tokens in contents as control tokens
     max_length:int|None=None, # tokens of a row that count
@@ -76,14 +76,14 @@ def measure_ratio_batch(
     "Lengths of a batch of raw rows; every row comes out, with a reason if it has none"
     if serial: os.environ["TOKENIZERS_PARALLELISM"] = "false"
     rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
-    conversations, chats = tokenize_conversations(rows, tokenizer, columns, policies["unsupported_roles"],
-                                                  allow_control_tokens_in_content)
+    conversations, chats = tokenize_conversations(rows, tokenizer, policies["unsupported_roles"],
+                                                  allow_control_tokens_in_content, ignore)
     for i, chat in enumerate(chats):
         cut = chat if isinstance(chat, Refused) else fit_to_length(chat, max_length, policies["overlength"])
         if isinstance(cut, Refused): chats[i] = cut
     ids = [row_id(r, i) for r, i in zip(rows, indices)]
     raise_for_policy(ids, chats, policies)
-    sizes = [dict.fromkeys(RATIO_COLUMNS, 0) if isinstance(c, Refused) else row_sizes(c, m, max_length)
+    sizes = [dict.fromkeys(RATIO_COLUMNS, 0) if isinstance(c, Refused) else row_sizes(c, m.messages, max_length)
              for c, m in zip(chats, conversations)]
     return dict(row_id=ids, source=[str(r.get("source") or "") for r in rows],
                 reason=[c.reason if isinstance(c, Refused) else "" for c in chats],
@@ -97,22 +97,22 @@ def measure_ratios(
     max_length:int|None=None, # tokens of a row that count; None: all
     allow_control_tokens_in_content:bool=False, # encode control tokens in contents as control tokens
     num_proc:int|None=None, # processes; None chooses
-    batch_size:int=500, # rows of one encoding call
+    ignore_columns=(), # columns that are treated as absent
     **policies, # overlength, on_unverifiable, unsupported_roles, on_malformed
 )->tuple: # (data frame as from `generation_ratios`, counts: in, out, dropped by reason, first id of each reason)
     "Generation ratios of a dataset, and counts of the rows that have none"
     from datasets import Features, Value
     policies = check_policies(**policies)
     if not len(dataset): raise UserError("The dataset has no rows.")
-    columns = None if is_swissai(dataset.column_names) else format_of(dataset.column_names)
+    check_account(account(dataset, ignore_columns))
     n = process_count(len(dataset), num_proc)
     encoder_for(tokenizer).header() # made before the processes fork
     features = Features({k: Value("string") for k in ("row_id", "source", "reason")}
                         | {c: Value("int64") for c in RATIO_COLUMNS})
-    df = dataset.map(measure_ratio_batch, batched=True, with_indices=True, batch_size=batch_size,
+    df = dataset.map(measure_ratio_batch, batched=True, with_indices=True, batch_size=500,
                      num_proc=n if n > 1 else None, features=features, remove_columns=dataset.column_names,
                      keep_in_memory=True, load_from_cache_file=False, desc="Measuring",
-                     fn_kwargs=dict(tokenizer=ForkShared(tokenizer) if n > 1 else tokenizer, columns=columns,
+                     fn_kwargs=dict(tokenizer=ForkShared(tokenizer) if n > 1 else tokenizer, ignore=tuple(ignore_columns),
                                     policies=policies, max_length=max_length, serial=n > 1,
                                     allow_control_tokens_in_content=allow_control_tokens_in_content)).to_pandas()
     kept = df[df.reason == ""].drop(columns="reason").reset_index(drop=True)

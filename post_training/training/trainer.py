@@ -41,7 +41,7 @@ class SFTTrainer(trl.SFTTrainer):
     def __init__(self,
         model, # a causal language model
         args, # trl.SFTConfig, from `sft_config` or `preference_config`
-        train_dataset, # tokenized rows: input_ids, completion_mask, row_id, source, length
+        train_dataset, # tokenized rows: input_ids, completion_mask, row_id, source, length; weights, row_weight or not
         processing_class, # tokenizer, saved with every checkpoint
         collator, # list of rows -> batch
         objective:Objective=SFTObjective(), # what is optimised
@@ -170,8 +170,8 @@ def get_batch_samples(self:SFTTrainer, epoch_iterator, num_batches, device):
     if not n["trained_tokens"]:
         rows = [i for b in batches for i in b["row_index"].tolist()]
         raise UserError(f"Step {self.state.global_step + 1} has no trained token (rows {rows[:8]} of this rank). Look "
-                        "at the coloured examples in the record. Check that the template marks assistant turns, and "
-                        "that max_length does not cut them off.")
+                        "at the coloured examples in the record. Check that the template marks assistant turns, that "
+                        "max_length does not cut them off, and that their weights are not all 0.")
     self.counts += counts
     self.line_steps += 1
     for k in self.totals: self.totals[k] += n[k]
@@ -213,6 +213,8 @@ def train_line(self:SFTTrainer, logs:dict)->dict:
                 **self.objective.metrics_from_sums(rest))
     line |= {k: v for k, v in n.items() if k != "positions"}
     line |= {f"total_{k}": v for k, v in self.totals.items()}
+    if {"weights", "row_weight"} & {*self.train_dataset.column_names}:
+        line["trained_weight"] = self.objective.weight_from_sums(rest)
     line |= {"perf/step_seconds": seconds/steps, "perf/tokens_per_second": n["tokens"]/seconds,
              "perf/padding": 1 - n["tokens"]/max(n["positions"], 1)}
     if self.args.device.type == "cuda": line["perf/peak_memory_gib"] = torch.cuda.max_memory_allocated()/2**30
@@ -368,7 +370,8 @@ def train(self:SFTTrainer, resume_from_checkpoint=None, **kwargs):
 def probe_packing(self:SFTTrainer, model, rows:int=3):
     "Refuse to train if packed rows get other log-probabilities than they have alone"
     candidates = [i for i in range(min(len(self.train_dataset), 200)) if self.train_dataset[i]["length"] > 3][:rows]
-    picked = [{**self.train_dataset[i], "row_index": i} for i in candidates]
+    def plain(row): return {k: v for k, v in row.items() if k not in ("weights", "row_weight")} # score every token
+    picked = [{**plain(self.train_dataset[i]), "row_index": i} for i in candidates]
     was_training = model.training
     model.eval()
     with torch.no_grad(), self.compute_loss_context_manager():

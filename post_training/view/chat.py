@@ -59,15 +59,14 @@ def load_chat_model(
     "Load a checkpoint to talk to"
     from post_training.models.load import default_device, flash_available, load_model, model_path, resolve_auto
     from post_training.tokens.templates import template_text
-    from post_training.tokens.tokenizer import read_tokenizer
-    text = template and template_text(template) # a wrong name fails before anything is loaded
+    from post_training.tokens.tokenizer import read_tokenizer, set_template
+    if template: template_text(template) # a wrong name fails before anything is loaded
     path, device = model_path(find_checkpoint(name, runs_dir)), device or default_device()
     tokenizer = read_tokenizer(path)
-    if isinstance(tokenizer.chat_template, dict): tokenizer.chat_template = tokenizer.chat_template.get("default")
-    if text: tokenizer.chat_template = text
-    if not tokenizer.chat_template:
+    if not template and not tokenizer.chat_template:
         raise UserError(f"{name} has no chat template, as a base model: name one with --template NAME, such as "
                         "--template tulu.")
+    set_template(tokenizer, template)
     auto = resolve_auto(device, "inference", dtype, "auto", flash_available(device))
     model = load_model(path, auto["dtype"], auto["attn_implementation"], device).eval()
     eos = model.generation_config.eos_token_id
@@ -106,7 +105,8 @@ def stream_text(
     ids:Iterable[int], # as they come
 )->Iterator[tuple[str, str]]: # (answer, thought or call; text)
     "Text of an answer in pieces"
-    kinds = {THOUGHT: "thought", THOUGHT_END: "answer", CALL: "call"} if THOUGHT_END in tokenizer.chat_template else {}
+    from post_training.tokens.tokenizer import template_of
+    kinds = {THOUGHT: "thought", THOUGHT_END: "answer", CALL: "call"} if THOUGHT_END in template_of(tokenizer) else {}
     marks = {tokenizer.convert_tokens_to_ids(t): k for t, k in kinds.items()}
     kind = "answer"
     piece_ids = []
@@ -306,6 +306,7 @@ def run_chat(
         with contextlib.suppress(ImportError):
             importlib.import_module("readline") # what was typed can be edited and called again
     model, tokenizer = load_chat_model(name, args.template, args.device)
+    for notice in tokenizer.notices: print(f"! {notice}", file=sys.stderr)
     stops = " ".join(tokenizer.convert_ids_to_tokens(model.generation_config.eos_token_id))
     how = f"temperature {args.temperature:g}" if args.temperature else "greedy"
     print(f"{name}: {model.num_parameters():,} parameters, {how}, an answer ends with {stops}; "
