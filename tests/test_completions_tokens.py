@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 
 from post_training.tokens.completions import EncodedRow, chat_for, encode_completions
 from post_training.tokens.masks import Refused, tokenize_chats
-from post_training.tokens.gates import check_generation_prompt, prompt_ids
+from post_training.tokens.gates import prompt_ids
+from post_training.tokens.masks import encoder_for
 from post_training.tokens.templates import CHAT_TEMPLATES
 from post_training.tokens.tokenizer import toy_tokenizer
 
@@ -46,4 +47,6 @@ def test_templates_that_are_refused_are_those_of_the_gate(tokenizers):
     talk = [dict(role="user", content="2+2?"), dict(role="assistant", content="It is 4.")]
     for name, tokenizer in tokenizers.items():
         got = encode_completions(tokenizer, [talk[:1]], [["It is 4."]])[0].completions[0]
-        assert isinstance(got, Refused) == bool(check_generation_prompt(tokenizer, [chat_for(tokenizer, talk)], "warn")), name
+        chat = chat_for(tokenizer, talk)
+        fault = encoder_for(tokenizer).prompt_fault(tokenize_chats(tokenizer, [chat])[0], 0, chat, rendered=True)
+        assert isinstance(got, Refused) == bool(fault), name

@@ -75,8 +75,9 @@ def test_ids_and_masks_of_the_demo_are_those_of_training(tiny, demo, tmp_path):
     assert len(result.dialogues) == 46 and all(r["same"] for r in result.dialogues)
     assert result.logits["max_difference"] == 0
     from post_training.data.io import load_rows
-    from post_training.tokens.dataset import row_messages
-    talks = [row_messages(r, None, True) for r in load_rows(str(demo / "datasets/demo"), "train").select(range(0, 4000, 40))]
+    from post_training.tokens.dataset import row_chat
+    from post_training.tokens.tokenizer import load_tokenizer as load
+    talks = [row_chat(r, load(str(tiny))).messages for r in load_rows(str(demo / "datasets/demo"), "train").select(range(0, 4000, 40))]
     before, after = (tokenize_chats(load_tokenizer(str(p)), talks) for p in (tiny, tmp_path / "out"))
     for a, b in zip(before, after): assert a.input_ids.tolist() == b.input_ids.tolist() and a.completion_mask.tolist() == b.completion_mask.tolist()
     c = json.loads((tmp_path / "out/config.json").read_text())
@@ -102,7 +103,7 @@ def test_spoilt_weights_are_refused(tiny, copy, tmp_path):
     save_file({k: v for k, v in tensors.items() if k != "lm_head.weight"}, path, metadata=dict(format="pt"))
     refused(copy, out, "lacks 1 tensors.*lm_head")
     save_file(tensors | {"model.extra": torch.zeros(1)}, path, metadata=dict(format="pt"))
-    refused(copy, out, "no place for")
+    refused(copy, out, "does not have")
     save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] * float("nan")}, path, metadata=dict(format="pt"))
     refused(copy, out, "not finite, such as model.norm.weight")
     save_file(tensors | {"model.norm.weight": torch.ones(3)}, path, metadata=dict(format="pt"))

@@ -82,7 +82,7 @@ def test_mask_spans(name, kind):
         for (a, b), m in zip(chat.offsets.tolist(), chat.completion_mask):
             if m: assert any(a < e and s < b for s, e in want["completion"]), (case, chat.text[a:b])
             else: assert not any(s <= a and b <= e for s, e in want["completion"]), (case, chat.text[a:b])
-        _, skeleton, edges = encoder_for(t).verify(messages(name, case), chat.text)
+        _, skeleton, edges, _ = encoder_for(t).verify(messages(name, case), chat.text)
         assert completion_mask_of(skeleton, edges, chat.spans, chat.offsets).tolist() == chat.completion_mask.tolist()
         if kind == "char": assert t.decode(chat.input_ids[chat.completion_mask]) == "".join(want["text"])
 

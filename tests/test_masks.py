@@ -91,7 +91,7 @@ def test_the_two_ways_to_a_mask_agree(talk, name, kind):
     "From the tokens at the edges of the regions of a batch, and from the characters of every token of a row"
     t = tokenizer(kind, name)
     chat = tokenize_chat(t, talk)
-    _, skeleton, edges = encoder_for(t).verify(talk, chat.text)
+    _, skeleton, edges, _ = encoder_for(t).verify(talk, chat.text)
     assert completion_mask_of(skeleton, edges, chat.spans, chat.offsets).tolist() == chat.completion_mask.tolist()
 
 

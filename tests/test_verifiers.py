@@ -57,8 +57,8 @@ def test_a_right_solution_is_right(data_dir):
 
 
 @pytest.mark.parametrize("name, answer, said", [
-    ("final_number", None, "without an answer"), ("final_number", "none", "holds no number"), ("regex", "(", "no regular expression"),
-    ("json_match", "{", "no JSON"), ("length", "short", "MIN-MAX"), ("exactmatch", "x", "Did you mean 'exact_match'")])
+    ("final_number", None, "without an answer"), ("final_number", "none", "contains no number"), ("regex", "(", "not a regular expression"),
+    ("json_match", "{", "not JSON"), ("length", "short", "MIN-MAX"), ("exactmatch", "x", "Did you mean 'exact_match'")])
 def test_a_row_that_cannot_be_checked_is_an_error(name, answer, said):
     with pytest.raises(UserError, match=said): run_verifier(name, "1", answer)
 

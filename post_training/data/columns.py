@@ -10,13 +10,13 @@ __all__ = ['FORMATS', 'PROMPT_COLUMNS', 'TURNS', 'MEDIA_ADVICE', 'ROW_KEYS', 'ME
            'formats_in_order', 'tally_batch', 'tally_column', 'tally_keys', 'plain_column', 'text_masks',
            'form_columns', 'repeated_rows', 'account', 'check_account', 'account_lines']
 
-# %% ../../nbs/20_data/2_columns.ipynb #eb194e7f
+# %% ../../nbs/20_data/2_columns.ipynb #a498acfa
 import json, numpy as np
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from ..core.files import UserError
 
-# %% ../../nbs/20_data/2_columns.ipynb #6cee0b00
+# %% ../../nbs/20_data/2_columns.ipynb #48fc8875
 FORMATS = { # columns that name the format: its kind
     ("messages",): "messages", ("conversations",): "messages", ("conversation",): "messages",
     ("chosen", "rejected"): "pair", ("instruction", "output"): "single",
@@ -26,11 +26,11 @@ FORMATS = { # columns that name the format: its kind
     ("problem", "solution"): "single",
     ("conversation_branches",): "branches"}
 
-# %% ../../nbs/20_data/2_columns.ipynb #37297b65
+# %% ../../nbs/20_data/2_columns.ipynb #20b705d9
 # of pairs: the first with a value is the prompt
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "query", "inputs", "problem", "conversations", "messages")
 
-# %% ../../nbs/20_data/2_columns.ipynb #bb71059e
+# %% ../../nbs/20_data/2_columns.ipynb #2e7a3bcf
 def empty_value(
     value, # of a column or a key
 )->bool:
@@ -38,7 +38,7 @@ def empty_value(
     if isinstance(value, dict): return all(empty_value(v) for v in value.values())
     return value is None or isinstance(value, (str, list, tuple)) and len(value) == 0
 
-# %% ../../nbs/20_data/2_columns.ipynb #caeeaba3
+# %% ../../nbs/20_data/2_columns.ipynb #156ca16a
 def row_format(
     row:dict, # a row
     formats=tuple(f for f in FORMATS if FORMATS[f] != "branches"), # formats to look for, in this order
@@ -47,7 +47,7 @@ def row_format(
     def missing(v): return v is None or isinstance(v, (list, tuple)) and not v
     return next((f for f in formats if not any(missing(row.get(c)) for c in f)), None)
 
-# %% ../../nbs/20_data/2_columns.ipynb #d23fc21f
+# %% ../../nbs/20_data/2_columns.ipynb #259ea02c
 @dataclass(frozen=True)
 class KnownKey:
     "What a known column or message key means"
@@ -55,20 +55,20 @@ class KnownKey:
     text:str # how it is honoured, or what to do
     formats:tuple=("messages", "single", "pair", "branches") # kinds of format that read it
 
-# %% ../../nbs/20_data/2_columns.ipynb #c8fcd34e
+# %% ../../nbs/20_data/2_columns.ipynb #07cae99b
 def key_table(
     groups:list, # (names separated by spaces, arguments of `KnownKey`)
 )->dict[str, KnownKey]:
     "A table of known keys from groups of names"
     return {name: KnownKey(*rest) for names, *rest in groups for name in names.split()}
 
-# %% ../../nbs/20_data/2_columns.ipynb #2ee02069
+# %% ../../nbs/20_data/2_columns.ipynb #f7680936
 TURNS = ("messages", "single", "pair") # kinds of format that have no place of their own for a system message and tools
 
-# %% ../../nbs/20_data/2_columns.ipynb #d143c6d7
+# %% ../../nbs/20_data/2_columns.ipynb #75659ba5
 MEDIA_ADVICE = "this library trains on text: leave the rows with media out, or ignore the column"
 
-# %% ../../nbs/20_data/2_columns.ipynb #b0642b82
+# %% ../../nbs/20_data/2_columns.ipynb #9197a07c
 ROW_KEYS = key_table([
     ("system system_prompt system_message system_instruction sys_prompt", "conversation",
      "the system message", TURNS),
@@ -82,7 +82,8 @@ ROW_KEYS = key_table([
     ("mask", "weight", "names the speaker who is not trained (NeMo); only the user can be named"),
     ("chain_of_thought cot rationale thought thoughts reasoning_trace", "refused",
      "rename it to reasoning_content where it is the thought before the answer"),
-    ("loss_mask completion_mask assistant_mask assistant_masks mask_ranges label labels kto_tag train_detail", "refused",
+    ("loss_mask completion_mask assistant_mask assistant_masks mask_ranges label labels kto_tag train_detail",
+     "refused",
      "say what is trained by weights: weight or train_detail in a message, weight in the row"),
     ("image images video videos audio audios", "refused", MEDIA_ADVICE),
     ("tool_calls function_call function_calls", "refused", "move the calls into a message of the assistant"),
@@ -91,7 +92,7 @@ ROW_KEYS = key_table([
     ("prefix partial", "refused", "an answer that continues a given text: train it by train_detail in the message"),
     ("name", "metadata", "the name of a row; names of speakers belong in messages")])
 
-# %% ../../nbs/20_data/2_columns.ipynb #401c688b
+# %% ../../nbs/20_data/2_columns.ipynb #4cf6bb85
 MESSAGE_KEYS = key_table([
     ("role from content value", "conversation", "speaker and text"),
     ("input output human assistant", "conversation", "a turn of the user and one of the assistant"),
@@ -110,20 +111,20 @@ MESSAGE_KEYS = key_table([
      "rename it to reasoning_content where it is the thought before the answer"),
     ("refusal", "refused", "move the text into content")])
 
-# %% ../../nbs/20_data/2_columns.ipynb #cad2a3d3
+# %% ../../nbs/20_data/2_columns.ipynb #45973149
 # columns that hold a system prompt
 SYSTEM_COLUMNS = tuple(c for c, k in ROW_KEYS.items() if k.text == "the system message")
 
-# %% ../../nbs/20_data/2_columns.ipynb #a15ab04f
+# %% ../../nbs/20_data/2_columns.ipynb #86275d11
 # columns of formats that may stand beside the conversation without being part of it: what they are
 ASIDE_COLUMNS = dict(answer="a reference answer", targets="a reference answer", solution="a reference answer",
                     chosen="a side of a pair", rejected="a side of a pair", rejected_response="a side of a pair")
 
-# %% ../../nbs/20_data/2_columns.ipynb #f3049683
+# %% ../../nbs/20_data/2_columns.ipynb #fcaa250f
 TEXT_COLUMNS = {c for f in FORMATS for c in f} - set(ASIDE_COLUMNS) # columns that hold conversations in some format
 
-# %% ../../nbs/20_data/2_columns.ipynb #d25e64dd
-@lru_cache(maxsize=None)
+# %% ../../nbs/20_data/2_columns.ipynb #4e957296
+@cache
 def column_class(
     name:str, # of a column
     form:tuple|None, # the row's format
@@ -142,7 +143,7 @@ def column_class(
         return "repeat", f"the conversation is read from {' + '.join(form)}, and does not hold these texts or weights"
     return "metadata", "not read"
 
-# %% ../../nbs/20_data/2_columns.ipynb #79e36f65
+# %% ../../nbs/20_data/2_columns.ipynb #169cffc4
 def harmless(
     name:str, # of a refused column or key
     value, # its value
@@ -151,7 +152,7 @@ def harmless(
     if name in ("label", "labels"): return empty_value(value) or isinstance(value, str)
     return empty_value(value) or value is False
 
-# %% ../../nbs/20_data/2_columns.ipynb #d9d97c0f
+# %% ../../nbs/20_data/2_columns.ipynb #420475a4
 def all_texts(
     value, # of a column
 )->list[str]: # its texts, without the names of speakers and types
@@ -166,7 +167,7 @@ def all_texts(
         if inner: return inner
     return [value]
 
-# %% ../../nbs/20_data/2_columns.ipynb #4406e175
+# %% ../../nbs/20_data/2_columns.ipynb #209f6aa9
 def has_weights(
     turn, # a message as written
 )->bool:
@@ -174,7 +175,7 @@ def has_weights(
     return isinstance(turn, dict) and any(v is not None and v != 1 for k, v in turn.items()
                                           if k in MESSAGE_KEYS and MESSAGE_KEYS[k].kind == "weight")
 
-# %% ../../nbs/20_data/2_columns.ipynb #7b8b9c54
+# %% ../../nbs/20_data/2_columns.ipynb #621f2004
 def repeats(
     value, # of a column beside the conversation
     conversation, # the values that the conversation is read from
@@ -186,7 +187,7 @@ def repeats(
     joined = "\n".join([*raw, *all_texts(list(conversation))])
     return bool(texts) and all(t.strip() in joined for t in texts)
 
-# %% ../../nbs/20_data/2_columns.ipynb #f0c278ad
+# %% ../../nbs/20_data/2_columns.ipynb #74f1a941
 def refused_columns(
     row:dict, # a row
     form:tuple, # its format
@@ -202,7 +203,7 @@ def refused_columns(
         out[name] = text
     return out
 
-# %% ../../nbs/20_data/2_columns.ipynb #fd3afadf
+# %% ../../nbs/20_data/2_columns.ipynb #c6e5284b
 def plain_array(
     array, # Arrow array
 ):         # Arrow array without dictionaries, views and extension types
@@ -216,7 +217,7 @@ def plain_array(
     if str(array.type) == "string_view": array = array.cast(pa.large_string())
     return array
 
-# %% ../../nbs/20_data/2_columns.ipynb #6054f770
+# %% ../../nbs/20_data/2_columns.ipynb #d7b63c05
 def has_value(
     array, # Arrow array
 )->np.ndarray: # [N] bool
@@ -236,7 +237,7 @@ def has_value(
     elif is_list_type(t): valid = pc.and_(valid, pc.greater(pc.fill_null(pc.list_value_length(a), 0), 0))
     return valid.to_numpy(zero_copy_only=False)
 
-# %% ../../nbs/20_data/2_columns.ipynb #97ff01b7
+# %% ../../nbs/20_data/2_columns.ipynb #f88c2b30
 def is_list_type(
     t, # Arrow type
 )->bool:
@@ -244,7 +245,7 @@ def is_list_type(
     import pyarrow as pa
     return pa.types.is_list(t) or pa.types.is_large_list(t) or pa.types.is_fixed_size_list(t)
 
-# %% ../../nbs/20_data/2_columns.ipynb #08a10499
+# %% ../../nbs/20_data/2_columns.ipynb #cd701eb2
 def format_index(
     masks:dict, # column: [N] bool, which rows hold a value
     texts, # columns in which an empty text counts as a value: {column: [N] bool}
@@ -259,7 +260,7 @@ def format_index(
         out[fits & (out < 0)] = i
     return out
 
-# %% ../../nbs/20_data/2_columns.ipynb #eed9a5f8
+# %% ../../nbs/20_data/2_columns.ipynb #2994eddd
 def key_masks(
     array, # Arrow array: a column of turns (lists of structs), of one turn, or of JSON
 )->dict[str, np.ndarray]: # key: [N] bool, rows in which some message holds a value
@@ -278,7 +279,7 @@ def key_masks(
              for i in range(turns.type.num_fields)}
     return fold_masks(found, parents, rows)
 
-# %% ../../nbs/20_data/2_columns.ipynb #eb4d16c1
+# %% ../../nbs/20_data/2_columns.ipynb #b020c762
 def key_mask(
     name:str, # of a key
     array, # Arrow array of its values
@@ -294,7 +295,7 @@ def key_mask(
             mask = mask & isinstance(array.type, pa.BaseExtensionType)
     return mask
 
-# %% ../../nbs/20_data/2_columns.ipynb #46e6cee4
+# %% ../../nbs/20_data/2_columns.ipynb #68fe5937
 def fold_masks(
     masks:dict, # key: [M] bool, of messages
     parents, # [M] int: the row of each message
@@ -307,7 +308,7 @@ def fold_masks(
         out[key][parents[mask]] = True
     return out
 
-# %% ../../nbs/20_data/2_columns.ipynb #8f920c1b
+# %% ../../nbs/20_data/2_columns.ipynb #37ec2c5a
 def json_key_masks(
     texts, # Arrow array of JSON texts: messages, or one message
 )->dict: # key: [N] bool
@@ -324,7 +325,7 @@ def json_key_masks(
                 out.setdefault(k, np.zeros(len(texts), bool))[i] = True
     return out
 
-# %% ../../nbs/20_data/2_columns.ipynb #588ae533
+# %% ../../nbs/20_data/2_columns.ipynb #baa2cf0e
 @dataclass(frozen=True)
 class KeyUse:
     "The use of one column or message key"
@@ -333,7 +334,7 @@ class KeyUse:
     rows:int # rows that hold a value
     text:str # how it is honoured, or what to do
 
-# %% ../../nbs/20_data/2_columns.ipynb #f00f5540
+# %% ../../nbs/20_data/2_columns.ipynb #453941d8
 @dataclass
 class Account:
     "The columns and message keys of a dataset by class"
@@ -352,7 +353,7 @@ class Account:
         "Names of one class that hold a value"
         return [u.name for u in getattr(self, of) if u.kind == kind]
 
-# %% ../../nbs/20_data/2_columns.ipynb #2105b5cc
+# %% ../../nbs/20_data/2_columns.ipynb #f55a8f22
 @dataclass
 class Tally:
     "The counts of an account so far"
@@ -366,7 +367,7 @@ class Tally:
         "Add rows to the use of a column or key"
         if rows: self.uses[of, name, kind, text] = self.uses.get((of, name, kind, text), 0) + int(rows)
 
-# %% ../../nbs/20_data/2_columns.ipynb #403dab40
+# %% ../../nbs/20_data/2_columns.ipynb #086cd204
 def formats_in_order(
     pairs:bool=False, # pairs come before conversations
 )->list[tuple]: # the Swiss-AI format first: its rows may hold anything else
@@ -374,7 +375,7 @@ def formats_in_order(
     order = dict(branches=0, pair=1 if pairs else 2)
     return sorted(FORMATS, key=lambda f: order.get(FORMATS[f], 2))
 
-# %% ../../nbs/20_data/2_columns.ipynb #e6e32f92
+# %% ../../nbs/20_data/2_columns.ipynb #59ccce03
 def tally_batch(
     tally:Tally, # changed in place
     table, # Arrow table of some rows
@@ -390,7 +391,7 @@ def tally_batch(
         for c, mask in masks.items(): tally_column(tally, columns, c, form, mask & rows)
         tally_keys(tally, columns, form, rows)
 
-# %% ../../nbs/20_data/2_columns.ipynb #2884c3ef
+# %% ../../nbs/20_data/2_columns.ipynb #9ec9eb0d
 def tally_column(
     tally:Tally, # changed in place
     columns:dict, # name: Arrow array
@@ -405,7 +406,7 @@ def tally_column(
     tally.add("columns", name, "refused", text, mask.sum() - repeated)
     tally.add("columns", name, "metadata", "repeats the conversation", repeated)
 
-# %% ../../nbs/20_data/2_columns.ipynb #187c630d
+# %% ../../nbs/20_data/2_columns.ipynb #ade55029
 def tally_keys(
     tally:Tally, # changed in place
     columns:dict, # name: Arrow array
@@ -424,7 +425,7 @@ def tally_keys(
             kind, text = "refused", "preference losses take a weight of the row (column weight), none of messages"
         tally.add("message_keys", k, kind, text, (m & rows).sum())
 
-# %% ../../nbs/20_data/2_columns.ipynb #7b265def
+# %% ../../nbs/20_data/2_columns.ipynb #8849f4ab
 def plain_column(
     column, # Arrow chunked array or array
 ):          # Arrow array; an extension type stays
@@ -438,7 +439,7 @@ def plain_column(
         return pa.ExtensionArray.from_storage(column.type, joined)
     return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
 
-# %% ../../nbs/20_data/2_columns.ipynb #f40a8e63
+# %% ../../nbs/20_data/2_columns.ipynb #6e55eee0
 def text_masks(
     columns:dict, # name: Arrow column
 )->dict[str, np.ndarray]: # name: [N] bool
@@ -450,7 +451,7 @@ def text_masks(
             out[name] = plain_array(a).is_valid().to_numpy(zero_copy_only=False)
     return out
 
-# %% ../../nbs/20_data/2_columns.ipynb #074f6422
+# %% ../../nbs/20_data/2_columns.ipynb #a2c362ed
 def form_columns(
     form:tuple|None, # a format
     columns, # names of the dataset's columns
@@ -460,7 +461,7 @@ def form_columns(
     extra = ("prompt", "conversations", "messages") if FORMATS[form] == "pair" else ()
     return [c for c in (*form, *extra) if c in columns]
 
-# %% ../../nbs/20_data/2_columns.ipynb #03a8135a
+# %% ../../nbs/20_data/2_columns.ipynb #b75de83f
 def repeated_rows(
     columns:dict, # name: Arrow array
     name:str, # of a column beside the conversation
@@ -476,7 +477,7 @@ def repeated_rows(
     rows = zip(values(name), zip(*map(values, read)))
     return [isinstance(v, str) and not v.strip() or repeats(v, texts) for v, texts in rows]
 
-# %% ../../nbs/20_data/2_columns.ipynb #6aa88960
+# %% ../../nbs/20_data/2_columns.ipynb #c9e27346
 def account(
     dataset, # `datasets.Dataset`
     ignore=(), # columns to treat as absent; messages.KEY for a key of the messages
@@ -493,7 +494,7 @@ def account(
     absent = tuple(c for c in ignore if c in dataset.column_names)
     return Account(len(dataset), formats, uses["columns"] + unused, uses["message_keys"], tuple(ignore), absent)
 
-# %% ../../nbs/20_data/2_columns.ipynb #b2962482
+# %% ../../nbs/20_data/2_columns.ipynb #99b4109a
 def check_account(
     account:Account, # of a dataset
     of:str="", # name of the dataset, for the message
@@ -511,7 +512,7 @@ def check_account(
                     f"{'; '.join(map(line, refused))}. To read the rows as if it were absent, set "
                     f"dataset_args.ignore_columns=[{','.join(names)}].")
 
-# %% ../../nbs/20_data/2_columns.ipynb #1745a0c1
+# %% ../../nbs/20_data/2_columns.ipynb #d22bda17
 def account_lines(
     account:Account, # of a dataset
 )->list[dict]: # one dict per line: key, of (row or message), class, rows, meaning

@@ -32,7 +32,7 @@ class MalformedRow(UserError):
 class UnsupportedContent(UserError):
     "A row holds something that the chat template does not support: a role, thoughts, tools"
 
-# %% ../../nbs/20_data/3_messages.ipynb #e224d7ce
+# %% ../../nbs/20_data/3_messages.ipynb #6692d234
 @dataclass
 class Conversation:
     "What a row says: the messages, and what belongs to them"
@@ -91,7 +91,7 @@ def as_written(
         out.append(dict({k: v for k, v in m.items() if v is not None or k == "role"}, content=content))
     return out
 
-# %% ../../nbs/20_data/3_messages.ipynb #65d18626
+# %% ../../nbs/20_data/3_messages.ipynb #584d8a3f
 def thinking_parts(
     content:list, # parts of a content
 )->tuple: # (parts without thoughts, texts of the thoughts)
@@ -102,7 +102,7 @@ def thinking_parts(
         else: thoughts.append(content_text(next((p[k] for k in (*REASONING_KEYS, "text") if p.get(k)), "")))
     return rest, thoughts
 
-# %% ../../nbs/20_data/3_messages.ipynb #6f16f282
+# %% ../../nbs/20_data/3_messages.ipynb #065e98d0
 def split_inline_thought(
     content:str, # text of an answer
 )->tuple[str, str]|None: # (thought, rest), both without the newlines around; None if there is no such thought
@@ -111,7 +111,7 @@ def split_inline_thought(
     thought, _, rest = content.removeprefix("<think>").partition("</think>")
     return thought.strip("\n"), rest.lstrip("\n")
 
-# %% ../../nbs/20_data/3_messages.ipynb #83569f0e
+# %% ../../nbs/20_data/3_messages.ipynb #707c266f
 def parse_json(
     x, # JSON text or a value
     name:str, # what the value is, for the message
@@ -121,7 +121,7 @@ def parse_json(
     try: return json.loads(x or "null")
     except (ValueError, RecursionError) as e: raise MalformedRow(f"{name} are not JSON") from e
 
-# %% ../../nbs/20_data/3_messages.ipynb #e2e06bbb
+# %% ../../nbs/20_data/3_messages.ipynb #e679be02
 def may_be_null(
     schema, # JSON schema of a property
 )->bool:
@@ -132,7 +132,7 @@ def may_be_null(
     options = [s for k in ("anyOf", "oneOf") for s in schema.get(k) or []]
     return "null" in kinds or schema.get("nullable") is True or any(map(may_be_null, options))
 
-# %% ../../nbs/20_data/3_messages.ipynb #3798fcb1
+# %% ../../nbs/20_data/3_messages.ipynb #0e1c1ba5
 def drop_filled(
     value, # an object, list or other value from an Arrow struct
     schema, # its JSON schema, or None
@@ -147,7 +147,7 @@ def drop_filled(
     return {k: drop_filled(v, properties.get(k)) for k, v in value.items()
             if v is not None or k in required or may_be_null(properties.get(k))}
 
-# %% ../../nbs/20_data/3_messages.ipynb #b190c448
+# %% ../../nbs/20_data/3_messages.ipynb #c983a511
 def read_tools(
     row:dict, # a row
     exact:bool=False, # nulls are real, not filled in by Arrow
@@ -160,7 +160,7 @@ def read_tools(
         raise MalformedRow(f"columns {' and '.join(c for c, _ in found)} hold different tools")
     return out[0] if out else None
 
-# %% ../../nbs/20_data/3_messages.ipynb #fdfdc0d2
+# %% ../../nbs/20_data/3_messages.ipynb #503f0919
 def tool_values(
     tools, # a list of tools or JSON text
 )->list:
@@ -169,7 +169,7 @@ def tool_values(
     if not isinstance(tools or [], list): raise MalformedRow("the tools are not a list")
     return tools or []
 
-# %% ../../nbs/20_data/3_messages.ipynb #478a9b18
+# %% ../../nbs/20_data/3_messages.ipynb #0eeaa87f
 def one_tool(
     tool, # bare (name, description, parameters) or in OpenAI's form; an object or JSON text
     exact:bool, # nulls of its schema are real, not filled in by Arrow
@@ -187,7 +187,7 @@ def one_tool(
     rest = {k: v for k, v in tool.items() if k not in ("type", "function") and v is not None} if wrapped else {}
     return dict(type="function", function=function, **rest)
 
-# %% ../../nbs/20_data/3_messages.ipynb #5c64e4e7
+# %% ../../nbs/20_data/3_messages.ipynb #432cb88c
 def call_arguments(
     arguments, # an object, JSON text, or None
     schema, # JSON schema of the tool's parameters, or None
@@ -199,7 +199,7 @@ def call_arguments(
     if not isinstance(value, dict): raise MalformedRow("the arguments of a tool call are not an object")
     return value if exact else drop_filled(value, schema)
 
-# %% ../../nbs/20_data/3_messages.ipynb #abbc5650
+# %% ../../nbs/20_data/3_messages.ipynb #8ad31880
 def read_call(
     call, # an object or JSON text: {id, type, function: {name, arguments}} or {name, arguments}
     schemas:dict, # tool: JSON schema of its parameters
@@ -216,13 +216,13 @@ def read_call(
     ids = {} if empty_value(call.get("id")) else dict(id=str(call["id"]))
     return dict(ids, type=call.get("type") or "function", function=dict(name=function["name"], arguments=arguments))
 
-# %% ../../nbs/20_data/3_messages.ipynb #a415ef2f
+# %% ../../nbs/20_data/3_messages.ipynb #9172b4ec
 WEIGHT_KEYS = tuple(k for k, v in MESSAGE_KEYS.items() if v.kind == "weight" and "detail" not in k) # of a message
 
-# %% ../../nbs/20_data/3_messages.ipynb #c854dad4
+# %% ../../nbs/20_data/3_messages.ipynb #f89f2136
 ROW_WEIGHTS = tuple(k for k, v in ROW_KEYS.items() if v.kind == "weight" and k != "mask") # columns of row weights
 
-# %% ../../nbs/20_data/3_messages.ipynb #0c0e8a59
+# %% ../../nbs/20_data/3_messages.ipynb #e3bcd482
 def weight_value(
     value, # true, false, or a number of at least 0
     name:str, # of the key, for the message
@@ -233,7 +233,7 @@ def weight_value(
     if value < 0: raise MalformedRow(f"{name} is negative")
     return float(value)
 
-# %% ../../nbs/20_data/3_messages.ipynb #c6a53286
+# %% ../../nbs/20_data/3_messages.ipynb #05948ae8
 def weight_of(
     values:dict, # a row or a message
     names, # keys that hold weights
@@ -241,7 +241,7 @@ def weight_of(
     "The weight of a row or message"
     return math.prod((weight_value(values[k], k) for k in names if values.get(k) is not None), start=1.0)
 
-# %% ../../nbs/20_data/3_messages.ipynb #06b87fa5
+# %% ../../nbs/20_data/3_messages.ipynb #13954096
 def span_list(
     details, # entries of `train_detail`, or JSON text
     length:int, # characters of the content
@@ -268,7 +268,7 @@ SPEAKERS = { # name of a speaker in lower case: role; `call`: the text of the tu
     **dict.fromkeys(("function_call", "function-call", "tool_call", "tool_calls"), "call"),
     "system": "system", "developer": "developer"}
 
-# %% ../../nbs/20_data/3_messages.ipynb #a5def933
+# %% ../../nbs/20_data/3_messages.ipynb #8efb86c2
 def read_role(
     turn:dict, # a message
 )->str: # a role, or `call`
@@ -279,7 +279,7 @@ def read_role(
     if role is None: raise MalformedRow(f"unknown {'role' if key == 'role' else 'speaker'} {speaker!r:.40}")
     return role
 
-# %% ../../nbs/20_data/3_messages.ipynb #c25ad806
+# %% ../../nbs/20_data/3_messages.ipynb #863136c1
 def tool_text(
     content, # what a tool returned: text, text parts, or any JSON value
     exact:bool, # nulls are real, not filled in by Arrow
@@ -290,7 +290,7 @@ def tool_text(
     if parts: return plain_text(content)
     return json.dumps(content if exact else without_none(content), ensure_ascii=False)
 
-# %% ../../nbs/20_data/3_messages.ipynb #745dbec6
+# %% ../../nbs/20_data/3_messages.ipynb #521a20e1
 def read_thought(
     turn:dict, # a message
     thoughts:list, # texts of thoughts in its content
@@ -304,7 +304,7 @@ def read_thought(
     if len(texts) > 1: raise MalformedRow("a message holds two different texts as its thought")
     return texts[0] if texts else "" if found else None
 
-# %% ../../nbs/20_data/3_messages.ipynb #6424a3e3
+# %% ../../nbs/20_data/3_messages.ipynb #6425903e
 def read_calls(
     turn:dict, # a message
     content, # its content
@@ -325,12 +325,12 @@ def read_calls(
         raise MalformedRow("a message holds tool_calls and another function_call")
     return calls or [old]
 
-# %% ../../nbs/20_data/3_messages.ipynb #6d0cd41a
+# %% ../../nbs/20_data/3_messages.ipynb #ef193dae
 def as_list(x)->list:
     "A list as it is; another value as a list of one"
     return x if isinstance(x, list) else [x]
 
-# %% ../../nbs/20_data/3_messages.ipynb #e80aac90
+# %% ../../nbs/20_data/3_messages.ipynb #e5ddf4cc
 def refused_keys(
     turn:dict, # a message
     ignore=(), # keys to treat as absent, as messages.KEY
@@ -339,7 +339,7 @@ def refused_keys(
     return [k for k, v in turn.items() if k in MESSAGE_KEYS and MESSAGE_KEYS[k].kind == "refused"
             and not harmless(k, v) and f"messages.{k}" not in ignore]
 
-# %% ../../nbs/20_data/3_messages.ipynb #89d9c89f
+# %% ../../nbs/20_data/3_messages.ipynb #17260994
 def read_turn(
     turn:dict, # a message as written
     schemas:dict, # tool: JSON schema of its parameters
@@ -365,7 +365,7 @@ def read_turn(
         elif not any(turn.get(k) is not None for k in WEIGHT_KEYS): weight = 0.0
     return message, weight, spans
 
-# %% ../../nbs/20_data/3_messages.ipynb #0cb70da5
+# %% ../../nbs/20_data/3_messages.ipynb #d5654f58
 def read_content(
     turn:dict, # a message without nulls
     content, # its content
@@ -391,7 +391,7 @@ def read_content(
         if not empty_value(turn.get(key)): message[key] = str(turn[key])
     return content, message, None
 
-# %% ../../nbs/20_data/3_messages.ipynb #4d81b6bd
+# %% ../../nbs/20_data/3_messages.ipynb #2e1146fc
 def read_turns(
     turns, # messages as written: a list or JSON text
     tools:list|None=None, # tools of the conversation; their schemas say which nulls of calls are real
@@ -408,7 +408,7 @@ def read_turns(
         else: out += [read_turn(x, schemas, exact, ignore) for x in paired_turns(t)]
     return out
 
-# %% ../../nbs/20_data/3_messages.ipynb #5072bbae
+# %% ../../nbs/20_data/3_messages.ipynb #fa92f22a
 def turn_list(
     turns, # a list of messages, or JSON text
     name:str="messages", # of the column, for the message
@@ -421,10 +421,10 @@ def turn_list(
     if not isinstance(turns, list): raise MalformedRow(f"{name} is not a list of messages")
     return turns
 
-# %% ../../nbs/20_data/3_messages.ipynb #51fc1081
+# %% ../../nbs/20_data/3_messages.ipynb #5e18b8af
 PAIR_KEYS = (("input", "output"), ("human", "assistant")) # of turns that hold a question and its answer
 
-# %% ../../nbs/20_data/3_messages.ipynb #435777ab
+# %% ../../nbs/20_data/3_messages.ipynb #bd0566e0
 def paired_turns(
     turn, # a message, or a pair of a question and an answer (Capybara, ms-swift)
 )->list:
@@ -443,10 +443,10 @@ def messages_from_texts(
     "Messages from roles and texts"
     return [dict(role=r, content=t) for r, t in pairs if not (r in optional and not (t or "").strip())]
 
-# %% ../../nbs/20_data/3_messages.ipynb #e97deb8a
+# %% ../../nbs/20_data/3_messages.ipynb #7a3af901
 INPUT_COLUMNS = ("input", "context") # they follow the prompt of a single turn
 
-# %% ../../nbs/20_data/3_messages.ipynb #66283b82
+# %% ../../nbs/20_data/3_messages.ipynb #3ad8e7c2
 def one_text(
     value, # of a column
     name:str, # of the column
@@ -456,7 +456,7 @@ def one_text(
         raise MalformedRow(f"{name} is a list of values, not one text")
     return value
 
-# %% ../../nbs/20_data/3_messages.ipynb #ca852923
+# %% ../../nbs/20_data/3_messages.ipynb #c748104b
 def prompt_turns(
     row:dict, # a row
     column:str, # that holds the prompt
@@ -507,7 +507,7 @@ def from_chosen(row:dict)->list[dict]:
     if not prompts: raise MalformedRow("chosen is a text and there is no prompt")
     return from_prompt(dict(row, chosen=chosen), prompts[0], "chosen")
 
-# %% ../../nbs/20_data/3_messages.ipynb #e7d513eb
+# %% ../../nbs/20_data/3_messages.ipynb #31c895d5
 def is_user(
     turn, # a message as written
 )->bool:
@@ -515,7 +515,7 @@ def is_user(
     speaker = turn.get("role") or turn.get("from") if isinstance(turn, dict) else None
     return isinstance(speaker, str) and SPEAKERS.get(speaker.strip().lower()) == "user"
 
-# %% ../../nbs/20_data/3_messages.ipynb #bb77ea13
+# %% ../../nbs/20_data/3_messages.ipynb #007a3849
 def from_turns(
     row:dict, # a row
     column:str, # that holds the messages
@@ -552,7 +552,7 @@ def format_of(
         f"No usable column: the dataset has {', '.join(sorted(columns)) or 'none'}. Known formats: {known}; "
         f"or the Swiss-AI format (conversation_branches).{text}")
 
-# %% ../../nbs/20_data/3_messages.ipynb #98c4ee96
+# %% ../../nbs/20_data/3_messages.ipynb #1736cc11
 def add_system(
     turns:list[tuple], # (message, weight, spans) each
     row:dict, # with columns that may hold a system prompt
@@ -572,7 +572,7 @@ def add_system(
     if any(isinstance(o, str) and o.strip() == text.strip() for o in own): return turns
     raise MalformedRow(f"column {column} and a system message hold different system prompts")
 
-# %% ../../nbs/20_data/3_messages.ipynb #984fa44f
+# %% ../../nbs/20_data/3_messages.ipynb #17c2d299
 def history_turns(
     history, # [user, assistant] pairs, messages, or JSON text of either
 )->list: # messages as written
@@ -585,7 +585,7 @@ def history_turns(
         else: raise MalformedRow("history is not a list of pairs of texts")
     return out
 
-# %% ../../nbs/20_data/3_messages.ipynb #d10d3063
+# %% ../../nbs/20_data/3_messages.ipynb #d4733bbb
 def add_thought(
     turns:list[tuple], # (message, weight, spans) each
     row:dict, # of a single turn, with columns that may hold a thought
@@ -603,7 +603,7 @@ def add_thought(
         raise MalformedRow(f"column {next(iter(values))} beside messages without a place for it")
     return [*turns[:-1], (dict(message, reasoning_content=thought), *rest)]
 
-# %% ../../nbs/20_data/3_messages.ipynb #2931576a
+# %% ../../nbs/20_data/3_messages.ipynb #d233065b
 def template_arguments(
     row:dict, # a row
 )->dict:
@@ -614,7 +614,7 @@ def template_arguments(
     if not isinstance(value, dict): raise MalformedRow("chat_template_kwargs is not an object")
     return value if exact else without_none(value)
 
-# %% ../../nbs/20_data/3_messages.ipynb #7b6a5603
+# %% ../../nbs/20_data/3_messages.ipynb #de89d0b5
 def row_weight(
     row:dict, # a row
 )->float:
@@ -624,7 +624,7 @@ def row_weight(
         raise MalformedRow("mask names another speaker than the user")
     return weight_of(row, ROW_WEIGHTS)
 
-# %% ../../nbs/20_data/3_messages.ipynb #5972daac
+# %% ../../nbs/20_data/3_messages.ipynb #05117ab5
 def join_turns(
     turns:list[tuple], # (message, weight, spans) each
     **rest, # other fields of `Conversation`
@@ -635,7 +635,7 @@ def join_turns(
     return Conversation([m for m, *_ in turns], message_weights=None if all(w == 1 for w in weights) else weights,
                         span_weights=spans or None, **rest)
 
-# %% ../../nbs/20_data/3_messages.ipynb #3f7fc07f
+# %% ../../nbs/20_data/3_messages.ipynb #91844f11
 def read_conversation(
     row:dict, # one row of a dataset
     columns=None, # the format of the dataset, from `format_of`; a row without values in it is read by its own format
@@ -667,14 +667,15 @@ def to_messages(
     "The messages of a row's conversation"
     return read_conversation(row, columns).messages
 
-# %% ../../nbs/20_data/3_messages.ipynb #9488ac4b
+# %% ../../nbs/20_data/3_messages.ipynb #4100f82b
 def keeps_nulls(
     dataset, # `datasets.Dataset`
 )->bool:
     "Whether nulls in arguments and schemas are real: not so in a dataset that stores them as structs"
     def has_struct(f, name=""):
         if isinstance(f, dict):
-            return name in ("arguments", "args", "parameters", "properties") or any(has_struct(v, k) for k, v in f.items())
+            free = name in ("arguments", "args", "parameters", "properties")
+            return free or any(has_struct(v, k) for k, v in f.items())
         if isinstance(f, list): return has_struct(f[0], name)
         return has_struct(f.feature, name) if hasattr(f, "feature") else False
     return not any(has_struct(f, c) for c, f in dataset.features.items())

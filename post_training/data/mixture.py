@@ -230,7 +230,7 @@ def is_finer(
         return False
     return len({*dataset.unique(column)} - {None}) > 1
 
-# %% ../../nbs/20_data/5_mixture.ipynb #80bc2dce
+# %% ../../nbs/20_data/5_mixture.ipynb #a2658291
 def with_origin(
     dataset, # `datasets.Dataset`
     label:str, # name of the source, for the message
@@ -280,7 +280,7 @@ def carried_columns(
     unasked = {c for sources in CARRIED_COLUMNS.values() for c in sources} | {*SYSTEM_COLUMNS}
     return [c for c in columns if c in made | (known & unasked)]
 
-# %% ../../nbs/20_data/5_mixture.ipynb #029d3e18
+# %% ../../nbs/20_data/5_mixture.ipynb #84ff559f
 def usable_rows(
     source:MixtureSource, # its name and path
     names:list[str], # splits
@@ -304,7 +304,7 @@ def usable_rows(
     check_dropped(counts, settings.max_drop_fraction, label, none_left=False)
     return kept_of(rows, raw, columns_to_keep, carried_columns(found, rows.column_names)), counts, found
 
-# %% ../../nbs/20_data/5_mixture.ipynb #41f10886
+# %% ../../nbs/20_data/5_mixture.ipynb #d2be3b33
 def kept_of(
     rows, # `datasets.Dataset` of usable rows
     raw, # the rows before their conversion, with ids
@@ -484,7 +484,7 @@ def columns_of(
     "The columns that some source has"
     return {c for p in source_rows for d in (p.train, p.eval) if d is not None for c in d.column_names}
 
-# %% ../../nbs/20_data/5_mixture.ipynb #ec4747e9
+# %% ../../nbs/20_data/5_mixture.ipynb #25a4b589
 def carried_names(
     source_rows:list[SourceRows], # of all sources
 )->list[str]:
@@ -509,7 +509,7 @@ def mixture_columns(
     carried = [c for c in carried_names(source_rows) if c not in columns_to_keep]
     return [c for c in columns_to_keep if c not in ("id", "source", *extra)] + [*carried, "id", "source", *extra]
 
-# %% ../../nbs/20_data/5_mixture.ipynb #ae50860e
+# %% ../../nbs/20_data/5_mixture.ipynb #5ba22a2b
 def mixture_notes(
     source_rows:list[SourceRows], # of all sources
     columns_to_keep, # columns of the mixture

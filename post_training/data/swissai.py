@@ -10,8 +10,8 @@ __all__ = ['SUBSCHEMAS', 'FLAT_TYPES', 'DISPLAY_ANSWERS', 'PLAIN_KEYS', 'SWISSAI
            'in_call_order', 'turn_groups', 'assistant_turns', 'to_structured', 'show_block', 'plain_messages',
            'texts_only', 'conversation_of', 'structured_conversation', 'plain_conversation', 'message_fields',
            'message_features', 'stored_messages', 'stored_call', 'has_blocks', 'uses_tools', 'row_conversation',
-           'convert_batch', 'keep_good', 'drop_unused', 'narrow_messages', 'temporary_file', 'convert_dataset',
-           'kept_columns', 'as_messages', 'linearise_dataset']
+           'convert_batch', 'keep_good', 'drop_unused', 'narrow_messages', 'temporary_file', 'empty_dataset',
+           'convert_dataset', 'kept_columns', 'as_messages', 'linearise_dataset']
 
 # %% ../../nbs/20_data/4_swissai.ipynb #33525a21
 import json, numpy as np, os
@@ -348,7 +348,7 @@ def in_call_order(
         out += run
     return out
 
-# %% ../../nbs/20_data/4_swissai.ipynb #1155e506
+# %% ../../nbs/20_data/4_swissai.ipynb #51d5a254
 def turn_groups(
     messages:list[dict], # plain messages
 )->list[list[int]]: # indices of the messages of each turn
@@ -433,7 +433,7 @@ def texts_only(
         out.append(dict(role=m["role"], content=plain_text(m["content"])))
     return out
 
-# %% ../../nbs/20_data/4_swissai.ipynb #a7deffd4
+# %% ../../nbs/20_data/4_swissai.ipynb #bc5d5a9e
 def conversation_of(
     row:dict, # a row of a dataset
     columns=None, # the columns that name its format, from `format_of`; None for the Swiss-AI format
@@ -448,7 +448,7 @@ def conversation_of(
         raise UnsupportedContent(f"column {', '.join(bad)} cannot be honoured")
     return Conversation(linearise_branch(row, branch), template_kwargs=template_arguments(row), weight=row_weight(row))
 
-# %% ../../nbs/20_data/4_swissai.ipynb #60889cd6
+# %% ../../nbs/20_data/4_swissai.ipynb #67645cef
 def structured_conversation(
     conversation:Conversation, # plain or structured
 )->Conversation:
@@ -466,7 +466,7 @@ def structured_conversation(
         weights.insert(1 if messages[0]["role"] == "system" else 0, 1.0)
     return replace(c, messages=messages, tools=None, message_weights=weights)
 
-# %% ../../nbs/20_data/4_swissai.ipynb #8c1d2c9b
+# %% ../../nbs/20_data/4_swissai.ipynb #60b2caae
 def plain_conversation(
     conversation:Conversation, # plain or structured
 )->Conversation:
@@ -477,7 +477,7 @@ def plain_conversation(
     weights = [c.message_weights[i] for i in kept] if c.message_weights else None
     return replace(c, messages=plain_messages(c.messages), message_weights=weights)
 
-# %% ../../nbs/20_data/4_swissai.ipynb #5583e82f
+# %% ../../nbs/20_data/4_swissai.ipynb #09044ee0
 def message_fields(
     blocks:bool, # structured contents
 )->dict: # field: `datasets` feature
@@ -505,10 +505,11 @@ def message_features(
     more = {k: f for k, f in message_fields(blocks).items() if k in fields}
     return List(dict(role=text, content=content if blocks else text, **more))
 
-# %% ../../nbs/20_data/4_swissai.ipynb #fd8dd222
-PLAIN_KEYS = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name"} # of a message without weights
+# %% ../../nbs/20_data/4_swissai.ipynb #a2d7ac28
+# of a plain message, without weights
+PLAIN_KEYS = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name"}
 
-# %% ../../nbs/20_data/4_swissai.ipynb #8d940d7b
+# %% ../../nbs/20_data/4_swissai.ipynb #ebb5e48a
 def stored_messages(
     conversation:Conversation, # plain or structured
 )->list[dict]: # messages with the fields that they have, for Arrow
@@ -523,7 +524,7 @@ def stored_messages(
         out.append(m)
     return out
 
-# %% ../../nbs/20_data/4_swissai.ipynb #da1aae27
+# %% ../../nbs/20_data/4_swissai.ipynb #b1a55325
 def stored_call(
     call:dict, # a call with its arguments as an object
 )->dict:
@@ -616,12 +617,12 @@ def keep_good(
 # columns of the Swiss-AI format that become messages
 SWISSAI_COLUMNS = ("conversation_branches", "system_prompt", "available_functions", "initial_prompt")
 
-# %% ../../nbs/20_data/4_swissai.ipynb #ade7fdd4
+# %% ../../nbs/20_data/4_swissai.ipynb #0332cb73
 # columns of a conversation beside its messages: the columns that they are read from
 CARRIED_COLUMNS = dict(tools=("tools", "functions", "available_tools"), chat_template_kwargs=("chat_template_kwargs",),
                        weight=ROW_WEIGHTS)
 
-# %% ../../nbs/20_data/4_swissai.ipynb #609294d9
+# %% ../../nbs/20_data/4_swissai.ipynb #45861db4
 def drop_unused(
     data, # `datasets.Dataset` from `convert_batch`, with all fields and columns
     blocks:bool, # structured contents
@@ -633,9 +634,10 @@ def drop_unused(
         fields = {k: used or bool(np.any(found[k])) for k, used in fields.items()}
         columns = {c: used or table[c].null_count < len(table) for c, used in columns.items()}
     data = data.remove_columns([c for c, used in columns.items() if not used])
-    return data if all(fields.values()) else narrow_messages(data, message_features(blocks, [k for k in fields if fields[k]]))
+    if all(fields.values()): return data
+    return narrow_messages(data, message_features(blocks, [k for k, used in fields.items() if used]))
 
-# %% ../../nbs/20_data/4_swissai.ipynb #2439800b
+# %% ../../nbs/20_data/4_swissai.ipynb #8566a229
 def narrow_messages(
     data, # `datasets.Dataset` with a column `messages`
     feature, # of the messages, with some of their fields
@@ -657,11 +659,19 @@ def narrow_messages(
                                          new_fingerprint=os.urandom(8).hex(), cache_file_name=temporary_file(),
                                          desc="Fields").with_format(None)
 
-# %% ../../nbs/20_data/4_swissai.ipynb #d3d603f6
+# %% ../../nbs/20_data/4_swissai.ipynb #b01c5bf1
 def temporary_file()->str:
     "A new name of an Arrow file that is removed when the process ends"
     from datasets.fingerprint import get_temporary_cache_files_directory
     return os.path.join(get_temporary_cache_files_directory(), f"messages-{os.urandom(8).hex()}.arrow")
+
+# %% ../../nbs/20_data/4_swissai.ipynb #612f48ac
+def empty_dataset(
+    features:dict, # column: feature
+):                # `datasets.Dataset`
+    "A dataset without rows"
+    from datasets import Dataset, Features
+    return Dataset.from_dict({k: [] for k in features}, features=Features(features))
 
 # %% ../../nbs/20_data/4_swissai.ipynb #cd74da9a
 def convert_dataset(
@@ -675,18 +685,17 @@ def convert_dataset(
     ignore=(), # columns to treat as absent; messages.KEY for a key of the messages
 )->tuple: # (`datasets.Dataset`, counts)
     "A dataset with a column of messages in place of the columns that they were made from"
-    from datasets import Dataset, Features, Value, concatenate_datasets
+    from datasets import Features, Value, concatenate_datasets
     if on_malformed not in ("drop", "error"): raise UserError(f"on_malformed={on_malformed!r}: drop or error.")
     role_fault([dict(role="assistant")], checks) # an unknown name raises before the work starts
     text = Value("string")
-    features = Features(messages=message_features(blocks, message_fields(blocks)), tools=text, chat_template_kwargs=text,
-                        weight=Value("float64"), _fault=text, _row=text)
+    features = Features(messages=message_features(blocks, message_fields(blocks)), tools=text,
+                        chat_template_kwargs=text, weight=Value("float64"), _fault=text, _row=text)
     if branches: features["conversation_id"] = text
     if not len(dataset):
-        kept = kept_columns(dataset, columns, blocks, (), branches, ignore)
+        kept = kept_columns(dataset, columns, blocks, (), branches, ignore).features
         features = {k: f for k, f in features.items() if k not in CARRIED_COLUMNS}
-        features = Features(kept.features | features | dict(messages=message_features(blocks)))
-        return keep_good(Dataset.from_dict({k: [] for k in features}, features=features))
+        return keep_good(empty_dataset(kept | features | dict(messages=message_features(blocks))))
     n = max(1, min(num_proc or min(os.cpu_count() or 1, len(dataset)//20_000), len(dataset)))
     settings = dict(columns=columns, blocks=blocks, checks=list(checks), on_malformed=on_malformed, branches=branches,
                     ignore=list(ignore), exact=keeps_nulls(dataset))
@@ -699,7 +708,7 @@ def convert_dataset(
     # joined by columns: the columns that stay do not pass through Python
     return keep_good(concatenate_datasets([kept, data], axis=1) if kept.column_names else data)
 
-# %% ../../nbs/20_data/4_swissai.ipynb #546c8453
+# %% ../../nbs/20_data/4_swissai.ipynb #cf5336aa
 def kept_columns(
     dataset, # `datasets.Dataset`
     columns, # the columns that name its format; None for the Swiss-AI format

@@ -127,34 +127,34 @@ def ids_of(
 def compare_ids(
     trained, # the tokenizer of training
     exported, # read from the folder
-    dialogues:list[tuple], # (name, messages in the template's form or plain ones, tools), perhaps further arguments
+    dialogues:list[tuple], # (name, messages in the template's form or plain ones, tools, perhaps arguments)
 )->list[dict]: # dialogue, tokens, same (None if the template cannot render it), note, ids, chat
-    "Render and encode dialogues with both tokenizers: whole, and up to the last answer with the generation prompt"
+    "Encode dialogues with both tokenizers: whole, and up to the last answer with the generation prompt"
     from post_training.data.messages import MalformedRow, UnsupportedContent
     from post_training.data.swissai import is_structured, to_structured
-    from post_training.tokens.gates import prompt_ids
     from post_training.tokens.masks import Refused, tokenize_chats
+    from post_training.tokens.gates import prompt_ids
     from post_training.tokens.templates import wants_blocks
     blocks, out = wants_blocks(trained.chat_template), []
     takes_plain = with_plain_messages(exported.chat_template) == exported.chat_template
     for name, original, tools, *more in dialogues:
-        kwargs = (more[0] if more else None) or {}
+        kwargs = next(iter(more), None) or {}
         row = dict(dialogue=name, tokens=None, same=None, note="", ids=None, chat=None)
         out.append(row)
         try: messages = to_structured(original, tools) if blocks else original
         except (MalformedRow, UnsupportedContent) as e: row["note"] = str(e); continue
-        template_args = None if blocks else tools # structured messages hold their tools
+        offered = None if blocks else tools # structured messages hold their tools
         control, text = (tokenize_chats(trained, [messages], allow_control_tokens_in_content=a,
-                                        tools=[template_args], template_kwargs=[kwargs])[0] for a in (True, False))
+                                        tools=[offered], template_kwargs=[kwargs])[0] for a in (True, False))
         if isinstance(control, Refused): row["note"] = f"the template cannot render it ({control.reason})"; continue
         ids, last = control.input_ids.tolist(), max(i for i, m in enumerate(messages) if m["role"] == "assistant")
-        prompt = prompt_ids(trained, messages[:last], True, template_args, kwargs).tolist()
+        prompt = prompt_ids(trained, messages[:last], True, offered, kwargs).tolist()
         cases = [(messages, ids, False), (messages[:last], prompt, True)]
         if blocks and takes_plain and not tools and not is_structured(original): cases.append((original, ids, False))
-        row["same"] = all(ids_of(exported, m, template_args, add, **kwargs) == expected for m, expected, add in cases)
+        row["same"] = all(ids_of(exported, m, offered, add, **kwargs) == expected for m, expected, add in cases)
         row |= dict(tokens=len(ids), ids=ids, chat=control)
         if isinstance(text, Refused) or text.input_ids.tolist() != ids:
-            row["note"] = "control tokens in a message: training reads them as text"
+            row["note"] = "control tokens in a message: text in training"
     return out
 
 # %% ../../nbs/55_export/2_parity.ipynb #71144fc1

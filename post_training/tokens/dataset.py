@@ -26,7 +26,7 @@ from .tokenizer import template_fingerprint, tokenizer_fingerprint
 from .masks import ChatEncoder, Refused, encoder_for, tokenize_chats
 from .gates import check_turns
 
-# %% ../../nbs/25_tokens/7_dataset.ipynb #3acc12c9
+# %% ../../nbs/25_tokens/7_dataset.ipynb #9853781c
 @dataclass
 class TemplateChat:
     "A conversation as a chat template takes it"
@@ -37,7 +37,7 @@ class TemplateChat:
     row_weight:float = 1. # of the row
     trained_from:int = 0 # answers before this message are not trained on
 
-# %% ../../nbs/25_tokens/7_dataset.ipynb #c444d15e
+# %% ../../nbs/25_tokens/7_dataset.ipynb #a76380bc
 def structured_groups(
     messages:list[dict], # plain messages
 )->list[int]: # of each message: the index of its structured message
@@ -51,7 +51,7 @@ def structured_groups(
         out.append(n)
     return [n if has_system and n == 0 else n + 1 for n in out] # the developer message stands after the system message
 
-# %% ../../nbs/25_tokens/7_dataset.ipynb #e7529e05
+# %% ../../nbs/25_tokens/7_dataset.ipynb #20202dd5
 def structured_weights(
     messages:list[dict], # plain messages
     weights:list, # of each of them
@@ -66,7 +66,7 @@ def structured_weights(
         out[n] = w
     return out
 
-# %% ../../nbs/25_tokens/7_dataset.ipynb #0a3032fa
+# %% ../../nbs/25_tokens/7_dataset.ipynb #92229b23
 def with_thought_fields(
     messages:list[dict], # plain messages
     parts:dict, # index of a message: weights of parts of its content
@@ -81,13 +81,14 @@ def with_thought_fields(
         out.append(dict(m, reasoning_content=split[0], content=split[1]) if split else m)
     return out
 
-# %% ../../nbs/25_tokens/7_dataset.ipynb #d7a9ec08
+# %% ../../nbs/25_tokens/7_dataset.ipynb #8a8e86d8
 def template_chat(
     c:Conversation, # of a row
     encoder:ChatEncoder, # of the template
+    complete:bool=True, # whether the conversation must hold an answer, and is checked for other faults
 )->TemplateChat:
     "A conversation in the format that a template takes; raises if it is malformed or unsupported"
-    if fault := check_messages(c.messages): raise MalformedRow(fault)
+    if complete and (fault := check_messages(c.messages)): raise MalformedRow(fault)
     structured, blocks = isinstance(c.messages[0]["content"], dict), encoder.takes_blocks(bool(c.tools))
     weights, parts = c.message_weights, c.span_weights or {}
     messages = c.messages
@@ -116,7 +117,7 @@ def row_chat(
     columns = None if is_swissai(row) and row["conversation_branches"] is not None else () # each row by its own format
     return template_chat(conversation_of(row, columns, ignore), encoder)
 
-# %% ../../nbs/25_tokens/7_dataset.ipynb #23eea0fd
+# %% ../../nbs/25_tokens/7_dataset.ipynb #81c4a709
 def split_turns(
     chat:TemplateChat,
 )->list[TemplateChat]: # one per turn; the same chat where there is one turn
@@ -172,7 +173,7 @@ def read_chats(
         out.append(chat)
     return out
 
-# %% ../../nbs/25_tokens/7_dataset.ipynb #828ba657
+# %% ../../nbs/25_tokens/7_dataset.ipynb #d0c7623d
 def tokenize_template_chats(
     chats:list, # a `TemplateChat`, or a `Refused`, for each row
     tokenizer, # with a chat template
@@ -235,7 +236,7 @@ def raise_for_policy(
             raise UserError(f"Row {name}: {v.detail}. Set tokenization.{policy}=drop to leave such rows out and count "
                             "them.")
 
-# %% ../../nbs/25_tokens/7_dataset.ipynb #ac04594f
+# %% ../../nbs/25_tokens/7_dataset.ipynb #db838343
 @dataclass(frozen=True)
 class RowSettings:
     "How rows are tokenized"
@@ -246,7 +247,7 @@ class RowSettings:
     weighted:bool=False # whether any row of the dataset has weights
     serial:bool=False # several processes share the work: one thread each
 
-# %% ../../nbs/25_tokens/7_dataset.ipynb #5d525d63
+# %% ../../nbs/25_tokens/7_dataset.ipynb #ee2778dd
 def faults_of_turns(
     chats:list, # a `TemplateChat`, or a `Refused`, for each row
     tokenized:list, # a `TokenizedChat`, or a `Refused`, for each row
@@ -282,7 +283,7 @@ def tokenize_row_batch(
     if policies["on_missing_stop"] == "error": tokenized = [f or done for f, done in zip(faults, tokenized)]
     return row_columns(rows, ids, chats, tokenized, faults, settings, policies)
 
-# %% ../../nbs/25_tokens/7_dataset.ipynb #ba76e30d
+# %% ../../nbs/25_tokens/7_dataset.ipynb #473b7e58
 def row_columns(
     rows:list[dict], # raw rows
     ids:list[str], # of the rows
@@ -342,7 +343,7 @@ def tokenization_counts(
     if warned: out["warned"] = {"rows": sum(warned.values()), "first": next(iter(warned))}
     return out | (weight_counts(data) if "weights" in data.column_names else {})
 
-# %% ../../nbs/25_tokens/7_dataset.ipynb #25f103b7
+# %% ../../nbs/25_tokens/7_dataset.ipynb #d9095642
 def weight_counts(
     data, # tokenized rows with weights
 )->dict: # trained_tokens: completion tokens of weight above 0; weight_sum: the sum of weights of completion tokens
@@ -353,7 +354,7 @@ def weight_counts(
     weights_N = weights_N*np.repeat(np.asarray(data["row_weight"][:]), data["length"][:])
     return dict(trained_tokens=int((weights_N > 0).sum()), weight_sum=float(weights_N.sum()))
 
-# %% ../../nbs/25_tokens/7_dataset.ipynb #399123dd
+# %% ../../nbs/25_tokens/7_dataset.ipynb #c509c40d
 def tokenized_features(
     weighted:bool=False, # whether any row of the dataset has weights
 ): # `datasets.Features`
@@ -396,7 +397,7 @@ def tokenize_rows(
                                       policies=policies))
     return data, columns
 
-# %% ../../nbs/25_tokens/7_dataset.ipynb #b4d2931f
+# %% ../../nbs/25_tokens/7_dataset.ipynb #f5cdee58
 def refuse_mostly_failing(
     dataset, # raw rows
     counts:dict, # from `tokenization_counts`

@@ -42,7 +42,7 @@ class Skeleton:
     special_ids:np.ndarray # control tokens that the template writes, in order
     key:tuple # (shape, options)
 
-# %% ../../nbs/25_tokens/4_masks.ipynb #eb74cbd7
+# %% ../../nbs/25_tokens/4_masks.ipynb #00d1fa54
 class VerifiedRow(NamedTuple):
     "A conversation whose rendering is that of its skeleton"
     text:str # the rendering
@@ -222,14 +222,14 @@ def template_options(
     if tools: out = (("tools", json.dumps(tools)), *out)
     return with_prompt(out) if add_generation_prompt else out
 
-# %% ../../nbs/25_tokens/4_masks.ipynb #688e1289
+# %% ../../nbs/25_tokens/4_masks.ipynb #bca4ad9e
 def with_prompt(
     options:tuple, # from `template_options`
 )->tuple:
     "The same options, and the generation prompt at the end"
     return (*options, ("add_generation_prompt", "true"))
 
-# %% ../../nbs/25_tokens/4_masks.ipynb #d58fed0c
+# %% ../../nbs/25_tokens/4_masks.ipynb #57df4efe
 @patch
 def takes_blocks(
     self:ChatEncoder,
@@ -474,7 +474,7 @@ def refuse_missing(
     return Refused("unsupported_roles", f"the chat template {self.name} has no place for: {roles} "
                    f"({', '.join(sorted(set(missing)))})")
 
-# %% ../../nbs/25_tokens/4_masks.ipynb #ab1475e7
+# %% ../../nbs/25_tokens/4_masks.ipynb #776bd812
 @patch
 def takes_thoughts(self:ChatEncoder)->bool:
     "Whether the template writes the thoughts of a message's reasoning_content, or takes structured contents"
@@ -484,7 +484,7 @@ def takes_thoughts(self:ChatEncoder)->bool:
         self._takes_thoughts = self.takes_blocks() or isinstance(parsed, ParsedShape) and any(i == 2 for *_, i, _ in parsed.probes)
     return self._takes_thoughts
 
-# %% ../../nbs/25_tokens/4_masks.ipynb #e90bcb04
+# %% ../../nbs/25_tokens/4_masks.ipynb #fbd7f42d
 @patch
 def blame_role(
     self:ChatEncoder,
@@ -501,7 +501,7 @@ def blame_role(
             return Refused("unsupported_roles", f"{refused.detail} (the role {role})")
     return refused
 
-# %% ../../nbs/25_tokens/4_masks.ipynb #be6f5657
+# %% ../../nbs/25_tokens/4_masks.ipynb #a6844e71
 def content_triggers(
     template:str, # Jinja source
 )->list[str]: # words, the longest first
@@ -519,7 +519,7 @@ def content_triggers(
     words = {n.value for n in found if isinstance(n, jinja2.nodes.Const) and isinstance(n.value, str)}
     return sorted((w for w in words if w.strip() and not w.isidentifier()), key=len, reverse=True)
 
-# %% ../../nbs/25_tokens/4_masks.ipynb #1e28befb
+# %% ../../nbs/25_tokens/4_masks.ipynb #4b7d91dc
 @patch
 def triggers_in(
     self:ChatEncoder,
@@ -529,7 +529,7 @@ def triggers_in(
     if not hasattr(self, "_triggers"): self._triggers = content_triggers(template_of(self.tokenizer))
     return [w for w in self._triggers if any(w in t for t in texts)]
 
-# %% ../../nbs/25_tokens/4_masks.ipynb #bc2addf0
+# %% ../../nbs/25_tokens/4_masks.ipynb #5884f5ab
 @patch
 def why_unverifiable(
     self:ChatEncoder,
@@ -720,7 +720,7 @@ def completion_mask_of(
     start, end = np.append(regions[:, 0], 2**62)[i], np.append(regions[:, 1], 2**62)[i]
     return out | control_T & (start <= a) & (a < end) & (end < b) # an end token that covers the line break behind it
 
-# %% ../../nbs/25_tokens/4_masks.ipynb #0effcb03
+# %% ../../nbs/25_tokens/4_masks.ipynb #549cd4c0
 def turn_tokens_of(
     places_T2:np.ndarray, # [T, 2] first and last (exclusive) place of each token: characters or bytes
     turns:list[tuple], # (start, end) of each turn, in the same unit
@@ -732,7 +732,7 @@ def turn_tokens_of(
     exact = places_T2[first, 0] == starts if len(places_T2) else np.zeros(len(starts), bool)
     return np.stack([first, exact, np.maximum(last, 0)], 1)
 
-# %% ../../nbs/25_tokens/4_masks.ipynb #f0875ce4
+# %% ../../nbs/25_tokens/4_masks.ipynb #bb65acb0
 def token_weights_of(
     places_T2:np.ndarray, # [T, 2] first and last (exclusive) place of each token: characters or bytes
     spans:list[tuple], # (start, end, weight), in the same unit
@@ -745,7 +745,7 @@ def token_weights_of(
     for (_, _, w), i, j in zip(spans, first, last): out[i:j] = w
     return out
 
-# %% ../../nbs/25_tokens/4_masks.ipynb #9b9df2d8
+# %% ../../nbs/25_tokens/4_masks.ipynb #c287a4a7
 def weight_segments(
     n:int, # characters of a content
     weight:float, # of the message
@@ -756,7 +756,7 @@ def weight_segments(
     def of(a): return next((w for start, end, w in reversed(parts) if start <= a < end), 1.)
     return [(a, b, weight*of(a)) for a, b in zip(cuts, cuts[1:]) if weight*of(a) != 1]
 
-# %% ../../nbs/25_tokens/4_masks.ipynb #75d9aa46
+# %% ../../nbs/25_tokens/4_masks.ipynb #bc0443f7
 @patch
 def weight_spans(
     self:ChatEncoder,
@@ -814,7 +814,7 @@ def encode_verified(
                                  row.skeleton.missing_texts, weights, turn_tokens))
     return out
 
-# %% ../../nbs/25_tokens/4_masks.ipynb #43ae23f8
+# %% ../../nbs/25_tokens/4_masks.ipynb #bda7a37a
 @patch
 def tokenized_row(
     self:ChatEncoder,
@@ -844,12 +844,15 @@ def render_with(
     chats:list, # conversations
     tools:list|None=None, # of each conversation: its tools (list, JSON text or None)
     template_kwargs:list|None=None, # of each conversation: further arguments of the template
+    add_generation_prompt:bool=False, # end with the generation prompt
 )->list: # (text or `Refused`, options) of each
     "Render conversations that may each have their own tools and arguments; those with the same ones in one call"
-    if not any(tools or ()) and not any(template_kwargs or ()): return [(text, ()) for text in self.render(chats)]
+    if not any(tools or ()) and not any(template_kwargs or ()):
+        same = template_options(add_generation_prompt=add_generation_prompt)
+        return [(text, same) for text in self.render(chats, same)]
     options, out = [], [None]*len(chats)
     for offered, kwargs in zip(tools or out, template_kwargs or out):
-        try: options.append(template_options(offered, template_kwargs=kwargs))
+        try: options.append(template_options(offered, add_generation_prompt, kwargs))
         except (ValueError, TypeError) as e:
             options.append(Refused("malformed: the tools are not a JSON list", f"the tools cannot be read: {e}"))
     for o in {o: None for o in options if isinstance(o, tuple)}:

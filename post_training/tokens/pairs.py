@@ -4,48 +4,44 @@
 
 # %% auto #0
 __all__ = ['REFERENCE_COLUMNS', 'REWARD_COLUMNS', 'QUANTILE_COLUMNS', 'PAIR_NUMBER_COLUMNS', 'PAIR_LIST_COLUMNS',
-           'PAIR_FLAG_COLUMNS', 'PAIR_INDEX_COLUMNS', 'ALWAYS_DROPPED', 'side_messages', 'pair_messages',
-           'check_pair_columns', 'is_finite', 'reference_fault', 'reward_fault', 'tokenize_pair', 'tokenize_pair_batch',
-           'tokenized_pair_features', 'check_pair_policies', 'pair_counts', 'drop_pairs', 'tokenize_pairs',
-           'cached_pairs']
+           'PAIR_FLAG_COLUMNS', 'PAIR_INDEX_COLUMNS', 'ALWAYS_DROPPED', 'pair_messages', 'check_pair_columns',
+           'is_finite', 'reference_fault', 'reward_fault', 'PairSettings', 'tokenize_pair', 'read_pairs',
+           'tokenize_pair_batch', 'tokenized_pair_features', 'check_pair_policies', 'pair_counts', 'drop_pairs',
+           'tokenize_pairs', 'cached_pairs']
 
 # %% ../../nbs/25_tokens/11_pairs.ipynb #8ef4c190
 import math, os
 from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 from ..core.files import ForkShared, UserError, did_you_mean
-from ..data.messages import MalformedRow, UnsupportedContent, as_written, check_dropped, row_id
+from ..data.columns import FORMATS, account, account_lines, check_account, empty_value
+from ..data.messages import (
+    Conversation, MalformedRow, UnsupportedContent, check_dropped, read_conversation, row_id)
 from .masks import Refused, encoder_for
-from .dataset import cached_tokenize, policy_for_reason, process_count
+from .dataset import cached_tokenize, check_policies, policy_for_reason, process_count
 from .completions import encode_completions
 
 # %% ../../nbs/25_tokens/11_pairs.ipynb #9d0b2888
-def side_messages(
-    side, # text, or messages of which the last is the answer
-)->list[dict]:
-    "One side of a pair as messages"
-    if isinstance(side, str): return [dict(role="assistant", content=side)]
-    if not isinstance(side, list) or not side: raise MalformedRow("a side is neither a text nor messages")
-    side = as_written(side)
-    if side[-1].get("role") != "assistant": raise MalformedRow("a side does not end with an assistant message")
-    return side
-
-# %% ../../nbs/25_tokens/11_pairs.ipynb #53de2564
 def pair_messages(
-    row:dict, # chosen and rejected, and prompt if it has its own column
-)->tuple: # prompt as messages, content of the chosen answer, content of the rejected one
+    row:dict, # chosen and rejected, and what precedes them
+    ignore=(), # columns that are treated as absent
+)->tuple[Conversation, dict, dict]: # the prompt with its tools and row weight; the chosen and the rejected message
     "The prompt and the two answers of a row"
-    sides = [side_messages(row.get(k)) for k in ("chosen", "rejected")]
-    prompt = row.get("prompt") or []
-    prompt = [dict(role="user", content=prompt)] if isinstance(prompt, str) else as_written(prompt)
-    before = [s[:-1] for s in sides]
-    if before[0] != before[1]: raise MalformedRow("chosen and rejected differ before the last answer")
-    context = before[0] if prompt and before[0][:len(prompt)] == prompt else prompt + before[0]
-    if not context or context[-1].get("role") == "assistant":
-        raise MalformedRow("there is no prompt before the answers")
-    if len({isinstance(m["content"], dict) for m in (*context, *(s[-1] for s in sides))}) > 1:
+    form = next((f for f, kind in FORMATS.items() if kind == "pair" and not any(empty_value(row.get(c)) for c in f)), None)
+    if form is None: raise MalformedRow("chosen or rejected is empty")
+    sides = [read_conversation({**row, "chosen": row[side]}, form, ignore) for side in ("chosen", "rejected")]
+    for c in sides:
+        if not c.messages or c.messages[-1]["role"] != "assistant":
+            raise MalformedRow("a side does not end with an assistant message")
+        if c.message_weights or c.span_weights: raise UnsupportedContent("messages of a pair have weights")
+    context, other = [c.messages[:-1] for c in sides]
+    if context != other: raise MalformedRow("chosen and rejected differ before the last answer")
+    if not context or context[-1]["role"] == "assistant": raise MalformedRow("there is no prompt before the answers")
+    answers = [c.messages[-1] for c in sides]
+    if len({isinstance(m["content"], dict) for m in (*context, *answers)}) > 1:
         raise MalformedRow("plain and structured messages in one pair")
-    return context, sides[0][-1]["content"], sides[1][-1]["content"]
+    return replace(sides[0], messages=context), *answers
 
 # %% ../../nbs/25_tokens/11_pairs.ipynb #00041e68
 REFERENCE_COLUMNS = ("ref_chosen_logprob", "ref_rejected_logprob")
@@ -117,15 +113,27 @@ def reward_fault(
         if at is not None and (not isinstance(at, int) or row["ref_rewards"][at:at+1] != [row[f"{side}_reward"]]):
             return "reward: not that of the reference that it is"
 
+# %% ../../nbs/25_tokens/11_pairs.ipynb #635fbdda
+@dataclass(frozen=True)
+class PairSettings:
+    "How pairs are tokenized and what is checked"
+    max_length:int|None=None # tokens of prompt and answer at most
+    reference:bool=False # check the reference's log-probabilities
+    rewards:bool=False # check rewards
+    allow_control_tokens_in_content:bool=False # encode control tokens in contents as control tokens
+    ignore:tuple=() # columns that are treated as absent
+    stop_ids:frozenset|None=None # ids that generation stops at; None: not checked
+    weighted:bool=False # whether any row of the dataset has a weight
+    serial:bool=False # several processes share the work: one thread each
+
 # %% ../../nbs/25_tokens/11_pairs.ipynb #283ceede
 def tokenize_pair(
     row:dict, # a pair
     encoded, # from `encode_completions`: the prompt with both answers
-    max_length:int|None, # tokens of prompt and answer at most
-    reference:bool, # check the reference's log-probabilities
-    rewards:bool, # check rewards
+    settings:PairSettings=PairSettings(),
 )->dict|str: # columns, or the reason to drop it
     "One tokenized pair"
+    max_length, reference, rewards = settings.max_length, settings.reference, settings.rewards
     if isinstance(encoded, Refused): return encoded.reason
     for side in encoded.completions:
         if isinstance(side, Refused): return side.reason
@@ -134,6 +142,7 @@ def tokenize_pair(
     if max_length and n + max(len(chosen.ids), len(rejected.ids)) > max_length: return "overlength"
     if chosen.ids == rejected.ids: return "chosen equals rejected"
     if not min(chosen.length, rejected.length): return "no completion"
+    if settings.stop_ids is not None and not {chosen.ids[-1], rejected.ids[-1]} <= settings.stop_ids: return "end of turn"
     fault = None
     if reference:
         fault = reference_fault(row, "chosen", chosen.length) or reference_fault(row, "rejected", rejected.length)
@@ -151,54 +160,62 @@ PAIR_LIST_COLUMNS = ("ref_chosen_logprobs", "ref_rejected_logprobs", "ref_reward
 PAIR_FLAG_COLUMNS = ("chosen_is_reference", "rejected_is_reference")
 PAIR_INDEX_COLUMNS = ("chosen_reference", "rejected_reference") # index of the reference that it is
 
+# %% ../../nbs/25_tokens/11_pairs.ipynb #748d3f40
+def read_pairs(
+    rows:list[dict], # pairs
+    ignore=(), # columns that are treated as absent
+)->list: # from `pair_messages`, or the reason to drop the row
+    "The prompts and answers of a batch"
+    out = []
+    for row in rows:
+        try: out.append(pair_messages(row, ignore))
+        except MalformedRow as e: out.append(f"malformed: {e}")
+        except UnsupportedContent as e: out.append(f"unsupported_roles: {e}")
+        except (KeyError, TypeError, AttributeError): out.append("malformed: unexpected fields")
+    return [p if isinstance(p, str) or p[0].weight else "weight: the pair has weight 0" for p in out]
+
 # %% ../../nbs/25_tokens/11_pairs.ipynb #e5d8177f
 def tokenize_pair_batch(
     batch:dict, # columns of pairs
     indices:list[int], # their indices
     tokenizer, # with a chat template
-    max_length:int|None, # tokens of prompt and answer at most
-    reference:bool, # check the reference's log-probabilities
-    rewards:bool, # check rewards
-    allow_control_tokens_in_content:bool=False, # encode control tokens in contents as control tokens
-    serial:bool=False, # several processes share the work: one thread each
+    settings:PairSettings,
 )->dict: # columns of tokenized pairs
     "Tokenize a batch of pairs; every row comes out, with a reason if it is to be dropped"
-    if serial: os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if settings.serial: os.environ["TOKENIZERS_PARALLELISM"] = "false"
     rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
-    parsed = []
-    for row in rows:
-        try: parsed.append(pair_messages(row))
-        except MalformedRow as e: parsed.append(f"malformed: {e}")
-        except UnsupportedContent as e: parsed.append(f"unsupported_roles: {e}")
-        except (KeyError, TypeError, AttributeError): parsed.append("malformed: unexpected fields")
+    parsed = read_pairs(rows, settings.ignore)
     good = [p for p in parsed if not isinstance(p, str)]
     done = iter(encode_completions(tokenizer, [p for p, *_ in good], [[c, r] for _, c, r in good],
-                                   allow_control_tokens_in_content))
-    out = [p if isinstance(p, str) else tokenize_pair(r, next(done), max_length, reference, rewards)
-           for r, p in zip(rows, parsed)]
+                                   settings.allow_control_tokens_in_content))
+    out = [p if isinstance(p, str) else tokenize_pair(r, next(done), settings) for r, p in zip(rows, parsed)]
     empty = dict(prompt_ids=[], chosen_ids=[], chosen_scored=[], rejected_ids=[], rejected_scored=[], length=0,
                  chosen_length=0, rejected_length=0)
     kept = [dict(empty if isinstance(o, str) else o, row_id=row_id(r, i), source=str(r.get("source") or ""),
                  reason=o if isinstance(o, str) else "",
+                 **(dict(row_weight=0. if isinstance(p, str) else p[0].weight) if settings.weighted else {}),
                  **{k: r.get(k) for k in (*PAIR_NUMBER_COLUMNS, *PAIR_LIST_COLUMNS, *PAIR_INDEX_COLUMNS)},
-                 **{k: bool(r.get(k)) for k in PAIR_FLAG_COLUMNS}) for r, i, o in zip(rows, indices, out)]
+                 **{k: bool(r.get(k)) for k in PAIR_FLAG_COLUMNS}) for r, i, p, o in zip(rows, indices, parsed, out)]
     return {k: [row[k] for row in kept] for k in kept[0]}
 
 # %% ../../nbs/25_tokens/11_pairs.ipynb #64f3adc3
-def tokenized_pair_features(): # `datasets.Features`
+def tokenized_pair_features(
+    weighted:bool=False, # whether any row of the dataset has a weight
+): # `datasets.Features`
     "The columns of tokenized pairs"
     from datasets import Features, List, Value
     ids, flags = List(Value("int32")), List(Value("bool"))
     return Features(prompt_ids=ids, chosen_ids=ids, chosen_scored=flags, rejected_ids=ids, rejected_scored=flags,
                     length=Value("int32"), chosen_length=Value("int32"), rejected_length=Value("int32"),
                     row_id=Value("string"), source=Value("string"), reason=Value("string"),
+                    **({"row_weight": Value("float32")} if weighted else {}),
                     **{k: Value("float64") for k in PAIR_NUMBER_COLUMNS},
                     **{k: List(Value("float64")) for k in PAIR_LIST_COLUMNS},
                     **{k: Value("bool") for k in PAIR_FLAG_COLUMNS}, **{k: Value("int32") for k in PAIR_INDEX_COLUMNS})
 
 # %% ../../nbs/25_tokens/11_pairs.ipynb #8e8ba9d7
 # beginnings of reasons that no policy decides about
-ALWAYS_DROPPED = ("reference:", "reward:", "chosen equals rejected", "empty completion", "no completion")
+ALWAYS_DROPPED = ("reference:", "reward:", "chosen equals rejected", "empty completion", "no completion", "weight:")
 
 # %% ../../nbs/25_tokens/11_pairs.ipynb #e8d77b2f
 def check_pair_policies(
@@ -207,6 +224,9 @@ def check_pair_policies(
     "Check policies: those of conversations, but only drop or error; a pair is never truncated"
     known = ("overlength", "on_unverifiable", "unsupported_roles", "on_malformed")
     for name, choice in policies.items():
+        if name == "on_missing_stop":
+            check_policies(on_missing_stop=choice)
+            continue
         if name not in known: raise UserError(f"Unknown policy {name!r}: {', '.join(known)}.")
         if choice == "truncate":
             raise UserError("tokenization.overlength=truncate: a pair is never cut, its log-probabilities are those of "
@@ -251,27 +271,33 @@ def tokenize_pairs(
     max_length:int|None=None, # tokens of prompt and answer at most; nothing is truncated
     reference:bool=False, # log-probabilities of the reference are read from the data
     rewards:bool=False, # the loss needs quantile rewards
-    allow_control_tokens_in_content:bool=False, # encode control tokens in contents as control tokens
     max_drop_fraction:float|None=None, # share of rows that may be dropped
     num_proc:int|None=None, # processes; None chooses
-    batch_size:int=500, # rows of one encoding call
     work=None, # folder for temporary files; None keeps everything in memory
-    **policies, # overlength, on_unverifiable, unsupported_roles, on_malformed: drop or error
+    ignore_columns=(), # columns that are treated as absent
+    stop_ids=None, # ids that generation stops at; None: not checked
+    **policies, # allow_control_tokens_in_content; on_missing_stop; and the others of rows: drop or error
 )->tuple: # (`datasets.Dataset`, counts)
     "Tokenize pairs: the kept ones, and counts of all"
     if not len(dataset): raise UserError("The dataset has no rows.")
+    control_tokens = policies.pop("allow_control_tokens_in_content", False)
     check_pair_policies(policies)
+    columns = account(dataset, ignore_columns, pairs=True)
+    check_account(columns)
     check_pair_columns(dataset.column_names, reference, rewards)
     n = process_count(len(dataset), num_proc)
     encoder_for(tokenizer).header() # made before the processes fork
-    settings = dict(tokenizer=ForkShared(tokenizer) if n > 1 else tokenizer, max_length=max_length, serial=n > 1,
-                    reference=reference, rewards=rewards,
-                    allow_control_tokens_in_content=allow_control_tokens_in_content)
-    data = dataset.map(tokenize_pair_batch, batched=True, with_indices=True, batch_size=batch_size, desc="Tokenizing",
-                       num_proc=n if n > 1 else None, features=tokenized_pair_features(), fn_kwargs=settings,
+    checked = stop_ids is not None and policies.pop("on_missing_stop", "error") == "error"
+    policies.pop("on_missing_stop", None)
+    settings = PairSettings(max_length, reference, rewards, control_tokens, tuple(ignore_columns),
+                            frozenset(stop_ids) if checked else None, bool(columns.names("weight")), n > 1)
+    data = dataset.map(tokenize_pair_batch, batched=True, with_indices=True, batch_size=500, desc="Tokenizing",
+                       num_proc=n if n > 1 else None, features=tokenized_pair_features(settings.weighted),
+                       fn_kwargs=dict(tokenizer=ForkShared(tokenizer) if n > 1 else tokenizer, settings=settings),
                        remove_columns=dataset.column_names, load_from_cache_file=False, keep_in_memory=work is None,
                        cache_file_name=work and str(Path(work)/"rows.arrow"), new_fingerprint=os.urandom(8).hex())
-    return drop_pairs(data, policies, max_drop_fraction)
+    data, counts = drop_pairs(data, policies, max_drop_fraction)
+    return data, dict(counts, columns=account_lines(columns))
 
 # %% ../../nbs/25_tokens/11_pairs.ipynb #11189a20
 def cached_pairs(

@@ -421,16 +421,6 @@ def drop_details(
     details = [(name_of(i, k), view_row(i, k).why.partition(": ")[2], i.numbers.reason[k]) for k in first.index]
     return [f"row {row}, {why}" for row, why, reason in details if why != printable_line(reason, 500)][:max_rows]
 
-# %% ../../nbs/75_view/2_dataset.ipynb #7436c0a9
-def drop_details(
-    i:Inspection,
-    max_rows:int=5, # reasons
-)->list[str]: # a line each
-    "The detail of the first row of each reason, where there is more than the reason"
-    first = i.numbers[(i.numbers.reason != "") & (i.numbers.detail != "")].drop_duplicates("reason")
-    details = [(name_of(i, k), view_row(i, k).why.partition(": ")[2], i.numbers.reason[k]) for k in first.index]
-    return [f"row {row}, {why}" for row, why, reason in details if why != printable_line(reason, 500)][:max_rows]
-
 # %% ../../nbs/75_view/2_dataset.ipynb #42bd2245
 def find_row(
     i:Inspection,
