@@ -121,7 +121,7 @@ def test_any_override_composes_or_is_refused(text):
     (["job_subdir=${job_subdir}"], "ecursive"),
     (["wandb.run_name=${oc.env:NOT_SET_ANYWHERE}"], "NOT_SET_ANYWHERE is not set"), (["wandb.run_name=${hydra:runtime.cwd}"], "resolved"),
     (["wandb.run_name=${oc.env:WANDB_API_KEY,x}"], "named like a secret"), (["training_args.lr_scheduler_kwargs={_target_: os.system}"], "must not refer to Python code"),
-    (["accelerate_config=ds-zero4"], "Did you mean 'ds-zero3'"), (["accelerate=ds-zero4"], "ds-zero3"), (["num_nodes=2"], "one node"), (["num_processes=-1"], "train nothing"),
+    (["accelerate_config=ds-zero4"], "Did you mean 'ds-zero3'"), (["accelerate=ds-zero4"], "ds-zero3"), (["num_nodes=2"], "one node"), (["num_processes=-1"], "cannot train"),
     (["global_batch_size=0"], "at least 1"), (["training_args.per_device_train_batch_size=0"], "at least 1"), (["job_subdir=/etc"], "below the outputs"),
     (["job_subdir=null"], "takes text"), (["training_args.max_seq_length=8", "training_args.max_length=9"], "same key"), (["training_args.warmup_ratio=10"], "warmup_steps"),
     (["~training_args.nothing"], "no key"), (["~trainer"], "is missing"), (["+hydra.run.dir=x"], "Unknown key"), (["hydra/launcher=x"], "Unknown key"),
@@ -142,8 +142,8 @@ def plain_preference(): return json.loads(composed_once("train_preference"))
     (["training_args.loss_type=exo_pair"], "takes more than 0"), (["training_args.loss_type=[qrpo,sft]", "training_args.loss_weights=[1.0]"], "1 values for 2 losses"),
     (["training_args.loss_type=[qrpo,sigmiod]"], "Did you mean 'sigmoid'"), (["training_args.loss_type=[]"], "is empty"), (["training_args.max_effective_beta=0"], "above 0"),
     (["training_args.sync_ref_model=true"], "the reference stays what it is"), (["tokenization.overlength=truncate"], "Choices: drop, error"),
-    (["training_args.loss_weights=[0]"], "nothing would be trained"), (["training_args.loss_type=[qrpo,sft]", "training_args.loss_weights=[1,-1]"], "0 or above"),
-    (["training_args.loss_weights=[much]"], "0 or above"), (["training_args.beta=0"], "training_args.beta=0.0: it must be above 0"), (["training_args.num_ref_rewards=0"], "at least 1"),
+    (["training_args.loss_weights=[0]"], "nothing would be trained"), (["training_args.loss_type=[qrpo,sft]", "training_args.loss_weights=[1,-1]"], "at least 0"),
+    (["training_args.loss_weights=[much]"], "at least 0"), (["training_args.beta=0"], "training_args.beta=0.0: it must be above 0"), (["training_args.num_ref_rewards=0"], "at least 1"),
     (["training_args.loss_type=ipo", "training_args.normalize_beta_by_length=true"], "twice"), (["training_args.ld_alpha=0.5"], "QRPO, which scores each alone"),
     (["training_args.loss_type=aot", "training_args.f_divergence_type=forward_kl"], "not defined"), (["training_args.precompute_ref_log_probs=true", "training_args.ref_logprobs_from_dataset=true"], "not both"),
     (["ref_model_args.model_name_or_path=A/B", "training_args.ref_logprobs_from_dataset=true"], "training_args.ref_logprobs_from_dataset=true takes the reference's log-probabilities from the data")])
@@ -232,7 +232,7 @@ def test_presets_of_an_earlier_code_base_compose(tmp_path, tmp_root):
     ("# @package _global_\ndefaults:\n  - nowhere\n", "nowhere"), ("# @package _global_\nwandb:\n  run_name: ${eval:'__import__(1)'}\n", "only arithmetic"),
     ("# @package _global_\ntraining_args:\n  lr_scheduler_kwargs:\n    a:\n      - _target_: os.system\n", "must not refer to Python code"),
     ("# @package _global_\n_target_: os.system\n", "Unknown key _target_"),
-    ("# @package _global_\nhydra:\n  run:\n    dir: /x\n", "sets keys of hydra"), ("", "@package _global_")])
+    ("# @package _global_\nhydra:\n  run:\n    dir: /x\n", "sets keys of Hydra"), ("", "@package _global_")])
 def test_faulty_presets_are_named(text, says, tmp_path):
     preset(tmp_path, "dataset", "mine", text)
     with pytest.raises(UserError, match=says) as e: compose("train_sft", ["dataset=mine"], config_dir=tmp_path)

@@ -60,7 +60,7 @@ def rows(demo):
 def tokenized(dataset, tokenizer, **parameters):
     "Ids, lengths and counts as training gets them; counts alone where nothing is kept"
     from post_training.tokens.dataset import tokenize_rows
-    data = tokenize_rows(dataset, tokenizer, **parameters)
+    data, _ = tokenize_rows(dataset, tokenizer, **parameters)
     keep = [i for i, reason in enumerate(data["reason"][:]) if not reason]
     return data, data.select(keep)
 
@@ -99,7 +99,7 @@ def test_every_template_can_be_inspected(rows, template):
             text = inspection.view_text(seen, inspection.view_row(seen, k))
             assert "\x1b[2J" not in text and "<script>alert" not in inspection.view_html(seen, inspection.view_row(seen, k))
         df, counts = measure_ratios(dataset, tokenizer, max_length=256, unsupported_roles="drop")
-        kept = inspection.inspect_dataset(dataset, tokenizer, max_length=256, unsupported_roles="drop").numbers
+        kept = inspection.inspect_dataset(dataset, tokenizer, max_length=256, unsupported_roles="drop", on_missing_stop="warn").numbers
         kept = kept[kept.reason == ""]
         assert (df.prompt_tokens + df.completion_tokens).tolist() == kept.kept.tolist() and df.completion_tokens.tolist() == kept.trained.tolist()
         assert counts["in"] == len(BROKEN) == counts["out"] + sum(counts["dropped"].values())
@@ -226,8 +226,9 @@ def test_tools_beside_the_messages_are_seen_by_all(template):
     tokenizer = toy_tokenizer("bpe", template)
     if template is None: tokenizer.chat_template = TOOLED
     rows = tooled_rows()
-    data, counts = tokenize_dataset(rows, tokenizer, unsupported_roles="drop")
-    seen = inspect_dataset(rows, tokenizer, unsupported_roles="drop").numbers
+    stops = [tokenizer.eos_token_id, 68]
+    data, counts = tokenize_dataset(rows, tokenizer, unsupported_roles="drop", stop_ids=stops)
+    seen = inspect_dataset(rows, tokenizer, unsupported_roles="drop", stop_ids=stops).numbers
     ratios, measured = measure_ratios(rows, tokenizer, unsupported_roles="drop")
     kept = seen[seen.reason == ""]
     assert kept.kept.tolist() == data["length"][:] and kept.trained.sum() == counts["completion_tokens"]
@@ -243,6 +244,6 @@ def test_gates_look_at_rows_with_tools():
     rows = tooled_rows().filter(lambda r: r["tools"])
     assert check_sample(rows, tokenizer) == []
     tokenizer.chat_template = TOOLED.replace("{{ eos_token }}", "")
-    with pytest.raises(UserError, match="assistant turns end with"): check_sample(rows, tokenizer)
+    with pytest.raises(UserError, match="an answer ends with"): check_sample(rows, tokenizer)
     tokenizer.chat_template = TOOLED.replace("<|assistant|>{% endif %}", "<|bot|>{% endif %}")
     with pytest.raises(UserError, match="generation prompt ends in"): check_sample(rows, tokenizer)

@@ -52,7 +52,7 @@ def command(*words, **env):
     (OK.replace("stage: train_sft", 'stage: train_sft, overrides: ["resume_from={rows.folder}"]'), "there are {rows.run} and {rows.data}"),
     (OK.replace("stage: train_sft", 'stage: train_sft, overrides: ["resume_from={rows.1.run}"]'), "rows has 1 run, the first is 0"),
     (OK.replace("stage: dataset_mixture", "stage: dataset_mixture, each: [[seed=1], [seed=2]]").replace("stage: train_sft", 'stage: train_sft, overrides: ["resume_from={rows.run}"]'),
-     "rows is an array of 2 runs. Say which: {rows.0.run} to {rows.1.run}"),
+     "rows is an array of 2 runs. Choose one: {rows.0.run} to {rows.1.run}"),
     (OK.replace("stage: train_sft", "stage: train_sft, overrides: [cluster=slurm, cluster.device=cpu, cluster.gpus_per_node=1]"), "rows is local and train is slurm"),
     (OK.replace("stage: train_sft", "stage: train_sft, overrides: [submit=false]"), "submit=false is not allowed"),
 ])
@@ -72,7 +72,7 @@ def test_mistakes_of_a_whole_plan_on_the_cluster(tmp_root, capsys):
     assert "train would wait for rows, which has cluster.requeue=false" in capsys.readouterr().err
     path.write_text(OK.replace("stage: train_sft", "stage: train_sft, each: [[cluster.time=10, seed=1], [cluster.time=20]]".replace("seed", "training_args.seed")))
     assert cli.main(["plan", str(path), *CPU[:-1]]) == 2
-    assert "the runs of an array ask for the same nodes" in capsys.readouterr().err
+    assert "the runs of an array must have the same nodes" in capsys.readouterr().err
     assert cli.main(["plan", str(path.with_name("q.yaml"))]) == 2
     assert "There is no plan" in capsys.readouterr().err and os.listdir(tmp_root) == ["p.yaml"]
 
@@ -149,7 +149,7 @@ def test_gc_keeps_what_a_run_made(tmp_root, capsys):
     (run_dir / "train_sft.ipynb").write_text("{}")
     run.append_metrics(run_dir, dict(step=1, loss=1.0))
     done = command("runs", "gc", run_dir)
-    assert done.returncode == 2 and "no terminal to ask at" in done.stderr and "2 of 4 folders go" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 2 and "no terminal to ask" in done.stderr and "2 of 4 folders will be deleted" in done.stdout, done.stdout + done.stderr
     assert left(folder) == [f"checkpoint-{i}" for i in (1, 2, 3, 4)] and "freed" not in run.read_record(run_dir)
     assert cli.main(["runs", "gc", str(run_dir), "--yes"]) == 0
     assert left(folder) == ["checkpoint-2", "checkpoint-4"] and run.is_done(run_dir)
@@ -250,7 +250,7 @@ def test_a_run_that_was_freed_begins_anew_only_when_told(tmp_root):
 
 def test_jobs_without_a_scheduler(tmp_root, monkeypatch, capsys):
     "The records are told, and that they are all there is; a control sequence in a log does nothing"
-    assert cli.main(["jobs"]) == 0 and "no job of a run here waits or runs" in capsys.readouterr().out
+    assert cli.main(["jobs"]) == 0 and "no job of these runs waits or runs" in capsys.readouterr().out
     monkeypatch.setenv("PATH", str(tmp_root))
     job = dict(id=12, task=None, script=None, submitted="2026-01-02T03:04:05+00:00", after=["11"])
     waiting = run.queue_run(config.compose("train_sft", ["job_subdir=waiting"]).cfg).run_dir
@@ -317,7 +317,7 @@ stages:
     waiting = typed("plan", path)  # the same command while they wait changes nothing
     assert waiting.returncode == 0 and waiting.stdout.count("already in the queue") == 3, waiting.stdout + waiting.stderr
     shown = typed("jobs").stdout
-    assert "PENDING" in shown and "Dependency: waits for another job to end well" in shown, shown
+    assert "PENDING" in shown and "Dependency: waits for another job to succeed" in shown, shown
     assert slurm.wait(jobs["train"], 300) == "COMPLETED", story(tmp_root)
     again = typed("plan", path)
     assert again.returncode == 0 and "all done" in again.stdout and again.stdout.count(": done") == 3, again.stdout + again.stderr

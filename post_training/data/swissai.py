@@ -8,10 +8,11 @@ __all__ = ['SUBSCHEMAS', 'FLAT_TYPES', 'DISPLAY_ANSWERS', 'PLAIN_KEYS', 'SWISSAI
            'make_block', 'call_of', 'check_pending', 'add_output', 'add_part', 'assistant_blocks', 'is_swissai',
            'row_tools', 'developer_message', 'user_message', 'linearise_branch', 'is_structured', 'message_parts',
            'in_call_order', 'turn_groups', 'assistant_turns', 'to_structured', 'show_block', 'plain_messages',
-           'texts_only', 'conversation_of', 'structured_conversation', 'plain_conversation', 'message_fields',
-           'message_features', 'stored_messages', 'stored_call', 'has_blocks', 'uses_tools', 'row_conversation',
-           'convert_batch', 'keep_good', 'drop_unused', 'narrow_messages', 'temporary_file', 'empty_dataset',
-           'convert_dataset', 'kept_columns', 'as_messages', 'linearise_dataset']
+           'texts_only', 'conversation_of', 'structured_conversation', 'plain_conversation', 'unpacked_turn',
+           'unpacked_conversation', 'message_fields', 'message_features', 'stored_messages', 'stored_call',
+           'has_blocks', 'uses_tools', 'row_conversation', 'convert_batch', 'keep_good', 'drop_unused',
+           'narrow_messages', 'temporary_file', 'empty_dataset', 'convert_dataset', 'kept_columns', 'as_messages',
+           'linearise_dataset']
 
 # %% ../../nbs/20_data/4_swissai.ipynb #33525a21
 import json, numpy as np, os
@@ -476,6 +477,54 @@ def plain_conversation(
     kept = [i for i, m in enumerate(c.messages) if m["role"] != "developer"]
     weights = [c.message_weights[i] for i in kept] if c.message_weights else None
     return replace(c, messages=plain_messages(c.messages), message_weights=weights)
+
+# %% ../../nbs/20_data/4_swissai.ipynb #73e4acd1
+def unpacked_turn(
+    blocks:list[dict], # of one turn of the assistant
+    calls:int=0, # number of calls before this turn; ids continue it
+)->list[dict]: # plain messages of assistant and tools
+    "A structured turn as plain messages"
+    out, waiting = [], []
+    def add(): out.append(dict(role="assistant", content=""))
+    for b in blocks:
+        kind, last = b["type"], out[-1] if out else {}
+        if kind == "tool_outputs":
+            if len(waiting) != len(b["outputs"]): raise MalformedRow("a turn has other numbers of calls and outputs")
+            out += [dict(role="tool", content=o["output"], tool_call_id=name)
+                    for o, name in zip(b["outputs"], waiting)]
+            waiting = []
+            continue
+        if last.get("role") != "assistant" or last.get("tool_calls"): add()
+        elif kind == "thoughts": raise UnsupportedContent("a turn holds a thought after its text")
+        if kind == "thoughts": out[-1]["reasoning_content"] = b["text"]
+        elif kind == "response": out[-1]["content"] += b["text"]
+        else:
+            waiting = [f"call{calls + n:05d}" for n in range(len(b["calls"]))]
+            calls += len(waiting)
+            out[-1]["tool_calls"] = [dict(id=name, type="function", function=dict(
+                name=c["name"], arguments=parse_json(c["arguments"], "the arguments of a tool call") or {}))
+                for name, c in zip(waiting, b["calls"])]
+    return out
+
+# %% ../../nbs/20_data/4_swissai.ipynb #f9de1f36
+def unpacked_conversation(
+    conversation:Conversation, # plain or structured
+)->Conversation:
+    "A conversation with plain messages, which keep thoughts, calls and outputs of tools"
+    c = conversation
+    if not is_structured(c.messages): return c
+    messages, weights = [], []
+    tools, calls = c.tools, 0
+    for i, m in enumerate(c.messages):
+        if m["role"] == "developer":
+            tools = tools or tool_list(m["content"]["tools"]) or None
+            continue
+        turn = unpacked_turn(m["content"]["blocks"], calls) if m["role"] == "assistant" else plain_messages([m])
+        calls += sum(len(t.get("tool_calls") or []) for t in turn)
+        messages += turn
+        weights += [c.message_weights[i] if c.message_weights else 1.]*len(turn)
+    tools = [t if "function" in t else dict(type="function", function=t) for t in tools or []] or None
+    return replace(c, messages=messages, tools=tools, message_weights=weights if c.message_weights else None)
 
 # %% ../../nbs/20_data/4_swissai.ipynb #09044ee0
 def message_fields(

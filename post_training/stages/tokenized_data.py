@@ -115,7 +115,7 @@ def load_tokenized_data(
     folder = config.site_path(cfg["artifacts_dir"])/cfg["artifacts_subdir"]/"tokenized"
     parameters = dict(cfg["tokenization"], stop_ids=stop_ids_of(cfg, tokenizer),
                       ignore_columns=list(cfg["dataset_args"].get("ignore_columns") or []))
-    out = TokenizedData(tokenizer, None,
+    out = TokenizedData(tokenizer, None, notices=list(tokenizer.notices),
                         fingerprints=dict(tokenizer=tokenizer_fingerprint(tokenizer),
                                           template=template_fingerprint(tokenizer)))
     for split in splits_of(cfg):
@@ -161,4 +161,5 @@ def row_examples(
     from post_training.tokens.colours import token_runs
     rows = data.train.select(range(min(n, len(data.train))))
     return [dict(row_id=r["row_id"], source=r.get("source"),
-                 runs=token_runs(data.tokenizer, r["input_ids"], r["completion_mask"])) for r in rows]
+                 runs=token_runs(data.tokenizer, r["input_ids"], r["completion_mask"], weights=r.get("weights")))
+            for r in rows]

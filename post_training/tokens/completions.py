@@ -42,7 +42,7 @@ def prepared_chat(
     except (KeyError, TypeError, AttributeError, IndexError) as e:
         return Refused("malformed: unexpected fields", f"a field is missing or has another type ({e!r:.80})")
 
-# %% ../../nbs/25_tokens/10_completions.ipynb #57ff13a0
+# %% ../../nbs/25_tokens/10_completions.ipynb #b41991e4
 def chat_for(
     tokenizer, # with a chat template
     messages:list[dict], # plain or structured
@@ -86,7 +86,7 @@ def cut_completion(
     end = int(np.flatnonzero(last_T)[-1]) + 1
     return EncodedCompletion(ids_T[n:end].tolist(), mask_T[n:end].tolist())
 
-# %% ../../nbs/25_tokens/10_completions.ipynb #cbb0197f
+# %% ../../nbs/25_tokens/10_completions.ipynb #a6bd309d
 def answer_message(
     answer, # a content (text or blocks), or a whole message of the assistant
 )->dict: # message
@@ -94,7 +94,7 @@ def answer_message(
     is_message = isinstance(answer, dict) and "role" in answer
     return answer if is_message else dict(role="assistant", content=answer)
 
-# %% ../../nbs/25_tokens/10_completions.ipynb #15131d10
+# %% ../../nbs/25_tokens/10_completions.ipynb #8da60886
 def is_empty(
     message:dict, # of the assistant
 )->bool:

@@ -22,7 +22,7 @@ def turn_end_tokens(
     "The token that ends each assistant turn"
     return [int(chat.input_ids[last]) for _, _, last in chat.turn_tokens]
 
-# %% ../../nbs/25_tokens/5_gates.ipynb #4d63ba90
+# %% ../../nbs/25_tokens/5_gates.ipynb #af2b56dd
 @patch
 def end_fault(
     self:ChatEncoder,
@@ -38,7 +38,7 @@ def end_fault(
     return text + (f". Set tokenizer_args.model_eos_token_id={i}" if self.is_special[i]
                    else ". Choose a template that ends turns with a control token")
 
-# %% ../../nbs/25_tokens/5_gates.ipynb #837fcef1
+# %% ../../nbs/25_tokens/5_gates.ipynb #51d58982
 def check_stop_tokens(
     tokenizer, # of the chats
     chats:list[TokenizedChat],
@@ -66,7 +66,7 @@ def prompt_ids(
     return encoder_for(tokenizer).prompt_ids(messages, template_options(tools, template_kwargs=template_kwargs),
                                              allow_control_tokens_in_content)
 
-# %% ../../nbs/25_tokens/5_gates.ipynb #3e72c96f
+# %% ../../nbs/25_tokens/5_gates.ipynb #dcd87af1
 @patch
 def prompt_ids(
     self:ChatEncoder,
@@ -84,18 +84,18 @@ def prompt_ids(
     literal = self.encode_literal(row, ids, offsets)
     return ids if isinstance(literal, Refused) else literal[0]
 
-# %% ../../nbs/25_tokens/5_gates.ipynb #3ba84064
+# %% ../../nbs/25_tokens/5_gates.ipynb #454a0ea0
 class TurnPrompt(NamedTuple):
     "What precedes a turn, for all conversations of one shape"
     asked:str # end of the rendering that asks for the turn; empty if it is the beginning of the whole rendering
     written:str # what the whole rendering has there
     tail_ids:np.ndarray|None # ids from the last safe cut up to the turn; None: the prefix has to be encoded
 
-# %% ../../nbs/25_tokens/5_gates.ipynb #de36ac16
+# %% ../../nbs/25_tokens/5_gates.ipynb #519c2d41
 # what may follow a generation prompt: the beginnings of answers that a tokenizer treats differently
 ANSWER_STARTS = ("", "a", "A", "7", " ", "  b", "\n", "\n\nc", "\t", ".", "'s", "(", "<", "|", ">", "ü", "🏔", "\u2003")
 
-# %% ../../nbs/25_tokens/5_gates.ipynb #1a06c438
+# %% ../../nbs/25_tokens/5_gates.ipynb #fc26ff6f
 @patch
 def safe_cut(
     self:ChatEncoder,
@@ -109,7 +109,7 @@ def safe_cut(
         after = [self.encode(["x " + piece + start])[0][:len(before)] for start in ANSWER_STARTS]
         if all(np.array_equal(before, ids) for ids in after): return c
 
-# %% ../../nbs/25_tokens/5_gates.ipynb #c7949140
+# %% ../../nbs/25_tokens/5_gates.ipynb #4f0fba81
 @patch
 def turn_prompts(
     self:ChatEncoder,
@@ -134,7 +134,7 @@ def turn_prompts(
         self.prompts[skeleton.key] = out
     return self.prompts[skeleton.key]
 
-# %% ../../nbs/25_tokens/5_gates.ipynb #afe4fb95
+# %% ../../nbs/25_tokens/5_gates.ipynb #64f508ba
 @patch
 def prompt_fault(
     self:ChatEncoder,
@@ -152,20 +152,22 @@ def prompt_fault(
         if isinstance(asked, Refused): return asked.detail
         asked, written = ("", "") if asked == chat.text[:start] else (asked, chat.text[:start])
     if asked or written:
-        return (f"the generation prompt ends in {asked[-24:]!r}, and before an answer stands {written[-24:]!r}: the "
-                "model would start from ids that it has not seen in training")
+        asked, written = (re.sub("\\s*\ue001.*?\ue002\\s*", "...", text)[-24:] for text in (asked, written)) # no probes
+        return (f"the generation prompt ends in {asked!r}, and before an answer stands {written!r}: the model would "
+                "start from ids that it has not seen in training")
     given = chat.input_ids[:first]
     if exact and tail is not None: same = given[max(first - len(tail), 0):].tobytes() == tail.tobytes()
     else:
-        same = exact and (np.array_equal(given, self.encode([chat.text[:start]])[0]) # else a content may hold a control token
+        # the second where a content holds a control token
+        same = exact and (np.array_equal(given, self.encode([chat.text[:start]])[0])
                           or np.array_equal(given, self.prompt_ids(messages[:chat.skeleton.turn_messages[n]],
                                                                    chat.skeleton.key[1])))
     if same: return ""
     token = self.tokenizer.decode([chat.input_ids[first]])
-    return (f"the token {token!r} joins the end of the generation prompt and the beginning of an answer: the model would "
-            "start from ids that it has not seen in training")
+    return (f"the token {token!r} joins the end of the generation prompt and the beginning of an answer: the model "
+            "would start from ids that it has not seen in training")
 
-# %% ../../nbs/25_tokens/5_gates.ipynb #4767a030
+# %% ../../nbs/25_tokens/5_gates.ipynb #f3074f39
 @patch
 def turn_fault(
     self:ChatEncoder,

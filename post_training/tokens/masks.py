@@ -298,6 +298,35 @@ def text_endings(
         self.endings[key] = out
     return self.endings[key]
 
+# %% ../../nbs/25_tokens/4_masks.ipynb #5bf74b81
+@patch
+def asked_for(
+    self:ChatEncoder,
+    shape, # of a conversation
+    options:tuple, # from `template_options`
+    m:int, # index of a message
+)->str: # empty if the template cannot be asked
+    "The rendering of the probes that asks for message `m`"
+    parsed = self.parse_shape(shape[:m+1], with_prompt(options))
+    return "" if isinstance(parsed, Refused) else parsed.text
+
+# %% ../../nbs/25_tokens/4_masks.ipynb #7deec761
+@patch
+def writes_no_mark(
+    self:ChatEncoder,
+    options:tuple=(), # from `template_options`
+)->bool:
+    "Whether nothing visible stands between the rendering that asks for an answer and a plain answer"
+    options = tuple(o for o in options if o[0] not in ("tools", "add_generation_prompt"))
+    if ("mark", options) not in self.headers:
+        talk = [dict(role="user", content="a"), dict(role="assistant", content="b")]
+        shape = shape_of(to_structured(talk) if self.takes_blocks() else talk, [])
+        parsed = self.parse_shape(shape, options)
+        asked = self.asked_for(shape, options, len(shape) - 2)
+        until = "" if isinstance(parsed, Refused) else parsed.text[:parsed.probes[-1][0]] if parsed.probes else ""
+        self.headers["mark", options] = bool(asked) and until.startswith(asked) and not until[len(asked):].strip()
+    return self.headers["mark", options]
+
 # %% ../../nbs/25_tokens/4_masks.ipynb #4993dbdb
 @patch
 def owners(
@@ -329,7 +358,8 @@ def turn_edges(
     roles:list, # of the messages
     last:tuple, # the last text of the turn, from `owners`
     continued:bool, # whether a text of the same message came before
-    before:str, # piece before the first text of the turn
+    until:str, # rendering up to the first text of the turn
+    before:str, # piece before this text, the end of `until`
     after:str, # piece after its last text
 )->tuple[int, int]: # (context_length, end) of `turn_regions`
     "How many characters of `before` precede the turn, and how many of `after` belong to its end"
@@ -344,6 +374,9 @@ def turn_edges(
     # what the template writes after the text if the conversation ends with this turn
     tail = after if m + 2 == len(shape) else self.text_endings(shape, options, m).get(tuple(text), "")
     start = start_of_turn(self.special, before, self.header(options), prompt_piece if follows_tool else None)
+    asked = "" if continued else self.asked_for(shape, options, m)
+    extra = until[len(asked):] if asked and until.startswith(asked) else ""
+    if extra.strip() and len(extra) <= len(before) and self.writes_no_mark(options): start = len(before) - len(extra)
     return len(before) if continued else start, end_of_turn(self.special, after, tail)
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #0c870245
@@ -390,14 +423,16 @@ def build_skeleton(
     pieces = [text[e:start] for e, (start, *_) in zip(ends, probes)] + [text[ends[-1]:]]
     owner = self.owners(shape, options, parsed)
     written = [m >= 0 and is_written(roles[m], paths[i]) for (m, *_), (*_, i, _) in zip(owner, probes)]
-    regions, turns, turn_messages = [], [], []
+    regions, turns = [], []
+    turn_messages = []
     begun = set()
     k = 0
     for m, run in groupby(m for m, *_ in owner):
         j = k + len(list(run)) - 1
         if m >= 0 and roles[m] == "assistant":
             n = len(regions)
-            edges = self.turn_edges(shape, options, roles, owner[j], m in begun, pieces[k], pieces[j+1])
+            edges = self.turn_edges(shape, options, roles, owner[j], m in begun, text[:probes[k][0]], pieces[k],
+                                    pieces[j+1])
             regions += turn_regions(k, j, written, pieces, self.special, *edges)
             turns.append((n, len(regions) - 1))
             turn_messages.append(m)
@@ -481,7 +516,8 @@ def takes_thoughts(self:ChatEncoder)->bool:
     if not hasattr(self, "_takes_thoughts"):
         talk = [dict(role="user", content="a"), dict(role="assistant", content="b", reasoning_content="c")]
         parsed = self.parse_shape(shape_of(talk, []))
-        self._takes_thoughts = self.takes_blocks() or isinstance(parsed, ParsedShape) and any(i == 2 for *_, i, _ in parsed.probes)
+        written = [] if isinstance(parsed, Refused) else [i for *_, i, _ in parsed.probes]
+        self._takes_thoughts = self.takes_blocks() or 2 in written # the third text is the thought
     return self._takes_thoughts
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #fbd7f42d
@@ -680,7 +716,9 @@ def batch_tokens(
     lengths_N:np.ndarray, # from `encode`
 )->tuple: # completion mask [N] bool; `turn_tokens_of` [turns of all rows, 3]; weights [N] float32, None: all 1
     "Masks, turns and weights of a batch whose tokens are known by their byte lengths"
-    ends_N, regions, turns, weighted = np.cumsum(lengths_N), [], [], []
+    ends_N = np.cumsum(lengths_N)
+    regions, turns = [], []
+    weighted = []
     bases = np.append(0, ends_N)[cuts].tolist()
     for (text, s, edges, weights), row_spans, base in zip(rows, spans, bases):
         # start and end of each region, begin of its first text and end of its last

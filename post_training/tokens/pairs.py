@@ -28,7 +28,8 @@ def pair_messages(
     ignore=(), # columns that are treated as absent
 )->tuple[Conversation, dict, dict]: # the prompt with its tools and row weight; the chosen and the rejected message
     "The prompt and the two answers of a row"
-    form = next((f for f, kind in FORMATS.items() if kind == "pair" and not any(empty_value(row.get(c)) for c in f)), None)
+    forms = [f for f, kind in FORMATS.items() if kind == "pair"]
+    form = next((f for f in forms if not any(empty_value(row.get(c)) for c in f)), None)
     if form is None: raise MalformedRow("chosen or rejected is empty")
     sides = [read_conversation({**row, "chosen": row[side]}, form, ignore) for side in ("chosen", "rejected")]
     for c in sides:
@@ -133,20 +134,21 @@ def tokenize_pair(
     settings:PairSettings=PairSettings(),
 )->dict|str: # columns, or the reason to drop it
     "One tokenized pair"
-    max_length, reference, rewards = settings.max_length, settings.reference, settings.rewards
     if isinstance(encoded, Refused): return encoded.reason
     for side in encoded.completions:
         if isinstance(side, Refused): return side.reason
     chosen, rejected = encoded.completions
     n = len(encoded.prompt_ids)
-    if max_length and n + max(len(chosen.ids), len(rejected.ids)) > max_length: return "overlength"
+    longest = n + max(len(chosen.ids), len(rejected.ids))
+    if settings.max_length and longest > settings.max_length: return "overlength"
     if chosen.ids == rejected.ids: return "chosen equals rejected"
     if not min(chosen.length, rejected.length): return "no completion"
-    if settings.stop_ids is not None and not {chosen.ids[-1], rejected.ids[-1]} <= settings.stop_ids: return "end of turn"
+    ends = {chosen.ids[-1], rejected.ids[-1]}
+    if settings.stop_ids is not None and not ends <= settings.stop_ids: return "end of turn"
     fault = None
-    if reference:
+    if settings.reference:
         fault = reference_fault(row, "chosen", chosen.length) or reference_fault(row, "rejected", rejected.length)
-    if rewards: fault = fault or reward_fault(row)
+    if settings.rewards: fault = fault or reward_fault(row)
     if fault: return fault
     return dict(prompt_ids=encoded.prompt_ids, chosen_ids=chosen.ids, chosen_scored=chosen.scored,
                 rejected_ids=rejected.ids, rejected_scored=rejected.scored,

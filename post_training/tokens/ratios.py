@@ -112,7 +112,8 @@ def measure_ratios(
     df = dataset.map(measure_ratio_batch, batched=True, with_indices=True, batch_size=500,
                      num_proc=n if n > 1 else None, features=features, remove_columns=dataset.column_names,
                      keep_in_memory=True, load_from_cache_file=False, desc="Measuring",
-                     fn_kwargs=dict(tokenizer=ForkShared(tokenizer) if n > 1 else tokenizer, ignore=tuple(ignore_columns),
+                     fn_kwargs=dict(tokenizer=ForkShared(tokenizer) if n > 1 else tokenizer,
+                                    ignore=tuple(ignore_columns),
                                     policies=policies, max_length=max_length, serial=n > 1,
                                     allow_control_tokens_in_content=allow_control_tokens_in_content)).to_pandas()
     kept = df[df.reason == ""].drop(columns="reason").reset_index(drop=True)

@@ -20,6 +20,7 @@ from .. import config, run
 from ..core.arguments import CommandParser, exit_code_of, whole_number
 from ..core.files import ForkShared, UserError, did_you_mean
 from ..data.columns import account, account_lines, check_account
+from ..data.messages import keeps_nulls
 from ..data.swissai import make_block, developer_message, user_message
 from ..tokens.templates import CHAT_TEMPLATES, template_text
 from ..tokens.masks import Refused, encoder_for
@@ -68,7 +69,7 @@ def see_rows(
     policies:dict, # from `check_policies`
 )->list[SeenRow]: # one for each row; with history=split one for each turn
     "The steps of tokenization for a batch, with all that they find"
-    chats = [[c] for c in read_chats(rows, tokenizer, settings.ignore)]
+    chats = [[c] for c in read_chats(rows, tokenizer, settings.ignore, settings.exact)]
     if policies["history"] == "split": chats = [split_turns(c) if isinstance(c, TemplateChat) else [c] for c, in chats]
     names = [row_id(r, i) for r, i in zip(rows, indices)]
     flat = [(i, f"{name}#{n}" if len(turns) > 1 else name, c) for i, name, turns in zip(indices, names, chats)
@@ -144,7 +145,8 @@ def inspect_dataset(
     if not {*columns.formats} - {"none"}: check_account(columns, name)
     n = process_count(len(dataset), num_proc)
     stop_ids = frozenset([tokenizer.eos_token_id] if stop_ids is None else stop_ids)
-    settings = RowSettings(max_length, allow_control_tokens_in_content, tuple(ignore_columns), stop_ids, serial=n > 1)
+    settings = RowSettings(max_length, allow_control_tokens_in_content, tuple(ignore_columns), keeps_nulls(dataset),
+                           stop_ids, serial=n > 1)
     encoder_for(tokenizer).header() # made before the processes fork
     data = dataset.map(inspect_batch, batched=True, with_indices=True, batch_size=500, num_proc=n if n > 1 else None,
                        features=Features({k: Value(v) for k, v in NUMBERS.items()}), desc="Looking",
