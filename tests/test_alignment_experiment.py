@@ -143,7 +143,8 @@ def test_the_tiny_chain_on_a_real_slurm(demo, tmp_path, monkeypatch):
                    ('source, reward = {', f'source, reward = {{"dataset_args.dataset_name": "{demo}/datasets/demo-answers", '), ('"dataset_args.debug_subsample": 300', '"dataset_args.debug_subsample": 40'),
                    ('"generation.n": 6, "generation.max_new_tokens": 32', '"generation.n": 2, "generation.max_new_tokens": 4'), ('"keep_existing": False', '"keep_existing": True'),
                    ('"num_pairs": "{num_pairs}", "max_drop_fraction": 0.9', '"num_pairs": "{num_pairs}", "references": "all", "max_drop_fraction": 0.95'),
-                   ('"training_args.max_steps": 16, "training_args.save_steps": 16, "global_batch_size": 16', '"training_args.max_steps": 2, "training_args.save_steps": 2, "global_batch_size": 8'),
+                   ('"training_args.max_steps": 16, "training_args.save_steps": 16', '"training_args.max_steps": 2, "training_args.save_steps": 2'),
+                   ('"global_batch_size": 16', '"global_batch_size": 8'),
                    ('"evaluation.num_prompts": 100', '"evaluation.num_prompts": 8')]
         path = copied(tmp_path, *smaller)
         folder = sweep.run_experiment(path)

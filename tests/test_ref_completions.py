@@ -205,7 +205,7 @@ def test_a_server_that_stays_broken_ends_the_worker_with_a_fault():
 
 @pytest.mark.parametrize("options, asked, says", [
     (dict(model="other"), {}, "does not serve 'tiny'. Set server.model"), (dict(max_model_len=10), {}, r"no room for a prompt of \d+ tokens and 8 new ones"),
-    (dict(ids=False), {}, "does not accept token ids as a prompt"), (dict(most=1), dict(samples_per_request=4), "gave 1 completions where 4 were asked for"),
+    (dict(ids=False), {}, "does not accept token ids as a prompt"), (dict(most=1), dict(samples_per_request=4), "gave 1 completions and 4 were requested"),
     (dict(key="right"), {}, "needs another key: set POST_TRAINING_SERVER_KEY"), (dict(faults=[error(400, "top_k is too odd")]), {}, "refuses a request. It says")])
 def test_refusals_say_what_to_do_and_are_not_repeated(options, asked, says):
     with Endpoint(**options) as e, pytest.raises(UserError, match=says):

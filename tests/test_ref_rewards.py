@@ -141,7 +141,7 @@ def test_a_model_that_brings_its_code(tmp_path, monkeypatch):
     assert scorer.start(rows()) < 1e-4 and len(scorer.score(rows()[1:2])[0]) == 2
     with pytest.raises(UserError, match="Cannot load the reward model.*GONE"):  # code for another version of transformers says so
         load_reward_model(gated(tmp_path / "old", "from transformers.models.llama.modeling_llama import GONE"), trust_remote_code=True)
-    with pytest.raises(UserError, match="is no reward model: it has no weights for score.weight"):  # without its code it would be another model
+    with pytest.raises(UserError, match="is not a reward model: it has no weights for score.weight"):  # without its code it would be another model
         load_reward_model(tmp_path / "rm")
     with pytest.raises(UserError, match="to the commit that you have read"):
         load_reward_model("organisation/model", trust_remote_code=True)

@@ -142,19 +142,23 @@ def test_training_on_changed_rows_is_refused(small, tmp_path, demo):
 
 @pytest.mark.slow
 def test_mixture_keeps_tools(small, tmp_path):
-    "Rows that offer or call tools make the mixture structured; asked for plain rows, they are dropped with the reason and what to do"
+    "Rows that offer or call tools make the mixture structured; plain rows keep tools and calls as well"
     offered = [dict(type="function", function=dict(name="add", description="Sum", parameters=dict(type="object", properties=dict(x=dict(type="number")))))]
     call = [dict(role="user", content="1+1?"), dict(role="assistant", content=None, tool_calls=[dict(id="c", type="function", function=dict(name="add", arguments='{"x": 1}'))]),
             dict(role="tool", content="2", tool_call_id="c"), dict(role="assistant", content="2")]
     (tmp_path / "tools.jsonl").write_text("".join(json.dumps(dict(messages=call, tools=offered)) + "\n" for _ in range(5)))
     (tmp_path / "plain.jsonl").write_text("".join(json.dumps(dict(question=f"{i}?", answer=f"{i}")) + "\n" for i in range(5)))
     args = ["dataset_mixture", "mixture=local", "dataset_name=tooled", f"sources=[{{dataset_name: a, dataset_path: {tmp_path}/plain.jsonl}}, {{dataset_name: b, dataset_path: {tmp_path}/tools.jsonl}}]", small]
-    out = command(*args, "message_format=plain")
-    assert out.returncode == 2 and "5 of 5 rows of b were dropped" in out.stderr and "message_format=structured" in out.stderr, out.stderr
-    assert command(*args).returncode == 0
     from post_training.data.io import load_rows
-    from post_training.data.messages import to_messages
-    rows = load_rows(next(run.read_record(p)["final"]["output"] for p in run.all_runs() if "tooled" in p.name and run.is_done(p)), "train")
+    from post_training.data.messages import read_conversation, to_messages
+
+    def rows_of(name): return load_rows(next(run.read_record(p)["final"]["output"] for p in run.all_runs() if name in p.name and run.is_done(p)), "train")
+    out = command(*args, "message_format=plain", "dataset_name=plain-tools")
+    assert out.returncode == 0, out.stderr
+    kept = [read_conversation(r, ("messages",)) for r in rows_of("plain-tools") if r["source"] == "b"]
+    assert [[c.messages[1]["tool_calls"][0]["function"]["arguments"], c.tools[0]["function"]["name"]] for c in kept] == [[dict(x=1), "add"]] * 5
+    assert command(*args).returncode == 0
+    rows = rows_of("tooled")
     blocks = [[b["type"] for b in to_messages(r, ("messages",))[-1]["content"]["blocks"]] for r in rows if r["source"] == "b"]
     assert blocks == [["tool_calls", "tool_outputs", "response"]] * 5 and len(rows) == 10
 

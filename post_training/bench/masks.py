@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BENCH_WORDS', 'prefix_by_prefix', 'batched_tokenizer_call', 'questions_and_answers', 'bench_chats', 'real_chats',
-           'tokenizer_threads', 'reencoding_factor', 'measure_chats', 'measure_masks', 'show_masks', 'plot_masks',
-           'cost_of_rows', 'fit_line', 'plot_cost', 'process_speedup']
+           'tokenizer_threads', 'reencoding_factor', 'one_pass', 'cost_of_checks', 'measure_chats', 'measure_masks',
+           'show_masks', 'plot_masks', 'cost_of_rows', 'fit_line', 'plot_cost', 'process_speedup']
 
 # %% ../../nbs/90_bench/4_masks.ipynb #170ccc07
 import json, numpy as np, os, random, time
@@ -16,7 +16,8 @@ from .measure import relative_spread, time_interleaved
 from ..data.messages import check_messages, to_messages
 from ..data.swissai import to_structured
 from ..tokens.templates import wants_blocks
-from ..tokens.masks import tokenize_chats
+from ..tokens.masks import encoder_for, tokenize_chats
+from ..tokens.gates import turn_end_tokens
 
 # %% ../../nbs/90_bench/4_masks.ipynb #0d816ef6
 def prefix_by_prefix(
@@ -116,6 +117,35 @@ def reencoding_factor(
                    if m["role"] == "assistant")
     return (once + prefixes)/once
 
+# %% ../../nbs/90_bench/4_masks.ipynb #40735851
+def one_pass(
+    tokenizer, # with a chat template
+    chats:list[list[dict]], # conversations
+    checked:bool=True, # check the turns of every conversation, as training does
+    weights:list|None=None, # of each conversation, as for `tokenize_chats`
+)->list: # tokenized conversations
+    "Masks of a batch, and the checks of its turns: what training does"
+    out = tokenize_chats(tokenizer, chats, weights=weights)
+    if not checked: return out
+    encoder, stops = encoder_for(tokenizer), frozenset(turn_end_tokens(out[0]))
+    for chat, messages in zip(out, chats): encoder.turn_fault(chat, messages, stops)
+    return out
+
+# %% ../../nbs/90_bench/4_masks.ipynb #8601095d
+def cost_of_checks(
+    tokenizer, # with a chat template
+    chats:list[list[dict]], # conversations
+    repeats:int=5, # of each; the median counts
+)->dict: # variant: conversations per second, as a share of those without checks and weights
+    "What the checks of every turn cost, and weights of messages, in CPU seconds on one thread"
+    weights = [([0. if i % 4 == 1 else 1. for i, _ in enumerate(c)], None) for c in chats] # every second answer
+    variants = {"no checks": lambda: one_pass(tokenizer, chats, False), "checked": lambda: one_pass(tokenizer, chats),
+                "weights": lambda: one_pass(tokenizer, chats, False, weights),
+                "weights, checked": lambda: one_pass(tokenizer, chats, True, weights)}
+    with tokenizer_threads(False): times = time_interleaved(variants, repeats, time.process_time)
+    s = {name: median(t) for name, t in times.items()}
+    return {name: round(s["no checks"]/v, 3) for name, v in s.items()}
+
 # %% ../../nbs/90_bench/4_masks.ipynb #d1f3d327
 def measure_chats(
     tokenizer, # with a chat template
@@ -125,7 +155,7 @@ def measure_chats(
     "Conversations per second of the three variants, their ratios, and the largest relative spread"
     texts = tokenizer.apply_chat_template(chats, tokenize=False)
     variants = {"prefix by prefix": lambda: prefix_by_prefix(tokenizer, chats),
-                "one pass": lambda: tokenize_chats(tokenizer, chats),
+                "one pass": lambda: one_pass(tokenizer, chats),
                 "bound": lambda: batched_tokenizer_call(tokenizer, texts)}
     with tokenizer_threads(False): one = time_interleaved(variants, repeats, time.process_time)
     with tokenizer_threads(True): wall = time_interleaved(variants, repeats)

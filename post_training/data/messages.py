@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REASONING_KEYS', 'WEIGHT_KEYS', 'ROW_WEIGHTS', 'SPEAKERS', 'PAIR_KEYS', 'INPUT_COLUMNS', 'ROW_FORMATS',
-           'OPTIONAL_COLUMNS', 'ROLES', 'STRUCTURED_KEYS', 'ROLE_CHECKS', 'DROP_HINTS', 'MalformedRow',
+           'OPTIONAL_COLUMNS', 'ROLES', 'STRUCTURED_KEYS', 'ROLE_CHECKS', 'VAGUE_REASONS', 'DROP_HINTS', 'MalformedRow',
            'UnsupportedContent', 'Conversation', 'content_text', 'plain_text', 'without_none', 'as_written',
            'thinking_parts', 'split_inline_thought', 'parse_json', 'may_be_null', 'drop_filled', 'read_tools',
            'tool_values', 'one_tool', 'call_arguments', 'read_call', 'weight_value', 'weight_of', 'span_list',
@@ -497,12 +497,13 @@ def from_chosen(row:dict)->list[dict]:
     chosen = row["chosen"]
     chosen = [chosen] if isinstance(chosen, dict) else one_text(chosen, "chosen")
     prompts = [c for c in PROMPT_COLUMNS if not empty_value(row.get(c))]
-    read = [chosen, *(row[c] for c in prompts[:1]), *(row.get(c) for c in INPUT_COLUMNS)]
+    # a column of messages may repeat the whole conversation with one of the sides
+    read = [chosen, row.get("rejected"), *(row[c] for c in prompts[:1]), *(row.get(c) for c in INPUT_COLUMNS)]
     for c in prompts[1:]:
         if not repeats(row[c], read): raise MalformedRow(f"{c} is not part of {prompts[0]} and chosen")
     whole = isinstance(chosen, list) and any(is_user(m) for m in chosen)
     if isinstance(chosen, list) and (not prompts or whole):
-        if prompts and not repeats(row[prompts[0]], [chosen]): raise MalformedRow(f"{prompts[0]} is not part of chosen")
+        if prompts and not repeats(row[prompts[0]], read[:2]): raise MalformedRow(f"{prompts[0]} is not part of chosen")
         return list(chosen)
     if not prompts: raise MalformedRow("chosen is a text and there is no prompt")
     return from_prompt(dict(row, chosen=chosen), prompts[0], "chosen")
@@ -764,16 +765,22 @@ def role_fault(
             raise UserError(f"There is no check {name!r}: {', '.join(ROLE_CHECKS)}.{did_you_mean(name, ROLE_CHECKS)}")
         if fault := ROLE_CHECKS[name](messages): return fault
 
+# %% ../../nbs/20_data/3_messages.ipynb #85d8d7d2
+# reasons that do not say what is wrong with a row: its detail follows them
+VAGUE_REASONS = ("template", "unsupported_roles", "unverifiable", "generation prompt", "end of turn")
+
 # %% ../../nbs/20_data/3_messages.ipynb #2fa765bf
 def dropped_text(
-    counts:dict, # dropped: rows by reason; first: the id of a row by reason (or examples: a list of ids by reason)
+    counts:dict, # dropped: rows by reason; first: the id of a row by reason (or examples: a list of ids); details
     max_reasons:int=5, # name only the most frequent reasons
 )->str:
     "The dropped rows as a sentence part: counts, reasons and first rows"
     first = counts.get("first") or counts.get("examples") or {}
     reasons = sorted(counts["dropped"].items(), key=lambda kv: -kv[1])[:max_reasons]
     def row(ids): return (ids or [""])[0] if isinstance(ids, (list, tuple)) else ids
-    return "; ".join(f"{n} {reason}" + (f", first row {row(first[reason])}" if reason in first else "")
+    details = counts.get("details") or {}
+    def more(reason): return f": {details[reason]}" if reason in VAGUE_REASONS and details.get(reason) else ""
+    return "; ".join(f"{n} {reason}" + (f", first row {row(first[reason])}{more(reason)}" if reason in first else "")
                      for reason, n in reasons)
 
 # %% ../../nbs/20_data/3_messages.ipynb #4ffea9f7

@@ -132,11 +132,11 @@ def chat_text(
     "Plain messages in the template as training renders them"
     from post_training.data.messages import UnsupportedContent
     from post_training.data.swissai import to_structured
-    from post_training.tokens.templates import wants_blocks
+    from post_training.tokens.masks import encoder_for
     prefix = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
     turns = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     try:
-        return tokenizer.apply_chat_template(to_structured(turns) if wants_blocks(tokenizer.chat_template) else turns,
+        return tokenizer.apply_chat_template(to_structured(turns) if encoder_for(tokenizer).takes_blocks() else turns,
                                              tokenize=False, add_generation_prompt=True) + prefix
     except Exception as e: # templates raise in many ways
         if isinstance(e, (UnsupportedContent, UserError)) or type(e).__name__ == "TemplateError":
@@ -165,7 +165,9 @@ def lm_eval_model(
             self.cut_prompts |= {"".join(text or ()) for text, context, continuation in requests
                                  if len(context) + len(continuation) > self.max_length + 1}
             return super()._loglikelihood_tokens(requests, *args, **kwargs)
-    thought = tokenizer.convert_tokens_to_ids(THOUGHT_END) if THOUGHT_END in (tokenizer.chat_template or "") else None
+    from post_training.tokens.tokenizer import template_of
+    thinks = tokenizer.chat_template and THOUGHT_END in template_of(tokenizer)
+    thought = tokenizer.convert_tokens_to_ids(THOUGHT_END) if thinks else None
     with contextlib.redirect_stderr(io.StringIO()):
         return ChatModel(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, think_end_token=thought)
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TURN_MARKS', 'VLLM_FIELDS', 'KEY_VARIABLE', 'prompts_as_ids', 'prompt_lengths', 'plan_lengths', 'too_long',
-           'call_stop_ids', 'written_blocks', 'answer_content', 'sample_seeds', 'check_sampling',
-           'transformers_backend', 'ServerFailed', 'base_url', 'is_local', 'http_client', 'http_json', 'request_error',
-           'request_with_retries', 'served_model', 'checked_choices', 'in_threads', 'server_backend', 'token_rate',
-           'kept_completions', 'completions_batch_fn']
+           'call_stop_ids', 'written_blocks', 'content_of_blocks', 'separated_thought', 'answer_content',
+           'sample_seeds', 'check_sampling', 'transformers_backend', 'ServerFailed', 'base_url', 'is_local',
+           'http_client', 'http_json', 'request_error', 'request_with_retries', 'served_model', 'checked_choices',
+           'in_threads', 'server_backend', 'token_rate', 'kept_completions', 'completions_batch_fn']
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #88d49fcb
 import functools, ipaddress, json, os, queue, re, threading, time, urllib.parse
@@ -15,16 +15,17 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from ..core.files import UserError, redact
 from ..core.shards import seed_of
+from ..data.messages import split_inline_thought
 from ..data.swissai import make_block, is_structured
-from ..tokens.templates import wants_blocks
+from ..tokens.templates import named_templates
 from ..tokens.masks import Refused, encoder_for
 from ..tokens.completions import encode_completions
-from .rows import make_completion, text_content
+from .rows import make_completion, prompt_of, prompts_of
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #3b70df7d
 def prompts_as_ids(
     tokenizer, # with a chat template
-    prompts:list[list[dict]], # messages of each prompt, up to the answer
+    prompts:list, # of each prompt its messages, up to the answer, or a `Conversation`
 )->list: # list of ids, or a `Refused`, for each
     "The model's input ids for each prompt"
     return [e if isinstance(e, Refused) else e.prompt_ids
@@ -37,7 +38,7 @@ def prompt_lengths(
     chunk:int=1000, # rows at a time
 )->list[int]: # tokens of each prompt; 0 if it is refused
     "The lengths of the prompts, for the plan"
-    ids = (p for i in range(0, len(rows), chunk) for p in prompts_as_ids(tokenizer, rows[i:i + chunk]["prompt"]))
+    ids = (p for i in range(0, len(rows), chunk) for p in prompts_as_ids(tokenizer, prompts_of(rows[i:i + chunk])))
     return [0 if isinstance(p, Refused) else len(p) for p in ids]
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #41bf0c53
@@ -69,7 +70,8 @@ def call_stop_ids(
 )->list[int]: # ids to stop at, in addition to the model's own
     "The id of the token after which a tool would answer, if the template has one"
     end_of_call = "<SPECIAL_72>"
-    return [tokenizer.convert_tokens_to_ids(end_of_call)] if end_of_call in (tokenizer.chat_template or "") else []
+    sources = named_templates(tokenizer.chat_template).values()
+    return [tokenizer.convert_tokens_to_ids(end_of_call)] if any(end_of_call in s for s in sources) else []
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #17cd6497
 def written_blocks(
@@ -78,7 +80,7 @@ def written_blocks(
 )->list[tuple[str, str]]|str: # kind and text of each block, or the reason why the completion is skipped
     "The blocks of a generated turn"
     marks = ({tokenizer.convert_tokens_to_ids(m): kind for m, kind in TURN_MARKS.items()}
-             if wants_blocks(tokenizer.chat_template) else {})
+             if encoder_for(tokenizer).takes_blocks() else {})
     special = encoder_for(tokenizer).is_special
     out = []
     kind = "response"
@@ -93,30 +95,61 @@ def written_blocks(
     if any(k == "response" and text.strip() for k, text in out): return out
     return "no answer after the thoughts" if out and out[0][0] == "thoughts" else "empty"
 
+# %% ../../nbs/35_preferences/3_completions.ipynb #066875f9
+def content_of_blocks(
+    written:list[tuple[str, str]], # kind (thoughts or response) and text of each block
+    blocks:bool, # whether the row is structured
+)->tuple: # as for `answer_content`
+    "The content of a generated turn in the form of its row"
+    if blocks: return dict(blocks=[make_block(kind, text) for kind, text in written]), None
+    kinds = [kind for kind, _ in written]
+    text = "".join(text for kind, text in written if kind == "response")
+    if "thoughts" not in kinds: return text, None
+    if kinds.count("thoughts") > 1 or kinds[0] != "thoughts": return None, "several thoughts in a plain row"
+    return dict(content=text, reasoning_content=written[0][1]), None
+
+# %% ../../nbs/35_preferences/3_completions.ipynb #155a7775
+def separated_thought(
+    tokenizer, # with a chat template
+    text:str, # generated
+    prompt_end:str="", # text at the end of the prompt
+)->list[tuple[str, str]]|str: # kind and text of each block, or the reason why the completion is skipped
+    "A generated text, divided at `<think>` and `</think>` if the template writes thoughts between them"
+    opened = prompt_end.rstrip().endswith("<think>")
+    if not encoder_for(tokenizer).takes_thoughts() or not opened and "think>" not in text: return [("response", text)]
+    whole = f"<think>{text}" if opened else text
+    if "</think>" not in whole: return "no answer after the thoughts" if "<think>" in whole else [("response", text)]
+    split = split_inline_thought(whole)
+    if split is None: return "a thought that cannot be separated: <think> and </think> stand elsewhere"
+    if not split[1].strip(): return "no answer after the thoughts"
+    return [("thoughts", split[0]), ("response", split[1])]
+
 # %% ../../nbs/35_preferences/3_completions.ipynb #47df565b
 def answer_content(
     tokenizer, # with a chat template
     answer:dict, # ids (None if a server gives none; they end with the stop token), text, finish_reason
     blocks:bool, # whether the row is structured
-)->tuple: # (content, None), or (None, the reason why it is skipped)
+    prompt_end:str="", # text at the end of the prompt
+)->tuple: # (content, None), or (None, the reason why it is skipped); a plain answer with thoughts: a dict of fields
     "The content of a generated completion"
-    reason = answer["finish_reason"]
+    reason, takes_blocks = answer["finish_reason"], encoder_for(tokenizer).takes_blocks()
     if reason != "stop": return None, "stopped by length" if reason == "length" else f"ended by {reason}"
-    ids = answer["ids"]
+    ids, text = answer["ids"], answer["text"]
     if ids is None:
-        if wants_blocks(tokenizer.chat_template):
+        if takes_blocks:
             raise UserError("The server returns no token ids, and under this template thoughts and calls show in them "
                             "alone. Use vllm serve.")
-        return (text_content(answer["text"], blocks), None) if answer["text"].strip() else (None, "empty")
-    special = encoder_for(tokenizer).is_special
-    stopped = bool(ids) and (ids[-1] == tokenizer.eos_token_id or ids[-1] < len(special) and special[ids[-1]])
-    # a server may leave the stop token out
-    ends = stopped or bool(ids) and tokenizer.decode(ids[:-1], skip_special_tokens=True) == answer["text"]
-    written = written_blocks(tokenizer, ids[:-1] if ends else ids)
-    if isinstance(written, str): return None, written
-    if blocks: return dict(blocks=[make_block(kind, text) for kind, text in written]), None
-    if any(kind == "thoughts" for kind, _ in written): return None, "thoughts in a plain row"
-    return "".join(text for _, text in written), None
+        if not text.strip(): return None, "empty"
+    else:
+        special = encoder_for(tokenizer).is_special
+        stopped = bool(ids) and (ids[-1] == tokenizer.eos_token_id or ids[-1] < len(special) and special[ids[-1]])
+        # a server may leave the stop token out
+        ends = stopped or bool(ids) and tokenizer.decode(ids[:-1], skip_special_tokens=True) == text
+        written = written_blocks(tokenizer, ids[:-1] if ends else ids)
+        if isinstance(written, str): return None, written
+        text = "".join(t for _, t in written)
+    if not takes_blocks: written = separated_thought(tokenizer, text, prompt_end)
+    return (None, written) if isinstance(written, str) else content_of_blocks(written, blocks)
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #53cc5d4d
 def sample_seeds(
@@ -412,15 +445,17 @@ def kept_completions(
     seeds:list[int], # of the answers
     policy:str, # name of the model that wrote them
     blocks:bool, # whether the row is structured
+    prompt_end:str="", # text at the end of the prompt
 )->tuple[list[dict], dict]: # completions, and the number of skipped ones by reason
     "The complete completions of a row"
     out, skipped = [], Counter()
     for answer, seed in zip(answers, seeds):
-        content, reason = answer_content(tokenizer, answer, blocks)
+        content, reason = answer_content(tokenizer, answer, blocks, prompt_end)
         if reason:
             skipped[reason] += 1
             continue
-        out.append(make_completion(content, policy=policy, is_reference_completion=True,
+        fields = content if isinstance(content, dict) and "blocks" not in content else dict(content=content)
+        out.append(make_completion(**fields, policy=policy, is_reference_completion=True,
                                    finish_reason=answer["finish_reason"], token_ids=answer["ids"],
                                    seed=answer.get("seed", seed), prompt_tokens=len(prompt)))
     return out, dict(sorted(skipped.items()))
@@ -440,13 +475,14 @@ def completions_batch_fn(
 )->Callable: # make: indices of rows to a dict for each
     "Reference completions of rows"
     def made(row, prompt, answers, seeds):
-        new, skipped = kept_completions(tokenizer, prompt, answers, seeds, policy, is_structured(row["prompt"]))
+        new, skipped = kept_completions(tokenizer, prompt, answers, seeds, policy, is_structured(row["prompt"]),
+                                        tokenizer.decode(prompt[-8:]))
         completions = [*(row.get("completions") or [] if keep_existing else []), *new]
         if completions: return dict(completions=completions, lost=skipped)
         return dict(dropped="no completion left", lost=skipped)
     def make(indices):
         batch = [rows[i] for i in indices]
-        prompts, out = prompts_as_ids(tokenizer, [r["prompt"] for r in batch]), {}
+        prompts, out = prompts_as_ids(tokenizer, [prompt_of(r) for r in batch]), {}
         for k, p in enumerate(prompts):
             if isinstance(p, Refused): out[k] = dict(dropped=p.reason)
             elif too_long(len(p), max_new_tokens, max_seq_len): out[k] = dict(dropped="prompt too long")

@@ -11,19 +11,22 @@ from ..core.files import UserError
 from ..data.messages import content_text
 from ..tokens.masks import Refused
 from ..tokens.completions import encode_completions
+from .rows import completion_message, prompts_of
 
 # %% ../../nbs/35_preferences/2_filter.ipynb #60666d81
 def filtering_lengths(
     rows, # `datasets.Dataset` of prompts and completions
     tokenizer=None, # not needed for the estimate
 )->list[int]: # of each row, at least 1
-    "About how many tokens each row has, with the prompt once for each completion"
+    "About how many tokens each row has, with the prompt and its tools once for each completion"
     out = []
     for start in range(0, len(rows), 1000):
         batch = rows[start:start + 1000]
-        for prompt, completions in zip(batch["prompt"], batch["completions"]):
-            prompts = len(content_text(prompt))*max(len(completions), 1)
-            out.append(1 + (prompts + sum(len(content_text(c["content"])) for c in completions))//4)
+        offered = batch.get("tools") or [None]*len(batch["prompt"])
+        for prompt, tools, completions in zip(batch["prompt"], offered, batch["completions"]):
+            prompts = (len(content_text(prompt)) + len(tools or ""))*max(len(completions), 1)
+            answers = sum(len(content_text(completion_message(c))) for c in completions)
+            out.append(1 + (prompts + answers)//4)
     return out
 
 # %% ../../nbs/35_preferences/2_filter.ipynb #df2ae4a5
@@ -60,8 +63,8 @@ def filter_batch_fn(
     if min_completions < 0: raise UserError(f"min_completions is {min_completions}: it must be at least 0.")
     def make(indices):
         batch = rows[list(indices)]
-        encoded = encode_completions(tokenizer, batch["prompt"],
-                                     [[c["content"] for c in cs] for cs in batch["completions"]])
+        encoded = encode_completions(tokenizer, prompts_of(batch),
+                                     [[completion_message(c) for c in cs] for cs in batch["completions"]])
         return [filter_row(cs, e, max_seq_len, min_completions) for cs, e in zip(batch["completions"], encoded)]
     return make
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['REFERENCE_CHOICES', 'CANDIDATE_CHOICES', 'PAIR_MODES', 'POOL_FIELDS', 'completion_fault', 'text_key',
-           'reference_pool', 'quantile_of', 'Candidate', 'ordered_pair', 'first_pair', 'heuristic_pairs',
-           'best_worst_pairs', 'random_pairs', 'k_random_pairs', 'own_pair', 'pair_features', 'pair_row', 'PairRules',
-           'chosen_pairs', 'row_pairs', 'pairs_batch_fn', 'pool_columns', 'win_rates', 'pearson_correlation',
-           'within_rows', 'pool_table', 'histogram_counts', 'pair_numbers', 'tie_table', 'text_hashes',
-           'pool_diagnostics', 'pair_diagnostics', 'plot_pairs', 'plot_pool']
+           'completion_key', 'reference_pool', 'quantile_of', 'Candidate', 'ordered_pair', 'first_pair',
+           'heuristic_pairs', 'best_worst_pairs', 'random_pairs', 'k_random_pairs', 'own_pair', 'pair_features',
+           'pair_row', 'PairRules', 'chosen_pairs', 'row_pairs', 'pairs_batch_fn', 'pool_columns', 'win_rates',
+           'pearson_correlation', 'within_rows', 'pool_table', 'histogram_counts', 'pair_numbers', 'tie_table',
+           'text_hashes', 'pool_diagnostics', 'pair_diagnostics', 'plot_pairs', 'plot_pool']
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #d9f43b42
 import json, math, numpy as np, random
@@ -19,6 +19,7 @@ from typing import NamedTuple
 from ..core.files import UserError, did_you_mean
 from ..core.shards import seed_of
 from ..data.messages import content_text, without_none
+from .rows import ANSWER_KEYS, ROW_COLUMNS, row_columns
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #8401a22d
 def completion_fault(
@@ -26,7 +27,7 @@ def completion_fault(
     rewarded:bool=True, # whether it needs a reward
 )->str|None: # None if it can be used
     "Why a completion cannot be used"
-    if not content_text(c["content"]).strip(): return "empty completion"
+    if not content_text(c["content"]).strip() and not c.get("tool_calls"): return "empty completion"
     if c["finish_reason"] == "length": return "stopped by length"
     if rewarded and c["reward"] is None: return "no reward"
     if rewarded and not math.isfinite(c["reward"]): return "the reward is not finite"
@@ -36,9 +37,17 @@ def completion_fault(
 def text_key(
     content, # of a completion
 )->str: # equal for equal contents; the None that Arrow adds is ignored
-    "A key by which two completions are compared"
+    "A key by which two contents are compared"
     return (content if isinstance(content, str)
             else json.dumps(without_none(content), sort_keys=True, ensure_ascii=False))
+
+# %% ../../nbs/35_preferences/6_pairs.ipynb #0d7980a1
+def completion_key(
+    c:dict, # a completion
+)->str: # equal for equal answers
+    "A key by which two completions are compared: content, thoughts and calls"
+    more = {k: c[k] for k in ANSWER_KEYS if c.get(k)}
+    return text_key(c["content"]) if not more else text_key(dict(content=c["content"], **more))
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #2f77e1b0
 # name: function that says whether a completion is a reference
@@ -174,6 +183,8 @@ def own_pair(
 # %% ../../nbs/35_preferences/6_pairs.ipynb #0533ecc7
 def pair_features(
     blocks:bool, # structured contents
+    fields:dict|None=None, # prompt, completions: further fields of plain messages, from `row_fields`
+    columns=(), # of `ROW_COLUMNS`: those that the rows have
 ): # `datasets.Features`
     "The types of pairs"
     from datasets import Features, List, Value
@@ -181,14 +192,14 @@ def pair_features(
     text = Value("string")
     number = Value("float64")
     count = Value("int32")
-    messages = message_features(blocks)
+    messages, answer = (message_features(blocks, (fields or {}).get(k, ())) for k in ("prompt", "completions"))
     both = lambda name, kind: {name.format(s): kind for s in ("chosen", "rejected")}
-    return Features(dict(id=text, source=text, prompt=messages, **both("{}", messages), answer=text, verifier=text,
+    return Features(dict(id=text, source=text, prompt=messages, **both("{}", answer), answer=text, verifier=text,
                          **both("ref_{}_logprob", number), **both("ref_{}_logprobs", List(Value("float32"))),
                          **both("{}_reward", number), ref_rewards=List(number), **both("{}_quantile_reward", number),
                          **both("{}_is_reference", Value("bool")), **both("{}_reference", count),
                          **both("{}_length", count), prompt_length=count, **both("{}_policy", text), pair=count,
-                         reference=text))
+                         reference=text, **row_columns(columns)))
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #fadbf92e
 def pair_row(
@@ -202,10 +213,11 @@ def pair_row(
     "One pair with the fields that training needs"
     rewards = [row["completions"][i]["reward"] for i in refs]
     out = {k: row.get(k) for k in ("id", "source", "prompt", "answer", "verifier")}
+    out |= {k: row[k] for k in ROW_COLUMNS if k in row}
     for side, i in (("chosen", chosen), ("rejected", rejected)):
         c = row["completions"][i]
         reward = None if c["reward"] is None or not math.isfinite(c["reward"]) else c["reward"]
-        out |= {side: [dict(role="assistant", content=c["content"])], f"ref_{side}_logprob": c["ref_logprob"],
+        out |= {side: [dict(role="assistant", **{k: c[k] for k in ("content", *ANSWER_KEYS) if k in c})], f"ref_{side}_logprob": c["ref_logprob"],
                 f"ref_{side}_logprobs": c["ref_logprobs"], f"{side}_reward": reward,
                 f"{side}_quantile_reward": None if reward is None else quantile_of(reward, rewards),
                 f"{side}_is_reference": i in refs, f"{side}_reference": refs.index(i) if i in refs else None,
@@ -253,14 +265,14 @@ def chosen_pairs(
     if PAIR_MODES[rules.mode] is None: pairs, reason = own_pair(completions), "the row came without a pair"
     else:
         rewards = [completions[i]["reward"] for i in refs]
-        pool = [Candidate(i, c["reward"], quantile_of(c["reward"], rewards), text_key(c["content"]))
+        pool = [Candidate(i, c["reward"], quantile_of(c["reward"], rewards), completion_key(c))
                 for i, c in enumerate(completions)
                 if CANDIDATE_CHOICES[rules.candidates](c) and not completion_fault(c)]
         if len(pool) < 2: return [], "fewer than two completions to choose from"
         if len({c.reward for c in pool}) < 2: return [], "all rewards are the same"
         rng, reason = random.Random(seed_of(rules.seed, "pairs", row["id"])), "chosen equals rejected"
         pairs = [(a.index, b.index) for a, b in PAIR_MODES[rules.mode](pool, rules.num_pairs, rng, len(refs))]
-    def texts_differ(a, b): return text_key(completions[a]["content"]) != text_key(completions[b]["content"])
+    def texts_differ(a, b): return completion_key(completions[a]) != completion_key(completions[b])
     differ = [(a, b) for a, b in pairs if texts_differ(a, b)]
     return differ, "chosen equals rejected" if pairs and not differ else reason
 
@@ -424,12 +436,14 @@ def tie_table(
 def text_hashes(
     rows, # `datasets.Dataset` of prompts and completions
 )->list[int]: # one for each completion
-    "A number for the text of each completion, equal for equal texts; 1,000 rows are read at a time"
+    "A number for the answer of each completion, equal for equal answers; 1,000 rows are read at a time"
     import pyarrow.compute as pc
     arrow, out = rows.select_columns(["completions"]).with_format("arrow"), []
     for start in range(0, len(rows), 1000):
-        contents = pc.struct_field(pc.list_flatten(arrow[start:start + 1000]["completions"]), ["content"])
-        out += [hash(text_key(c)) for c in contents.to_pylist()]
+        found = pc.list_flatten(arrow[start:start + 1000]["completions"].combine_chunks())
+        has = {found.type.field(i).name for i in range(found.type.num_fields)}
+        values = {k: found.field(k).to_pylist() for k in ("content", *ANSWER_KEYS) if k in has}
+        out += [hash(completion_key(dict(zip(values, c)))) for c in zip(*values.values())]
     return out
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #76fb2aeb

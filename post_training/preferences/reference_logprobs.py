@@ -22,6 +22,7 @@ from ..data.messages import content_text
 from ..tokens.tokenizer import template_fingerprint, tokenizer_fingerprint
 from ..tokens.masks import Refused
 from ..tokens.completions import encode_completions
+from .rows import completion_message, prompts_of
 from ..models.score import add_score_head
 from ..models.generate import left_pad
 
@@ -34,10 +35,11 @@ def scoring_lengths(
     out = []
     for start in range(0, len(rows), 1000):
         batch = rows[start:start + 1000]
-        for prompt, completions in zip(batch["prompt"], batch["completions"]):
+        offered = batch.get("tools") or [None]*len(batch["prompt"])
+        for prompt, tools, completions in zip(batch["prompt"], offered, batch["completions"]):
             counted = next((c["prompt_tokens"] for c in completions if c["prompt_tokens"]), None)
-            prompt_tokens = counted or len(content_text(prompt))//4
-            tokens = [c["num_tokens"] or len(c["token_ids"] or ()) or len(content_text(c["content"]))//4
+            prompt_tokens = counted or (len(content_text(prompt)) + len(tools or ""))//4
+            tokens = [c["num_tokens"] or len(c["token_ids"] or ()) or len(content_text(completion_message(c)))//4
                       for c in completions]
             out.append(1 + prompt_tokens + sum(tokens))
     return out
@@ -92,14 +94,14 @@ def read_row(
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #b622ed28
 def read_pieces(
-    batch:dict, # columns of rows: prompt, completions
+    batch:dict, # columns of rows: prompt, completions, and where they have them tools and template arguments
     tokenizer, # with a chat template
     room:int|None=None, # positions of the model; None: any number
     allow_control_tokens_in_content:bool=False, # encode control tokens in contents as control tokens
 )->list[tuple]: # of each row: pieces, reason to drop it or None, skipped completions by reason
     "Rows as pieces to score"
-    contents = [[c["content"] for c in cs or []] for cs in batch["completions"]]
-    encoded = encode_completions(tokenizer, batch["prompt"], contents, allow_control_tokens_in_content)
+    contents = [[completion_message(c) for c in cs or []] for cs in batch["completions"]]
+    encoded = encode_completions(tokenizer, prompts_of(batch), contents, allow_control_tokens_in_content)
     return [read_row(i, e, room) for i, e in enumerate(encoded)]
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #a6e7603a

@@ -387,10 +387,10 @@ def refuse_mostly_failing(
     shown = tokenize_conversations([row], tokenizer, "drop", ignore=ignore_columns)[1][0] if row else None
     example = "" if shown is None or isinstance(shown, Refused) else "\n" + colour_ansi(
         tokenizer, shown.input_ids, shown.completion_mask, max_tokens=200)
+    advice = "" if reason == "unverifiable" else ". Or set tokenization.on_missing_stop=warn to train on such rows nevertheless"
     raise UserError(f"{sum(failed.values())} of {counts['in']} rows cannot be trained on as they would be used "
                     f"({', '.join(f'{n} {r}' for r, n in failed.items())}). Row {first}: "
-                    f"{counts['details'].get(reason, reason)}. Or set tokenization.on_missing_stop=warn to train on such "
-                    f"rows nevertheless.{example}")
+                    f"{counts['details'].get(reason, reason)}{advice}.{example}")
 
 # %% ../../nbs/25_tokens/7_dataset.ipynb #4bc9045a
 def tokenize_dataset(

@@ -13,6 +13,7 @@ __all__ = ['MARK_BASE', 'Skeleton', 'VerifiedRow', 'ParsedShape', 'TokenizedChat
 import jinja2, json, numpy as np, re
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate, chain, groupby
 from typing import NamedTuple
 from fastcore.basics import patch
@@ -41,6 +42,14 @@ class Skeleton:
     forgotten:list # "role.keys" of thoughts that the template leaves out because the turn is not the last
     special_ids:np.ndarray # control tokens that the template writes, in order
     key:tuple # (shape, options)
+    @cached_property
+    def message_spans(self): # message: (edge, shift, edge, shift) of its turns, or of each of its texts
+        out = {}
+        for (i, j), m in zip(self.turns, self.turn_messages):
+            out.setdefault(m, []).append((*self.regions[i][:2], *self.regions[j][2:]))
+        for n, m in enumerate(self.owners):
+            if m not in self.turn_messages: out.setdefault(m, []).append((2*n, 0, 2*n + 1, 0))
+        return out
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #00d1fa54
 class VerifiedRow(NamedTuple):
@@ -149,6 +158,7 @@ class ChatEncoder:
         self.headers = {} # options: generation prompt
         self.endings = {} # (options, shapes of two messages): result of `text_endings`
         self.name = next((n for n in CHAT_TEMPLATES if template_text(n) == tokenizer.chat_template), "of the tokenizer")
+        self.keeps_blanks = self.name not in CHAT_TEMPLATES # a blank that the template writes before an answer is trained
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #0e0005ba
 def encoder_state(tokenizer)->tuple:
@@ -374,9 +384,11 @@ def turn_edges(
     # what the template writes after the text if the conversation ends with this turn
     tail = after if m + 2 == len(shape) else self.text_endings(shape, options, m).get(tuple(text), "")
     start = start_of_turn(self.special, before, self.header(options), prompt_piece if follows_tool else None)
-    asked = "" if continued else self.asked_for(shape, options, m)
+    asked = "" if continued or m == 0 else self.asked_for(shape, options, m)
     extra = until[len(asked):] if asked and until.startswith(asked) else ""
-    if extra.strip() and len(extra) <= len(before) and self.writes_no_mark(options): start = len(before) - len(extra)
+    marked = self.header(options).strip() and self.header(options).strip() in extra # the mark of the turn stands there
+    wanted = not marked and (extra.strip() or self.keeps_blanks and extra)
+    if wanted and len(extra) <= len(before) and self.writes_no_mark(options): start = len(before) - len(extra)
     return len(before) if continued else start, end_of_turn(self.special, after, tail)
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #0c870245
@@ -530,9 +542,10 @@ def blame_role(
 )->Refused: # the same, or `unsupported_roles` where the template takes the conversation without one of its roles
     "Whether a template refuses a conversation because of a role"
     roles = [m.get("role") for m in chat or [] if isinstance(m, dict)]
+    if any(isinstance(m, dict) and m.get("tool_calls") for m in chat or []): roles.append("tool")
     for role in ("system", "developer", "tool"):
         if refused.reason != "template" or role not in roles: continue
-        rest = [m for m in chat if m.get("role") != role]
+        rest = [m for m in chat if m.get("role") != role and not (role == "tool" and m.get("tool_calls"))]
         if rest and isinstance(self.render([rest], options)[0], str):
             return Refused("unsupported_roles", f"{refused.detail} (the role {role})")
     return refused
@@ -805,21 +818,20 @@ def weight_spans(
 )->list: # (start, end, weight) characters of the rendering, where the weight is not 1
     "The weights of messages and of parts of contents as spans of the rendering"
     text, s, edges, _ = row
-    weights, parts, out = weights or [1.]*len(chat), parts or {}, []
-    for (i, j), m in zip(s.turns, s.turn_messages):
-        (e, x, *_), (*_, f, y) = s.regions[i], s.regions[j]
-        if weights[m] != 1: out.append((edges[e] + x, edges[f] + y, weights[m]))
-    for n, (m, (_, i, _)) in enumerate(zip(s.owners, s.items)):
+    weights = weights or [1.]*len(chat)
+    spans = {m: [(edges[e] + x, edges[f] + y) for e, x, f, y in s.message_spans.get(m, ())]
+             for m, w in enumerate(weights) if w != 1}
+    out = []
+    for n, (m, (_, i, _)) in enumerate(zip(s.owners, s.items) if parts else ()):
+        if m not in parts or s.paths[i][-1] != "content": continue
         a, b = edges[2*n:2*n+2]
-        content = chat[m]["content"]
-        whole = isinstance(content, str) and s.paths[i][-1] == "content"
-        if whole and m in parts:
-            at = content.find(text[a:b]) # a template may strip the content
-            if at < 0: raise UserError("the template changes a content that has weights of its parts")
-            shifted = [(x - at, y - at, w) for x, y, w in parts[m]]
-            out += [(a + x, a + y, w) for x, y, w in weight_segments(b - a, weights[m], shifted)]
-        elif weights[m] != 1: out.append((a, b, weights[m]))
-    return out
+        at = chat[m]["content"].find(text[a:b]) # a template may strip the content
+        if at < 0: raise UserError("the template changes a content that has weights of its parts")
+        shifted = [(x - at, y - at, w) for x, y, w in parts[m]]
+        out += [(a + x, a + y, w) for x, y, w in weight_segments(b - a, weights[m], shifted)]
+        if m in spans: # what surrounds the content has the weight of the message
+            spans[m] = [part for x, y in spans[m] for part in ([(x, a), (b, y)] if x <= a and b <= y else [(x, y)])]
+    return out + [(a, b, weights[m]) for m, places in spans.items() for a, b in places if a < b]
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #71d3c82e
 @patch

@@ -31,7 +31,8 @@ def pair_messages(
     forms = [f for f, kind in FORMATS.items() if kind == "pair"]
     form = next((f for f in forms if not any(empty_value(row.get(c)) for c in f)), None)
     if form is None: raise MalformedRow("chosen or rejected is empty")
-    sides = [read_conversation({**row, "chosen": row[side]}, form, ignore) for side in ("chosen", "rejected")]
+    swapped = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
+    sides = [read_conversation(side, form, ignore) for side in (row, swapped)]
     for c in sides:
         if not c.messages or c.messages[-1]["role"] != "assistant":
             raise MalformedRow("a side does not end with an assistant message")

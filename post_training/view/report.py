@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['STATES', 'PANELS', 'PAIR_PANELS', 'MODEL_STAGES', 'LABELLED_STAGES', 'HEADLINE_ID', 'KEPT_BYTES', 'format_cell',
            'as_table', 'headline_evaluation', 'recorded_number', 'runs_table', 'show_run', 'diff_runs', 'verify_run',
-           'plot_curves', 'show_config', 'show_counts', 'show_rows', 'plot_bars', 'estimate_text', 'show_arithmetic',
-           'show_evaluation', 'estimate_vs_measured', 'show_record', 'show_identity', 'plot_row_lengths', 'short_path',
-           'loss_text', 'headline_setup', 'accuracy_text', 'checkpoint_text', 'rows_text', 'training_results',
-           'headline_results', 'run_minutes', 'headline_rows', 'headline_bundle', 'headline', 'update_headline',
-           'anonymise', 'machine_names', 'downsample', 'shrink_notebook', 'keep_run']
+           'plot_curves', 'show_config', 'show_counts', 'show_rows', 'show_account', 'plot_bars', 'estimate_text',
+           'show_arithmetic', 'show_evaluation', 'estimate_vs_measured', 'show_record', 'show_identity',
+           'plot_row_lengths', 'short_path', 'loss_text', 'headline_setup', 'accuracy_text', 'checkpoint_text',
+           'rows_text', 'training_results', 'headline_results', 'run_minutes', 'headline_rows', 'headline_bundle',
+           'headline', 'update_headline', 'anonymise', 'machine_names', 'downsample', 'shrink_notebook', 'keep_run']
 
 # %% ../../nbs/75_view/1_report.ipynb #b36a113d
 import datetime, getpass, json, re, socket, yaml
@@ -218,7 +218,8 @@ def show_counts(
 ):
     "Counts of rows and tokens (in, out, dropped by reason) as a table"
     from IPython.display import Markdown
-    shown = {k.replace("_", " ").replace(".", ": "): v for k, v in flatten(counts).items() if v != {}}
+    shown = {k.replace("_", " ").replace(".", ": "): v for k, v in flatten(counts).items()
+             if v != {} and not isinstance(v, list)}
     return Markdown(as_table([dict(what=k, number=f"{v:,}" if isinstance(v, int) else v) for k, v in shown.items()],
                              markdown=True))
 
@@ -231,6 +232,17 @@ def show_rows(
     from IPython.display import Markdown
     grouped = lambda v: f"{v:,}" if isinstance(v, int) and not isinstance(v, bool) else v
     return Markdown(as_table([{k: grouped(v) for k, v in r.items()} for r in rows], columns, markdown=True))
+
+# %% ../../nbs/75_view/1_report.ipynb #affee48d
+def show_account(
+    lines:dict, # name of a split or source: lines of `account_lines`, or an `Account`
+    of:str="split", # heading of the names
+):
+    "The columns and message keys of data by class, with the rows that hold a value"
+    from post_training.data.columns import account_lines
+    named = {k: v if isinstance(v, list) else account_lines(v) for k, v in lines.items()}
+    rows = [({of: name} if len(named) > 1 else {}) | line for name, found in named.items() for line in found]
+    return show_rows(rows or [dict(columns="none")])
 
 # %% ../../nbs/75_view/1_report.ipynb #d7ea49c4
 def plot_bars(
