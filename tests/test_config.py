@@ -243,7 +243,7 @@ def test_preset_arithmetic_and_inheritance(tmp_path):
     preset(tmp_path, "model", "half", "# @package _global_\ndefaults:\n  - tiny\n  - _self_\ntraining_args:\n  max_length: ${calc:'${training_args.save_steps} // 2'}\n")
     c = compose("train_sft", ["model=half", "training_args.save_steps=100"], config_dir=tmp_path)
     assert c.cfg["training_args"]["max_length"] == 50
-    assert c.origins["training_args.max_length"] == "preset model=half" and c.origins["tokenizer_args.model_pad_token_id"] == "preset model=tiny"
+    assert c.origins["training_args.max_length"] == "preset model=half" and c.origins["model_args.model_name_or_path"] == "preset model=tiny"
 
 
 def test_model_presets_name_no_user_and_trust_no_code():

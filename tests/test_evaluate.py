@@ -63,7 +63,7 @@ def test_one_bad_row_does_not_end_it(place, tmp_root):
     results, record = measured(*typed(place, rows=write(place / "odd.jsonl", rows)), "measure=[accuracy]")
     told = results["checkpoints"]["model-0"]
     assert (told["n"], told["not_checked"], told["no_prompt"]) == (1, 4, 1)  # a question without an answer is asked
-    assert any("no regular expression" in k for k in told["not_checked_why"]) and any("2048 positions" in k for k in told["no_prompt_why"])
+    assert any("not a regular expression" in k for k in told["not_checked_why"]) and any("2048 positions" in k for k in told["no_prompt_why"])
     assert record["evaluation"]["model-0"]["not_checked"] == 4 and told["not_checked_why"]["the row has no answer"] == 2
 
 

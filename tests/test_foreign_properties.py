@@ -122,8 +122,9 @@ def check_dropped(f, row, got):
         try: assert thinks or not render(t, plain(row["messages"]), tools=row["tools"], **row["chat_template_kwargs"])
         except Exception as e: assert not isinstance(e, AssertionError), (f, got)
     elif reason == "unverifiable":
-        assert any("think>" in x["content"] or "/think" in x["content"] for x in row["messages"]), (f, got)
-        assert "think" in got["detail"]
+        asked = [x["content"] for x in row["messages"] if x["role"] == "user"]
+        if f == "mistral7" and len(set(asked)) < len(asked): return  # its template compares messages: tools stand before each question that equals the last
+        assert any("think" in x["content"] for x in row["messages"]) and "think" in got["detail"], (f, got)
     else: raise AssertionError((f, got))
 
 

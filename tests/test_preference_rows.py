@@ -1,10 +1,11 @@
 "Preference rows in the forms that others write: thoughts, calls, tools, system messages and weights reach the tokens of a pair, or are refused by name"
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
 from datasets import Dataset, disable_progress_bars, load_dataset
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -22,10 +23,11 @@ from post_training.tokens.tokenizer import toy_tokenizer
 
 disable_progress_bars()
 FOREIGN = Path(__file__).parent / "golden/foreign"
-few = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+few = settings(max_examples=12, deadline=None, phases=[Phase.generate], suppress_health_check=[HealthCheck.too_slow])
 CLOCK = dict(type="function", function=dict(name="clock", description="The time.", parameters=dict(type="object", properties=dict(city=dict(type="string"), zone=dict(type=["string", "null"])))))
 
 
+@cache
 def tokenizer(name):
     return AutoTokenizer.from_pretrained(FOREIGN / "tokenizers" / name)
 
@@ -245,16 +247,19 @@ words = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=8)
 @st.composite
 def rich_pairs(draw):
     "A pair with perhaps a system prompt, tools, earlier turns, thoughts, calls, template arguments and a weight"
+    offers = draw(st.booleans())
     def side():
         out = says(draw(words))
         if draw(st.booleans()): out["reasoning_content"] = draw(words)
-        if draw(st.booleans()): out["tool_calls"] = [call(city=draw(words), **({"zone": None} if draw(st.booleans()) else {}))]
+        nulls = {"zone": None} if offers and draw(st.booleans()) else {}
+        if draw(st.booleans()): out["tool_calls"] = [call(city=draw(words), **nulls)]
         return [out]
     head = [user(draw(words)), says(draw(words))] if draw(st.booleans()) else []
     row = dict(id="a", prompt=[*head, user(draw(words))], chosen=side(), rejected=side())
     if draw(st.booleans()): row["system"] = draw(words)
-    if draw(st.booleans()): row["tools"] = [CLOCK]
-    if draw(st.booleans()): row["chat_template_kwargs"] = dict(enable_thinking=draw(st.booleans()))
+    if offers: row["tools"] = [CLOCK]
+    thinks = any("reasoning_content" in m for m in row["chosen"] + row["rejected"])  # a thought where the prompt forbids it is refused
+    if draw(st.booleans()): row["chat_template_kwargs"] = dict(enable_thinking=thinks or draw(st.booleans()))
     if draw(st.booleans()): row["weight"] = draw(st.floats(0.1, 3))
     return row
 

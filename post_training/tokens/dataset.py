@@ -19,7 +19,8 @@ from ..core.files import (
     ForkShared, UserError, atomic_dir, file_lock, verify_manifest, write_json, write_manifest)
 from ..data.columns import account, account_lines, check_account
 from ..data.messages import (
-    Conversation, MalformedRow, UnsupportedContent, check_dropped, check_messages, keeps_nulls, message_fault,
+    Conversation, MalformedRow, UnsupportedContent, check_dropped, check_messages, format_of, keeps_nulls,
+    message_fault,
     plain_text, row_id, split_inline_thought)
 from ..data.swissai import (
     conversation_of, is_structured, is_swissai, structured_conversation, unpacked_conversation)
@@ -354,6 +355,7 @@ def tokenize_rows(
     policies = check_policies(**policies)
     if not len(dataset): raise UserError("The dataset has no rows.")
     columns = account(dataset, ignore_columns)
+    if {*columns.formats} == {"none"}: format_of([c for c in dataset.column_names if c not in ignore_columns])
     check_account(columns)
     weighted = bool(columns.names("weight") or columns.names("weight", "message_keys"))
     n = process_count(len(dataset), num_proc)
@@ -386,7 +388,7 @@ def refuse_mostly_failing(
     row = next((r for i, r in enumerate(dataset) if row_id(r, i) == first), None)
     shown = tokenize_conversations([row], tokenizer, "drop", ignore=ignore_columns)[1][0] if row else None
     example = "" if shown is None or isinstance(shown, Refused) else "\n" + colour_ansi(
-        tokenizer, shown.input_ids, shown.completion_mask, max_tokens=200)
+        tokenizer, shown.input_ids, shown.completion_mask, max_tokens=200).replace("\n", "⏎")
     advice = "" if reason == "unverifiable" else ". Or set tokenization.on_missing_stop=warn to train on such rows nevertheless"
     raise UserError(f"{sum(failed.values())} of {counts['in']} rows cannot be trained on as they would be used "
                     f"({', '.join(f'{n} {r}' for r, n in failed.items())}). Row {first}: "
