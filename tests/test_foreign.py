@@ -491,3 +491,187 @@ def test_every_file_of_the_list_is_used():
     text = "".join(p.read_text() for p in Path(__file__).parent.glob("test_*.py"))
     used = set(re.findall(r"[\"'(,\s]([a-z0-9_]+)(?:\.jsonl|\.json|\.parquet)?[\"'),]", text)) | {f"sys_prompt_{k}" for k in ("cols", "conv", "qa", "query", "qr")}
     assert named - lie == set() and named | lie <= used | {"image_parts"}, sorted((named | lie) - used)
+
+
+# -- forms of public templates, datasets and trainers: small equivalents in own words, each with the page that describes it
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+TEMPLATES = {  # kind of vocabulary, control tokens beside its own, end of a turn, template
+    # huggingface.co/Qwen/Qwen3-4B-Thinking-2507, chat_template.jinja: asked for an answer, it opens the thought itself
+    "opens the thought": ("byte", [], "<|im_end|>", "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+                          "{% for m in messages %}<|im_start|>{{ m.role }}\n{% set c = m.content %}{% set r = m.reasoning_content or '' %}"
+                          "{% if m.role == 'assistant' and '</think>' in c %}{% set r = c.split('</think>')[0].split('<think>')[-1].strip('\n') %}{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+                          "{% if m.role == 'assistant' and loop.index0 > ns.last %}<think>\n{{ r.strip('\n') }}\n</think>\n\n{% endif %}{{ c }}<|im_end|>\n{% endfor %}"
+                          "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"),
+    # huggingface.co/deepseek-ai/DeepSeek-V3.1: answers without a thought begin with the end of one, which the prompt holds
+    "closes the thought": ("byte", ["<|User|>", "<|Bot|>"], "</s>", "{{ bos_token }}{% for m in messages %}{{ '<|User|>' + m.content if m.role == 'user' else '<|Bot|></think>' + m.content + eos_token }}{% endfor %}"
+                           "{% if add_generation_prompt %}<|Bot|></think>{% endif %}"),
+    # huggingface.co/mistralai/Mistral-Nemo-Instruct-2407, tokenizer_config.json: the system prompt stands in the last question
+    "system in the last question": ("byte", ["[INST]", "[/INST]"], "</s>", "{{ bos_token }}{% set sys = messages[0].content if messages[0].role == 'system' else '' %}"
+                                    "{% set talk = messages[1:] if messages[0].role == 'system' else messages %}{% set asked = talk | selectattr('role', 'equalto', 'user') | list %}"
+                                    "{% for m in talk %}{% if m.role == 'user' %}[INST]{{ sys + '\n\n' if sys and m == asked[-1] }}{{ m.content }}[/INST]{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"),
+    # huggingface.co/CohereForAI/c4ai-command-r-v01, tokenizer_config.json: turns of control tokens, contents stripped
+    "command": ("byte", ["<|START|>", "<|END|>", "<|USER|>", "<|BOT|>", "<|SYS|>"], "<|END|>", "{{ bos_token }}{% for m in messages %}<|START|>{{ {'user': '<|USER|>', 'assistant': '<|BOT|>', 'system': '<|SYS|>'}[m.role] }}"
+                "{{ m.content.strip() }}<|END|>{% endfor %}{% if add_generation_prompt %}<|START|><|BOT|>{% endif %}"),
+    # huggingface.co/ibm-granite/granite-3.1-8b-instruct, tokenizer_config.json: roles between control tokens, the date in a system prompt of its own
+    "granite": ("byte", ["<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"], "<|end_of_text|>", "{% if messages[0].role != 'system' %}<|start_of_role|>system<|end_of_role|>Today is {{ strftime_now('%B %d, %Y') }}.<|end_of_text|>\n{% endif %}"
+                "{% for m in messages %}<|start_of_role|>{{ m.role }}<|end_of_role|>{{ m.content }}<|end_of_text|>\n{% endfor %}{% if add_generation_prompt %}<|start_of_role|>assistant<|end_of_role|>{% endif %}"),
+    # github.com/openai/harmony, docs/format.md: channels; <|return|> ends the last answer and <|end|> the earlier ones
+    "harmony": ("byte", ["<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>"], "<|return|>", "{% for m in messages %}{% if m.role != 'assistant' %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% else %}"
+                "{% if m.thinking or m.reasoning_content %}{% if loop.last %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking or m.reasoning_content }}<|end|>{% endif %}{% endif %}"
+                "<|start|>assistant<|channel|>final<|message|>{{ m.content }}{{ '<|return|>' if loop.last else '<|end|>' }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"),
+    # huggingface.co/HuggingFaceTB/SmolVLM-Instruct, chat_template.json: contents are lists of parts
+    "parts only": ("byte", [], "<|im_end|>", "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for p in m.content %}{{ p.text }}{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"),
+    # huggingface.co/tiiuae/falcon-7b-instruct, tokenizer_config.json: turns marked by words only
+    "words": ("byte", [], "</s>", "{% for m in messages %}{% if not loop.first %}\n\n{% endif %}{{ 'User: ' + m.content if m.role == 'user' else 'Assistant: ' + m.content }}{% endfor %}{% if add_generation_prompt %}\n\nAssistant:{% endif %}"),
+    # huggingface.co/docs/tokenizers, AddedToken: rstrip takes the whitespace behind a control token
+    "strips": ("byte, strips", [], "<|im_end|>", CHATML),
+    # huggingface.co/docs/transformers, chat_templating_writing: ChatML, on a vocabulary like those of SentencePiece
+    "metaspace": ("sentencepiece", [], "<|im_end|>", CHATML),
+    # huggingface.co/microsoft/Phi-4-mini-instruct, tokenizer_config.json: tools in the system message, line breaks nowhere
+    "phi mini": ("byte", ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|tool|>", "<|/tool|>"], "<|end|>", "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'system' and tools %}<|tool|>{{ tools | tojson }}<|/tool|>{% endif %}<|end|>{% endfor %}"
+                 "{% if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}"),
+    # huggingface.co/allenai/Llama-3.1-Tulu-3-8B, tokenizer_config.json: no line break after the last answer
+    "tulu 3": ("byte", [], "</s>", "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{{ '\n' if not loop.last }}{% else %}{{ '\n' }}{% endif %}"
+               "{% if loop.last and add_generation_prompt %}<|assistant|>\n{% endif %}{% endfor %}")}
+
+
+@cache
+def made(name):
+    from test_own_templates import vocabulary
+    from tokenizers import AddedToken
+    from transformers import PreTrainedTokenizerFast
+    kind, marks, end, template = TEMPLATES[name]
+    inner = vocabulary(kind)
+    inner.add_special_tokens([AddedToken(m, special=True, normalized=False) for m in marks])
+    out = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
+    out.chat_template = template
+    return out, end
+
+
+ASKED = dict(role="user", content="2+2?")
+FOUR = dict(role="assistant", content="It is 4.")
+AGAIN = talk("2+2?", "It is 4.", "3+3?", "It is 6.")
+KEPT = {  # template or family, row, how its messages are rendered (None: as they are), what is trained
+    "a thought after a prompt that opens it": ("opens the thought", dict(messages=[ASKED, dict(FOUR, reasoning_content="Easy sum.")]), None, "Easy sum.\n</think>\n\nIt is 4.<|im_end|>"),
+    # huggingface.co/datasets/open-r1/OpenR1-Math-220k: answers as the model wrote them
+    "an inline thought after a prompt that opens it": ("opens the thought", dict(messages=[ASKED, dict(FOUR, content="<think>\nEasy sum.\n</think>\n\nIt is 4.")]), [ASKED, dict(FOUR, reasoning_content="Easy sum.")], "Easy sum.\n</think>\n\nIt is 4.<|im_end|>"),
+    "a forced end of a thought": ("closes the thought", dict(messages=AGAIN), None, "It is 4.</s>It is 6.</s>"),
+    "the system prompt in the question": ("system in the last question", dict(messages=talk("2+2?", "It is 4.", system="Be brief.")), None, "It is 4.</s>"),
+    "control tokens around roles": ("command", dict(messages=talk(" 2+2? ", " It is 4. ", system="Be brief.")), None, "It is 4.<|END|>"),
+    "the date of today": ("granite", dict(messages=AGAIN), None, "It is 4.<|end_of_text|>It is 6.<|end_of_text|>"),
+    "channels": ("harmony", dict(messages=[dict(role="developer", content="Be brief."), ASKED, FOUR]), None, "<|channel|>final<|message|>It is 4.<|return|>"),
+    # cookbook.openai.com, articles/gpt-oss/handle-raw-cot: the thought in the analysis channel, under the key thinking
+    "a thought in a channel": ("harmony", dict(messages=[ASKED, dict(FOUR, thinking="Easy sum.")]), [ASKED, dict(FOUR, reasoning_content="Easy sum.")],
+                               "<|channel|>analysis<|message|>Easy sum.<|end|><|start|>assistant<|channel|>final<|message|>It is 4.<|return|>"),
+    "an end token that strips": ("strips", dict(messages=AGAIN), None, "It is 4.<|im_end|>It is 6.<|im_end|>"),
+    "metaspace": ("metaspace", dict(messages=talk("What a day", "user assistant Bern.", "  Zürich ", "🏔 what")), None, "user assistant Bern.<|im_end|>🏔 what<|im_end|>"),
+    "the last answer without a line break": ("tulu 3", dict(messages=AGAIN), None, "It is 4.</s>It is 6.</s>"),
+    "tools in the system message": ("phi mini", dict(messages=talk("2+2?", "It is 4.", system="Be brief."), tools=OFFERED), None, "It is 4.<|end|>"),
+    # qwen.readthedocs.io, framework/function_call: several calls in one message, each answered by a message of its own
+    "parallel calls": ("qwen25", dict(messages=[USED[0], dict(USED[1], tool_calls=[dict(CALL, id="a"), dict(CALL, id="b")]), dict(USED[2], tool_call_id="a"), dict(USED[2], tool_call_id="b", content="13"), USED[3]], tools=OFFERED), None,
+                       (WRITES["qwen25"].removesuffix("<|im_end|>") + "\n") + WRITES["qwen25"] + "12 degrees.<|im_end|>"),
+    # docs.vllm.ai, features/tool_calling and reasoning_outputs: thoughts before each call
+    "thoughts between calls": ("qwen3", dict(messages=[USED[0], dict(USED[1], reasoning_content="Look it up."), USED[2], dict(USED[3], reasoning_content="Read it.")], tools=OFFERED), None,
+                               "<think>\nLook it up.\n</think>\n\n" + WRITES["qwen3"] + "<think>\nRead it.\n</think>\n\n12 degrees.<|im_end|>"),
+    # platform.openai.com, chat completions: contents of tools and of the system as lists of text parts
+    "a tool's output in parts": ("qwen25", dict(messages=[*USED[:2], dict(USED[2], content=[dict(type="text", text='{"t": '), dict(type="text", text="12}")]), USED[3]], tools=OFFERED), USED, WRITES["qwen25"] + "12 degrees.<|im_end|>"),
+    "a system prompt in parts": ("llama31", dict(messages=[dict(role="system", content=[dict(type="text", text="Be brief.")]), ASKED, FOUR]), talk("2+2?", "It is 4.", system="Be brief."), "It is 4.<|eot_id|>"),
+    # llama.com, docs/model-cards-and-prompt-formats/llama3_1: the role ipython holds the output of a tool
+    "ipython": ("llama31", dict(messages=[*USED[:2], dict(role="ipython", content='{"t": 12}'), USED[3]], tools=OFFERED), [*USED[:2], dict(role="tool", content='{"t": 12}'), USED[3]], WRITES["llama31"] + "12 degrees.<|eot_id|>"),
+    "no thought by an argument of the template": ("smollm3", dict(messages=talk("2+2?", "It is 4.", system="Be brief."), chat_template_kwargs=dict(enable_thinking=False)), None, "It is 4.<|im_end|>"),
+    # huggingface.co/Qwen/Qwen3-8B, README: enable_thinking=False, in a row
+    "no thought": ("qwen3", dict(messages=[ASKED, FOUR], chat_template_kwargs=dict(enable_thinking=False)), None, "It is 4.<|im_end|>"),
+    # huggingface.co/docs/transformers, chat_extras: arguments of a call may be empty
+    "a call without arguments": ("qwen25", dict(messages=[USED[0], dict(USED[1], tool_calls=[dict(type="function", function=dict(name="get_weather", arguments=""))]), USED[2], USED[3]], tools=OFFERED),
+                                 [USED[0], dict(USED[1], tool_calls=[dict(type="function", function=dict(name="get_weather", arguments={}))]), USED[2], USED[3]],
+                                 '<tool_call>\n{"name": "get_weather", "arguments": {}}\n</tool_call><|im_end|>12 degrees.<|im_end|>'),
+    # huggingface.co/docs/trl, dataset_formats: prompt and completion as messages, with tools; calls with an index, as vLLM writes them
+    "prompt and completion with a call": ("qwen25", dict(prompt=[USED[0]], completion=[dict(USED[1], tool_calls=[dict(CALL, id="a", index=0)])], tools=json.dumps(OFFERED)), USED[:2], WRITES["qwen25"]),
+    # github.com/modelscope/ms-swift, docs/source_en/Instruction/Agent-support: the roles tool_call and tool_response
+    "tool_call and tool_response": ("qwen25", dict(messages=[USED[0], dict(role="tool_call", content='{"name": "get_weather", "arguments": {"city": "Bern"}}'), dict(role="tool_response", content='{"t": 12}'), USED[3]], tools=OFFERED),
+                                    USED, WRITES["qwen25"] + "12 degrees.<|im_end|>"),
+    # github.com/axolotl-ai-cloud/axolotl, docs/dataset-formats/conversation.qmd: spans of a content that the template strips
+    "spans of a stripped content": ("llama31", dict(messages=[ASKED, dict(FOUR, content="  It is 4.", train_detail=[dict(begin_offset=5, end_offset=9, train=True)])]), [ASKED, FOUR], " is 4.<|eot_id|>"),
+    # huggingface.co/datasets/nvidia/Nemotron-Post-Training-Dataset-v1: an empty thought beside the answer
+    "an empty thought": ("qwen3", dict(messages=[ASKED, dict(FOUR, reasoning_content="")]), None, "<think>\n\n</think>\n\nIt is 4.<|im_end|>"),
+    # huggingface.co/google/gemma-3-4b-it: a system prompt joins the first question, and contents may be parts
+    "a system prompt in the first question": ("gemma3", dict(messages=[dict(role="system", content="Be brief."), dict(ASKED, content=[dict(type="text", text="2+2?")]), FOUR]), talk("2+2?", "It is 4.", system="Be brief."), "It is 4.<end_of_turn>"),
+    # llama.meta.com, the format of Llama 2: no generation prompt, and a blank before an answer
+    "a blank before an answer": ("llama2_first", dict(messages=talk("2+2?", "Bern", "3+3?", "7", system="Be brief.")), None, " Bern </s> 7 </s>")}
+SPANS = {"spans of a stripped content"}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_public_forms(name):
+    how, row, canonical, trained = KEPT[name]
+    t, end = made(how) if how in TEMPLATES else (family(how), ENDS[how])
+    text = json.dumps(row, ensure_ascii=False)
+    data, counts = tokenize_dataset(Dataset.from_list([{k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in row.items()}] if "completion" not in row else [row]), t,
+                                    stop_ids=[t.convert_tokens_to_ids(end)])
+    messages = canonical or row["messages"]
+    kwargs = row.get("chat_template_kwargs", {}) | (dict(tools=OFFERED) if "tools" in row else {})
+    ids, mask = expected(t, end, messages, **kwargs)
+    got = [t.decode([i for i, m, w in zip(data[0]["input_ids"], data[0]["completion_mask"], data[0].get("weights") or [1] * len(ids)) if m and w > 0])]
+    assert data[0]["input_ids"] == ids and counts["out"] == 1, text
+    assert got[0].strip(" ") == trained.strip(" ") if "blank" in name or "metaspace" in name else got == [trained]
+    if name not in SPANS: assert data[0]["completion_mask"] == mask
+
+
+REFUSED = {  # template or family, row, words of the refusal
+    # github.com/huggingface/trl/pull/6363: what a model writes after a prompt that opens the thought has no opening tag
+    "a thought without an opening tag": ("opens the thought", dict(messages=[ASKED, dict(FOUR, content="Easy sum.\n</think>\n\nIt is 4.")]), "</think>.*reasoning_content"),
+    # github.com/modelscope/ms-swift/issues/9427: several thoughts in one answer
+    "several thoughts": ("qwen3", dict(messages=[ASKED, dict(FOUR, content="<think>a</think>b<think>c</think>It is 4.")]), "</think>.*reasoning_content"),
+    # huggingface.co/meta-llama/Llama-3.1-8B-Instruct, tokenizer_config.json: one call at a time
+    "parallel calls": ("llama31", dict(messages=[USED[0], dict(USED[1], tool_calls=[CALL, CALL]), USED[2], USED[3]], tools=OFFERED), "one call at a time.*unsupported_roles"),
+    # github.com/openai/harmony, docs/format.md: earlier answers end with another token than the last one
+    "ends of earlier answers": ("harmony", dict(messages=AGAIN), "would not learn to stop.*history=split"),
+    # huggingface.co/mistralai/Mistral-Nemo-Instruct-2407: the system prompt moves to the last question
+    "a prompt that moves": ("system in the last question", dict(messages=talk("2+2?", "It is 4.", "3+3?", "It is 6.", system="Be brief.")), "has not seen in training.*history=split"),
+    "contents that have to be parts": ("parts only", dict(messages=[ASKED, FOUR]), "has no place for: assistant"),
+    "turns of words": ("words", dict(messages=[ASKED, FOUR]), "would not learn to stop|has not seen in training"),
+    # huggingface.co/datasets/glaiveai/glaive-function-calling and others: tools by their names only
+    "tools by name": ("qwen25", dict(messages=[ASKED, FOUR], tools=["get_weather"]), "the tools are not JSON"),
+    # github.com/modelscope/ms-swift/issues/9427: a call whose name and arguments are keys of the message
+    "a call in keys of the message": ("qwen25", dict(messages=[USED[0], dict(role="tool_call", name="get_weather", arguments=dict(city="Bern")), USED[2], USED[3]], tools=OFFERED), "assistant message without content"),
+    # huggingface.co/HuggingFaceTB/SmolLM3-3B, README: a flag in the system prompt, which the template takes out of it
+    "a flag in the system prompt": ("smollm3", dict(messages=talk("2+2?", "It is 4.", system="/no_think")), "/no_think.*chat_template_kwargs"),
+    # huggingface.co/google/gemma-2-9b-it: neither system prompts nor tools
+    "a tool": ("gemma2", dict(messages=USED, tools=OFFERED), "unsupported_roles"),
+    # docs.mistral.ai, capabilities/function_calling: ids of nine letters
+    "an id of another length": ("mistral7", dict(messages=[USED[0], dict(USED[1], tool_calls=[dict(CALL, id="call_1")]), dict(USED[2], tool_call_id="call_1"), USED[3]], tools=OFFERED), "nine characters.*unsupported_roles"),
+    # platform.openai.com, o1 and later: instructions of a developer
+    "a developer": ("phi4", dict(messages=[dict(role="developer", content="Be brief."), ASKED, FOUR]), "developer.*unsupported_roles")}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_public_forms_that_are_refused(name):
+    "With the cause, and the key that decides where there is one"
+    how, row, words = REFUSED[name]
+    t, end = made(how) if how in TEMPLATES else (family(how), ENDS[how])
+    data = Dataset.from_list([{k: json.dumps(v, ensure_ascii=False) for k, v in row.items()}])
+    with pytest.raises(UserError) as e: tokenize_dataset(data, t, stop_ids=[t.convert_tokens_to_ids(end)])
+    assert re.search(words, str(e.value), re.DOTALL), str(e.value)
+
+
+@pytest.mark.parametrize("how, messages", [("harmony", AGAIN), ("system in the last question", talk("2+2?", "It is 4.", "3+3?", "It is 6.", system="Be brief.")),
+                                           ("opens the thought", [ASKED, dict(FOUR, reasoning_content="Easy."), *talk("3+3?"), dict(role="assistant", content="It is 6.", reasoning_content="Also.")])])
+def test_what_only_one_row_of_each_turn_can_be(how, messages):
+    "Templates that write an earlier turn in another way than the last"
+    t, end = made(how)
+    data, counts = tokenize_dataset(Dataset.from_list([dict(messages=json.dumps(messages))]), t, stop_ids=[t.convert_tokens_to_ids(end)], history="split")
+    first = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
+    assert counts["out"] == 2
+    for row, end_of_turn in zip(data, (first + 1, len(messages))):
+        ids, mask = expected(t, end, messages[:end_of_turn], trained=[end_of_turn - 1])
+        assert row["input_ids"] == ids and row["completion_mask"] == mask
+
+
+def test_arguments_of_the_template_in_each_row():
+    "Mixed in one dataset; the block that inference forces is prompt"
+    kwargs = [dict(enable_thinking=True), dict(enable_thinking=False), None, dict(enable_thinking=True)]
+    data, _ = tokenize_dataset(Dataset.from_list([dict(messages=[ASKED, FOUR], chat_template_kwargs=json.dumps(k)) for k in kwargs]), family("qwen3"), stop_ids=stop("qwen3"))
+    block = "<think>\n\n</think>\n\n"
+    assert [trained_text(r, family("qwen3")) for r in data] == [block + "It is 4.<|im_end|>", "It is 4.<|im_end|>", block + "It is 4.<|im_end|>", block + "It is 4.<|im_end|>"]
+    for row, k in zip(data, kwargs): assert row["input_ids"], row["completion_mask"] == expected(family("qwen3"), "<|im_end|>", [ASKED, FOUR], **(k or {}))

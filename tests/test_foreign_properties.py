@@ -32,7 +32,7 @@ def turns(draw, f):
         out.append(dict(role="assistant", content=said, tool_calls=calls))
         out += [dict(role="tool", content=draw(words), tool_call_id="abcdefghi") for _ in calls]
     out.append(dict(role="assistant", content=draw(tagged if draw(st.integers(0, 5)) == 0 else words)))
-    if f in THINKERS and draw(st.booleans()): out[-1]["reasoning_content"] = draw(st.just("") | words)
+    if f in THINKERS and draw(st.booleans()): out[-1]["reasoning_content"] = draw(words if "think>" in out[-1]["content"] else st.just("") | words)
     for m in out:
         w = draw(weights)
         if w is not None and draw(st.booleans()): m["weight"] = w

@@ -17,7 +17,7 @@ from post_training.preferences.filter import filter_batch_fn
 from post_training.preferences.pairs import pair_features, pairs_batch_fn
 from post_training.preferences.reference_logprobs import read_pieces
 from post_training.preferences.rewards import plain_turns, rewards_batch_fn, verifier_scorer
-from post_training.preferences.rows import ROW_COLUMNS, prompt_of, row_fields, to_preference, to_rows, to_swissai
+from post_training.preferences.rows import ROW_COLUMNS, row_prompt, row_fields, to_preference, to_rows, to_swissai
 from post_training.tokens.pairs import tokenize_pairs
 from post_training.tokens.tokenizer import toy_tokenizer
 
@@ -154,7 +154,7 @@ def test_arguments_of_the_template_and_the_system_column_in_every_form(form, tmp
     row = dict(pairs=dict(prompt="2+2?", chosen="4", rejected="5"), rows=dict(prompt="2+2?", completions=["4", "5"]),
                prompt=dict(prompt="2+2?"), messages=dict(question="2+2?", answer="4"))[form]
     rows = to_rows(jsonl(tmp_path / "a.jsonl", {**row, **more}))[0]
-    c = prompt_of(rows[0])
+    c = row_prompt(rows[0])
     assert c.messages == [dict(role="system", content="Be brief."), user("2+2?")]
     assert (c.template_kwargs, c.weight, c.tools) == (dict(enable_thinking=False), 0.5, None)
     assert "system" not in rows.column_names
@@ -212,7 +212,7 @@ def test_rewards_see_what_a_reader_sees(tmp_path):
     rows = think_rows(tmp_path)
     made = rewards_batch_fn(rows, verifier_scorer())([0])[0]["completions"]
     assert [c["reward"] for c in made] == [1.0, 1.0] and made[0]["reasoning_content"] == "Easy sum."
-    read = prompt_of(rows[0]).messages
+    read = row_prompt(rows[0]).messages
     assert plain_turns([*read, says("It is 4.", reasoning_content="Hm.")]) == plain_turns([*read, says("<think>\nHm.\n</think>\n\nIt is 4.")]) == [user("2+2?"), says("It is 4.")]
     inline = jsonl(tmp_path / "i.jsonl", dict(prompt="2+2?", chosen="<think>3?</think>4", rejected="<think>4", answer="4", verifier="final_number"))
     assert [c["reward"] for c in rewards_batch_fn(to_rows(inline)[0], verifier_scorer())([0])[0]["completions"]] == [1.0, 0.0]
@@ -293,7 +293,7 @@ def test_a_row_is_the_same_from_arrow_and_parquet(tmp_path):
     for back in (load_rows(str(tmp_path / "saved")), load_dataset("parquet", data_files=str(tmp_path / "rows.parquet"), split="train", cache_dir=str(tmp_path / "c"))):
         again, counts = to_rows(back)
         assert again[:] == rows[:] and counts["columns"] == []  # rows that have the form stay as they are
-    assert [prompt_of(rows[0]).tools, prompt_of(rows[0]).template_kwargs] == [[CLOCK], dict(enable_thinking=True)]
+    assert [row_prompt(rows[0]).tools, row_prompt(rows[0]).template_kwargs] == [[CLOCK], dict(enable_thinking=True)]
 
 
 @pytest.mark.parametrize("name", ["apertus"])
@@ -302,7 +302,7 @@ def test_a_template_with_structured_contents_gets_structured_rows(name, tmp_path
     tok = toy_tokenizer("bpe", name)
     raw = load_rows(str(FOREIGN / "data/chosen_think.jsonl"))
     rows = to_rows(raw, template_blocks=True)[0]
-    assert prompt_of(rows[0]).messages[0]["content"]["has_thinking"]
+    assert row_prompt(rows[0]).messages[0]["content"]["has_thinking"]
     made = pairs_of(rows)[0]
     data, counts = tokenize_pairs(made, tok)
     assert len(data) == 20 and "Easy sum." in tok.decode(data[0]["chosen_ids"])

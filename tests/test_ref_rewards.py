@@ -160,7 +160,7 @@ def test_answers_of_the_demo_are_right():
     assert all(c["reward"] == 1 for r in results for c in r["completions"])
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in (Path(config.__file__).parent / "configs" / "reward_model").glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(p.stem for p in (Path(config.__file__).parent.parent / "configs" / "reward_model").glob("*.yaml")))
 def test_presets_compose(name):
     cfg = config.compose("ref_rewards", [f"reward_model={name}", "dataset_args.dataset_name=x"]).cfg
     a = cfg["reward_args"]

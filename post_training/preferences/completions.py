@@ -20,7 +20,7 @@ from ..data.swissai import make_block, is_structured
 from ..tokens.templates import named_templates
 from ..tokens.masks import Refused, encoder_for
 from ..tokens.completions import encode_completions
-from .rows import make_completion, prompt_of, prompts_of
+from .rows import make_completion, row_prompt, batch_prompts
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #3b70df7d
 def prompts_as_ids(
@@ -38,7 +38,7 @@ def prompt_lengths(
     chunk:int=1000, # rows at a time
 )->list[int]: # tokens of each prompt; 0 if it is refused
     "The lengths of the prompts, for the plan"
-    ids = (p for i in range(0, len(rows), chunk) for p in prompts_as_ids(tokenizer, prompts_of(rows[i:i + chunk])))
+    ids = (p for i in range(0, len(rows), chunk) for p in prompts_as_ids(tokenizer, batch_prompts(rows[i:i + chunk])))
     return [0 if isinstance(p, Refused) else len(p) for p in ids]
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #41bf0c53
@@ -482,7 +482,7 @@ def completions_batch_fn(
         return dict(dropped="no completion left", lost=skipped)
     def make(indices):
         batch = [rows[i] for i in indices]
-        prompts, out = prompts_as_ids(tokenizer, [prompt_of(r) for r in batch]), {}
+        prompts, out = prompts_as_ids(tokenizer, [row_prompt(r) for r in batch]), {}
         for k, p in enumerate(prompts):
             if isinstance(p, Refused): out[k] = dict(dropped=p.reason)
             elif too_long(len(p), max_new_tokens, max_seq_len): out[k] = dict(dropped="prompt too long")

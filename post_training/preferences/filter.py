@@ -11,7 +11,7 @@ from ..core.files import UserError
 from ..data.messages import content_text
 from ..tokens.masks import Refused
 from ..tokens.completions import encode_completions
-from .rows import completion_message, prompts_of
+from .rows import completion_message, batch_prompts
 
 # %% ../../nbs/35_preferences/2_filter.ipynb #60666d81
 def filtering_lengths(
@@ -63,7 +63,7 @@ def filter_batch_fn(
     if min_completions < 0: raise UserError(f"min_completions is {min_completions}: it must be at least 0.")
     def make(indices):
         batch = rows[list(indices)]
-        encoded = encode_completions(tokenizer, prompts_of(batch),
+        encoded = encode_completions(tokenizer, batch_prompts(batch),
                                      [[completion_message(c) for c in cs] for cs in batch["completions"]])
         return [filter_row(cs, e, max_seq_len, min_completions) for cs, e in zip(batch["completions"], encoded)]
     return make

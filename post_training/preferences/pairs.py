@@ -19,7 +19,7 @@ from typing import NamedTuple
 from ..core.files import UserError, did_you_mean
 from ..core.shards import seed_of
 from ..data.messages import content_text, without_none
-from .rows import ANSWER_KEYS, ROW_COLUMNS, row_columns
+from .rows import ANSWER_KEYS, ROW_COLUMNS, prompt_column_features
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #8401a22d
 def completion_fault(
@@ -199,7 +199,7 @@ def pair_features(
                          **both("{}_reward", number), ref_rewards=List(number), **both("{}_quantile_reward", number),
                          **both("{}_is_reference", Value("bool")), **both("{}_reference", count),
                          **both("{}_length", count), prompt_length=count, **both("{}_policy", text), pair=count,
-                         reference=text, **row_columns(columns)))
+                         reference=text, **prompt_column_features(columns)))
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #fadbf92e
 def pair_row(
@@ -217,7 +217,8 @@ def pair_row(
     for side, i in (("chosen", chosen), ("rejected", rejected)):
         c = row["completions"][i]
         reward = None if c["reward"] is None or not math.isfinite(c["reward"]) else c["reward"]
-        out |= {side: [dict(role="assistant", **{k: c[k] for k in ("content", *ANSWER_KEYS) if k in c})], f"ref_{side}_logprob": c["ref_logprob"],
+        answer = {k: c[k] for k in ("content", *ANSWER_KEYS) if k in c}
+        out |= {side: [dict(role="assistant", **answer)], f"ref_{side}_logprob": c["ref_logprob"],
                 f"ref_{side}_logprobs": c["ref_logprobs"], f"{side}_reward": reward,
                 f"{side}_quantile_reward": None if reward is None else quantile_of(reward, rewards),
                 f"{side}_is_reference": i in refs, f"{side}_reference": refs.index(i) if i in refs else None,

@@ -22,7 +22,7 @@ from ..data.messages import content_text
 from ..tokens.tokenizer import template_fingerprint, tokenizer_fingerprint
 from ..tokens.masks import Refused
 from ..tokens.completions import encode_completions
-from .rows import completion_message, prompts_of
+from .rows import completion_message, batch_prompts
 from ..models.score import add_score_head
 from ..models.generate import left_pad
 
@@ -101,7 +101,7 @@ def read_pieces(
 )->list[tuple]: # of each row: pieces, reason to drop it or None, skipped completions by reason
     "Rows as pieces to score"
     contents = [[completion_message(c) for c in cs or []] for cs in batch["completions"]]
-    encoded = encode_completions(tokenizer, prompts_of(batch), contents, allow_control_tokens_in_content)
+    encoded = encode_completions(tokenizer, batch_prompts(batch), contents, allow_control_tokens_in_content)
     return [read_row(i, e, room) for i, e in enumerate(encoded)]
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #a6e7603a
@@ -173,14 +173,14 @@ def score_group(
     model, # with a score head
     prompts:list[list[int]], # ids, at least two each
     pieces:list, # `ScoringPiece`s
-    prompt_of:list[int], # for each piece: the index of its prompt
+    row_prompt:list[int], # for each piece: the index of its prompt
     tokens:int, # of a forward at most
 )->list: # for each piece: an fp32 array
     "Log-probabilities of pieces whose prompts are read together"
     cache, mask_BP = read_prompts(model, [p[:-1] for p in prompts])
     out, width = [None]*len(pieces), mask_BP.shape[1]
     for batch in token_batches([1 + len(p.ids) + width//4 for p in pieces], tokens):
-        some, index_B = [pieces[i] for i in batch], torch.tensor([prompt_of[i] for i in batch])
+        some, index_B = [pieces[i] for i in batch], torch.tensor([row_prompt[i] for i in batch])
         S, before_BP = 1 + max(len(p.ids) for p in some), mask_BP[index_B]
         extra = dict(attention_mask=torch.cat([before_BP, before_BP.new_ones(len(batch), S)], 1),
                      position_ids=before_BP.sum(1, keepdim=True) + torch.arange(S))

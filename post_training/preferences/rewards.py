@@ -24,7 +24,7 @@ from ..data.swissai import format_tools, show_block, to_structured, tool_list
 from ..tokens.templates import template_text
 from ..tokens.tokenizer import check_bos, template_fingerprint, tokenizer_fingerprint
 from ..tokens.masks import Refused, encoder_for, tokenize_chats
-from .rows import completion_message, prompt_of
+from .rows import completion_message, row_prompt
 from ..models.load import default_device, flash_available, model_path, resolve_auto
 from ..models.verifiers import VERIFIERS, row_verifier, run_verifier
 
@@ -65,7 +65,8 @@ def plain_turns(
     if system_prompt not in SYSTEM_PROMPTS:
         raise UserError(f"system_prompt={system_prompt!r}: one of {', '.join(SYSTEM_PROMPTS)}.")
     c = messages if isinstance(messages, Conversation) else Conversation(messages)
-    system, out, last = [], [], ""
+    system, out = [], []
+    last = ""
     written = as_written(c.messages)
     if any(m.get("tool_calls") for m in written): written = [m for m, *_ in read_turns(written, exact=True)]
     for m in written:
@@ -265,7 +266,7 @@ class ModelScorer:
 @patch
 def encode(self:ModelScorer, rows:list[dict])->list[list]: # of each row, for each completion: ids or a `Refused`
     "The conversations of rows as ids; a conversation that is too long is refused, never truncated"
-    prompts = [prompt_of(r) for r in rows]
+    prompts = [row_prompt(r) for r in rows]
     flat = [Conversation([*p.messages, completion_message(c)], p.tools) for p, r in zip(prompts, rows)
             for c in r["completions"]]
     too_long = Refused("too long", f"more than {self.max_length} tokens in the reward model's template")

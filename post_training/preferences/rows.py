@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['COMPLETION_DEFAULTS', 'COMPLETION_KEYS', 'ANSWER_KEYS', 'ROW_COLUMNS', 'SIDE_COLUMNS', 'PREFERENCE_FORMS',
-           'NUMBER_KEYS', 'make_completion', 'read_message', 'completion_message', 'prompt_of', 'prompts_of',
-           'text_content', 'row_features', 'row_fields', 'row_columns', 'read_or_error', 'branch_conversations',
-           'without_repeats', 'pair_conversations', 'solution_columns', 'prompt_alone', 'solution_conversations',
-           'completion_conversations', 'row_form', 'used_columns', 'thinks_or_calls', 'holds_text', 'needs_blocks',
-           'common_prompt', 'split_conversation', 'known_answer_text', 'all_numbers_finite', 'stored_answer',
-           'stored_columns', 'make_completion_row', 'row_conversations', 'rows_batch', 'unique_ids', 'row_account',
-           'all_finite', 'has_form', 'count_completions', 'narrow_rows', 'cast_rows', 'map_to_rows', 'to_rows',
-           'block_parts', 'prompt_context', 'structured_answer', 'swissai_row', 'named_row', 'to_swissai', 'pair_of',
-           'preference_row', 'to_preference', 'references_of', 'mix_pairs']
+           'NUMBER_KEYS', 'make_completion', 'read_message', 'completion_message', 'row_prompt', 'batch_prompts',
+           'text_content', 'row_features', 'row_fields', 'prompt_column_features', 'read_or_error',
+           'branch_conversations', 'without_repeats', 'pair_conversations', 'solution_columns', 'prompt_alone',
+           'solution_conversations', 'completion_conversations', 'row_form', 'used_columns', 'thinks_or_calls',
+           'holds_text', 'needs_blocks', 'common_prompt', 'split_conversation', 'known_answer_text',
+           'all_numbers_finite', 'stored_answer', 'stored_columns', 'make_completion_row', 'row_conversations',
+           'rows_batch', 'unique_ids', 'row_account', 'all_finite', 'has_form', 'count_completions', 'narrow_rows',
+           'cast_rows', 'map_to_rows', 'to_rows', 'block_parts', 'prompt_context', 'structured_answer', 'swissai_row',
+           'named_row', 'to_swissai', 'pair_of', 'preference_row', 'to_preference', 'references_of', 'mix_pairs']
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #438c3192
 import json, math, numpy as np, os
@@ -24,7 +24,7 @@ from ..data.columns import (
     is_list_type, key_masks, plain_array, repeats)
 from ..data.messages import (
     OPTIONAL_COLUMNS, Conversation, MalformedRow, UnsupportedContent, check_messages, format_of, is_user, keeps_nulls,
-    messages_from_texts, read_call, read_conversation, row_id, without_none)
+    read_call, read_conversation, row_id, without_none)
 from ..data.swissai import (
     CARRIED_COLUMNS, DISPLAY_ANSWERS, SWISSAI_COLUMNS, conversation_of, developer_message, has_blocks, is_structured,
     keep_good, message_features, message_fields, parse_json, plain_messages, stored_messages, structured_conversation,
@@ -81,7 +81,7 @@ def completion_message(
     return read_message(dict(role="assistant", content=c["content"], **{k: c[k] for k in ANSWER_KEYS if k in c}))
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #6b377e7f
-def prompt_of(
+def row_prompt(
     row:dict, # in row form, or a pair of the stage `pairs`
 )->Conversation: # messages up to the answer, tools, arguments of the template, weight
     "The prompt of a row with all that belongs to it"
@@ -90,12 +90,12 @@ def prompt_of(
                         1. if row.get("weight") is None else row["weight"])
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #9124cdd7
-def prompts_of(
+def batch_prompts(
     batch:dict, # columns of rows
 )->list[Conversation]:
     "The prompts of a batch of rows"
     names = [k for k in ("prompt", *ROW_COLUMNS) if k in batch]
-    return [prompt_of(dict(zip(names, values))) for values in zip(*(batch[k] for k in names))]
+    return [row_prompt(dict(zip(names, values))) for values in zip(*(batch[k] for k in names))]
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #0c4ef5f3
 def text_content(
@@ -137,7 +137,7 @@ def row_fields(
     return dict(prompt=names("prompt"), completions=sorted(answers))
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #b5e09eb5
-def row_columns(
+def prompt_column_features(
     names=ROW_COLUMNS, # some of `ROW_COLUMNS`
 )->dict: # name: `datasets` feature
     "The types of the columns that belong to a prompt"
@@ -242,7 +242,8 @@ def completion_conversations(
     **how, # ignore and exact of `read_conversation`
 )->list[tuple]: # (`Conversation` or an error, fields of the completion)
     "The completions of a row that has this form already, or its prompt alone"
-    form, rest, out = ("prompt", "completion"), {k: v for k, v in row.items() if k != "completions"}, []
+    form, out = ("prompt", "completion"), []
+    rest = {k: v for k, v in row.items() if k != "completions"}
     for c in row["completions"] or []:
         fields = {k: v for k, v in c.items() if k in COMPLETION_DEFAULTS} if isinstance(c, dict) else dict(content=c)
         message = dict(role="assistant", content=fields.pop("content", None))
@@ -411,7 +412,9 @@ def make_completion_row(
     blocks:bool, # structured contents
 )->tuple[dict, list[str]]: # the row, and the reasons against skipped completions
     "A row of prompt and completions; raises if nothing can be made of it"
-    prompts, completions, skipped = [], [], []
+    prompts = []
+    completions = []
+    skipped = []
     for c, fields in conversations:
         try:
             if isinstance(c, Exception): raise c
@@ -445,7 +448,8 @@ def row_conversations(
     if form == "messages": return [(read_conversation(row, columns, **how), {})]
     if form == "solutions": return solution_conversations(row, names, **how)
     if form == "prompt": return completion_conversations(dict(row, completions=[]), **how)
-    return dict(rows=completion_conversations, branches=branch_conversations, pairs=pair_conversations)[form](row, **how)
+    readers = dict(rows=completion_conversations, branches=branch_conversations, pairs=pair_conversations)
+    return readers[form](row, **how)
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #0aa3e690
 def rows_batch(
@@ -463,7 +467,9 @@ def rows_batch(
     how = dict(ignore=ignore, exact=exact)
     out = {k: [] for k in (*row_features(False), *ROW_COLUMNS, "_fault", "_row", "_lost")}
     for i, values in zip(indices, zip(*batch.values())):
-        row, fault, skipped = dict(zip(batch, values)), "", []
+        row = dict(zip(batch, values))
+        fault = ""
+        skipped = []
         if form == "solutions" and not row.get("verifier"): row["verifier"] = "final_number"
         try: made, skipped = make_completion_row(row, i, row_conversations(row, form, columns, names, how), blocks)
         except (MalformedRow, UnsupportedContent, KeyError, TypeError, AttributeError) as e:
@@ -539,7 +545,7 @@ def has_form(
     blocks:bool, # structured contents
 )->bool:
     "Whether a dataset has the columns of rows with the same types, unique ids, and finite numbers only"
-    columns = row_columns([c for c in ROW_COLUMNS if c in dataset.features])
+    columns = prompt_column_features([c for c in ROW_COLUMNS if c in dataset.features])
     wanted = row_features(blocks, columns, None if blocks else row_fields(dataset.features))
     if any(dataset.features.get(k) != f for k, f in wanted.items()): return False
     ids = dataset["id"][:]
@@ -612,7 +618,7 @@ def map_to_rows(
     from datasets.fingerprint import get_temporary_cache_files_directory
     text = Value("string")
     every = {} if blocks else dict(prompt=[k for k in message_fields(False)], completions=ANSWER_KEYS)
-    features = Features({**row_features(blocks, row_columns(), every), "_fault": text, "_row": text,
+    features = Features({**row_features(blocks, prompt_column_features(), every), "_fault": text, "_row": text,
                          "_lost": List(text)})
     cache_file = os.path.join(get_temporary_cache_files_directory(), f"rows-{os.urandom(8).hex()}.arrow")
     options = dict(form=form, columns=format_of(dataset.column_names) if form == "messages" else None,
@@ -701,9 +707,11 @@ def swissai_row(
     row:dict, # prompt and completions
 )->dict:
     "A row of prompt and completions in the Swiss-AI format: each completion ends its own branch"
-    given = prompt_of(row)
+    given = row_prompt(row)
     if given.messages and given.messages[-1]["role"] == "tool":
         raise UnsupportedContent("a prompt that ends in the output of a tool has no Swiss-AI form")
+    if any(m.get("name") and m.get("role") != "tool" for m in (*given.messages, *row["completions"])):
+        raise UnsupportedContent("the name of a speaker has no Swiss-AI form")
     prompt = structured_conversation(given).messages
     system, notes = ([m["content"] for m in prompt if m["role"] == r] for r in ("system", "developer"))
     turns = [m for m in prompt if m["role"] in ("user", "assistant")]
@@ -748,7 +756,7 @@ def to_swissai(
                         initial_prompt=dict(role=text, content=text, metadata=text),
                         conversation_branches=List(dict(messages=List(dict(role=text, parts=List(part))), **fields)))
     read = ("id", "prompt", "completions", "tools")
-    others = dataset.select_columns([c for c in dataset.column_names if c not in ("id", "prompt", "completions", "tools")])
+    others = dataset.select_columns([c for c in dataset.column_names if c not in read])
     rows = [named_row(swissai_row, r) for r in dataset.select_columns([c for c in dataset.column_names if c in read])]
     made = Dataset.from_dict({k: [r[k] for r in rows] for k in features}, features=features)
     return concatenate_datasets([made, others], axis=1) if others.column_names else made
@@ -781,7 +789,8 @@ def preference_row(
                         "Leave texts off.")
     more = sorted({k for m in messages for k, v in m.items() if k not in ("role", "content") and v})
     more += [k for k in ("tools", "chat_template_kwargs") if row.get(k)]
-    if texts and more: raise UserError(f"Row {row['id']}: it has {', '.join(more)}, which are no text. Leave texts off.")
+    if texts and more:
+        raise UserError(f"Row {row['id']}: it has {', '.join(more)}, which have no place in texts. Leave texts off.")
     sides = dict(prompt=messages[:-2], chosen=messages[-2:-1], rejected=messages[-1:])
     if texts: sides = {k: v[0]["content"] for k, v in sides.items()}
     return dict(id=row["id"], source=row["source"], **sides, **{k: row[k] for k in ROW_COLUMNS if k in row},
@@ -802,7 +811,7 @@ def to_preference(
     text = Value("string")
     number = Value("float64")
     features = Features(id=text, source=text, prompt=prompt, chosen=answer, rejected=answer, chosen_reward=number,
-                        rejected_reward=number, **row_columns(dataset.column_names))
+                        rejected_reward=number, **prompt_column_features(dataset.column_names))
     return Dataset.from_dict({k: [r[k] for r in out] for k in features}, features=features)
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #63eab607

@@ -53,14 +53,15 @@ def joined_splits(
 ): # `datasets.Dataset`
     "The rows of several splits, with the optional fields and columns of all"
     from datasets import Features, concatenate_datasets
-    from post_training.preferences.rows import ROW_COLUMNS, cast_rows, needs_blocks, row_columns, row_features, row_fields
+    from post_training.preferences.rows import (
+        ROW_COLUMNS, cast_rows, needs_blocks, prompt_column_features, row_features, row_fields)
     if len(parts) == 1 or any(needs_blocks(rows) for rows in parts): return concatenate_datasets(parts)
     found = [row_fields(rows.features) for rows in parts]
     fields = {k: sorted({name for f in found for name in f[k]}) for k in ("prompt", "completions")}
     columns = [c for c in ROW_COLUMNS if any(c in rows.column_names for rows in parts)]
     wide = {k: f for k, f in row_features(False, fields=fields).items() if k in fields}
     for i, rows in enumerate(parts):
-        for c, feature in row_columns(columns).items():
+        for c, feature in prompt_column_features(columns).items():
             if c not in rows.column_names: rows = rows.add_column(c, [None]*len(rows), feature=feature)
         features = Features(dict(rows.features, **wide))
         parts[i] = rows if features == rows.features else cast_rows(rows, features)
@@ -242,7 +243,8 @@ def ref_completions(
         base_url, call_stop_ids, completions_batch_fn, served_model, server_backend, token_rate, transformers_backend)
     g, s = cfg["generation"], cfg["server"]
     sampling = {k: g[k] for k in ("max_new_tokens", "temperature", "top_p")}
-    if cfg["backend"] == "transformers": complete = transformers_backend(annotation_model(cfg, tokenizer), tokenizer, **sampling)
+    if cfg["backend"] == "transformers":
+        complete = transformers_backend(annotation_model(cfg, tokenizer), tokenizer, **sampling)
     else:
         url = s["url"] or os.environ.get("POST_TRAINING_SERVER_URL")
         if not url:
@@ -264,8 +266,8 @@ def ref_logprobs(
 ): # function: indices of rows -> a result for each
     "Score completions under the reference model"
     from post_training.preferences.reference_logprobs import logprobs_batch_fn
-    return logprobs_batch_fn(rows, tokenizer, annotation_model(cfg, tokenizer), cfg["batch_tokens"], cfg["share_prompts"],
-                             facts["probe_rows"])
+    return logprobs_batch_fn(rows, tokenizer, annotation_model(cfg, tokenizer), cfg["batch_tokens"],
+                             cfg["share_prompts"], facts["probe_rows"])
 
 # %% ../../nbs/65_stages/4_preference_data.ipynb #3a4075dd
 def ref_rewards(

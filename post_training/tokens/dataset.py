@@ -122,7 +122,7 @@ def policy_for_reason(
     "The policy that decides about a reason"
     if reason.startswith("no completion after"): return "overlength"
     return dict(malformed="on_malformed", unsupported_roles="unsupported_roles", overlength="overlength",
-                weight="").get(reason.split(":")[0], "on_unverifiable")
+                weight="", refused="").get(reason.split(":")[0], "on_unverifiable")
 
 # %% ../../nbs/25_tokens/7_dataset.ipynb #d5c91766
 def read_chats(
@@ -137,7 +137,8 @@ def read_chats(
         try: chat = row_chat(row, encoder, ignore, exact)
         except MalformedRow as e: chat = Refused(f"malformed: {e}", str(e))
         except UnsupportedContent as e:
-            chat = Refused(f"unsupported_roles: {e}", f"{e}, and the template has no form for it")
+            kind = "refused" if str(e).startswith("column ") else "unsupported_roles"
+            chat = Refused(f"{kind}: {e}", f"{e}, and the template has no form for it")
         except (KeyError, TypeError, AttributeError) as e:
             chat = Refused("malformed: unexpected fields", f"a field is missing or has another type ({e!r})")
         if isinstance(chat, TemplateChat) and chat.row_weight == 0: chat = Refused("weight: the row has weight 0", "")

@@ -34,6 +34,10 @@ def end_fault(
     "Why a model would not learn to stop after a turn"
     i = int(chat.input_ids[last])
     if i in stop_ids and chat.completion_mask[last]: return ""
+    k = last # a template may write several control tokens after an answer
+    while k > 0 and chat.completion_mask[k] and self.is_special[chat.input_ids[k]]:
+        if int(chat.input_ids[k]) in stop_ids: return ""
+        k -= 1
     text = (f"an answer ends with {self.tokenizer.decode([i])!r} (id {i}), and generation stops at "
             f"{', '.join(map(str, sorted(stop_ids))) or 'no token'}: the model would not learn to stop")
     return text + (f". Set tokenizer_args.model_eos_token_id={i}" if self.is_special[i]
@@ -182,6 +186,22 @@ def prompt_fault(
     return (f"the token {token!r} joins the end of the generation prompt and the beginning of an answer: the model "
             "would start from ids that it has not seen in training")
 
+# %% ../../nbs/25_tokens/5_gates.ipynb #e631371a
+@patch
+def split_advice(
+    self:ChatEncoder,
+    chat:TokenizedChat,
+    n:int, # index of a turn with a fault
+    messages:list, # of the conversation
+    stop_ids:frozenset, # ids that generation stops at
+)->str: # empty if it would not help
+    "Advice where only the last turn of a conversation is rendered as inference sees it"
+    end = len(chat.turn_tokens) - 1
+    if n == end or self.end_fault(chat, int(chat.turn_tokens[end][2]), stop_ids): return ""
+    if self.prompt_fault(chat, end, messages, bool(self.triggers_in([content_text(m["content"]) for m in messages]))):
+        return ""
+    return "; tokenization.history=split makes a row of each turn"
+
 # %% ../../nbs/25_tokens/5_gates.ipynb #f3074f39
 @patch
 def turn_fault(
@@ -199,11 +219,9 @@ def turn_fault(
         if not trained.any(): continue
         if fault := self.prompt_fault(chat, n, messages, bool(words)):
             cause = f"; a content holds {' and '.join(words)}" if words else ""
-            last = len(chat.turn_tokens) - 1
-            if n < last and not self.prompt_fault(chat, last, messages, bool(words)):
-                cause += "; tokenization.history=split makes a row of each turn"
-            return Refused("generation prompt", fault + cause)
-        if fault := self.end_fault(chat, last, stop_ids): return Refused("end of turn", fault)
+            return Refused("generation prompt", fault + cause + self.split_advice(chat, n, messages, stop_ids))
+        if fault := self.end_fault(chat, last, stop_ids):
+            return Refused("end of turn", fault + self.split_advice(chat, n, messages, stop_ids))
 
 # %% ../../nbs/25_tokens/5_gates.ipynb #d5844c74
 def check_turns(

@@ -587,8 +587,9 @@ def why_unverifiable(
     "Why a rendering is not the template's pieces and the texts in order"
     words = self.triggers_in(texts)
     if not words: return "the rendering does not consist of the template's pieces and the contents, in this order"
-    advice = ("; give thoughts as reasoning_content, and answers without tags" if any("think" in w for w in words)
-              else "")
+    tags, flags = any("think>" in w for w in words), any(w.startswith("/") for w in words)
+    advice = "; give thoughts as reasoning_content, and answers without tags" if tags else ""
+    if flags: advice += "; say it by chat_template_kwargs instead"
     return f"the chat template {self.name} rewrites a content that holds {' and '.join(words)}{advice}"
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #fd740dc0

@@ -267,6 +267,7 @@ def readable_table(
 ):      # the same as texts under headings for people
     "A table for people"
     def cell(name, v):
+        if isinstance(v, (float, np.floating)) and np.isnan(v): return "" # not counted
         if name.endswith(("share", "density")): return f"{100*v:.1f}"
         if isinstance(v, (bool, np.bool_)): return "yes" if v else "-"
         if isinstance(v, (float, np.floating)): return f"{v:,.6g}"
