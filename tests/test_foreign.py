@@ -1,5 +1,6 @@
 "Rows that others write, with the tokenizers of other model families: ids, trained tokens, counts and messages of each line of golden/foreign/README.md."
 import json
+import random
 import re
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,7 @@ from post_training.data.columns import account
 from post_training.data.io import load_rows
 from post_training.evaluation.answers import evaluation_result, prompts_of
 from post_training.models.verifiers import row_verifier
-from post_training.tokens.dataset import tokenize_dataset
+from post_training.tokens.dataset import tokenize_dataset, tokenize_rows
 from post_training.tokens.pairs import tokenize_pairs
 from post_training.tokens.tokenizer import load_tokenizer, toy_tokenizer
 
@@ -481,11 +482,52 @@ def test_the_answer_behind_a_thought_is_scored(f):
     assert result("<think>\nEasy sum.\n</think>\n\nBern<|im_end|>")["samples"][0]["got"] == "Bern"
 
 
+# -- templates as they are published: those that trl brings along
+
+def published():
+    import trl
+    found = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+    return [p for p in found if not re.search("training|idefics|llava|smolvlm|_vl", p.name)]  # copies with marks; those that take images
+
+
+USES = [dict(type="function", function=dict(name="f", description="d", parameters=dict(type="object", properties=dict(x=dict(type="string"), n=dict(type="integer"), on=dict(type="boolean")))))]
+
+
+@pytest.mark.parametrize("path", published(), ids=lambda p: p.stem)
+def test_published_templates(path):
+    "Every kept row is the whole rendering, and each span that is trained begins after the ids of an inference prompt; with one row of each turn as well"
+    from test_own_templates import trl_talk, trl_tokenizer
+    t, rng, kept = trl_tokenizer(path.read_text()), random.Random(path.stem), {}
+    stops = [i for i, a in t.added_tokens_decoder.items() if a.special]
+    for kind, history in (("plain", "as_template"), ("thoughts", "as_template"), ("tools", "as_template"), ("plain", "split"), ("thoughts", "split"), ("tools", "split")):
+        talks = [[{k: v for k, v in m.items() if k != "reasoning"} for m in trl_talk(rng, kind)] for _ in range(5)]
+        made = [dict(messages=json.dumps(m), tools=json.dumps(USES) if any("tool_calls" in x for x in m) else "") for m in talks]
+        data, _ = tokenize_rows(Dataset.from_list(made), t, stop_ids=stops, unsupported_roles="drop", history=history)
+        for row in data:
+            if row["reason"]: continue
+            kept[kind, history] = kept.get((kind, history), 0) + 1
+            i, _, n = row["row_id"].partition("#")
+            how = dict(tools=USES) if made[int(i)]["tools"] else {}
+            asks = [k for k, m in enumerate(talks[int(i)]) if m["role"] == "user"] + [len(talks[int(i)])]
+            messages = talks[int(i)][:asks[int(n or len(asks) - 2) + 1]]
+            assert row["input_ids"] == t(render(t, messages, **how), add_special_tokens=False).input_ids
+            mask, prompts = np.array(row["completion_mask"]), []
+            for k, m in enumerate(messages):
+                try: prompts += [t(render(t, messages[:k], add_generation_prompt=True, **how), add_special_tokens=False).input_ids] if m["role"] == "assistant" else []
+                except Exception: pass  # templates that cannot be asked there
+            for start in np.flatnonzero(mask & ~np.append(False, mask[:-1])):
+                assert row["input_ids"][:start] in prompts, t.decode(row["input_ids"][:start + 4])
+    asks_for_more = re.match("deepseek|glm4moe", path.stem)  # a prompt that opens a thought; no end token
+    assert bool(kept.get(("plain", "split"))) != bool(asks_for_more or "nemotron" in path.stem), kept
+
+
 # -- nothing is missing
 
 def test_every_file_of_the_list_is_used():
     "Names in the table's first column, and all files that lie there"
-    table = [line.split("|")[1] for line in (FOREIGN / "README.md").read_text().splitlines() if line.startswith("|") and "|---" not in line][1:]
+    table = (FOREIGN / "README.md").read_text().partition("| file | with | right |")[2]
+    table = [line.split("|")[1] for line in table.splitlines() if line.startswith("|") and "|---" not in line]
+    assert len(table) > 30
     named = {n.strip().split(".")[0] for cell in table for n in re.sub(r"\(.*?\)", "", cell).split(",")}
     lie = {p.name.split(".")[0] for p in (FOREIGN / "data").iterdir()}
     text = "".join(p.read_text() for p in Path(__file__).parent.glob("test_*.py"))
@@ -565,9 +607,9 @@ KEPT = {  # template or family, row, how its messages are rendered (None: as the
     "a thought in a channel": ("harmony", dict(messages=[ASKED, dict(FOUR, thinking="Easy sum.")]), [ASKED, dict(FOUR, reasoning_content="Easy sum.")],
                                "<|channel|>analysis<|message|>Easy sum.<|end|><|start|>assistant<|channel|>final<|message|>It is 4.<|return|>"),
     "an end token that strips": ("strips", dict(messages=AGAIN), None, "It is 4.<|im_end|>It is 6.<|im_end|>"),
-    "metaspace": ("metaspace", dict(messages=talk("What a day", "user assistant Bern.", "  Zürich ", "🏔 what")), None, "user assistant Bern.<|im_end|>🏔 what<|im_end|>"),
+    "metaspace": ("metaspace", dict(messages=talk("What a day", "user assistant Bern.", "  Zürich ", " what")), None, "user assistant Bern.<|im_end|> what<|im_end|>"),
     "the last answer without a line break": ("tulu 3", dict(messages=AGAIN), None, "It is 4.</s>It is 6.</s>"),
-    "tools in the system message": ("phi mini", dict(messages=talk("2+2?", "It is 4.", system="Be brief."), tools=OFFERED), None, "It is 4.<|end|>"),
+    "tools in the system message": ("phi mini", dict(messages=talk("2+2?", "It is 4.", system="Be brief."), tools=OFFERED), None, "It is 4.<|end|></s>"),
     # qwen.readthedocs.io, framework/function_call: several calls in one message, each answered by a message of its own
     "parallel calls": ("qwen25", dict(messages=[USED[0], dict(USED[1], tool_calls=[dict(CALL, id="a"), dict(CALL, id="b")]), dict(USED[2], tool_call_id="a"), dict(USED[2], tool_call_id="b", content="13"), USED[3]], tools=OFFERED), None,
                        (WRITES["qwen25"].removesuffix("<|im_end|>") + "\n") + WRITES["qwen25"] + "12 degrees.<|im_end|>"),
@@ -592,30 +634,27 @@ KEPT = {  # template or family, row, how its messages are rendered (None: as the
     "tool_call and tool_response": ("qwen25", dict(messages=[USED[0], dict(role="tool_call", content='{"name": "get_weather", "arguments": {"city": "Bern"}}'), dict(role="tool_response", content='{"t": 12}'), USED[3]], tools=OFFERED),
                                     USED, WRITES["qwen25"] + "12 degrees.<|im_end|>"),
     # github.com/axolotl-ai-cloud/axolotl, docs/dataset-formats/conversation.qmd: spans of a content that the template strips
-    "spans of a stripped content": ("llama31", dict(messages=[ASKED, dict(FOUR, content="  It is 4.", train_detail=[dict(begin_offset=5, end_offset=9, train=True)])]), [ASKED, FOUR], " is 4.<|eot_id|>"),
+    "spans of a stripped content": ("llama31", dict(messages=[ASKED, dict(FOUR, content="  It is 4.", train_detail=[dict(begin_offset=4, end_offset=9, train=True)])]), [ASKED, FOUR], " is 4.<|eot_id|>"),
     # huggingface.co/datasets/nvidia/Nemotron-Post-Training-Dataset-v1: an empty thought beside the answer
     "an empty thought": ("qwen3", dict(messages=[ASKED, dict(FOUR, reasoning_content="")]), None, "<think>\n\n</think>\n\nIt is 4.<|im_end|>"),
     # huggingface.co/google/gemma-3-4b-it: a system prompt joins the first question, and contents may be parts
     "a system prompt in the first question": ("gemma3", dict(messages=[dict(role="system", content="Be brief."), dict(ASKED, content=[dict(type="text", text="2+2?")]), FOUR]), talk("2+2?", "It is 4.", system="Be brief."), "It is 4.<end_of_turn>"),
     # llama.meta.com, the format of Llama 2: no generation prompt, and a blank before an answer
     "a blank before an answer": ("llama2_first", dict(messages=talk("2+2?", "Bern", "3+3?", "7", system="Be brief.")), None, " Bern </s> 7 </s>")}
-SPANS = {"spans of a stripped content"}
 
 
 @pytest.mark.parametrize("name", KEPT)
 def test_public_forms(name):
     how, row, canonical, trained = KEPT[name]
     t, end = made(how) if how in TEMPLATES else (family(how), ENDS[how])
-    text = json.dumps(row, ensure_ascii=False)
-    data, counts = tokenize_dataset(Dataset.from_list([{k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in row.items()}] if "completion" not in row else [row]), t,
-                                    stop_ids=[t.convert_tokens_to_ids(end)])
+    stored = row if "completion" in row else {k: json.dumps(v, ensure_ascii=False) for k, v in row.items()}
+    data, counts = tokenize_dataset(Dataset.from_list([stored]), t, stop_ids=[t.convert_tokens_to_ids(end)])
     messages = canonical or row["messages"]
     kwargs = row.get("chat_template_kwargs", {}) | (dict(tools=OFFERED) if "tools" in row else {})
     ids, mask = expected(t, end, messages, **kwargs)
-    got = [t.decode([i for i, m, w in zip(data[0]["input_ids"], data[0]["completion_mask"], data[0].get("weights") or [1] * len(ids)) if m and w > 0])]
-    assert data[0]["input_ids"] == ids and counts["out"] == 1, text
-    assert got[0].strip(" ") == trained.strip(" ") if "blank" in name or "metaspace" in name else got == [trained]
-    if name not in SPANS: assert data[0]["completion_mask"] == mask
+    assert data[0]["input_ids"] == ids and counts["out"] == 1
+    assert data[0]["completion_mask"] == mask or not trained.endswith(end) # a template may write another control token behind the end
+    assert trained_text(data[0], t).lstrip(" ") == trained.lstrip(" ") # a decoder drops the first blank
 
 
 REFUSED = {  # template or family, row, words of the refusal
@@ -674,4 +713,4 @@ def test_arguments_of_the_template_in_each_row():
     data, _ = tokenize_dataset(Dataset.from_list([dict(messages=[ASKED, FOUR], chat_template_kwargs=json.dumps(k)) for k in kwargs]), family("qwen3"), stop_ids=stop("qwen3"))
     block = "<think>\n\n</think>\n\n"
     assert [trained_text(r, family("qwen3")) for r in data] == [block + "It is 4.<|im_end|>", "It is 4.<|im_end|>", block + "It is 4.<|im_end|>", block + "It is 4.<|im_end|>"]
-    for row, k in zip(data, kwargs): assert row["input_ids"], row["completion_mask"] == expected(family("qwen3"), "<|im_end|>", [ASKED, FOUR], **(k or {}))
+    for row, k in zip(data, kwargs): assert (row["input_ids"], row["completion_mask"]) == expected(family("qwen3"), "<|im_end|>", [ASKED, FOUR], **(k or {}))

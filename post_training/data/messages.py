@@ -698,7 +698,9 @@ def message_fault(
     if role not in ROLES: return f"unknown role {role!r:.40}"
     if isinstance(content, dict):
         if STRUCTURED_KEYS.get(role) not in content:
-            return f"a structured {role} message without {STRUCTURED_KEYS.get(role, 'a place')}"
+            key = STRUCTURED_KEYS.get(role)
+            if not key: return f"structured contents have no {role} message"
+            return f"a structured {role} message without {key}"
     elif content is not None and not isinstance(content, (str, list)):
         return f"{role} message with a content that is not text"
     if m.get("tool_calls") and role == "assistant": return None
@@ -762,7 +764,8 @@ def role_fault(
     "The fault of the first check that a conversation fails"
     for name in checks:
         if name not in ROLE_CHECKS:
-            raise UserError(f"There is no check {name!r}: {', '.join(ROLE_CHECKS)}.{did_you_mean(name, ROLE_CHECKS)}")
+            raise UserError(f"Unknown role check {name!r}. Known: {', '.join(ROLE_CHECKS)}."
+                            f"{did_you_mean(name, ROLE_CHECKS)}")
         if fault := ROLE_CHECKS[name](messages): return fault
 
 # %% ../../nbs/20_data/3_messages.ipynb #85d8d7d2
@@ -789,10 +792,10 @@ DROP_HINTS = { # words in a reason: advice
     "no completion after": "training_args.max_length is too short for them",
     "reference rewards": "set min_num_ref_rewards=0 to keep them; the modes offline, best-worst, random and "
                          "k-random need no reference rewards",
-    "offers tools": "message_format=structured (blocks=True) carries tools",
-    "calls tools": "message_format=structured (blocks=True) carries tools",
-    "holds tool_calls": "message_format=structured (blocks=True) carries tools",
-    "holds thoughts": "message_format=structured (blocks=True) carries thoughts"}
+    "offers tools": "set message_format=structured to keep tools",
+    "calls tools": "set message_format=structured to keep tools",
+    "holds tool_calls": "set message_format=structured to keep tools",
+    "holds thoughts": "set message_format=structured to keep thoughts"}
 
 # %% ../../nbs/20_data/3_messages.ipynb #0448ca97
 def check_dropped(

@@ -156,8 +156,9 @@ def tokenize_template_chats(
     at = [i for i, c in enumerate(chats) if isinstance(c, TemplateChat)]
     good = [chats[i] for i in at]
     out = list(chats)
-    tokenized = tokenize_chats(tokenizer, [c.messages for c in good], allow_control_tokens_in_content, unsupported_roles,
-                               [c.tools for c in good], [c.template_kwargs for c in good], [c.weights for c in good])
+    tokenized = tokenize_chats(
+        tokenizer, [c.messages for c in good], allow_control_tokens_in_content, unsupported_roles,
+        [c.tools for c in good], [c.template_kwargs for c in good], [c.weights for c in good])
     for i, chat, done in zip(at, good, tokenized):
         if chat.trained_from and not isinstance(done, Refused):
             first = next((t for t, m in enumerate(done.skeleton.turn_messages) if m >= chat.trained_from), None)
@@ -390,7 +391,8 @@ def refuse_mostly_failing(
     shown = tokenize_conversations([row], tokenizer, "drop", ignore=ignore_columns)[1][0] if row else None
     example = "" if shown is None or isinstance(shown, Refused) else "\n" + colour_ansi(
         tokenizer, shown.input_ids, shown.completion_mask, max_tokens=200).replace("\n", "⏎")
-    advice = "" if reason == "unverifiable" else ". Or set tokenization.on_missing_stop=warn to train on such rows nevertheless"
+    advice = ". Or set tokenization.on_missing_stop=warn to train on such rows nevertheless"
+    if reason == "unverifiable": advice = ""
     raise UserError(f"{sum(failed.values())} of {counts['in']} rows cannot be trained on as they would be used "
                     f"({', '.join(f'{n} {r}' for r, n in failed.items())}). Row {first}: "
                     f"{counts['details'].get(reason, reason)}{advice}.{example}")
@@ -442,7 +444,8 @@ def check_sample(
 )->list[str]: # warnings
     "Check the stop tokens and the generation prompt on some rows of a dataset"
     rows = dataset.select(np.linspace(0, len(dataset) - 1, min(n, len(dataset)), dtype=int).tolist()).to_list()
-    chats = [c for c in read_chats(rows, tokenizer, ignore_columns, keeps_nulls(dataset)) if isinstance(c, TemplateChat)]
+    chats = read_chats(rows, tokenizer, ignore_columns, keeps_nulls(dataset))
+    chats = [c for c in chats if isinstance(c, TemplateChat)]
     stop_ids = tokenizer.eos_token_id if stop_ids is None else stop_ids
     warning = check_turns(tokenizer, [c.messages for c in chats], stop_ids, on_missing_stop,
                           tools=[c.tools for c in chats], template_kwargs=[c.template_kwargs for c in chats],

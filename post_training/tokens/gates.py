@@ -151,8 +151,8 @@ def prompt_difference(
     if texts[0] == texts[1]: texts = [asked, written]
     at = max(len(os.path.commonprefix(texts)) - 16, 0)
     asked, written = (text[at:at+40] for text in texts)
-    return (f"asked for an answer, the template writes {asked!r}, and in the conversation stands {written!r}: the model "
-            "would start from ids that it has not seen in training")
+    return (f"asked for an answer, the template writes {asked!r}, and in the conversation stands {written!r}: the "
+            "model would start from ids that it has not seen in training")
 
 # %% ../../nbs/25_tokens/5_gates.ipynb #64f508ba
 @patch

@@ -158,7 +158,7 @@ class ChatEncoder:
         self.headers = {} # options: generation prompt
         self.endings = {} # (options, shapes of two messages): result of `text_endings`
         self.name = next((n for n in CHAT_TEMPLATES if template_text(n) == tokenizer.chat_template), "of the tokenizer")
-        self.keeps_blanks = self.name not in CHAT_TEMPLATES # a blank that the template writes before an answer is trained
+        self.keeps_blanks = self.name not in CHAT_TEMPLATES # blanks before an answer belong to the answer
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #0e0005ba
 def encoder_state(tokenizer)->tuple:
@@ -859,7 +859,8 @@ def encode_verified(
                                           n in literal))
             continue
         turn_tokens = turns_N3[turn_cuts[n]:turn_cuts[n+1]] - (a, 0, a)
-        weights = None if row.weights is None else weights_N[a:b] if weights_N is not None else np.ones(b - a, np.float32)
+        weights = np.ones(b - a, np.float32) if weights_N is None else weights_N[a:b]
+        weights = None if row.weights is None else weights
         turns = [(row_spans[i][0], row_spans[j][1]) for i, j in row.skeleton.turns]
         out.append(TokenizedChat(row.text, ids_N[a:b], mask_N[a:b], places[a:b], row_spans, turns, row.skeleton,
                                  row.skeleton.missing_texts, weights, turn_tokens))
