@@ -146,7 +146,7 @@ def test_a_template_other_than_that_of_training_is_refused(tiny, tmp_path):
     cfg = compose(tiny, "parity.dialogues=0").cfg
     from post_training.stages.tokenized_data import tokenizer_of
     source = weights.CheckpointSource(str(tiny), "tiny", dict(fingerprints=dict(template="0" * 64)))
-    with pytest.raises(UserError, match="not the one that this run was trained with"), atomic_dir(tmp_path / "out") as tmp:
+    with pytest.raises(UserError, match="differs from the template of this run's training"), atomic_dir(tmp_path / "out") as tmp:
         export.export_checkpoint(cfg, source, tokenizer_of(cfg), tmp, "out")
     assert not list(tmp_path.iterdir())
 

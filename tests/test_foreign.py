@@ -458,6 +458,24 @@ def test_thoughts_of_pairs(name, chosen, rejected):
         with pytest.raises(UserError, match="unsupported_roles"): paired(name, "llama31")
 
 
+def test_calls_of_pairs(tmp_path):
+    "Tools, calls and a system prompt of a pair are rendered; a null that was written stays"
+    def call(**arguments): return dict(role="assistant", content="", tool_calls=[dict(type="function", id="abcdefghi", function=dict(name="get_weather", arguments=arguments))])
+    made = [dict(system="Be brief.", prompt=[USED[0]], chosen=[call(city="Bern", unit=None)], rejected=[call(city="Basel", days=2)], tools=OFFERED, weight=w) for w in (0.5, 1.0)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in made))
+    for f in ("qwen25", "qwen3", "mistral7"):
+        data, counts = tokenize_pairs(load_rows(tmp_path / "rows.jsonl"), family(f), stop_ids=stop(f))
+        assert counts["out"] == 2 and data["row_weight"][:] == [0.5, 1]
+        t, prompt = family(f), [dict(role="system", content="Be brief."), USED[0]]
+        assert data[0]["prompt_ids"] == t(render(t, prompt, tools=OFFERED, add_generation_prompt=True), add_special_tokens=False).input_ids
+        for side, answer in (("chosen", made[0]["chosen"][0]), ("rejected", made[0]["rejected"][0])):
+            ids, mask = expected(t, ENDS[f], [*prompt, answer], tools=OFFERED)
+            assert data[0]["prompt_ids"] + data[0][f"{side}_ids"] == ids[:max(i for i, m in enumerate(mask) if m) + 1]
+        assert '"unit": null' in t.decode(data[0]["chosen_ids"])
+    with pytest.raises(UserError, match="Row 0: .*no place for: tools.*unsupported_roles=drop"): tokenize_pairs(load_rows(tmp_path / "rows.jsonl"), family("phi4"), unsupported_roles="error")
+    with pytest.raises(UserError, match="All 2 rows of pairs were dropped.*no place for: tools"): tokenize_pairs(load_rows(tmp_path / "rows.jsonl"), family("phi4"))
+
+
 @pytest.mark.parametrize("name, reason", [("pairs_hh.jsonl", "chosen is a text and there is no prompt"), ("pairs_multi_diff.jsonl", "chosen and rejected differ before the last answer")])
 def test_pairs_that_are_refused(name, reason):
     with pytest.raises(UserError, match=f"All 20 rows of pairs were dropped.*{reason}"): paired(name, "qwen25")

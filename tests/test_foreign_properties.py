@@ -10,7 +10,7 @@ from test_foreign import ENDS, family, render, stop
 from post_training.tokens.dataset import tokenize_rows
 
 disable_progress_bars()
-some = settings(max_examples=70, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+some = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 TOOLS = [dict(type="function", function=dict(name="add", description="Adds – two", parameters=dict(type="object", properties=dict(a=dict(type="integer"), b=dict(type=["string", "null"])))))]
 CALLERS, THINKERS = ("qwen25", "qwen3", "llama31", "mistral7"), ("qwen3",)
 # beginnings and ends that tokenizers join with what stands beside them, words of templates, tags

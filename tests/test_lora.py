@@ -167,7 +167,7 @@ def test_the_road(demo, tmp_path, monkeypatch, capfd):
     assert name == "tiny", "no folder of this machine"
     then, told, second = finished("train_preference", f"artifacts_subdir={tmp_path.name}", f"model_args.model_name_or_path=run:{folder.name}", "training_args.ref_logprobs_from_dataset=false",
                             "training_args.loss_type=sigmoid")
-    assert told["reference"].endswith("its adapters off") and told["reference_check"] == 0
+    assert told["reference"].endswith("its adapters off") and abs(told["reference_check"]) < 1e-5
     first = run.read_metrics(then)[0]
     assert abs(first["chosen_log_ratio"]) < 1e-5 and first["loss"] == pytest.approx(0.6931472, abs=1e-6)
     assert not verify_manifest(second) and (score(load_model(second).eval()) - score(merged)).abs().max() > 1e-3

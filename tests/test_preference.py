@@ -247,7 +247,7 @@ def test_a_mistake_is_told(case, demo, tmp_path, monkeypatch, capfd):
 
 
 def test_contents_may_be_parts(demo, tmp_path, capfd):
-    "Text parts are text, beside prompts of one text; what stands in a column of tools is not read, and that is told"
+    "Text parts are text, beside prompts of one text; tools in a column of their own are part of the prompt"
     from post_training import config
     from post_training import train_preference
     made = {}
@@ -258,7 +258,7 @@ def test_contents_may_be_parts(demo, tmp_path, capfd):
         made[name] = train_preference.load_tokenized_pairs(config.compose("train_preference", [*SHORT, f"dataset_args.dataset_name={tmp_path / name}.jsonl", f"artifacts_subdir={tmp_path.name}"]).cfg)
     texts, parts = made["texts"].train, made["parts"].train
     assert len(parts) == 20 and parts["chosen_ids"][:] == texts["chosen_ids"][:] and parts["rejected_ids"][:] == texts["rejected_ids"][:]
-    assert "20 of 20 pairs have tools" in made["parts"].notices[0]
+    assert made["parts"].notices == [] and "add" in made["parts"].tokenizer.decode(parts[0]["prompt_ids"])
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, None])

@@ -10,19 +10,19 @@ import contextlib, yaml
 from pathlib import Path
 from ..core.files import UserError, did_you_mean
 from .schema import CONFIGS, TRAINING_STAGES
-from .presets import first_error_line, preset_names, site_path
+from .presets import first_error_line, preset_names, preset_path, site_path
 
 # %% ../../nbs/10_config/5_batch.ipynb #0b643d15
 def accelerate_file(
     name:str, # a preset's name, or the path of a file in accelerate's format
 )->Path: # the file
-    "The file of an accelerate preset; a path into another `configs/accelerate` gives the preset of that name"
+    "The file of an accelerate preset, your own first; a path into another `configs/accelerate` gives the preset"
     known, path = preset_names("accelerate"), Path(name).expanduser()
-    if name in known: return CONFIGS/"accelerate"/f"{name}.yaml"
+    if name in known: return preset_path("accelerate", name)
     if path.is_file(): return path.resolve()
     with contextlib.suppress(UserError): # there is no project root outside a checkout
         if site_path(path).is_file(): return site_path(path)
-    if path.parts[-3:-1] == ("configs", "accelerate") and path.stem in known: return CONFIGS/"accelerate"/path.name
+    if path.parts[-3:-1] == ("configs", "accelerate") and path.stem in known: return preset_path("accelerate", path.stem)
     raise UserError(f"accelerate_config={name} is neither a preset nor a file.{did_you_mean(path.stem, known)} "
                     f"Presets: {', '.join(known)}.")
 

@@ -14,9 +14,12 @@ from ..core.files import UserError, did_you_mean, redact, write_atomic
 from .schema import (
     CONFIGS, NOTHING, SHARD_STAGES, STAGES, TRAINING_STAGES, check_allowed, check_config, check_ranges, flatten,
     get_key, known_keys, pop_key, refuse_unread, set_key, stage_keys, unknown_key_hint, unread_keys, unread_notices)
-from .overrides import ParsedOverride, translate_key, old_names, parse_override, translate_presets
+from post_training.config.overrides import (
+    ParsedOverride, choose_warmup, left_out, old_names, parse_override, translate_key, translate_presets,
+    translate_value)
 from .presets import (
-    first_error_line, compose_presets, preset_groups, preset_file, preset_names, resolve_interpolations, stage_name)
+    EXPERIMENT_GROUPS, compose_presets, experiment_preset, first_error_line, own_defaults, own_notices, preset_file,
+    preset_groups, preset_name, preset_names, resolve_interpolations, site_path, stage_name)
 from .batch import accelerate_file, batch_arithmetic, engine_of
 from .preference_losses import check_preference_args
 
@@ -39,28 +42,38 @@ def _sort_overrides(
     overrides, # as typed
     keys:dict, # known keys of the stage
     config_dir=None, # an additional folder of presets
-)->tuple: # (group -> preset, list of ParsedOverride)
+)->tuple: # (group -> preset, list of ParsedOverride, notices)
     "Parse overrides and separate presets from values; presets that do not exist raise an error with the nearest name"
     if isinstance(overrides, str):
         raise UserError(f"Overrides are a list of texts like key=value, not one text: [{overrides!r}]")
     choices = {}
     values = []
+    notices = []
     known = preset_groups(stage)
     sections = {k.split(".")[0] for k in [*keys, *old_names(keys)]}
     for t in map(parse_override, overrides):
-        if t.key in known:
+        if t.key in EXPERIMENT_GROUPS:
+            if t.value in (None, "none"): continue
+            file = preset_file(t.key, t.value)
+            group, name = (t.key, file) if file else experiment_preset(t.key, Path(str(t.value)).stem, config_dir)
+            choices[group] = name
+        elif t.key in known:
             names, file = preset_names(t.key, config_dir), preset_file(t.key, t.value)
-            if file is None and t.value not in names:
+            name = preset_name(t.key, t.value, config_dir)
+            if file is None and name not in names:
                 raise UserError(f"There is no preset {t.text.lstrip('+')}.{did_you_mean(str(t.value), names)} Presets "
                                 f"of {t.key}: {', '.join(names)}.")
-            choices[t.key] = t.value if file is None else file
+            if file is None and name != t.value: notices.append(f"{t.text}: taken as the preset {t.key}={name}.")
+            choices[t.key] = name if file is None else file
         elif t.key == "accelerate": values.append(ParsedOverride("accelerate_config", t.value, t.text))
         elif (CONFIGS/t.key).is_dir():
             raise UserError(f"{stage} takes no preset of {t.key}. Its groups: {', '.join(known)}.")
         elif t.key.split(".")[0] not in sections:
-            raise UserError(f"Unknown key {t.key}.{unknown_key_hint(t.key, [*known, *keys])}")
+            if not (why := left_out(t.key, t.value)):
+                raise UserError(f"Unknown key {t.key}.{unknown_key_hint(t.key, [*known, *keys])}")
+            notices.append(f"{t.text}: left out, {why}.")
         else: values.append(t)
-    return choices, values
+    return own_defaults(stage, config_dir) | choices, values, notices
 
 # %% ../../nbs/10_config/6_compose.ipynb #46ee6c25
 def _as_text(key:str, value, t:ParsedOverride, keys:dict):
@@ -71,6 +84,56 @@ def _as_text(key:str, value, t:ParsedOverride, keys:dict):
     if kinds & {"list[str]"} and isinstance(value, list):
         return [v if isinstance(v, (list, dict)) else str(v) for v in value]
     return value
+
+# %% ../../nbs/10_config/6_compose.ipynb #661a6f59
+def _plain_reference(value, keys:dict):
+    "A text in which the reference to a key was escaped for a shell, as in \\${artifacts_dir}/A, as a reference"
+    if not isinstance(value, str): return value
+    known = {*keys, *(k.partition(".")[0] for k in keys)}
+    return re.sub(r"\\\$\{([\w.]+)\}", lambda m: f"${{{m[1]}}}" if m[1] in known else m[0], value)
+
+# %% ../../nbs/10_config/6_compose.ipynb #82ee186d
+def _typed_warmup(
+    values:list, # typed overrides
+    ratio, # warmup_ratio of the presets; None: they have none
+)->tuple: # (values, notices)
+    "Keep one of the typed warmup_steps and warmup_ratio"
+    names = {n: f"training_args.{n}" for n in ("warmup_steps", "warmup_ratio")}
+    typed = {n: next((t.value for t in values if t.key == key), None) for n,key in names.items()}
+    steps, given = typed["warmup_steps"], typed["warmup_ratio"] if typed["warmup_ratio"] is not None else ratio
+    if isinstance(steps, float) and 0 < steps < 1: return values, [] # a share already
+    holds, notice = choose_warmup(steps, given)
+    if not notice: return values, []
+    other = names["warmup_ratio" if holds == "warmup_steps" else "warmup_steps"]
+    return [t for t in values if t.key != other], [notice]
+
+# %% ../../nbs/10_config/6_compose.ipynb #05e526f7
+def _resuming_dir(values:list, keys:dict)->tuple: # (values, notices)
+    "A typed folder of checkpoints, as the newest checkpoint in it; a folder without one of this program is refused"
+    typed = next((t for t in values if t.key == "resuming_dir" and t.value), None)
+    if typed is None or "resume_from" not in keys: return values, []
+    found = [p.parent for p in Path(site_path(str(typed.value))).glob("checkpoint-*/manifest.json")]
+    if not found:
+        raise UserError(f"{typed.text}: there is no checkpoint of this program (checkpoint-*/manifest.json). To start "
+                        "from the weights of another program's checkpoint, type model_args.model_name_or_path="
+                        f"{typed.value}/checkpoint-N and leave resuming_dir out. A run of this program resumes by "
+                        "itself if its command is typed again.")
+    newest = max(found, key=lambda p: int(re.sub(r"\D", "", p.name) or 0))
+    new = ParsedOverride("resume_from", str(newest), typed.text)
+    return [new if t is typed else t for t in values], [f"{typed.text}: taken as resume_from={newest}."]
+
+# %% ../../nbs/10_config/6_compose.ipynb #bb407ca6
+def _named_by_preset(raw:dict, origins:dict, choices:dict)->list[str]: # notices
+    "Fill a missing `dataset_name` in, in place, from the folder of the rows or the preset's name"
+    group = next((g for g in ("mixture", "dataset") if g in choices), None)
+    if raw.get("dataset_name") != "???" or group is None: return []
+    where = f"preset {group}={choices[group].stem if isinstance(choices[group], Path) else choices[group]}"
+    if where == f"preset {group}=local": return []
+    folder = raw.get("save_data_dir")
+    own_folder = isinstance(folder, str) and "dataset_name" not in folder
+    raw["dataset_name"] = Path(folder).name if own_folder else where.partition("=")[2]
+    origins["dataset_name"] = where
+    return [f"The preset {group}={where.partition('=')[2]} names no dataset_name: taken as {raw['dataset_name']}."]
 
 # %% ../../nbs/10_config/6_compose.ipynb #ad8229b3
 def _apply(raw:dict, values:list, keys:dict)->tuple: # (dotted key -> the override that set it, notices)
@@ -84,10 +147,14 @@ def _apply(raw:dict, values:list, keys:dict)->tuple: # (dotted key -> the overri
                 raise UserError(f"{t.text}: there is no key {t.key} to remove.{unknown_key_hint(t.key, flatten(raw))}")
             continue
         for old,v in flatten({t.key: t.value}).items():
+            if old not in keys and old not in names and (why := left_out(old, v)):
+                notices.append(f"{t.text}: left out, {why}.")
+                continue
             k, v = translate_key(old, v, names)
             if not isinstance(v, dict) and k not in keys and any(known.startswith(f"{k}.") for known in keys):
                 raise UserError(f"{k} is a section of keys, not a value: set {k}.NAME=VALUE.")
-            v = _as_text(k, v, t, keys)
+            v, notice = translate_value(k, _plain_reference(_as_text(k, v, t, keys), keys), keys.get(k, "any"))
+            if notice: notices.append(notice)
             if k != old: notices.append(f"{old} is called {k} now: taken as {k}={json.dumps(v)}.")
             before = typed.get(k)
             if before and before[1] != old and get_key(raw, k) != v:
@@ -222,9 +289,13 @@ def compose(
         if (frozen := compose_frozen(overrides[0])).stage == stage: return frozen
         raise UserError(f"{overrides[0]} is a config of stage {frozen.stage}, not {stage}.")
     keys = known_keys(stage)
-    choices, values = _sort_overrides(stage, overrides, keys, config_dir)
+    choices, values, notices = _sort_overrides(stage, overrides, keys, config_dir)
     raw, origins = compose_presets(stage, choices, config_dir)
-    notices = translate_presets(raw, origins, old_names(keys))
+    notices += own_notices(stage, preset_groups(stage) | choices, config_dir)
+    values, more = _typed_warmup(values, get_key(raw, "training_args.warmup_ratio"))
+    notices += [*more, *_named_by_preset(raw, origins, choices), *translate_presets(raw, origins, old_names(keys), keys)]
+    values, more = _resuming_dir(values, keys)
+    notices += more
     others = _without_others(raw, origins, keys)
     typed = {} # dotted key -> the override that set it
     def origin(key):

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['DPO_LOSSES', 'LOSS_CHOICES', 'DIVERGENCE_LOSSES', 'PER_TOKEN_LOSSES', 'LABEL_SMOOTHING_RANGES', 'POSITIVE_ARGS',
-           'UNSUPPORTED_PAIR_ARGS', 'losses_of', 'check_pairwise', 'check_losses', 'check_preference_args']
+           'UNSUPPORTED_PAIR_ARGS', 'spelling_hint', 'losses_of', 'check_pairwise', 'check_losses',
+           'check_preference_args']
 
 # %% ../../nbs/10_config/1_preference_losses.ipynb #95202091
 import math
+from difflib import get_close_matches
 from ..core.files import UserError, did_you_mean
 
 # %% ../../nbs/10_config/1_preference_losses.ipynb #fea32147
@@ -26,6 +28,16 @@ DIVERGENCE_LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "rob
 PER_TOKEN_LOSSES = ("ipo", "sigmoid_norm", "sft") # they divide by lengths themselves
 # loss_type -> lowest label_smoothing, and the bound that it stays below
 LABEL_SMOOTHING_RANGES = {"exo_pair": (1e-12, 1.), "robust": (0., 0.5), "aot": (0., 1.), "aot_unpaired": (0., 1.)}
+
+# %% ../../nbs/10_config/1_preference_losses.ipynb #324c6c64
+def spelling_hint(
+    name:str, # as typed
+    known, # the names of methods that exist
+)->str: # " Did you mean 'a'?", or "" if the name is not just misspelt
+    "A suggestion for a misspelt method"
+    plain = {k.lower().replace("-", "").replace("_", ""): k for k in known}
+    hits = get_close_matches(name.lower().replace("-", "").replace("_", ""), plain, n=1, cutoff=0.85)
+    return f" Did you mean {plain[hits[0]]!r}?" if hits else ""
 
 # %% ../../nbs/10_config/1_preference_losses.ipynb #124a8357
 def _is_number(x)->bool:
@@ -82,7 +94,7 @@ def check_losses(
     known, a = ("qrpo", *DPO_LOSSES), arguments
     for name in losses:
         if name not in known:
-            raise UserError(f"training_args.loss_type: unknown loss {name!r}.{did_you_mean(name, known)} Known: "
+            raise UserError(f"training_args.loss_type: unknown loss {name!r}.{spelling_hint(name, known)} Known: "
                             f"{', '.join(known)}.")
     if not losses: raise UserError(f"training_args.loss_type is empty. Known: {', '.join(known)}.")
     for key in POSITIVE_ARGS:

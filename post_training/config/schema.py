@@ -7,20 +7,21 @@ __all__ = ['NOTHING', 'CONFIGS', 'TEMPLATES', 'SECTION_GROUPS', 'section', 'LOSS
            'OPTIMIZER_CONDITIONS', 'PROCESS_CONDITIONS', 'DATA_CONDITIONS', 'EVALUATION_CONDITIONS', 'CONDITIONS',
            'STAGES', 'TRAINING_STAGES', 'SHARD_STAGES', 'SFT_KEYS_READ', 'TRAINER_KEYS', 'REFUSED_TRAINING_ARGS',
            'ENGINE_ARGS', 'UNREAD_TRAINING_ARGS', 'SFT_TRAINER_KEYS', 'PREFERENCE_TRAINER_KEYS', 'REFUSED_MODEL_ARGS',
-           'MODEL_ARG_KEYS', 'flatten', 'get_key', 'set_key', 'pop_key', 'ConfigKey', 'key', 'type_text',
-           'section_keys', 'Condition', 'ResumingKeys', 'WandbKeys', 'ClusterKeys', 'SharedKeys', 'TokenizerKeys',
-           'ModelKeys', 'WithTokenizerKeys', 'WithModelKeys', 'TrainSplitKeys', 'EvalSplitKeys', 'SubsampleKeys',
-           'TrainingDataKeys', 'RowTokenizationKeys', 'TokenizationKeys', 'SampledAnswersKeys', 'TrainingKeys',
-           'PlwKeys', 'IrlKeys', 'SFTKeys', 'GenerationRatioKeys', 'PairTokenizationKeys', 'RefModelKeys',
-           'PreferenceKeys', 'WrittenKeys', 'NearDuplicatesKeys', 'CountingTokenizerKeys', 'MixtureKeys',
-           'NamedSplitKeys', 'NewSplitKeys', 'SplitDataKeys', 'SplitKeys', 'OneDatasetKeys', 'LineariseKeys',
-           'AnnotatedDataKeys', 'ShardKeys', 'AnnotationKeys', 'FilterKeys', 'GenerationKeys', 'ServerKeys',
-           'RefCompletionsKeys', 'RefLogprobsKeys', 'RewardKeys', 'RefRewardsKeys', 'PairsKeys', 'HeldOutSplitKeys',
-           'EvaluationDataKeys', 'AnswersKeys', 'LmEvalKeys', 'EvaluateKeys', 'ExportedModelKeys', 'ComparedDataKeys',
-           'ParityKeys', 'ExportKeys', 'MergeDocumentKeys', 'MergeOptionsKeys', 'MergeChecksKeys', 'MergeKeys', 'Stage',
-           'stages_with', 'library_types', 'library_keys', 'stage_keys', 'known_keys', 'range_text', 'readers_text',
-           'describe_keys', 'coerce_value', 'unknown_key_hint', 'check_config', 'check_ranges', 'check_allowed',
-           'UnreadKey', 'why_unread', 'unread_keys', 'refuse_unread', 'unread_notices', 'non_identity_keys']
+           'MODEL_ARG_KEYS', 'METHOD_KEYS', 'OFF_VALUES', 'flatten', 'get_key', 'set_key', 'pop_key', 'ConfigKey',
+           'key', 'type_text', 'section_keys', 'Condition', 'ResumingKeys', 'WandbKeys', 'ClusterKeys', 'SharedKeys',
+           'TokenizerKeys', 'ModelKeys', 'WithTokenizerKeys', 'WithModelKeys', 'TrainSplitKeys', 'EvalSplitKeys',
+           'SubsampleKeys', 'TrainingDataKeys', 'RowTokenizationKeys', 'TokenizationKeys', 'SampledAnswersKeys',
+           'TrainingKeys', 'PlwKeys', 'IrlKeys', 'SFTKeys', 'GenerationRatioKeys', 'PairTokenizationKeys',
+           'RefModelKeys', 'PreferenceKeys', 'WrittenKeys', 'NearDuplicatesKeys', 'CountingTokenizerKeys',
+           'MixtureKeys', 'NamedSplitKeys', 'NewSplitKeys', 'SplitDataKeys', 'SplitKeys', 'OneDatasetKeys',
+           'LineariseKeys', 'AnnotatedDataKeys', 'ShardKeys', 'AnnotationKeys', 'FilterKeys', 'GenerationKeys',
+           'ServerKeys', 'RefCompletionsKeys', 'RefLogprobsKeys', 'RewardKeys', 'RefRewardsKeys', 'PairsKeys',
+           'HeldOutSplitKeys', 'EvaluationDataKeys', 'AnswersKeys', 'LmEvalKeys', 'EvaluateKeys', 'ExportedModelKeys',
+           'ComparedDataKeys', 'ParityKeys', 'ExportKeys', 'MergeDocumentKeys', 'MergeOptionsKeys', 'MergeChecksKeys',
+           'MergeKeys', 'Stage', 'stages_with', 'library_types', 'library_keys', 'stage_keys', 'known_keys',
+           'range_text', 'readers_text', 'describe_keys', 'coerce_value', 'unknown_key_hint', 'check_config',
+           'check_ranges', 'check_allowed', 'UnreadKey', 'why_unread', 'unread_keys', 'refuse_unread', 'unread_notices',
+           'non_identity_keys']
 
 # %% ../../nbs/10_config/2_schema.ipynb #9de09f9d
 import dataclasses, functools, importlib.util, json, math, re, types, typing
@@ -706,7 +707,8 @@ class AnnotationKeys(SharedKeys, WrittenKeys):
     "Maps over rows, shared by many workers"
     dataset_name:str|None = key()
     save_data_dir:str|None = key()
-    # each stage has the key of one condition; the other condition holds there, because its key is unknown
+    # ref_completions has generation.temperature (samples), pairs has mode (chooses); a condition on a key that the
+    # stage lacks holds, because the value is unknown
     seed:int = key(0, stages=("ref_completions", "pairs"), when="samples chooses")
     on_malformed:Literal["drop", "error"] = key()
     dataset_args:AnnotatedDataKeys = None
@@ -1255,6 +1257,10 @@ def _convert(value, kind:str):
         return NOTHING if any(v is NOTHING for v in items) else items
     return value if isinstance(value, dict(bool=bool, str=str, list=list, dict=dict)[kind]) else NOTHING
 
+# %% ../../nbs/10_config/2_schema.ipynb #027a1b15
+# keys whose values are methods: an error never suggests a method that is not just misspelt
+METHOD_KEYS = ("loss_type", "trainer", "f_divergence_type", "transform", "partition", "mode", "optim")
+
 # %% ../../nbs/10_config/2_schema.ipynb #6f267c03
 def coerce_value(
     key:str, # dotted, for the message
@@ -1359,7 +1365,7 @@ class UnreadKey:
 
 # %% ../../nbs/10_config/2_schema.ipynb #cb64cccc
 def _by_condition(condition:Condition, look, companion:bool)->UnreadKey:
-    "Why a condition leaves a key unread; soft with `companion`: the stage takes the keys of train_sft"
+    "Why a condition leaves a key unread; always soft if `companion`, for a stage that takes the keys of train_sft"
     fill = lambda m: f"{m[1]}={_shown(look(m[1]))}"
     names = re.findall(r"<[\w.]+>", condition.why)
     why = re.sub(r"<([\w.]+)>", fill, condition.why)
@@ -1398,6 +1404,9 @@ def unread_keys(
     for name,k in stage_keys(cfg["stage"]).items():
         if get_key(cfg, name, NOTHING) is not NOTHING and (unread := why_unread(name, k, look)): out[name] = unread
     return out
+
+# %% ../../nbs/10_config/2_schema.ipynb #f6365609
+OFF_VALUES = {"training_args.warmup_steps": 0} # key -> the value that switches it off
 
 # %% ../../nbs/10_config/2_schema.ipynb #1c31deda
 def refuse_unread(

@@ -27,7 +27,7 @@ FORMATS = { # columns that name the format: its kind
     ("conversation_branches",): "branches"}
 
 # %% ../../nbs/20_data/2_columns.ipynb #20b705d9
-# of pairs: the first with a value is the prompt
+# columns that may hold the prompt of a pair: the first with a value is used
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "query", "inputs", "problem", "conversations", "messages")
 
 # %% ../../nbs/20_data/2_columns.ipynb #2e7a3bcf
@@ -100,7 +100,7 @@ MESSAGE_KEYS = key_table([
     ("tool_calls function_call", "conversation", "calls; arguments as JSON text are read"),
     ("tool_call_id name", "conversation", "which call a tool answers; the speaker's or the tool's name"),
     ("weight loss_weight train training trainable loss", "weight",
-     "multiplies the loss of the message, also of a prompt's where prompts have a weight; false is 0"),
+     "multiplies the loss of the message, also of a prompt message if the loss weighs prompts; false is 0"),
     ("train_detail training_detail", "weight", "weights of spans of characters (axolotl)"),
     ("loss_mask completion_mask mask label labels train_mask loss_scale", "refused",
      "say what is trained by weight or train_detail"),
@@ -443,7 +443,7 @@ def plain_column(
 def text_masks(
     columns:dict, # name: Arrow column
 )->dict[str, np.ndarray]: # name: [N] bool
-    "Which rows hold a text or number, empty or not; such columns name a format also where the text is empty"
+    "Which rows hold a text or number, if only an empty text: in a column that names a format, that counts as a value"
     out = {}
     for name, column in columns.items():
         a = plain_column(column)
@@ -508,8 +508,8 @@ def check_account(
         return f"{what} {u.name!r} ({u.rows} of {account.rows} rows): {u.text}"
     names = dict.fromkeys(f"messages.{u.name}" if u.name in keys and u in account.message_keys else u.name
                           for u in refused)
-    raise UserError(f"{of or 'The dataset'} has what would change the training and cannot be honoured: "
-                    f"{'; '.join(map(line, refused))}. To read the rows as if it were absent, set "
+    raise UserError(f"{of or 'The dataset'} has columns or message keys that would change the training and cannot be "
+                    f"honoured: {'; '.join(map(line, refused))}. To read the rows as if they were absent, set "
                     f"dataset_args.ignore_columns=[{','.join(names)}].")
 
 # %% ../../nbs/20_data/2_columns.ipynb #d22bda17

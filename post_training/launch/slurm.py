@@ -57,7 +57,7 @@ def check_tensor_parallel(
     each = cfg.get("tensor_parallel_size") or 1
     if gpus and gpus < each:
         raise UserError(f"tensor_parallel_size={each} needs {each} GPUs of one node, and cluster.gpus_per_node is "
-                        f"{gpus}. Set one of them.")
+                        f"{gpus}. Change one of the two.")
 
 # %% ../../nbs/70_launch/6_slurm.ipynb #943e1f26
 def gpus_of(
@@ -267,7 +267,7 @@ def sbatch_directives(
     name:str, # of the job
     logs:dict, # output, and error if it has its own file, in sbatch's notation
     tasks:int=1, # more than one: an array
-    shards:bool=False, # of an annotation stage, the array rather than the job behind it
+    shards:bool=False, # True: the array of an annotation stage; False: any other job, such as the one behind the array
 )->dict[str, object]: # long option -> value; True for a flag
     "The options of sbatch"
     c = cfg["cluster"]

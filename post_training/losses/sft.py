@@ -67,7 +67,7 @@ def count_masked(
         counted_BT = counted_BT & (product_BT > 0)
     counted_S = sequence_sums(counted_BT.long(), sequence_BT) > 0
     if data is None: return torch.stack([prompt_BT.sum(), completion_BT.sum(), counted_S.sum()])
-    n = min(len(counted_S), len(data.rows_S)) # a sequence beyond has no target
+    n = min(len(counted_S), len(data.rows_S)) # entries beyond the last sequence are 0
     sums = [torch.where(m, product_BT, 0.).sum() for m in (prompt_BT, completion_BT)]
     return torch.stack([*sums, (counted_S[:n]*data.rows_S[:n].double()).sum()])
 

@@ -419,7 +419,7 @@ def pair_numbers(
 def tie_table(
     columns:dict, # from `pool_columns`
     texts=None, # keys of the completions, if equal texts are to be counted
-)->dict: # prompts, tied prompts, share of equal pairs of rewards, and of texts
+)->dict: # prompts, those with one reward only, shares of pairs of completions with equal rewards and equal texts
     "How often rewards do not distinguish completions"
     order = np.flatnonzero(np.isfinite(columns["reward"]))
     groups = np.split(order, np.flatnonzero(np.diff(columns["row"][order])) + 1) if len(order) else []

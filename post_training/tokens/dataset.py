@@ -7,8 +7,8 @@ __all__ = ['ROW_POLICIES', 'TemplateChat', 'with_thought_fields', 'template_chat
            'policy_for_reason', 'read_chats', 'tokenize_template_chats', 'tokenize_conversations', 'fit_to_length',
            'raise_for_policy', 'RowSettings', 'faults_of_turns', 'tokenize_row_batch', 'row_columns', 'process_count',
            'tokenization_counts', 'weight_counts', 'tokenized_features', 'tokenize_rows', 'refuse_mostly_failing',
-           'tokenize_dataset', 'count_tokens', 'check_sample', 'rows_fingerprint', 'hash_array', 'tokenize_key',
-           'cached_tokenize']
+           'check_lost', 'tokenize_dataset', 'count_tokens', 'check_sample', 'rows_fingerprint', 'hash_array',
+           'tokenize_key', 'cached_tokenize']
 
 # %% ../../nbs/25_tokens/7_dataset.ipynb #ef516a8a
 import hashlib, json, numpy as np, os, tempfile
@@ -397,6 +397,18 @@ def refuse_mostly_failing(
                     f"({', '.join(f'{n} {r}' for r, n in failed.items())}). Row {first}: "
                     f"{counts['details'].get(reason, reason)}{advice}.{example}")
 
+# %% ../../nbs/25_tokens/7_dataset.ipynb #a30816f5
+def check_lost(
+    counts:dict, # in, out, dropped by reason, and the first row of each
+    max_drop_fraction:float|None=None, # share of rows that may be dropped; None: any
+    of:str="", # name of the dataset, for the message
+):
+    "Raise a `UserError` if all rows, or more than the allowed share, were dropped for another reason than weight 0"
+    chosen = sum(n for reason, n in counts["dropped"].items() if reason.startswith("weight:"))
+    lost = {reason: n for reason, n in counts["dropped"].items() if not reason.startswith("weight:")}
+    if counts["out"] or lost: counts = dict(counts, dropped=lost) | {"in": counts["in"] - chosen}
+    check_dropped(counts, max_drop_fraction, of)
+
 # %% ../../nbs/25_tokens/7_dataset.ipynb #4bc9045a
 def tokenize_dataset(
     dataset, # `datasets.Dataset` of raw rows in a known format
@@ -409,7 +421,7 @@ def tokenize_dataset(
     data, columns = tokenize_rows(dataset, tokenizer, **parameters)
     counts = dict(tokenization_counts(data), columns=account_lines(columns))
     refuse_mostly_failing(dataset, counts, tokenizer, parameters.get("ignore_columns", ()))
-    check_dropped(counts, max_drop_fraction)
+    check_lost(counts, max_drop_fraction)
     keep = [i for i, reason in enumerate(data["reason"][:]) if not reason]
     data = data if len(keep) == len(data) else data.select(keep)
     data = data.remove_columns(["reason", "detail", "left_out", "warned", "cut"])
@@ -539,5 +551,5 @@ def cached_tokenize(
                 write_json(tmp/"counts.json", counts)
                 write_manifest(tmp, **facts)
     data, counts = load_from_disk(str(out)), json.loads((out/"counts.json").read_text())
-    check_dropped(counts, max_drop_fraction)
+    check_lost(counts, max_drop_fraction)
     return data, dict(counts, key=facts["key"], rows_fingerprint=facts["rows"], found=found)

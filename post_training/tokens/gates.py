@@ -107,7 +107,7 @@ def safe_cut(
     self:ChatEncoder,
     piece:str, # what the template writes between a text and a turn
 )->int|None: # index in `piece`; None if there is none
-    "A place after which nothing changes the ids before it: the last control token, else the end of a word"
+    "A place whose ids before it do not depend on what follows: the last control token, else the end of a word"
     if tokens := [x.start() for x in self.special.finditer(piece)]: return tokens[-1]
     if self.n_bytes is None: return None
     for c in [m.end() for m in re.finditer(r"[A-Za-z](?=[<>|\[\](){}:;,.!?#*=+/])", piece)][::-1]:
@@ -151,8 +151,8 @@ def prompt_difference(
     if texts[0] == texts[1]: texts = [asked, written]
     at = max(len(os.path.commonprefix(texts)) - 16, 0)
     asked, written = (text[at:at+40] for text in texts)
-    return (f"asked for an answer, the template writes {asked!r}, and in the conversation stands {written!r}: the "
-            "model would start from ids that it has not seen in training")
+    return (f"asked for an answer, the template writes {asked!r}, but in the whole conversation it writes {written!r}: "
+            "the model would start from ids that it has not seen in training")
 
 # %% ../../nbs/25_tokens/5_gates.ipynb #64f508ba
 @patch
@@ -171,12 +171,12 @@ def prompt_fault(
         text, = self.render([messages[:m]], with_prompt(chat.skeleton.key[1]))
         refusal = text.detail if isinstance(text, Refused) else ""
         asked, written = ("", "") if text == chat.text[:start] else (text, chat.text[:start])
-    if refusal: return f"nothing can ask for an answer at its place: {refusal}"
+    if refusal: return f"the template cannot ask for this answer: {refusal}"
     blank = written[len(asked):] if written.startswith(asked) else "?" # the first token of an answer may cover a blank
     given = chat.input_ids[:first]
     if blank.strip(): same = False
     elif exact and tail is not None and not blank: same = given[max(first - len(tail), 0):].tobytes() == tail.tobytes()
-    else: # the second where a content holds a control token
+    else: # the second comparison is for contents that hold a control token
         before = chat.text[:start - len(blank)]
         same = (exact or bool(blank)) and (np.array_equal(given, self.encode([before])[0]) or np.array_equal(
             given, self.prompt_ids(messages[:m], chat.skeleton.key[1])))

@@ -6,8 +6,8 @@
 __all__ = ['REFERENCE_COLUMNS', 'REWARD_COLUMNS', 'QUANTILE_COLUMNS', 'PAIR_NUMBER_COLUMNS', 'PAIR_LIST_COLUMNS',
            'PAIR_FLAG_COLUMNS', 'PAIR_INDEX_COLUMNS', 'ALWAYS_DROPPED', 'pair_messages', 'check_pair_columns',
            'is_finite', 'reference_fault', 'reward_fault', 'PairSettings', 'tokenize_pair', 'read_pairs',
-           'tokenize_pair_batch', 'tokenized_pair_features', 'check_pair_policies', 'pair_counts', 'drop_pairs',
-           'tokenize_pairs', 'cached_pairs']
+           'refusal_detail', 'tokenize_pair_batch', 'tokenized_pair_features', 'check_pair_policies', 'pair_counts',
+           'drop_pairs', 'tokenize_pairs', 'cached_pairs']
 
 # %% ../../nbs/25_tokens/11_pairs.ipynb #8ef4c190
 import math, os
@@ -17,22 +17,24 @@ from pathlib import Path
 from ..core.files import ForkShared, UserError, did_you_mean
 from ..data.columns import FORMATS, account, account_lines, check_account, empty_value
 from ..data.messages import (
-    Conversation, MalformedRow, UnsupportedContent, check_dropped, read_conversation, row_id)
+    Conversation, MalformedRow, UnsupportedContent, keeps_nulls, read_conversation, row_id)
 from .masks import Refused, encoder_for
-from .dataset import cached_tokenize, check_policies, policy_for_reason, process_count
+from .dataset import (
+    cached_tokenize, check_lost, check_policies, policy_for_reason, process_count)
 from .completions import encode_completions
 
 # %% ../../nbs/25_tokens/11_pairs.ipynb #9d0b2888
 def pair_messages(
     row:dict, # chosen and rejected, and what precedes them
     ignore=(), # columns that are treated as absent
+    exact:bool=False, # nulls in objects are real, not filled in by Arrow
 )->tuple[Conversation, dict, dict]: # the prompt with its tools and row weight; the chosen and the rejected message
     "The prompt and the two answers of a row"
     forms = [f for f, kind in FORMATS.items() if kind == "pair"]
     form = next((f for f in forms if not any(empty_value(row.get(c)) for c in f)), None)
     if form is None: raise MalformedRow("chosen or rejected is empty")
     swapped = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
-    sides = [read_conversation(side, form, ignore) for side in (row, swapped)]
+    sides = [read_conversation(side, form, ignore, exact) for side in (row, swapped)]
     for c in sides:
         if not c.messages or c.messages[-1]["role"] != "assistant":
             raise MalformedRow("a side does not end with an assistant message")
@@ -124,6 +126,7 @@ class PairSettings:
     rewards:bool=False # check rewards
     allow_control_tokens_in_content:bool=False # encode control tokens in contents as control tokens
     ignore:tuple=() # columns that are treated as absent
+    exact:bool=False # nulls in objects are real, not filled in by Arrow
     stop_ids:frozenset|None=None # ids that generation stops at; None: not checked
     weighted:bool=False # whether any row of the dataset has a weight
     serial:bool=False # several processes share the work: one thread each
@@ -167,15 +170,24 @@ PAIR_INDEX_COLUMNS = ("chosen_reference", "rejected_reference") # index of the r
 def read_pairs(
     rows:list[dict], # pairs
     ignore=(), # columns that are treated as absent
+    exact:bool=False, # nulls in objects are real, not filled in by Arrow
 )->list: # from `pair_messages`, or the reason to drop the row
     "The prompts and answers of a batch"
     out = []
     for row in rows:
-        try: out.append(pair_messages(row, ignore))
+        try: out.append(pair_messages(row, ignore, exact))
         except MalformedRow as e: out.append(f"malformed: {e}")
         except UnsupportedContent as e: out.append(f"unsupported_roles: {e}")
         except (KeyError, TypeError, AttributeError): out.append("malformed: unexpected fields")
     return [p if isinstance(p, str) or p[0].weight else "weight: the pair has weight 0" for p in out]
+
+# %% ../../nbs/25_tokens/11_pairs.ipynb #483febef
+def refusal_detail(
+    encoded, # from `encode_completions`; None if the row holds no pair
+)->str: # empty if nothing is refused
+    "Why a prompt or one of its answers is refused"
+    found = [encoded, *getattr(encoded, "completions", [])]
+    return next((r.detail for r in found if isinstance(r, Refused)), "")
 
 # %% ../../nbs/25_tokens/11_pairs.ipynb #e5d8177f
 def tokenize_pair_batch(
@@ -187,18 +199,20 @@ def tokenize_pair_batch(
     "Tokenize a batch of pairs; every row comes out, with a reason if it is to be dropped"
     if settings.serial: os.environ["TOKENIZERS_PARALLELISM"] = "false"
     rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
-    parsed = read_pairs(rows, settings.ignore)
+    parsed = read_pairs(rows, settings.ignore, settings.exact)
     good = [p for p in parsed if not isinstance(p, str)]
     done = iter(encode_completions(tokenizer, [p for p, *_ in good], [[c, r] for _, c, r in good],
                                    settings.allow_control_tokens_in_content))
-    out = [p if isinstance(p, str) else tokenize_pair(r, next(done), settings) for r, p in zip(rows, parsed)]
+    encoded = [None if isinstance(p, str) else next(done) for p in parsed]
+    out = [p if isinstance(p, str) else tokenize_pair(r, e, settings) for r, p, e in zip(rows, parsed, encoded)]
     empty = dict(prompt_ids=[], chosen_ids=[], chosen_scored=[], rejected_ids=[], rejected_scored=[], length=0,
                  chosen_length=0, rejected_length=0)
     kept = [dict(empty if isinstance(o, str) else o, row_id=row_id(r, i), source=str(r.get("source") or ""),
-                 reason=o if isinstance(o, str) else "",
+                 reason=o if isinstance(o, str) else "", detail=refusal_detail(e),
                  **(dict(row_weight=0. if isinstance(p, str) else p[0].weight) if settings.weighted else {}),
                  **{k: r.get(k) for k in (*PAIR_NUMBER_COLUMNS, *PAIR_LIST_COLUMNS, *PAIR_INDEX_COLUMNS)},
-                 **{k: bool(r.get(k)) for k in PAIR_FLAG_COLUMNS}) for r, i, p, o in zip(rows, indices, parsed, out)]
+                 **{k: bool(r.get(k)) for k in PAIR_FLAG_COLUMNS})
+            for r, i, p, e, o in zip(rows, indices, parsed, encoded, out)]
     return {k: [row[k] for row in kept] for k in kept[0]}
 
 # %% ../../nbs/25_tokens/11_pairs.ipynb #64f3adc3
@@ -210,7 +224,7 @@ def tokenized_pair_features(
     ids, flags = List(Value("int32")), List(Value("bool"))
     return Features(prompt_ids=ids, chosen_ids=ids, chosen_scored=flags, rejected_ids=ids, rejected_scored=flags,
                     length=Value("int32"), chosen_length=Value("int32"), rejected_length=Value("int32"),
-                    row_id=Value("string"), source=Value("string"), reason=Value("string"),
+                    row_id=Value("string"), source=Value("string"), reason=Value("string"), detail=Value("string"),
                     **({"row_weight": Value("float32")} if weighted else {}),
                     **{k: Value("float64") for k in PAIR_NUMBER_COLUMNS},
                     **{k: List(Value("float64")) for k in PAIR_LIST_COLUMNS},
@@ -243,10 +257,12 @@ def pair_counts(
     "Pairs in, out, dropped by reason (with the first id); tokens, and those of completions"
     why = data["reason"][:]
     reasons = Counter(why)
-    first = {r: data[why.index(r)]["row_id"] for r in reasons if r}
+    rows = {r: data[why.index(r)] for r in reasons if r}
     kept = reasons.pop("", 0)
     return {"in": len(data), "out": kept, "dropped": dict(sorted(reasons.items())), "tokens": sum(data["length"][:]),
-            "completion_tokens": sum(data["chosen_length"][:]) + sum(data["rejected_length"][:]), "first": first}
+            "completion_tokens": sum(data["chosen_length"][:]) + sum(data["rejected_length"][:]),
+            "first": {r: row["row_id"] for r, row in rows.items()},
+            "details": {r: row["detail"] for r, row in rows.items() if row["detail"]}}
 
 # %% ../../nbs/25_tokens/11_pairs.ipynb #7cc571b9
 def drop_pairs(
@@ -259,11 +275,12 @@ def drop_pairs(
     for reason in counts["dropped"]:
         policy = policy_for_reason(reason)
         if not reason.startswith(ALWAYS_DROPPED) and policies.get(policy) == "error":
-            raise UserError(f"Row {counts['first'][reason]}: {reason}. Set tokenization.{policy}=drop to leave "
-                            "such rows out and count them.")
-    check_dropped(counts, max_drop_fraction, "pairs")
+            detail = counts["details"].get(reason)
+            raise UserError(f"Row {counts['first'][reason]}: {reason}{f' ({detail})' * bool(detail)}. Set "
+                            f"tokenization.{policy}=drop to leave such rows out and count them.")
+    check_lost(counts, max_drop_fraction, "pairs")
     keep = [i for i, reason in enumerate(data["reason"][:]) if not reason]
-    data = (data if len(keep) == len(data) else data.select(keep)).remove_columns("reason")
+    data = (data if len(keep) == len(data) else data.select(keep)).remove_columns(["reason", "detail"])
     return data if any(data["source"][:]) else data.remove_columns("source"), counts
 
 # %% ../../nbs/25_tokens/11_pairs.ipynb #8f94bf19
@@ -292,7 +309,7 @@ def tokenize_pairs(
     encoder_for(tokenizer).header() # made before the processes fork
     checked = stop_ids is not None and policies.pop("on_missing_stop", "error") == "error"
     policies.pop("on_missing_stop", None)
-    settings = PairSettings(max_length, reference, rewards, control_tokens, tuple(ignore_columns),
+    settings = PairSettings(max_length, reference, rewards, control_tokens, tuple(ignore_columns), keeps_nulls(dataset),
                             frozenset(stop_ids) if checked else None, bool(columns.names("weight")), n > 1)
     data = dataset.map(tokenize_pair_batch, batched=True, with_indices=True, batch_size=500, desc="Tokenizing",
                        num_proc=n if n > 1 else None, features=tokenized_pair_features(settings.weighted),

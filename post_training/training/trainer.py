@@ -41,7 +41,7 @@ class SFTTrainer(trl.SFTTrainer):
     def __init__(self,
         model, # a causal language model
         args, # trl.SFTConfig, from `sft_config` or `preference_config`
-        train_dataset, # tokenized rows: input_ids, completion_mask, row_id, source, length; weights, row_weight or not
+        train_dataset, # tokenized rows: input_ids, completion_mask, row_id, source, length; perhaps weights, row_weight
         processing_class, # tokenizer, saved with every checkpoint
         collator, # list of rows -> batch
         objective:Objective=SFTObjective(), # what is optimised
