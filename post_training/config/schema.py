@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, Literal
 from ..core.files import UserError, did_you_mean
 from .preference_losses import (
-    DIVERGENCE_LOSSES, DPO_LOSSES, LABEL_SMOOTHING_RANGES, LOSS_CHOICES, UNSUPPORTED_PAIR_ARGS)
+    DIVERGENCE_LOSSES, DPO_LOSSES, LABEL_SMOOTHING_RANGES, LOSS_CHOICES, UNSUPPORTED_PAIR_ARGS, spelling_hint)
 
 # %% ../../nbs/10_config/2_schema.ipynb #687d18b5
 def flatten(
@@ -1106,7 +1106,8 @@ UNREAD_TRAINING_ARGS |= {
 
 # %% ../../nbs/10_config/2_schema.ipynb #dc81f5df
 SFT_TRAINER_KEYS = { # training_args.KEY of train_sft
-    "truncation_mode": ConfigKey(read=False, instead="rows are cut at their end: set tokenization.overlength")}
+    "truncation_mode": ConfigKey(read=False, allowed=("keep_start",),
+                                 instead="rows are cut at their end: set tokenization.overlength")}
 
 # %% ../../nbs/10_config/2_schema.ipynb #63e5415c
 PREFERENCE_TRAINER_KEYS = { # training_args.KEY of train_preference
@@ -1274,7 +1275,8 @@ def coerce_value(
     choices = [k[1:] for k in kinds if k[0] == "="]
     shown = json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, str) else value
     if choices:
-        hint = did_you_mean(str(value).lower(), choices, n=1)
+        hint = (spelling_hint(str(value), choices) if key.split(".")[-1] in METHOD_KEYS
+                else did_you_mean(str(value).lower(), choices, n=1))
         listed = ", ".join(choices + ["null"] * ("null" in kinds))
         raise UserError(f"{key}={shown} is not one of the choices.{hint} Choices: {listed}.")
     raise UserError(f"{key}={shown} does not fit: {key} takes {' or '.join(map(_kind_name, kinds))}.")
@@ -1417,7 +1419,7 @@ def refuse_unread(
     "Refuse typed keys that are not read, and say what to do"
     for name,u in unread.items():
         value, is_typed = get_key(cfg, name), any(k == name or k.startswith(f"{name}.") for k in typed)
-        if not is_typed or u.soft or u.fixed or value is None: continue
+        if not is_typed or u.soft or u.fixed or value is None or OFF_VALUES.get(name, NOTHING) == value: continue
         advice = f" {u.advice[0].upper()}{u.advice[1:]}." if u.advice else ""
         raise UserError(f"{name}={_shown(value)} is not read: {u.why}.{advice}")
 

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['EncodedCompletion', 'EncodedRow', 'prepared_chat', 'chat_for', 'prompt_chats', 'cut_completion', 'answer_message',
-           'is_empty', 'encode_answers', 'encode_completions']
+           'is_empty', 'encode_answers', 'holds_thought', 'structured_row', 'encode_completions']
 
 # %% ../../nbs/25_tokens/10_completions.ipynb #f7e55039
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import numpy as np
 from ..data.messages import REASONING_KEYS, Conversation, MalformedRow, UnsupportedContent, content_text
+from ..data.swissai import developer_message, is_structured, structured_conversation, tool_list
 from .masks import Refused, encoder_for, with_prompt
-from .dataset import TemplateChat, template_chat, tokenize_template_chats
+from .dataset import (
+    TemplateChat, template_chat, tokenize_template_chats, with_thought_fields)
 
 # %% ../../nbs/25_tokens/10_completions.ipynb #5d50e390
 @dataclass
@@ -120,6 +122,30 @@ def encode_answers(
     done = tokenize_template_chats(out, tokenizer, "error", allow_control_tokens_in_content)
     return [c if isinstance(c, Refused) else cut_completion(c, ids) for c, ids in zip(done, prompt_ids)]
 
+# %% ../../nbs/25_tokens/10_completions.ipynb #f519ba9d
+def holds_thought(
+    answer, # a content, or a message
+)->bool:
+    "Whether an answer of plain text holds a thought"
+    m = answer_message(answer)
+    inline = isinstance(m["content"], str) and "</think>" in m["content"]
+    return inline or any(m.get(k) for k in REASONING_KEYS)
+
+# %% ../../nbs/25_tokens/10_completions.ipynb #60819aaa
+def structured_row(
+    c:Conversation, # a prompt of plain messages that ends with the user
+    answers:list, # contents or messages
+)->tuple: # the prompt and its answers with structured contents
+    "A prompt and its answers for a template with structured contents, with one developer message for all"
+    wholes = [structured_conversation(replace(c, messages=with_thought_fields([*c.messages, answer_message(a)], {})))
+              for a in answers]
+    messages = structured_conversation(c).messages
+    thinks = any(m["content"]["has_thinking"] for w in wholes for m in w.messages if m["role"] == "developer")
+    note = next(m["content"] for m in messages if m["role"] == "developer")
+    note = developer_message(tool_list(note["tools"]), thinks)
+    messages = [note if m["role"] == "developer" else m for m in messages]
+    return replace(c, messages=messages, tools=None), [w.messages[-1] for w in wholes]
+
 # %% ../../nbs/25_tokens/10_completions.ipynb #24a4728d
 def encode_completions(
     tokenizer, # a fast tokenizer with a chat template
@@ -128,7 +154,12 @@ def encode_completions(
     allow_control_tokens_in_content:bool=False, # encode control tokens in contents as control tokens
 )->list: # an `EncodedRow` or a `Refused` for each prompt
     "Prompts with their answers as tokens: each conversation is rendered and encoded once"
-    chats = [prepared_chat(tokenizer, p if isinstance(p, Conversation) else Conversation(p)) for p in prompts]
+    prompts, contents = [p if isinstance(p, Conversation) else Conversation(p) for p in prompts], list(contents)
+    if encoder_for(tokenizer).takes_blocks():
+        for i, (p, answers) in enumerate(zip(prompts, contents)):
+            if any(map(holds_thought, answers)) and not is_structured(p.messages) and p.messages[-1]["role"] == "user":
+                prompts[i], contents[i] = structured_row(p, answers)
+    chats = [prepared_chat(tokenizer, p) for p in prompts]
     good = [i for i, c in enumerate(chats) if not isinstance(c, Refused)]
     ids = dict(zip(good, prompt_chats(tokenizer, [chats[i] for i in good], allow_control_tokens_in_content)))
     good = [i for i in good if not isinstance(ids[i], Refused)]
