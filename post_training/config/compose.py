@@ -176,6 +176,21 @@ def _without_others(raw:dict, origins:dict, keys:dict)->dict: # dotted key -> pr
             pop_key(raw, key) # a section that has become empty
     return others
 
+# %% ../../nbs/10_config/6_compose.ipynb #59001f1c
+def _beta_bound(raw:dict, typed:dict, origins:dict)->list[str]: # notices
+    "Leave a preset's bound on beta out, in place, if no loss is QRPO, and say so if it bounds the beta itself"
+    key = "training_args.max_effective_beta"
+    bound, where = get_key(raw, key, None), origins.get(key, "default")
+    if not isinstance(bound, (int, float)) or key in typed or not where.startswith("preset preference="): return []
+    names = get_key(raw, "training_args.loss_type", "qrpo")
+    if "qrpo" not in (names if isinstance(names, list) else [names]):
+        set_key(raw, key, None)
+        return []
+    beta = get_key(raw, "training_args.beta", None)
+    if get_key(raw, "training_args.normalize_beta_by_length", False) or not isinstance(beta, (int, float)): return []
+    return [f"{key}={bound} ({where}) bounds training_args.beta={beta}: set {key}=null to train with "
+            f"{beta}."]*(beta > bound)
+
 # %% ../../nbs/10_config/6_compose.ipynb #a5cf0d6b
 def _trust(cfg:dict, origin, typed)->list[str]: # notices; `cfg` is changed in place
     "Allow the code of a model repository only if the config names its commit"
@@ -305,15 +320,16 @@ def compose(
         return "" if where == "default" else f" ({where})"
     try: presets, _, _ = _finish(json.loads(json.dumps(raw)), keys, origin, holes_ok=True)
     except UserError: presets = resolve_interpolations(raw) # overrides may complete presets
-    applied, more = _apply(raw, values, keys)
+    applied, applied_notices = _apply(raw, values, keys)
     typed.update(applied)
+    applied_notices += _beta_bound(raw, typed, origins)
     cfg, derived, late = _finish(raw, keys, origin, typed)
     where = {k: "derived" if k in derived else "override" if k in typed else origins.get(k, "default")
              for k in flatten(cfg)}
     unread = unread_keys(cfg, engine_of(cfg))
     refuse_unread(unread, cfg, typed)
-    notices += [*more, *late, *unread_notices(unread, cfg, where, choices, others)]
-    return ComposedConfig(stage, overrides, cfg, where, presets, notices,
+    notices += [*applied_notices, *late, *unread_notices(unread, cfg, where, choices, others)]
+    return ComposedConfig(stage, overrides, cfg, where, presets, list(dict.fromkeys(notices)),
                           preset_groups(stage) | {g: str(c) for g,c in choices.items()},
                           {k: u.cause for k,u in unread.items()})
 

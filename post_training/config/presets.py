@@ -136,7 +136,7 @@ def preset_name(
     names, path = preset_names(group, config_dir), Path(str(value))
     if value in names: return value
     if path.suffix in (".yaml", ".yml") and path.stem in names: return path.stem
-    return OTHER_NAMES.get(group, {}).get(value, value)
+    return OTHER_NAMES.get(group, {}).get(str(value), value)
 
 # %% ../../nbs/10_config/4_presets.ipynb #25524bcf
 def _raw_yaml(path:Path)->dict:

@@ -200,6 +200,8 @@ LOSS_CONDITIONS = {
         "<irl_args.lambda_td> leaves the temporal-difference term out"),
     "qrpo": Condition("loss_type=qrpo", _reads_loss("qrpo"),
         "it belongs to loss_type=qrpo, and this is <training_args.loss_type>"),
+    "quantiles": Condition("loss_type=qrpo", _reads_loss("qrpo"),
+        "<training_args.loss_type> reads no reference rewards", soft=True),
     "smooths": Condition(f"loss_type={', '.join(LABEL_SMOOTHING_RANGES)}", _reads_loss(*LABEL_SMOOTHING_RANGES),
         f"it belongs to the losses {', '.join(LABEL_SMOOTHING_RANGES)}, and this is <training_args.loss_type>"),
     "discopop": Condition("loss_type=discopop", _reads_loss("discopop"),
@@ -227,7 +229,7 @@ TRAINER_CONDITIONS = {
     "bounds_rows": Condition("packing=true, or tokenization.max_length is the same",
         lambda c: bool(c("training_args.packing")) or c("tokenization.max_length") is None
                   or c("tokenization.max_length") == c("training_args.max_length"),
-        "<tokenization.max_length> says how long rows are, and only estimates of memory read this", soft=True),
+        "<tokenization.max_length> says how long rows are, and this key is for estimates of memory only", soft=True),
     "evaluates": Condition("rows are evaluated", lambda c: c("stage") == "tokenize" or _evaluates(c),
         "<training_args.eval_strategy> evaluates no rows", _EVALUATE),
     "has_eval_rows": Condition("rows are evaluated", lambda c: c("stage") == "tokenize" or _evaluates(c),
@@ -330,10 +332,10 @@ def _measures(what:str):
 
 # %% ../../nbs/10_config/2_schema.ipynb #ed18a5e2
 EVALUATION_CONDITIONS = {
-    "one_checkpoint": Condition("checkpoints is empty", lambda c: not c("checkpoints"), "<checkpoints> names them",
-        soft=True),
+    "one_checkpoint": Condition("checkpoints is empty", lambda c: not c("checkpoints"),
+        "<checkpoints> names the models", soft=True),
     "no_split": Condition("split is null", lambda c: c("dataset_args.split") is None,
-        "<dataset_args.split> names it", soft=True),
+        "<dataset_args.split> names the split", soft=True),
     "accuracy": Condition("accuracy is measured", _measures("accuracy"), "<measure> samples no answers",
         "add accuracy to measure, or leave it out"),
     "accuracy_or_tasks": Condition("accuracy or a task is measured",
@@ -936,7 +938,7 @@ class MergeChecksKeys:
 # %% ../../nbs/10_config/2_schema.ipynb #ad37cb0e
 @section
 class MergeKeys(SharedKeys):
-    "One checkpoint out of several"
+    "Several checkpoints merged into one"
     sources:list|None = key() # the stage checks its entries
     weights:list|None = key()
     base:str|None = key()
@@ -1112,7 +1114,7 @@ SFT_TRAINER_KEYS = { # training_args.KEY of train_sft
 # %% ../../nbs/10_config/2_schema.ipynb #63e5415c
 PREFERENCE_TRAINER_KEYS = { # training_args.KEY of train_preference
     "loss_type": ConfigKey("|".join(f"={t}" for t in ("qrpo", *DPO_LOSSES)) + "|list[str]"),
-    "packing": ConfigKey("bool"), "num_ref_rewards": ConfigKey("int|null", low=1, when="qrpo"),
+    "packing": ConfigKey("bool"), "num_ref_rewards": ConfigKey("int|null", low=1, when="quantiles"),
     **{k: ConfigKey("|".join(f"={c}" for c in LOSS_CHOICES[k]), when="qrpo") for k in ("transform", "partition")},
     "ref_logprobs_from_dataset": ConfigKey("bool", when="reference"),
     "normalize_beta_by_length": ConfigKey("bool", when="reference"),

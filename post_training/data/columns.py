@@ -443,7 +443,7 @@ def plain_column(
 def text_masks(
     columns:dict, # name: Arrow column
 )->dict[str, np.ndarray]: # name: [N] bool
-    "Which rows hold a text or number, if only an empty text: in a column that names a format, that counts as a value"
+    "Which rows hold a number or a text, even an empty one: in a column that names a format an empty text is a value"
     out = {}
     for name, column in columns.items():
         a = plain_column(column)
@@ -509,7 +509,7 @@ def check_account(
     names = dict.fromkeys(f"messages.{u.name}" if u.name in keys and u in account.message_keys else u.name
                           for u in refused)
     raise UserError(f"{of or 'The dataset'} has columns or message keys that would change the training and cannot be "
-                    f"honoured: {'; '.join(map(line, refused))}. To read the rows as if they were absent, set "
+                    f"honoured: {'; '.join(map(line, refused))}. To treat them as absent, set "
                     f"dataset_args.ignore_columns=[{','.join(names)}].")
 
 # %% ../../nbs/20_data/2_columns.ipynb #d22bda17

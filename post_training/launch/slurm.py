@@ -629,8 +629,8 @@ def submit_array(
     sizes = {json.dumps([c["stage"], nodes_of(c), n, to_json_types(c["cluster"])], sort_keys=True)
              for c, n in zip(cfgs, processes)}
     if len(sizes) > 1:
-        raise UserError(f"{name}: the runs of an array have the same stage, nodes, processes and cluster keys; these "
-                        "differ. Make them stages of their own.")
+        raise UserError(f"{name}: the runs of an array must have the same stage, nodes, processes and cluster keys, "
+                        "and these differ. Make them separate stages of the plan.")
     for e in emitted: check_no_active_job(e.run_dir)
     script = Path(folder)/f"{name}.sbatch"
     text = job_script(cfgs[0], [e.run_dir/"submit.yaml" for e in emitted], Path(folder), name, script)

@@ -44,7 +44,8 @@ def dataset_mixture(
     return mix_sources(sources, columns_to_keep=cfg["columns_to_keep"], need_columns=cfg["need_columns"],
                        keep_ids=cfg["keep_ids"], shuffle=cfg["shuffle"], seed=cfg["seed"],
                        blocks=wants_structure(cfg["message_format"], sources), checks=cfg["role_checks"],
-                       ignore_columns=tuple(cfg["ignore_columns"]), on_malformed=cfg["on_malformed"], max_drop_fraction=cfg["max_drop_fraction"],
+                       ignore_columns=tuple(cfg["ignore_columns"]), on_malformed=cfg["on_malformed"],
+                       max_drop_fraction=cfg["max_drop_fraction"],
                        count_tokens=partial(count_tokens, tokenizer=tokenizer) if tokenizer else None)
 
 # %% ../../nbs/65_stages/3_data.ipynb #272603b3

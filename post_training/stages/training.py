@@ -34,7 +34,7 @@ def init_distributed(
     cpu:bool, # train on the CPU
     timeout:int=1800, # seconds that ranks wait for each other
 )->dict: # world_size, rank, zero_stage (None without DeepSpeed)
-    "Meet the other ranks; on a CPU the first `PartialState` must be one of a CPU, else each rank acts as the only one"
+    "Meet the other ranks; if the first `PartialState` on a CPU is not made for a CPU, each rank acts as the only one"
     from accelerate import PartialState
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     kwargs = dict(timeout=datetime.timedelta(seconds=timeout)) if "LOCAL_RANK" in os.environ else {}

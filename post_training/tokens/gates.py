@@ -107,7 +107,7 @@ def safe_cut(
     self:ChatEncoder,
     piece:str, # what the template writes between a text and a turn
 )->int|None: # index in `piece`; None if there is none
-    "A place whose ids before it do not depend on what follows: the last control token, else the end of a word"
+    "A place before which no id depends on the text after it: the last control token, else the end of a word"
     if tokens := [x.start() for x in self.special.finditer(piece)]: return tokens[-1]
     if self.n_bytes is None: return None
     for c in [m.end() for m in re.finditer(r"[A-Za-z](?=[<>|\[\](){}:;,.!?#*=+/])", piece)][::-1]:
@@ -195,7 +195,7 @@ def split_advice(
     messages:list, # of the conversation
     stop_ids:frozenset, # ids that generation stops at
 )->str: # empty if it would not help
-    "Advice where only the last turn of a conversation is rendered as inference sees it"
+    "Advice for a conversation of which only the last turn is rendered as at inference: make a row of each turn"
     end = len(chat.turn_tokens) - 1
     if n == end or self.end_fault(chat, int(chat.turn_tokens[end][2]), stop_ids): return ""
     if self.prompt_fault(chat, end, messages, bool(self.triggers_in([content_text(m["content"]) for m in messages]))):

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['REFERENCE_COLUMNS', 'REWARD_COLUMNS', 'QUANTILE_COLUMNS', 'PAIR_NUMBER_COLUMNS', 'PAIR_LIST_COLUMNS',
            'PAIR_FLAG_COLUMNS', 'PAIR_INDEX_COLUMNS', 'ALWAYS_DROPPED', 'pair_messages', 'check_pair_columns',
-           'is_finite', 'reference_fault', 'reward_fault', 'PairSettings', 'tokenize_pair', 'read_pairs',
-           'refusal_detail', 'tokenize_pair_batch', 'tokenized_pair_features', 'check_pair_policies', 'pair_counts',
-           'drop_pairs', 'tokenize_pairs', 'cached_pairs']
+           'is_finite', 'reference_fault', 'reward_fault', 'PairSettings', 'ends_with_stop', 'tokenize_pair',
+           'read_pairs', 'refusal_detail', 'tokenize_pair_batch', 'tokenized_pair_features', 'check_pair_policies',
+           'pair_counts', 'drop_pairs', 'tokenize_pairs', 'cached_pairs']
 
 # %% ../../nbs/25_tokens/11_pairs.ipynb #8ef4c190
-import math, os
+import math, numpy as np, os
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -128,8 +128,21 @@ class PairSettings:
     ignore:tuple=() # columns that are treated as absent
     exact:bool=False # nulls in objects are real, not filled in by Arrow
     stop_ids:frozenset|None=None # ids that generation stops at; None: not checked
+    special_ids:frozenset=frozenset() # control tokens
     weighted:bool=False # whether any row of the dataset has a weight
     serial:bool=False # several processes share the work: one thread each
+
+# %% ../../nbs/25_tokens/11_pairs.ipynb #80e1cec5
+def ends_with_stop(
+    side, # an `EncodedCompletion`
+    stop_ids, # ids that generation stops at
+    special_ids, # control tokens; several may end an answer
+)->bool:
+    "Whether one of the control tokens at the end of an answer stops generation"
+    for i in reversed(side.ids):
+        if i in stop_ids: return True
+        if i not in special_ids: return False
+    return False
 
 # %% ../../nbs/25_tokens/11_pairs.ipynb #283ceede
 def tokenize_pair(
@@ -147,8 +160,9 @@ def tokenize_pair(
     if settings.max_length and longest > settings.max_length: return "overlength"
     if chosen.ids == rejected.ids: return "chosen equals rejected"
     if not min(chosen.length, rejected.length): return "no completion"
-    ends = {chosen.ids[-1], rejected.ids[-1]}
-    if settings.stop_ids is not None and not ends <= settings.stop_ids: return "end of turn"
+    stops = settings.stop_ids
+    if stops is not None and not all(ends_with_stop(side, stops, settings.special_ids) for side in (chosen, rejected)):
+        return "end of turn"
     fault = None
     if settings.reference:
         fault = reference_fault(row, "chosen", chosen.length) or reference_fault(row, "rejected", rejected.length)
@@ -308,9 +322,10 @@ def tokenize_pairs(
     n = process_count(len(dataset), num_proc)
     encoder_for(tokenizer).header() # made before the processes fork
     checked = stop_ids is not None and policies.pop("on_missing_stop", "error") == "error"
+    special = frozenset(np.flatnonzero(encoder_for(tokenizer).is_special).tolist())
     policies.pop("on_missing_stop", None)
     settings = PairSettings(max_length, reference, rewards, control_tokens, tuple(ignore_columns), keeps_nulls(dataset),
-                            frozenset(stop_ids) if checked else None, bool(columns.names("weight")), n > 1)
+                            frozenset(stop_ids) if checked else None, special, bool(columns.names("weight")), n > 1)
     data = dataset.map(tokenize_pair_batch, batched=True, with_indices=True, batch_size=500, desc="Tokenizing",
                        num_proc=n if n > 1 else None, features=tokenized_pair_features(settings.weighted),
                        fn_kwargs=dict(tokenizer=ForkShared(tokenizer) if n > 1 else tokenizer, settings=settings),
