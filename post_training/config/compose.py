@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from ..core.files import UserError, did_you_mean, redact, write_atomic
 from .schema import (
-    CONFIGS, NOTHING, SHARD_STAGES, STAGES, TRAINING_STAGES, check_allowed, check_config, check_ranges, flatten,
-    get_key, known_keys, pop_key, refuse_unread, set_key, stage_keys, unknown_key_hint, unread_keys, unread_notices)
+    CONFIGS, NOTHING, SHARD_STAGES, STAGES, TRAINING_STAGES, check_allowed, check_combinations, check_config,
+    check_ranges, flatten, get_key, known_keys, pop_key, refuse_unread, set_key, stage_keys, unknown_key_hint, unread_keys, unread_notices)
 from post_training.config.overrides import (
     ParsedOverride, choose_warmup, left_out, old_names, parse_override, translate_key, translate_presets,
     translate_value)
@@ -52,6 +52,7 @@ def _sort_overrides(
     known = preset_groups(stage)
     sections = {k.split(".")[0] for k in [*keys, *old_names(keys)]}
     for t in map(parse_override, overrides):
+        if t.key == "config_yml" and "model_merging" in known: t = ParsedOverride("model_merging", t.value, t.text)
         if t.key in EXPERIMENT_GROUPS:
             if t.value in (None, "none"): continue
             file = preset_file(t.key, t.value)
@@ -67,7 +68,8 @@ def _sort_overrides(
             choices[t.key] = name if file is None else file
         elif t.key == "accelerate": values.append(ParsedOverride("accelerate_config", t.value, t.text))
         elif (CONFIGS/t.key).is_dir():
-            raise UserError(f"{stage} takes no preset of {t.key}. Its groups: {', '.join(known)}.")
+            rows = " Give the rows with dataset_args.dataset_name=PATH." if t.key == "dataset" else ""
+            raise UserError(f"{stage} takes no preset of {t.key}. Its groups: {', '.join(known)}.{rows}")
         elif t.key.split(".")[0] not in sections:
             if not (why := left_out(t.key, t.value)):
                 raise UserError(f"Unknown key {t.key}.{unknown_key_hint(t.key, [*known, *keys])}")
@@ -124,7 +126,12 @@ def _resuming_dir(values:list, keys:dict)->tuple: # (values, notices)
 
 # %% ../../nbs/10_config/6_compose.ipynb #bb407ca6
 def _named_by_preset(raw:dict, origins:dict, choices:dict)->list[str]: # notices
-    "Fill a missing `dataset_name` in, in place, from the folder of the rows or the preset's name"
+    "Fill a missing name in, in place, from the folder of the rows or the preset's name"
+    reward = choices.get("reward_model")
+    if reward and get_key(raw, "reward_args.name") == "???":
+        name = reward.stem if isinstance(reward, Path) else reward
+        set_key(raw, "reward_args.name", name)
+        return [f"The preset reward_model={name} names no reward_args.name: taken as {name}."]
     group = next((g for g in ("mixture", "dataset") if g in choices), None)
     if raw.get("dataset_name") != "???" or group is None: return []
     where = f"preset {group}={choices[group].stem if isinstance(choices[group], Path) else choices[group]}"
@@ -283,7 +290,9 @@ def _finish(
         if get_key(cfg, k) is not None: notices.append(f"{k}={get_key(cfg, k)}{origin(k)} gives way: {k} is {v}.")
         set_key(cfg, k, v)
     path = accelerate_file(cfg["accelerate_config"])
-    if path.parent == CONFIGS/"accelerate": cfg["accelerate_config"] = path.stem
+    shipped = CONFIGS/"accelerate"/path.name
+    if path != shipped and shipped.is_file(): notices.append(f"accelerate_config is your own file {path}.")
+    cfg["accelerate_config"] = path.stem if path == shipped else str(path) # a job may not know your folder
     return cfg, derived, notices
 
 # %% ../../nbs/10_config/6_compose.ipynb #f02f6a55
@@ -308,7 +317,8 @@ def compose(
     raw, origins = compose_presets(stage, choices, config_dir)
     notices += own_notices(stage, preset_groups(stage) | choices, config_dir)
     values, more = _typed_warmup(values, get_key(raw, "training_args.warmup_ratio"))
-    notices += [*more, *_named_by_preset(raw, origins, choices), *translate_presets(raw, origins, old_names(keys), keys)]
+    notices += [*more, *_named_by_preset(raw, origins, choices)]
+    notices += translate_presets(raw, origins, old_names(keys), keys)
     values, more = _resuming_dir(values, keys)
     notices += more
     others = _without_others(raw, origins, keys)
@@ -328,6 +338,7 @@ def compose(
              for k in flatten(cfg)}
     unread = unread_keys(cfg, engine_of(cfg))
     refuse_unread(unread, cfg, typed)
+    check_combinations(cfg, engine_of(cfg))
     notices += [*applied_notices, *late, *unread_notices(unread, cfg, where, choices, others)]
     return ComposedConfig(stage, overrides, cfg, where, presets, list(dict.fromkeys(notices)),
                           preset_groups(stage) | {g: str(c) for g,c in choices.items()},

@@ -76,7 +76,9 @@ OLD_NAMES = {"training_args.max_seq_length": "training_args.max_length", "model_
              "reward_model_args.pretrained_model_name_or_path": "reward_args.model_name_or_path",
              "reward_model_args.torch_dtype": "reward_args.dtype",
              "reward_model_args.attn_implementation": "reward_args.attn_implementation",
-             "reward_model_args.trust_remote_code": "reward_args.trust_remote_code"}
+             "reward_model_args.trust_remote_code": "reward_args.trust_remote_code",
+             "gpu_rich": "options.gpu", "low_cpu_memory": "options.low_cpu_memory",
+             "lazy_unpickle": "options.lazy_unpickle", "trust_remote_code": "options.trust_remote_code"}
 KNOWN_OLD_NAMES = ("training_args.dataset_num_proc",) # TRL still has these, and here the new name is read
 # sections of old presets that are no longer read
 OLD_SECTIONS = ("model_vllm_config", "model_generation_config", "model_eval_generation_config", "script_args",
@@ -120,6 +122,9 @@ LEFT_OUT = { # key -> (values that are left out, or `_ANY`; what holds here)
     "resuming.wandb_cache_bust": ((0,), "for a new run at wandb, choose another job_subdir"),
     **dict.fromkeys(("cuda_deterministic", "cuda_strong_deterministic"),
                     ((False,), "in a training stage it is training_args.full_determinism")),
+    "seed": (_ANY, "this stage draws nothing with it; a merge has options.random_seed"),
+    "copy_tokenizer": ((True,), "the tokenizer is always written"),
+    "output_path": (_ANY, "checkpoints go where artifacts_dir, artifacts_subdir and job_subdir say"),
     "training_args.logging_dir": (_ANY, "logs are in the run's folder"),
     "training_args.max_prompt_length": (_ANY, "a pair is never cut: it is dropped if it is longer than max_length"),
     "training_args.max_completion_length": (_ANY, "a pair is never cut: it is dropped if it is longer than max_length"),
@@ -229,7 +234,8 @@ def translate_presets(
         new, value = translate_key(old, value, names)
         set_key(raw, new, value)
         for k,text in flatten(raw).items(): # interpolations that refer to the old name
-            if isinstance(text, str) and f"${{{old}}}" in text: set_key(raw, k, text.replace(f"${{{old}}}", f"${{{new}}}"))
+            reference = f"${{{old}}}"
+            if isinstance(text, str) and reference in text: set_key(raw, k, text.replace(reference, f"${{{new}}}"))
         origins |= {k: origin for k in flatten({new: value})}
         notices.append(f"{old} ({origin}) is called {new} now: taken as {new}={json.dumps(value)}.")
     for key in OLD_VALUES:

@@ -115,7 +115,7 @@ def preset_file(
     path = Path(str(value)).expanduser()
     if path.suffix not in (".yaml", ".yml"): return None
     file = next((p for p in (path, site_path(path)) if p.is_file()), None)
-    if file is None and path.stem in preset_names(group): return None # apertus-8b.yaml, or configs/model/apertus-8b.yaml
+    if file is None and path.stem in preset_names(group): return None # apertus-8b.yaml: see `preset_name`
     if file is None:
         raise UserError(f"{group}={value}: there is no such file. Give a preset's name or the path of a YAML file.")
     return file
@@ -224,6 +224,7 @@ def _plain_layer(file:Path)->tuple: # (keys, {group: preset}, names of keys that
     if not isinstance(keys, dict): raise UserError(f"{file} contains no keys: a preset is a mapping of keys to values.")
     groups = {k.removeprefix("optional ").lstrip("/"): v for d in keys.pop("defaults", []) if isinstance(d, dict)
               for k,v in d.items() if v not in (None, "none", "null")}
+    if merge := keys.pop("config_yml", None): groups["model_merging"] = Path(str(merge)).stem # a file of mergekit
     gone = [k for k in ("hydra",) if keys.pop(k, None) is not None]
     for key, value in flatten(keys).items():
         if not isinstance(value, str) or "${" not in value: continue
@@ -284,8 +285,8 @@ def _write_layers(stage:str, experiments:dict, folder:Path, config_dir=None):
         defaults = [] if name == "setup" else _layered_defaults(name, own, experiments if name == stage else {})
         text = (CONFIGS/f"{name}.yaml").read_text()
         if defaults and defaults != _raw_yaml(CONFIGS/f"{name}.yaml")["defaults"]:
-            keys = OmegaConf.to_container(OmegaConf.load(CONFIGS/f"{name}.yaml"), resolve=False) | dict(defaults=defaults)
-            text = OmegaConf.to_yaml(OmegaConf.create(keys))
+            keys = OmegaConf.to_container(OmegaConf.load(CONFIGS/f"{name}.yaml"), resolve=False)
+            text = OmegaConf.to_yaml(OmegaConf.create(keys | dict(defaults=defaults)))
         write_atomic(folder/f"{name}.yaml", text)
     for name, file in own.items():
         group = "own_setup" if name == "setup" else "own_stage"

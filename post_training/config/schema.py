@@ -7,21 +7,21 @@ __all__ = ['NOTHING', 'CONFIGS', 'TEMPLATES', 'SECTION_GROUPS', 'section', 'LOSS
            'OPTIMIZER_CONDITIONS', 'PROCESS_CONDITIONS', 'DATA_CONDITIONS', 'EVALUATION_CONDITIONS', 'CONDITIONS',
            'STAGES', 'TRAINING_STAGES', 'SHARD_STAGES', 'SFT_KEYS_READ', 'TRAINER_KEYS', 'REFUSED_TRAINING_ARGS',
            'ENGINE_ARGS', 'UNREAD_TRAINING_ARGS', 'SFT_TRAINER_KEYS', 'PREFERENCE_TRAINER_KEYS', 'REFUSED_MODEL_ARGS',
-           'MODEL_ARG_KEYS', 'METHOD_KEYS', 'OFF_VALUES', 'flatten', 'get_key', 'set_key', 'pop_key', 'ConfigKey',
-           'key', 'type_text', 'section_keys', 'Condition', 'ResumingKeys', 'WandbKeys', 'ClusterKeys', 'SharedKeys',
-           'TokenizerKeys', 'ModelKeys', 'WithTokenizerKeys', 'WithModelKeys', 'TrainSplitKeys', 'EvalSplitKeys',
-           'SubsampleKeys', 'TrainingDataKeys', 'RowTokenizationKeys', 'TokenizationKeys', 'SampledAnswersKeys',
-           'TrainingKeys', 'PlwKeys', 'IrlKeys', 'SFTKeys', 'GenerationRatioKeys', 'PairTokenizationKeys',
-           'RefModelKeys', 'PreferenceKeys', 'WrittenKeys', 'NearDuplicatesKeys', 'CountingTokenizerKeys',
-           'MixtureKeys', 'NamedSplitKeys', 'NewSplitKeys', 'SplitDataKeys', 'SplitKeys', 'OneDatasetKeys',
-           'LineariseKeys', 'AnnotatedDataKeys', 'ShardKeys', 'AnnotationKeys', 'FilterKeys', 'GenerationKeys',
-           'ServerKeys', 'RefCompletionsKeys', 'RefLogprobsKeys', 'RewardKeys', 'RefRewardsKeys', 'PairsKeys',
-           'HeldOutSplitKeys', 'EvaluationDataKeys', 'AnswersKeys', 'LmEvalKeys', 'EvaluateKeys', 'ExportedModelKeys',
-           'ComparedDataKeys', 'ParityKeys', 'ExportKeys', 'MergeDocumentKeys', 'MergeOptionsKeys', 'MergeChecksKeys',
-           'MergeKeys', 'Stage', 'stages_with', 'library_types', 'library_keys', 'stage_keys', 'known_keys',
-           'range_text', 'readers_text', 'describe_keys', 'coerce_value', 'unknown_key_hint', 'check_config',
-           'check_ranges', 'check_allowed', 'UnreadKey', 'why_unread', 'unread_keys', 'refuse_unread', 'unread_notices',
-           'non_identity_keys']
+           'MODEL_ARG_KEYS', 'METHOD_KEYS', 'REFUSALS', 'OFF_VALUES', 'flatten', 'get_key', 'set_key', 'pop_key',
+           'ConfigKey', 'key', 'type_text', 'section_keys', 'Condition', 'ResumingKeys', 'WandbKeys', 'ClusterKeys',
+           'SharedKeys', 'TokenizerKeys', 'ModelKeys', 'WithTokenizerKeys', 'WithModelKeys', 'TrainSplitKeys',
+           'EvalSplitKeys', 'SubsampleKeys', 'TrainingDataKeys', 'RowTokenizationKeys', 'TokenizationKeys',
+           'SampledAnswersKeys', 'TrainingKeys', 'PlwKeys', 'IrlKeys', 'SFTKeys', 'GenerationRatioKeys',
+           'PairTokenizationKeys', 'RefModelKeys', 'PreferenceKeys', 'WrittenKeys', 'NearDuplicatesKeys',
+           'CountingTokenizerKeys', 'MixtureKeys', 'NamedSplitKeys', 'NewSplitKeys', 'SplitDataKeys', 'SplitKeys',
+           'OneDatasetKeys', 'LineariseKeys', 'AnnotatedDataKeys', 'ShardKeys', 'AnnotationKeys', 'FilterKeys',
+           'GenerationKeys', 'ServerKeys', 'RefCompletionsKeys', 'RefLogprobsKeys', 'RewardKeys', 'RefRewardsKeys',
+           'PairsKeys', 'HeldOutSplitKeys', 'EvaluationDataKeys', 'AnswersKeys', 'LmEvalKeys', 'EvaluateKeys',
+           'ExportedModelKeys', 'ComparedDataKeys', 'ParityKeys', 'ExportKeys', 'MergeDocumentKeys', 'MergeOptionsKeys',
+           'MergeChecksKeys', 'MergeKeys', 'Stage', 'stages_with', 'library_types', 'library_keys', 'stage_keys',
+           'known_keys', 'range_text', 'readers_text', 'describe_keys', 'coerce_value', 'unknown_key_hint',
+           'check_config', 'check_ranges', 'check_allowed', 'Refusal', 'check_combinations', 'UnreadKey', 'why_unread',
+           'unread_keys', 'refuse_unread', 'unread_notices', 'non_identity_keys']
 
 # %% ../../nbs/10_config/2_schema.ipynb #9de09f9d
 import dataclasses, functools, importlib.util, json, math, re, types, typing
@@ -709,8 +709,8 @@ class AnnotationKeys(SharedKeys, WrittenKeys):
     "Maps over rows, shared by many workers"
     dataset_name:str|None = key()
     save_data_dir:str|None = key()
-    # ref_completions has generation.temperature (samples), pairs has mode (chooses); a condition on a key that the
-    # stage lacks holds, because the value is unknown
+    # ref_completions reads the seed if it samples, and pairs reads it if it chooses. Each of the two stages lacks the
+    # key of the other's condition: the value is unknown there, so that condition holds
     seed:int = key(0, stages=("ref_completions", "pairs"), when="samples chooses")
     on_malformed:Literal["drop", "error"] = key()
     dataset_args:AnnotatedDataKeys = None
@@ -1156,7 +1156,7 @@ def library_types()->dict: # dataclass name -> field -> type
 
 # %% ../../nbs/10_config/2_schema.ipynb #6831d987
 _RENAMED = ("gradient_checkpointing", "gradient_checkpointing_kwargs")
-_STILL_READ = ("train_sampling_strategy", "save_strategy") # refused in part, and read
+_STILL_READ = ("train_sampling_strategy", "save_strategy") # read, though some of their values are refused
 
 # %% ../../nbs/10_config/2_schema.ipynb #33fae40e
 @functools.cache
@@ -1177,7 +1177,7 @@ def library_keys(
 
 # %% ../../nbs/10_config/2_schema.ipynb #st4ge005
 def _with_stage_names(key:ConfigKey)->ConfigKey:
-    "The key with names of stages in the place of their properties"
+    "The key; a property in its `stages` is replaced by the names of the stages that have it"
     named = {*key.stages} & {*STAGES}
     named |= {*stages_with(*{*key.stages} - named)}
     return dataclasses.replace(key, stages=tuple(s for s in STAGES if s in named))
@@ -1261,7 +1261,7 @@ def _convert(value, kind:str):
     return value if isinstance(value, dict(bool=bool, str=str, list=list, dict=dict)[kind]) else NOTHING
 
 # %% ../../nbs/10_config/2_schema.ipynb #027a1b15
-# keys whose values are methods: an error never suggests a method that is not just misspelt
+# keys whose values are methods: the error about an unknown value corrects a misspelling, but suggests no other method
 METHOD_KEYS = ("loss_type", "trainer", "f_divergence_type", "transform", "partition", "mode", "optim")
 
 # %% ../../nbs/10_config/2_schema.ipynb #6f267c03
@@ -1356,6 +1356,82 @@ def _shown(value)->str:
     if isinstance(value, float) and math.isfinite(value) and value == int(value): value = int(value)
     return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
 
+# %% ../../nbs/10_config/2_schema.ipynb #0af2e253
+@dataclass(frozen=True)
+class Refusal:
+    "Values that cannot run together"
+    holds: typing.Callable # function of a look-up (dotted key -> value; "@engine" is the engine): whether it is refused
+    text: str # what is wrong and what to do; <KEY> stands for KEY=VALUE
+    example: tuple # a stage and overrides that are refused
+
+# %% ../../nbs/10_config/2_schema.ipynb #8f3e16e0
+def _is_deepspeed_on_cpu(c)->bool:
+    "Whether DeepSpeed on a CPU is asked to train in half precision"
+    half = c("training_args.bf16") or c("training_args.fp16") or c("model_args.dtype") in ("bfloat16", "float16")
+    return c("@engine") == "deepspeed" and c("cluster.device") == "cpu" and bool(half)
+
+# %% ../../nbs/10_config/2_schema.ipynb #a37c5136
+_ADEMAMIX = r"(alpha|beta1|beta2|beta3|t_alpha|t_beta3|eps)=[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?" # one of its arguments
+
+# %% ../../nbs/10_config/2_schema.ipynb #cc941239
+def _schedule(name:str, argument:str):
+    "A predicate: the schedule is chosen and its argument is not given"
+    return lambda c: (c("training_args.lr_scheduler_type") == name
+                      and not any(argument in k for k in c("training_args.lr_scheduler_kwargs") or {}))
+
+# %% ../../nbs/10_config/2_schema.ipynb #c45a019f
+REFUSALS = {
+    "two precisions": Refusal(lambda c: bool(c("training_args.bf16") and c("training_args.fp16")),
+        "<training_args.bf16> and <training_args.fp16>: choose one of them.",
+        ("train_sft", "training_args.bf16=true", "training_args.fp16=true")),
+    "half precision of DeepSpeed on a CPU": Refusal(_is_deepspeed_on_cpu,
+        "DeepSpeed on a CPU trains in float32 only: set model_args.dtype=auto and training_args.bf16=null, or "
+        "accelerate_config=ddp.",
+        ("train_sft", "accelerate_config=ds-zero2", "cluster.device=cpu", "model_args.dtype=bfloat16")),
+    "arguments of ademamix": Refusal(lambda c: c("training_args.optim") == "ademamix" and not re.fullmatch(
+            rf"({_ADEMAMIX}(,|$))*", str(c("training_args.optim_args") or "").replace(" ", ""), re.I),
+        "<training_args.optim_args>: ademamix takes NAME=NUMBER,... with the names alpha, beta1, beta2, beta3, t_alpha, "
+        "t_beta3 and eps.", ("train_sft", "training_args.optim=ademamix", "training_args.optim_args='alpah=3'")),
+    "modules of galore": Refusal(lambda c: bool(re.search("galore|apollo", str(c("training_args.optim") or "")))
+                                 and not c("training_args.optim_target_modules"),
+        "<training_args.optim> projects the gradients of some modules: name them in training_args.optim_target_modules.",
+        ("train_sft", "training_args.optim=galore_adamw")),
+    "a schedule's lowest rate": Refusal(_schedule("cosine_with_min_lr", "min_lr"),
+        "<training_args.lr_scheduler_type> needs training_args.lr_scheduler_kwargs.min_lr=RATE, or min_lr_rate=SHARE.",
+        ("train_sft", "training_args.lr_scheduler_type=cosine_with_min_lr")),
+    "a schedule's decay": Refusal(_schedule("warmup_stable_decay", "num_decay_steps"),
+        "<training_args.lr_scheduler_type> needs training_args.lr_scheduler_kwargs.num_decay_steps=STEPS.",
+        ("train_sft", "training_args.lr_scheduler_type=warmup_stable_decay")),
+}
+
+# %% ../../nbs/10_config/2_schema.ipynb #dfab068a
+REFUSALS |= {
+    "a plateau": Refusal(lambda c: c("training_args.lr_scheduler_type") == "reduce_lr_on_plateau"
+                         and c("training_args.eval_strategy") == "no",
+        "<training_args.lr_scheduler_type> follows an evaluation, and <training_args.eval_strategy> makes none.",
+        ("train_sft", "training_args.lr_scheduler_type=reduce_lr_on_plateau", "training_args.eval_strategy=no")),
+    "several offline pairs": Refusal(lambda c: c("mode") == "offline" and (c("num_pairs") or 1) > 1,
+        "<num_pairs>: mode=offline takes the one pair that a row came with. Choose another mode, or num_pairs=1.",
+        ("pairs", "mode=offline", "num_pairs=3")),
+    "no server": Refusal(lambda c: c("backend") == "server" and not c("server.url") and not c("server.command"),
+        "<backend> needs a server: set server.url, or server.command to start one.",
+        ("ref_completions", "backend=server")),
+    "no reward model": Refusal(lambda c: c("reward_args.kind") == "model" and not c("reward_args.model_name_or_path"),
+        "<reward_args.kind> needs reward_args.model_name_or_path, or a preset: reward_model=NAME.",
+        ("ref_rewards", "reward_args.kind=model", "reward_args.name=a")),
+}
+
+# %% ../../nbs/10_config/2_schema.ipynb #6fea6590
+def check_combinations(
+    cfg:dict, # nested, types checked
+    engine:str|None=None, # single, ddp or deepspeed; None: not known
+):
+    "Refuse values that cannot run together"
+    def look(name): return engine if name == "@engine" else get_key(cfg, name)
+    for refusal in REFUSALS.values():
+        if not refusal.holds(look): continue
+        raise UserError(re.sub(r"<([\w.]+)>", lambda m: f"{m[1]}={_shown(look(m[1]))}", refusal.text))
+
 # %% ../../nbs/10_config/2_schema.ipynb #6ba72249
 @dataclass(frozen=True)
 class UnreadKey:
@@ -1369,7 +1445,7 @@ class UnreadKey:
 
 # %% ../../nbs/10_config/2_schema.ipynb #cb64cccc
 def _by_condition(condition:Condition, look, companion:bool)->UnreadKey:
-    "Why a condition leaves a key unread; always soft if `companion`, for a stage that takes the keys of train_sft"
+    "Why a condition leaves a key unread; soft if `companion`: the stage takes the keys of train_sft"
     fill = lambda m: f"{m[1]}={_shown(look(m[1]))}"
     names = re.findall(r"<[\w.]+>", condition.why)
     why = re.sub(r"<([\w.]+)>", fill, condition.why)

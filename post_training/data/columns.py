@@ -89,7 +89,8 @@ ROW_KEYS = key_table([
     ("tool_calls function_call function_calls", "refused", "move the calls into a message of the assistant"),
     ("documents", "refused", "move the texts into the prompt, or into chat_template_kwargs"),
     ("enable_thinking add_generation_prompt continue_final_message", "refused", "move it into chat_template_kwargs"),
-    ("prefix partial", "refused", "an answer that continues a given text: train it by train_detail in the message"),
+    ("prefix partial", "refused",
+     "the answer continues a given text: mark what is trained by train_detail in the message"),
     ("name", "metadata", "the name of a row; names of speakers belong in messages")])
 
 # %% ../../nbs/20_data/2_columns.ipynb #4cf6bb85
@@ -104,7 +105,7 @@ MESSAGE_KEYS = key_table([
     ("train_detail training_detail", "weight", "weights of spans of characters (axolotl)"),
     ("loss_mask completion_mask mask label labels train_mask loss_scale", "refused",
      "say what is trained by weight or train_detail"),
-    ("prefix partial", "refused", "an answer that continues a given text: train it by train_detail"),
+    ("prefix partial", "refused", "the answer continues a given text: mark what is trained by train_detail"),
     ("image images video videos audio audios", "refused", MEDIA_ADVICE),
     ("tools functions function_calls", "refused", "move tools into the column tools, calls into tool_calls"),
     ("chain_of_thought cot rationale thoughts tool_plan reasoning_details", "refused",
@@ -116,7 +117,7 @@ MESSAGE_KEYS = key_table([
 SYSTEM_COLUMNS = tuple(c for c, k in ROW_KEYS.items() if k.text == "the system message")
 
 # %% ../../nbs/20_data/2_columns.ipynb #86275d11
-# columns of formats that may stand beside the conversation without being part of it: what they are
+# columns of other formats that are metadata beside a conversation: what they hold
 ASIDE_COLUMNS = dict(answer="a reference answer", targets="a reference answer", solution="a reference answer",
                     chosen="a side of a pair", rejected="a side of a pair", rejected_response="a side of a pair")
 
@@ -443,7 +444,7 @@ def plain_column(
 def text_masks(
     columns:dict, # name: Arrow column
 )->dict[str, np.ndarray]: # name: [N] bool
-    "Which rows hold a number or a text, even an empty one: in a column that names a format an empty text is a value"
+    "Which rows hold a number or a text; in a column that names a format an empty text counts as a value"
     out = {}
     for name, column in columns.items():
         a = plain_column(column)

@@ -185,7 +185,7 @@ def check_export_parity(
     compared:list[dict], # from `compare_ids`
     logits:dict, # from `compare_logits`
     same_dtype:bool, # whether the dtype was kept
-    max_difference:float, # of the logits with another dtype, as a share of the largest
+    max_difference:float, # bound if the dtype was changed, as a share of the largest logit
 ):
     "Refuse an export that differs from the checkpoint"
     if different := [r["dialogue"] for r in compared if r["same"] is False]:

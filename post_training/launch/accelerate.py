@@ -47,6 +47,8 @@ def launch_settings(
     n, cpu = batch_arithmetic(cfg)["world_size"], device_of(cfg) == "cpu"
     # 0: any free port, so that two runs do not use the same one
     preset |= dict(num_processes=n, num_machines=1, machine_rank=0, main_process_port=0)
+    # a file of your own may name a machine and a precision: this machine and the training arguments decide
+    preset |= dict(main_process_ip=None, mixed_precision="no")
     if preset["distributed_type"] != "DEEPSPEED":
         preset |= dict(distributed_type="MULTI_GPU" if n > 1 else "NO", use_cpu=cpu)
     return preset

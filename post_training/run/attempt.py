@@ -172,7 +172,7 @@ def _attach(cfg:dict, attempt:int)->Attempt:
     attempts = read_record(run_dir).get("attempts") or []
     if attempt > len(attempts) or "exit" in attempts[attempt - 1] or not is_live(run_dir):
         raise UserError(f"Attempt {attempt} of {run_dir} is not open. Use attempt=0 to open an attempt here.")
-    # end with the command that opened the attempt
+    # this process ends when the command that opened the attempt ends
     if os.environ.get("POST_TRAINING_PARENT") == str(os.getppid()): die_with_parent(os.getppid())
     folder = run_dir/f"attempts/{attempt}"
     return Attempt(run_dir, folder, attempt, folder/"config.yaml", state.checkpoints_dir, state.hash,

@@ -34,7 +34,7 @@ def init_distributed(
     cpu:bool, # train on the CPU
     timeout:int=1800, # seconds that ranks wait for each other
 )->dict: # world_size, rank, zero_stage (None without DeepSpeed)
-    "Meet the other ranks; if the first `PartialState` on a CPU is not made for a CPU, each rank acts as the only one"
+    "Meet the other ranks; on a CPU the first `PartialState` must be told so, or each rank acts as the only one"
     from accelerate import PartialState
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     kwargs = dict(timeout=datetime.timedelta(seconds=timeout)) if "LOCAL_RANK" in os.environ else {}
@@ -318,7 +318,8 @@ def resume_point(
         batch = config.batch_arithmetic(w.cfg)["global_batch"]
         if manifest.get("global_batch", batch) != batch:
             raise UserError(f"{path.name} was trained with a global batch of {manifest['global_batch']}, not {batch}. "
-                            "Keep it, or start from its weights.")
+                            "Use the same global batch, or start from the weights alone: set "
+                            f"model_args.model_name_or_path={path}.")
     return path, skipped
 
 # %% ../../nbs/65_stages/5_training.ipynb #1cbc1cbc

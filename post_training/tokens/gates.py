@@ -92,8 +92,8 @@ def prompt_ids(
 # %% ../../nbs/25_tokens/5_gates.ipynb #454a0ea0
 class TurnPrompt(NamedTuple):
     "What precedes a turn, for all conversations of one shape"
-    asked:str # the rendering that asks for the turn; empty if it is the beginning of the whole rendering
-    written:str # what the whole rendering has there
+    asked:str # the rendering that asks for the turn
+    written:str # what the whole rendering has before the turn; if the two are equal, both are stored as empty texts
     tail_ids:np.ndarray|None # ids from the last safe cut up to the turn; None: the prefix has to be encoded
     refusal:str="" # why the template cannot be asked for the turn
 
@@ -195,7 +195,7 @@ def split_advice(
     messages:list, # of the conversation
     stop_ids:frozenset, # ids that generation stops at
 )->str: # empty if it would not help
-    "Advice for a conversation of which only the last turn is rendered as at inference: make a row of each turn"
+    "Advice to make a row of each turn, if only the last turn of a conversation is rendered as at inference"
     end = len(chat.turn_tokens) - 1
     if n == end or self.end_fault(chat, int(chat.turn_tokens[end][2]), stop_ids): return ""
     if self.prompt_fault(chat, end, messages, bool(self.triggers_in([content_text(m["content"]) for m in messages]))):
