@@ -218,7 +218,7 @@ def test_presets_of_an_earlier_code_base_compose(tmp_path, tmp_root):
     assert c.cfg["training_args"]["max_length"] == 2048 and c.origins["training_args.max_length"] == "preset model=some-8b"
     assert c.cfg["model_args"]["model_name_or_path"] == str(tmp_root / "artifacts/shared/models/some-8b")
     assert c.cfg["model_args"]["trust_remote_code"] is False
-    assert len(c.notices) == 6, c.notices  # three names, one section, twice remote code
+    assert len(c.notices) == 4, c.notices  # a section, three names, twice remote code
     typed = compose("train_sft", ["model=some-8b", "training_args.max_length=64"], config_dir=tmp_path)
     assert typed.cfg["training_args"]["max_length"] == 64 and set(diff_from_presets(typed).items()) == {(k, (2048, 64)) for k in ("training_args.max_length", "tokenization.max_length")}
     commit = "0123456789abcdef" * 2 + "01234567"

@@ -59,7 +59,7 @@ def test_the_command_twice_and_its_card(tiny, demo, tmp_root):
              f"dataset_args.dataset_name={demo}/datasets/demo", "dataset_args.split=train", "parity.dialogues=3", "max_shard_size=2MB"]
     first, second = (subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=300) for _ in range(2))
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
-    assert "ids of 9 dialogues equal, logits off by 0 at most" in first.stdout and "done already" in second.stdout
+    assert "ids of 9 dialogues equal, logits differ by 0 at most" in first.stdout and "done already" in second.stdout
     run_dir = run.all_runs()[0]
     folder = config.site_path(run.read_record(run_dir)["final"]["output"])
     assert folder.name == "tiny-chat" and not verify_manifest(folder) and not weights.weight_faults(folder) and len(list(folder.glob("*.safetensors"))) > 1

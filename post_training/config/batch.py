@@ -9,7 +9,7 @@ __all__ = ['ACCELERATE_VALUES', 'accelerate_file', 'accelerate_preset', 'world_s
 import contextlib, yaml
 from pathlib import Path
 from ..core.files import UserError, did_you_mean
-from .schema import CONFIGS, TRAINING_STAGES
+from .schema import TRAINING_STAGES
 from .presets import first_error_line, preset_names, preset_path, site_path
 
 # %% ../../nbs/10_config/5_batch.ipynb #0b643d15
@@ -45,7 +45,7 @@ def accelerate_preset(
     if not isinstance(preset, dict):
         raise UserError(f"accelerate_config={name} is not a file of accelerate's format: it contains no keys.")
     for key, accepted in ACCELERATE_VALUES.items():
-        if (value := str(preset.get(key, accepted[0])).lower()) not in accepted:
+        if str(preset.get(key, accepted[0])).lower() not in accepted:
             raise UserError(f"accelerate_config={name}: {key}={preset[key]} is not supported: there are "
                             f"{', '.join(accepted)}.")
     return preset

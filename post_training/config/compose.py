@@ -13,7 +13,8 @@ from pathlib import Path
 from ..core.files import UserError, did_you_mean, redact, write_atomic
 from .schema import (
     CONFIGS, NOTHING, SHARD_STAGES, STAGES, TRAINING_STAGES, check_allowed, check_combinations, check_config,
-    check_ranges, flatten, get_key, known_keys, pop_key, refuse_unread, set_key, stage_keys, unknown_key_hint, unread_keys, unread_notices)
+    check_ranges, flatten, get_key, known_keys, pop_key, refuse_unread, set_key, stage_keys, unknown_key_hint,
+    unread_keys, unread_notices)
 from post_training.config.overrides import (
     ParsedOverride, choose_warmup, left_out, old_names, parse_override, translate_key, translate_presets,
     translate_value)
@@ -36,6 +37,17 @@ class ComposedConfig:
     choices:dict = field(default_factory=dict) # group -> preset
     unread:dict = field(default_factory=dict) # dotted key -> why it is not read, in short: trainer=sft
 
+# %% ../../nbs/10_config/6_compose.ipynb #6e17cfd8
+def _choice(t:ParsedOverride, config_dir=None)->tuple: # (group, preset's name or file)
+    "The preset that an override chooses; one that does not exist raises an error with the nearest name"
+    if file := preset_file(t.key, t.value): return t.key, file
+    if t.key in EXPERIMENT_GROUPS: return experiment_preset(t.key, Path(str(t.value)).stem, config_dir)
+    names, name = preset_names(t.key, config_dir), preset_name(t.key, t.value, config_dir)
+    if name in names: return t.key, name
+    rows = " Rows without a preset: dataset=local dataset_args.dataset_name=PATH." if t.key == "dataset" else ""
+    raise UserError(f"There is no preset {t.text.lstrip('+')}.{did_you_mean(str(t.value), names)} Presets of {t.key}: "
+                    f"{', '.join(names)}.{rows}")
+
 # %% ../../nbs/10_config/6_compose.ipynb #9952b48e
 def _sort_overrides(
     stage:str,
@@ -53,19 +65,12 @@ def _sort_overrides(
     sections = {k.split(".")[0] for k in [*keys, *old_names(keys)]}
     for t in map(parse_override, overrides):
         if t.key == "config_yml" and "model_merging" in known: t = ParsedOverride("model_merging", t.value, t.text)
-        if t.key in EXPERIMENT_GROUPS:
-            if t.value in (None, "none"): continue
-            file = preset_file(t.key, t.value)
-            group, name = (t.key, file) if file else experiment_preset(t.key, Path(str(t.value)).stem, config_dir)
+        if t.key in EXPERIMENT_GROUPS and t.value in (None, "none"): continue
+        if t.key in known or t.key in EXPERIMENT_GROUPS:
+            group, name = _choice(t, config_dir)
+            if not isinstance(name, Path) and str(name) != str(t.value):
+                notices.append(f"{t.text}: taken as the preset {group}={name}.")
             choices[group] = name
-        elif t.key in known:
-            names, file = preset_names(t.key, config_dir), preset_file(t.key, t.value)
-            name = preset_name(t.key, t.value, config_dir)
-            if file is None and name not in names:
-                raise UserError(f"There is no preset {t.text.lstrip('+')}.{did_you_mean(str(t.value), names)} Presets "
-                                f"of {t.key}: {', '.join(names)}.")
-            if file is None and name != t.value: notices.append(f"{t.text}: taken as the preset {t.key}={name}.")
-            choices[t.key] = name if file is None else file
         elif t.key == "accelerate": values.append(ParsedOverride("accelerate_config", t.value, t.text))
         elif (CONFIGS/t.key).is_dir():
             rows = " Give the rows with dataset_args.dataset_name=PATH." if t.key == "dataset" else ""
@@ -295,6 +300,22 @@ def _finish(
     cfg["accelerate_config"] = path.stem if path == shipped else str(path) # a job may not know your folder
     return cfg, derived, notices
 
+# %% ../../nbs/10_config/6_compose.ipynb #6a46c6f3
+def _translated(
+    stage:str,
+    choices:dict, # group -> preset or file
+    values:list, # typed overrides
+    keys:dict, # known keys of the stage
+    config_dir=None, # an additional folder of presets
+)->tuple: # (raw nested dict, dotted key -> origin, typed overrides, notices)
+    "The composed presets and the typed overrides with names and values of earlier versions translated"
+    raw, origins = compose_presets(stage, choices, config_dir)
+    values, warmup = _typed_warmup(values, get_key(raw, "training_args.warmup_ratio"))
+    values, resuming = _resuming_dir(values, keys)
+    return raw, origins, values, [
+        *own_notices(stage, preset_groups(stage) | choices, config_dir), *warmup, *resuming,
+        *_named_by_preset(raw, origins, choices), *translate_presets(raw, origins, old_names(keys), keys)]
+
 # %% ../../nbs/10_config/6_compose.ipynb #f02f6a55
 def _is_frozen_file(override)->bool:
     "Whether an override is the path of a YAML file instead of key=value"
@@ -314,13 +335,7 @@ def compose(
         raise UserError(f"{overrides[0]} is a config of stage {frozen.stage}, not {stage}.")
     keys = known_keys(stage)
     choices, values, notices = _sort_overrides(stage, overrides, keys, config_dir)
-    raw, origins = compose_presets(stage, choices, config_dir)
-    notices += own_notices(stage, preset_groups(stage) | choices, config_dir)
-    values, more = _typed_warmup(values, get_key(raw, "training_args.warmup_ratio"))
-    notices += [*more, *_named_by_preset(raw, origins, choices)]
-    notices += translate_presets(raw, origins, old_names(keys), keys)
-    values, more = _resuming_dir(values, keys)
-    notices += more
+    raw, origins, values, more = _translated(stage, choices, values, keys, config_dir)
     others = _without_others(raw, origins, keys)
     typed = {} # dotted key -> the override that set it
     def origin(key):
@@ -330,16 +345,16 @@ def compose(
         return "" if where == "default" else f" ({where})"
     try: presets, _, _ = _finish(json.loads(json.dumps(raw)), keys, origin, holes_ok=True)
     except UserError: presets = resolve_interpolations(raw) # overrides may complete presets
-    applied, applied_notices = _apply(raw, values, keys)
+    applied, said = _apply(raw, values, keys)
     typed.update(applied)
-    applied_notices += _beta_bound(raw, typed, origins)
+    said += _beta_bound(raw, typed, origins)
     cfg, derived, late = _finish(raw, keys, origin, typed)
     where = {k: "derived" if k in derived else "override" if k in typed else origins.get(k, "default")
              for k in flatten(cfg)}
     unread = unread_keys(cfg, engine_of(cfg))
     refuse_unread(unread, cfg, typed)
     check_combinations(cfg, engine_of(cfg))
-    notices += [*applied_notices, *late, *unread_notices(unread, cfg, where, choices, others)]
+    notices += [*more, *said, *late, *unread_notices(unread, cfg, where, choices, others)]
     return ComposedConfig(stage, overrides, cfg, where, presets, list(dict.fromkeys(notices)),
                           preset_groups(stage) | {g: str(c) for g,c in choices.items()},
                           {k: u.cause for k,u in unread.items()})

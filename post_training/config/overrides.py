@@ -226,6 +226,7 @@ def translate_presets(
 )->list[str]: # notices
     "Translate old names and values in composed presets, and drop what only an earlier version read"
     notices = [*_one_warmup(raw, origins), *_leave_out(raw, origins, keys or {}, names)]
+    renamed = {} # where it comes from -> names
     for old in names:
         if (value := pop_key(raw, old)) is NOTHING: continue
         origin = next((origins.pop(k) for k in list(origins) if k == old or k.startswith(old + ".")), "default")
@@ -237,7 +238,8 @@ def translate_presets(
             reference = f"${{{old}}}"
             if isinstance(text, str) and reference in text: set_key(raw, k, text.replace(reference, f"${{{new}}}"))
         origins |= {k: origin for k in flatten({new: value})}
-        notices.append(f"{old} ({origin}) is called {new} now: taken as {new}={json.dumps(value)}.")
+        renamed.setdefault(origin.removeprefix("preset "), []).append(f"{old} is {new}={json.dumps(value)}")
+    notices += [f"Names of an earlier version ({where}): {', '.join(names)}." for where, names in renamed.items()]
     for key in OLD_VALUES:
         if keys is None or key not in keys or (value := get_key(raw, key, NOTHING)) is NOTHING: continue
         value, notice = translate_value(key, value, keys[key])

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from ..data.messages import REASONING_KEYS, Conversation, MalformedRow, UnsupportedContent, content_text
 from ..data.swissai import developer_message, is_structured, structured_conversation, tool_list
-from .masks import Refused, encoder_for, with_prompt
+from .masks import Refused, encoder_for
 from .dataset import (
     TemplateChat, template_chat, tokenize_template_chats, with_thought_fields)
 

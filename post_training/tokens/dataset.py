@@ -323,7 +323,7 @@ def weight_counts(
     data, # tokenized rows with weights
 )->dict: # trained_tokens: completion tokens of weight above 0; weight_sum: the sum of weights of completion tokens
     "How many completion tokens are trained on, and the sum of their weights times those of their rows"
-    import pyarrow as pa, pyarrow.compute as pc
+    import pyarrow.compute as pc
     def flat(c): return pc.list_flatten(data.data.column(c)).to_numpy(zero_copy_only=False)
     weights_N = np.where(flat("completion_mask").astype(bool), flat("weights"), 0.)
     weights_N = weights_N*np.repeat(np.asarray(data["row_weight"][:]), data["length"][:])

@@ -68,12 +68,12 @@ def prompt_ids(
     template_kwargs:dict|None=None, # further arguments of the template
 )->np.ndarray: # [T]
     "The ids that a model is given: a conversation and the generation prompt"
-    return encoder_for(tokenizer).prompt_ids(messages, template_options(tools, template_kwargs=template_kwargs),
+    return encoder_for(tokenizer).ids_of_prompt(messages, template_options(tools, template_kwargs=template_kwargs),
                                              allow_control_tokens_in_content)
 
 # %% ../../nbs/25_tokens/5_gates.ipynb #dcd87af1
 @patch
-def prompt_ids(
+def ids_of_prompt(
     self:ChatEncoder,
     messages:list[dict], # a conversation that ends before an answer
     options:tuple=(), # from `template_options`
@@ -179,7 +179,7 @@ def prompt_fault(
     else: # the second comparison is for contents that hold a control token
         before = chat.text[:start - len(blank)]
         same = (exact or bool(blank)) and (np.array_equal(given, self.encode([before])[0]) or np.array_equal(
-            given, self.prompt_ids(messages[:m], chat.skeleton.key[1])))
+            given, self.ids_of_prompt(messages[:m], chat.skeleton.key[1])))
     if same: return ""
     if blank: return prompt_difference(asked, written)
     token = self.tokenizer.decode([chat.input_ids[first]])
