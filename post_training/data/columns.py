@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'PROMPT_COLUMNS', 'TURNS', 'MEDIA_ADVICE', 'ROW_KEYS', 'MESSAGE_KEYS', 'SYSTEM_COLUMNS', 'ASIDE_COLUMNS',
-           'TEXT_COLUMNS', 'empty_value', 'row_format', 'KnownKey', 'key_table', 'column_class', 'harmless',
-           'all_texts', 'has_weights', 'repeats', 'refused_columns', 'plain_array', 'has_value', 'is_list_type',
-           'format_index', 'key_masks', 'key_mask', 'fold_masks', 'json_key_masks', 'KeyUse', 'Account', 'Tally',
-           'formats_in_order', 'tally_batch', 'tally_column', 'tally_keys', 'plain_column', 'text_masks',
+           'TEXT_COLUMNS', 'JUDGEMENTS', 'empty_value', 'row_format', 'KnownKey', 'key_table', 'column_class',
+           'harmless', 'all_texts', 'has_weights', 'repeats', 'refused_columns', 'plain_array', 'has_value',
+           'is_list_type', 'format_index', 'key_masks', 'key_mask', 'fold_masks', 'json_key_masks', 'KeyUse', 'Account',
+           'Tally', 'formats_in_order', 'tally_batch', 'tally_column', 'tally_keys', 'plain_column', 'text_masks',
            'form_columns', 'repeated_rows', 'account', 'check_account', 'account_lines']
 
 # %% ../../nbs/20_data/2_columns.ipynb #a498acfa
@@ -145,13 +145,17 @@ def column_class(
     return "metadata", "not read"
 
 # %% ../../nbs/20_data/2_columns.ipynb #169cffc4
+JUDGEMENTS = ("true", "false", "desirable", "undesirable", "chosen", "rejected", "0", "1") # texts that judge an answer
+
+# %% ../../nbs/20_data/2_columns.ipynb #a29dd554
 def harmless(
     name:str, # of a refused column or key
     value, # its value
 )->bool:
     "Whether a value of a refused key changes nothing"
-    if name in ("label", "labels"): return empty_value(value) or isinstance(value, str)
-    return empty_value(value) or value is False
+    if name in ("label", "labels"):
+        return empty_value(value) or isinstance(value, str) and value.strip().lower() not in JUDGEMENTS
+    return empty_value(value) or value is False and name != "enable_thinking"
 
 # %% ../../nbs/20_data/2_columns.ipynb #420475a4
 def all_texts(

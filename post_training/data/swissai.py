@@ -23,7 +23,7 @@ from .columns import key_masks, plain_column, refused_columns
 from .messages import (
     OPTIONAL_COLUMNS, REASONING_KEYS, ROW_WEIGHTS, Conversation, MalformedRow, UnsupportedContent, as_written,
     check_messages, format_of, keeps_nulls, parse_json, plain_text, read_conversation, role_fault, row_id, row_weight,
-    template_arguments, tool_text, without_none)
+    template_arguments, tool_text, with_thought_field, without_none)
 
 # %% ../../nbs/20_data/4_swissai.ipynb #627e9d95
 SUBSCHEMAS = { # key of a JSON schema that holds schemas: the container that holds them
@@ -457,6 +457,7 @@ def structured_conversation(
     c = conversation
     if is_structured(c.messages): return replace(c, messages=as_written(c.messages))
     if c.span_weights: raise UnsupportedContent("train_detail has no place in a structured message")
+    c = replace(c, messages=[with_thought_field(m) for m in c.messages])
     messages, weights = to_structured(c.messages, c.tools, exact=True), None
     if c.message_weights:
         weights = []

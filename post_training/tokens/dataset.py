@@ -21,7 +21,7 @@ from ..data.columns import account, account_lines, check_account
 from ..data.messages import (
     Conversation, MalformedRow, UnsupportedContent, check_dropped, check_messages, format_of, keeps_nulls,
     message_fault,
-    plain_text, row_id, split_inline_thought)
+    open_thought, plain_text, row_id, with_thought_field)
 from ..data.swissai import (
     conversation_of, is_structured, is_swissai, structured_conversation, unpacked_conversation)
 from .tokenizer import template_fingerprint, tokenizer_fingerprint
@@ -47,11 +47,7 @@ def with_thought_fields(
     "Messages whose inline thoughts `<think>...</think>` stand in reasoning_content"
     out = []
     for n, m in enumerate(messages):
-        content = m.get("content")
-        thinks = m["role"] == "assistant" and isinstance(content, str) and "</think>" in content
-        thinks = thinks and n not in parts and not m.get("reasoning_content")
-        split = split_inline_thought(content) if thinks else None
-        out.append(dict(m, reasoning_content=split[0], content=split[1]) if split else m)
+        out.append(m if n in parts else with_thought_field(m))
     return out
 
 # %% ../../nbs/25_tokens/7_dataset.ipynb #c4ab702a
@@ -61,7 +57,7 @@ def template_chat(
     complete:bool=True, # whether the conversation must hold an answer, and is checked for other faults
 )->TemplateChat:
     "A conversation in the format that a template takes; raises if it is malformed or unsupported"
-    faults = [check_messages(c.messages)] if complete else map(message_fault, c.messages)
+    faults = [check_messages(c.messages) or open_thought(c.messages)] if complete else map(message_fault, c.messages)
     if fault := next(filter(None, faults), None): raise MalformedRow(fault)
     blocks = encoder.takes_blocks(bool(c.tools))
     if not is_structured(c.messages) and encoder.takes_thoughts():
