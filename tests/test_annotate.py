@@ -178,9 +178,7 @@ def test_two_splits_stay_apart(planned):
 
 
 def test_a_server_that_nobody_named(planned):
-    cfg, frozen = planned("ref_completions", "backend=server")
-    with pytest.raises(UserError, match="server.url"):
-        preference_data.work_on_shards(cfg, frozen)
+    with pytest.raises(UserError, match="server.url"): planned("ref_completions", "backend=server")
 
 
 def test_help_says_how_a_worker_is_called():

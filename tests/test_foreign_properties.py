@@ -1,5 +1,6 @@
 "Random conversations with the templates of other model families: every kept row is what transformers renders, every dropped row has its cause."
 import json
+import re
 
 import numpy as np
 from datasets import Dataset, disable_progress_bars
@@ -64,7 +65,14 @@ def tokens(f, rows, **policies):
     return tokenize_rows(data, family(f), stop_ids=stop(f), unsupported_roles="drop", **policies)[0].to_list()
 
 
-def plain(messages): return [{k: v for k, v in m.items() if k != "weight"} for m in messages]
+def plain(messages):
+    "Without weights; a thought that stands in reasoning_content and inline is one thought"
+    out = [{k: v for k, v in m.items() if k != "weight"} for m in messages]
+    for m in out:
+        inline = re.fullmatch(r"<think>(.*?)</think>(.*)", m["content"] or "", re.S)
+        if m.get("reasoning_content") and inline and m["content"].count("think>") == 2 and inline[1].strip() == m["reasoning_content"].strip():
+            m["content"] = inline[2].lstrip("\n")
+    return out
 
 
 def encoded(t, text):
@@ -121,6 +129,8 @@ def check_dropped(f, row, got):
         thinks = any(x.get("reasoning_content") for x in row["messages"])
         try: assert thinks or not render(t, plain(row["messages"]), tools=row["tools"], **row["chat_template_kwargs"])
         except Exception as e: assert not isinstance(e, AssertionError), (f, got)
+    elif reason in ("malformed: a message holds two different texts as its thought", "malformed: a thought begins with <think> and has no </think>"):
+        assert any("think>" in (x["content"] or "") for x in row["messages"])
     elif reason == "unverifiable":
         asked = [x["content"] for x in row["messages"] if x["role"] == "user"]
         if f == "mistral7" and len(set(asked)) < len(asked): return  # its template compares messages: tools stand before each question that equals the last
@@ -147,6 +157,9 @@ def test_one_row_of_each_turn_is_what_inference_sees(batch):
         begin = asks[int(n or 0)]
         end = (asks + [len(rows[int(i)]["messages"])])[int(n or 0) + 1]
         row = dict(rows[int(i)], messages=rows[int(i)]["messages"][:end])
+        if got["reason"].startswith("malformed:"):  # of the whole conversation
+            check_dropped(f, rows[int(i)], got)
+            continue
         if not n: assert len(asks) == 1
         if not got["reason"]: check_kept(f, row, got, begin)
         elif not got["reason"].startswith("weight:"): check_dropped(f, row, got)

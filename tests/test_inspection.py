@@ -246,4 +246,4 @@ def test_gates_look_at_rows_with_tools():
     tokenizer.chat_template = TOOLED.replace("{{ eos_token }}", "")
     with pytest.raises(UserError, match="an answer ends with"): check_sample(rows, tokenizer)
     tokenizer.chat_template = TOOLED.replace("<|assistant|>{% endif %}", "<|bot|>{% endif %}")
-    with pytest.raises(UserError, match="generation prompt ends in"): check_sample(rows, tokenizer)
+    with pytest.raises(UserError, match="asked for an answer, the template writes"): check_sample(rows, tokenizer)

@@ -132,7 +132,7 @@ def with_thought_field(
     if not split: return m
     own = m.get("reasoning_content") or ""
     if own and own.strip() != split[0].strip(): raise MalformedRow("a message holds two different texts as its thought")
-    return dict(m, reasoning_content=split[0], content=split[1])
+    return dict(m, reasoning_content=own or split[0], content=split[1])
 
 # %% ../../nbs/20_data/3_messages.ipynb #707c266f
 def parse_json(

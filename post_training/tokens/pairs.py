@@ -302,15 +302,15 @@ def tokenize_pairs(
     dataset, # `datasets.Dataset` of pairs
     tokenizer, # with a chat template
     *,
-    max_length:int|None=None, # tokens of prompt and answer at most; nothing is truncated
-    reference:bool=False, # log-probabilities of the reference are read from the data
+    max_length:int|None=None, # tokens of a side at most
+    reference:bool=False, # read the reference's log-probabilities
     rewards:bool=False, # the loss needs quantile rewards
     max_drop_fraction:float|None=None, # share of rows that may be dropped
     num_proc:int|None=None, # processes; None chooses
-    work=None, # folder for temporary files; None keeps everything in memory
+    work=None, # folder for temporary files; None: in memory
     ignore_columns=(), # columns that are treated as absent
     stop_ids=None, # ids that generation stops at; None: not checked
-    **policies, # allow_control_tokens_in_content; on_missing_stop; and the others of rows: drop or error
+    **policies, # allow_control_tokens_in_content, on_missing_stop; others: drop or error
 )->tuple: # (`datasets.Dataset`, counts)
     "Tokenize pairs: the kept ones, and counts of all"
     if not len(dataset): raise UserError("The dataset has no rows.")
@@ -320,10 +320,11 @@ def tokenize_pairs(
     check_account(columns)
     check_pair_columns(dataset.column_names, reference, rewards)
     n = process_count(len(dataset), num_proc)
-    encoder_for(tokenizer).header() # made before the processes fork
+    encoder = encoder_for(tokenizer)
+    encoder.header() # made before the processes fork
     checked = stop_ids is not None and policies.pop("on_missing_stop", "error") == "error"
-    special = frozenset(np.flatnonzero(encoder_for(tokenizer).is_special).tolist())
     policies.pop("on_missing_stop", None)
+    special = frozenset(np.flatnonzero(encoder.is_special).tolist())
     settings = PairSettings(max_length, reference, rewards, control_tokens, tuple(ignore_columns), keeps_nulls(dataset),
                             frozenset(stop_ids) if checked else None, special, bool(columns.names("weight")), n > 1)
     data = dataset.map(tokenize_pair_batch, batched=True, with_indices=True, batch_size=500, desc="Tokenizing",
