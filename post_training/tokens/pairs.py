@@ -308,7 +308,7 @@ def tokenize_pairs(
     max_drop_fraction:float|None=None, # share of rows that may be dropped
     num_proc:int|None=None, # processes; None chooses
     work=None, # folder for temporary files; None: in memory
-    ignore_columns=(), # columns that are treated as absent
+    ignore_columns=(), # columns treated as absent
     stop_ids=None, # ids that generation stops at; None: not checked
     **policies, # allow_control_tokens_in_content, on_missing_stop; others: drop or error
 )->tuple: # (`datasets.Dataset`, counts)
