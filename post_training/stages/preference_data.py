@@ -11,7 +11,7 @@ __all__ = ['SPLIT_COLUMN', 'ANNOTATION_STAGES', 'ensure_reward', 'joined_splits'
            'batch_fn', 'shard_worker_slots', 'work_on_shards', 'shard_progress_line', 'notebook_progress',
            'merged_results', 'unpack_logprobs', 'output_rows', 'write_splits', 'completion_counts',
            'written_answer_fields', 'account_of_splits', 'merged_counts', 'collect_output', 'history_settings',
-           'run_annotation', 'history_rows', 'account_rows', 'messages_text', 'run_array_task', 'has_unfinished_shards',
+           'run_annotation', 'history_rows', 'messages_text', 'run_array_task', 'has_unfinished_shards',
            'annotation_main']
 
 # %% ../../nbs/65_stages/4_preference_data.ipynb #736d44f7
@@ -660,13 +660,6 @@ def history_rows(
                                    if k in ("max_seq_len", "generation", "mode", "num_pairs", "backend"))
     return ([dict(stage=h["stage"], asked=settings(h), by=by(h)) for h in history_of(cfg)]
             or [dict(stage="none", asked="rows as their source gives them", by="")])
-
-# %% ../../nbs/65_stages/4_preference_data.ipynb #a3a8d829
-def account_rows(
-    counts:dict, # from `run_annotation`
-)->list[dict]: # key, of, class, rows, meaning
-    "The account of columns and message keys as a table"
-    return counts.get("columns") or [dict(key="none", of="", rows="", meaning="rows of an earlier stage")]
 
 # %% ../../nbs/65_stages/4_preference_data.ipynb #e5b1d470
 def messages_text(
