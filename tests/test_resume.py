@@ -17,8 +17,9 @@ from post_training.core.files import verify_manifest
 
 STEPS = 14
 CONFIG = ["dataset_args.debug_subsample.train=40", "dataset_args.debug_subsample.eval=12", "cluster.device=cpu", "global_batch_size=8", "training_args.max_length=96",
-          "training_args.per_device_train_batch_size=2", f"training_args.max_steps={STEPS}", "training_args.eval_steps=4", "training_args.save_steps=3",
-          "training_args.logging_steps=2", "training_args.save_total_limit=2", "training_args.optim=ademamix", "trainer=ln-plw", "plw_args.prompt_loss_weight=0.1"]
+          "training_args.per_device_train_batch_size=2", f"training_args.max_steps={STEPS}", "training_args.save_steps=3",
+          "training_args.logging_steps=2", "training_args.save_total_limit=2", "training_args.optim=ademamix"]
+SFT = [*CONFIG, "training_args.eval_steps=4", "trainer=ln-plw", "plw_args.prompt_loss_weight=0.1"]
 LAUNCH = """import sys
 from post_training import config, run
 from post_training.launch.accelerate import launch_ranks
@@ -27,10 +28,10 @@ task = run.open_run(c.cfg, origins=c.origins, overrides=sys.argv[1:])
 launch_ranks("post_training.train_sft", task)
 run.close_attempt(task.run_dir, task.number, 0)
 """
-COMMANDS = {"single": [sys.executable, "-m", "post_training.train_sft", *CONFIG],
-            "ddp": [sys.executable, "-c", LAUNCH, *CONFIG, "accelerate_config=ddp", "num_processes=2"],
-            "ds-zero2": [sys.executable, "-c", LAUNCH, *CONFIG, "accelerate_config=ds-zero2", "num_processes=2"],
-            "pairs": [sys.executable, "-m", "post_training.train_preference", *CONFIG[:-2], "preference=tiny"]}
+COMMANDS = {"single": [sys.executable, "-m", "post_training.train_sft", *SFT],
+            "ddp": [sys.executable, "-c", LAUNCH, *SFT, "accelerate_config=ddp", "num_processes=2"],
+            "ds-zero2": [sys.executable, "-c", LAUNCH, *SFT, "accelerate_config=ds-zero2", "num_processes=2"],
+            "pairs": [sys.executable, "-m", "post_training.train_preference", *CONFIG, "preference=tiny"]}
 
 
 class Place:
