@@ -7,7 +7,8 @@ __all__ = ['TURN_MARKS', 'VLLM_FIELDS', 'KEY_VARIABLE', 'prompts_as_ids', 'promp
            'call_stop_ids', 'written_blocks', 'content_of_blocks', 'separated_thought', 'answer_content',
            'sample_seeds', 'check_sampling', 'transformers_backend', 'ServerFailed', 'base_url', 'is_local',
            'http_client', 'http_json', 'request_error', 'request_with_retries', 'served_model', 'checked_choices',
-           'in_threads', 'server_backend', 'token_rate', 'kept_completions', 'completions_batch_fn']
+           'in_threads', 'server_backend', 'listed_logprobs', 'server_logprobs', 'check_server_model', 'token_rate',
+           'kept_completions', 'completions_batch_fn']
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #88d49fcb
 import functools, ipaddress, json, os, queue, re, threading, time, urllib.parse
@@ -421,6 +422,81 @@ def server_backend(
         flat = [c for choices in in_threads(one, jobs, concurrency) for c in choices]
         return [flat[k:k + n] for k in range(0, len(flat), n)]
     return complete
+
+# %% ../../nbs/35_preferences/3_completions.ipynb #2d2124f6
+def listed_logprobs(
+    choice:dict, # of an answer of /v1/completions
+    ids:Sequence[int], # the prompt
+)->list|None: # of the second token to the last; None: the answer has none
+    "The log-probabilities of a prompt in an answer, as vLLM gives them or as OpenAI's `echo` does"
+    given = choice.get("prompt_logprobs")
+    if given and len(given) == len(ids):
+        return [((entry or {}).get(str(i)) or {}).get("logprob") for entry, i in zip(given[1:], ids[1:])]
+    echoed = (choice.get("logprobs") or {}).get("token_logprobs") or []
+    return echoed[1:len(ids)] if len(echoed) >= len(ids) else None
+
+# %% ../../nbs/35_preferences/3_completions.ipynb #ea21cf01
+def server_logprobs(
+    url:str, # base address
+    model:str, # its name of the model
+    rows:Sequence[Sequence[int]], # ids
+    concurrency:int=8, # requests at a time
+    **tries, # timeout, retries and pause of `request_with_retries`
+)->list|None: # for each row, of its second token to its last; None: the server gives no log-probabilities of a prompt
+    "Log-probabilities of the tokens of some rows, by a server"
+    key = os.environ.get(KEY_VARIABLE)
+    http_client(is_local(url)) # made once, before the threads need it
+    def one(ids):
+        asked = dict(model=model, prompt=list(ids), max_tokens=1, temperature=0., n=1, seed=0)
+        for more in (dict(prompt_logprobs=0), dict(echo=True, logprobs=1)):
+            try:
+                answer = request_with_retries(url, "/v1/completions", asked | more, key, **tries,
+                                              requested_model=model, tokens=len(ids), max_new_tokens=1)
+            except UserError as e: refused = e; continue
+            read = (answer.get("usage") or {}).get("prompt_tokens")
+            if read not in (None, len(ids)): checked_choices(answer, 1, len(ids), url) # raises
+            for choice in answer.get("choices") or []:
+                if (found := listed_logprobs(choice, ids)) is not None: return found
+            refused = None
+        if refused: raise refused
+        return None
+    out = in_threads(one, rows, concurrency)
+    return None if any(row is None for row in out) else out
+
+# %% ../../nbs/35_preferences/3_completions.ipynb #57b07fc1
+def check_server_model(
+    url:str, # of the server, with or without /v1
+    model:str, # its name of the model, see `served_model`
+    path:str, # folder or hub name of the reference model
+    prompts:Sequence[Sequence[int]], # ids of a few prompts
+    max_error:float|None=None, # mean error per token in nats that is accepted; None: three times that of bfloat16
+    **load_args, # of `models.load.load_model`, such as trust_remote_code
+)->dict: # for the record: compared_with, tokens, mean, max, bound, nll, server_nll; or compared_with=None and why
+    "Compare a server with the reference model by the log-probabilities of some prompts, or raise a `UserError`"
+    from post_training.models.agreement import (
+        FLOAT32_BOUND, agrees, error_bound, fits_in_memory, likely_cause, logprob_errors, numbers_to_compare)
+    url = base_url(url)
+    with_what = numbers_to_compare(path, [p for p in prompts if len(p) > 1], **load_args)
+    rows, expected = with_what["rows"], with_what["expected"]
+    if not rows:
+        why = "the model does not fit into memory and its folder has no certificate.json" if prompts else "no prompts"
+        return dict(compared_with=None, why=why)
+    got = server_logprobs(url, model, rows)
+    if got is None: return dict(compared_with=None, why="the server gives no log-probabilities of a prompt")
+    errors = logprob_errors(expected, got)
+    bound = error_bound("bfloat16", with_what["own"]) if max_error is None else dict(mean=max_error)
+    told = dict(compared_with=with_what["compared_with"], rows=len(rows), bound=bound,
+                as_float32=agrees(errors, FLOAT32_BOUND), server_nll=errors.pop("reader_nll"), **errors)
+    if agrees(errors, bound): return told
+    cause = (likely_cause(path, rows, expected, got, **load_args) if fits_in_memory(path)
+             else "unknown, as the model does not fit into memory here")
+    raise UserError(
+        f"The server at {url} gives {model!r} other log-probabilities than the {with_what['compared_with']} of {path}: "
+        f"{errors['mean']:.3g} nats per token off on average, {errors['max']:.3g} at most, over {errors['tokens']} "
+        f"tokens of {len(rows)} prompts (accepted: {bound['mean']:.3g} on average"
+        f"{', {:.3g} at most'.format(bound['max']) if 'max' in bound else ''}). Negative log-likelihood: "
+        f"{errors['nll']:.4f} here, {told['server_nll']:.4f} there. Likely cause: {cause}. Nothing was sampled. Serve "
+        "this folder with a server that reads it so, or accept the difference with server.max_error.")
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #7a3e8ecb
 def token_rate(
