@@ -722,6 +722,7 @@ class FilterKeys(AnnotationKeys, WithModelKeys):
     "Prompts and completions that fit the model"
     max_seq_len:int = key(1)
     min_completions:int = key(0)
+    output_format:Literal["rows", "swissai"] = key()
     structure:Literal["auto", "plain", "structured"] = key()
 
 # %% ../../nbs/10_config/2_schema.ipynb #e0c843fb
@@ -755,6 +756,7 @@ class RefCompletionsKeys(AnnotationKeys, WithModelKeys):
     backend:Literal["transformers", "server"] = key()
     tensor_parallel_size:int = key(1, 1024)
     keep_existing:bool = key()
+    output_format:Literal["rows", "swissai"] = key()
     generation:GenerationKeys = None
     server:ServerKeys = None
 
@@ -765,6 +767,8 @@ class RefLogprobsKeys(AnnotationKeys, WithModelKeys):
     batch_tokens:int = key(1)
     share_prompts:Literal["auto"]|bool = key()
     allow_other_reference:bool = key()
+    existing_logprobs:Literal["recompute", "keep"] = key()
+    output_format:Literal["rows", "swissai"] = key()
     tensor_parallel_size:int = key(1, 1024)
 
 # %% ../../nbs/10_config/2_schema.ipynb #66d16800
@@ -789,6 +793,7 @@ class RewardKeys:
 @section
 class RefRewardsKeys(AnnotationKeys):
     "Rewards of all completions"
+    output_format:Literal["rows", "swissai"] = key()
     reward_args:RewardKeys = None
 
 # %% ../../nbs/10_config/2_schema.ipynb #a59d100b
@@ -797,7 +802,7 @@ class PairsKeys(AnnotationKeys):
     "Chosen and rejected completions"
     mode:Literal["heuristic", "best-worst", "random", "k-random", "offline"] = key()
     num_pairs:int = key(1) # a value above 1 is refused if mode=offline
-    min_num_ref_rewards:int = key(0)
+    min_num_ref_rewards:int|None = key(0)
     num_ref_rewards:int|None = key(1)
     candidates:Literal["all", "reference", "data"] = key(when="chooses")
     references:Literal["sampled", "all"] = key()

@@ -6,9 +6,10 @@
 __all__ = ['REFERENCE_CHOICES', 'CANDIDATE_CHOICES', 'PAIR_MODES', 'POOL_FIELDS', 'completion_fault', 'text_key',
            'completion_key', 'reference_pool', 'quantile_of', 'Candidate', 'ordered_pair', 'first_pair',
            'heuristic_pairs', 'best_worst_pairs', 'random_pairs', 'k_random_pairs', 'own_pair', 'pair_features',
-           'pair_row', 'PairRules', 'chosen_pairs', 'row_pairs', 'pairs_batch_fn', 'pool_columns', 'win_rates',
-           'pearson_correlation', 'within_rows', 'pool_table', 'histogram_counts', 'pair_numbers', 'tie_table',
-           'text_hashes', 'pool_diagnostics', 'pair_diagnostics', 'plot_pairs', 'plot_pool']
+           'pair_row', 'given_rewards', 'with_given', 'PairRules', 'chosen_pairs', 'row_pairs', 'pairs_batch_fn',
+           'pool_columns', 'win_rates', 'pearson_correlation', 'within_rows', 'pool_table', 'histogram_counts',
+           'pair_numbers', 'tie_table', 'text_hashes', 'pool_diagnostics', 'pair_diagnostics', 'plot_pairs',
+           'plot_pool']
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #d9f43b42
 import json, math, numpy as np, random
@@ -19,7 +20,7 @@ from typing import NamedTuple
 from ..core.files import UserError, did_you_mean
 from ..core.shards import seed_of
 from ..data.messages import content_text, without_none
-from .rows import ANSWER_KEYS, ROW_COLUMNS, prompt_column_features
+from .rows import ANSWER_KEYS, ROW_COLUMNS, field_value, prompt_column_features
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #8401a22d
 def completion_fault(
@@ -227,13 +228,42 @@ def pair_row(
     return dict(out, ref_rewards=rewards, prompt_length=c["prompt_tokens"], pair=pair,
                 reference=row.get("reference") or reference)
 
+# %% ../../nbs/35_preferences/6_pairs.ipynb #f5fc98f7
+def given_rewards(
+    row:dict, # of prompt and completions
+)->list[float]: # empty if it brings none, or one that is no finite number
+    "The rewards of references that a set of pairs brings for its row"
+    rewards = [field_value("reward", r) for r in row.get("ref_rewards") or []]
+    return rewards if all(isinstance(r, (int, float)) and math.isfinite(r) for r in rewards) else []
+
+# %% ../../nbs/35_preferences/6_pairs.ipynb #7c698884
+def with_given(
+    pair:dict, # from `pair_row`
+    row:dict, # it came from, with the columns of a set of pairs
+    rewards:list[float], # from `given_rewards`, those that count
+)->dict:
+    "A pair with the quantile rewards and references that its row brings"
+    out = dict(pair, ref_rewards=rewards or pair["ref_rewards"])
+    for side in ("chosen", "rejected"):
+        reward, at = pair[f"{side}_reward"], row.get(f"{side}_reference")
+        if not rewards:
+            name = f"{side}_quantile_reward"
+            out[name] = row.get(name) if pair[name] is None else pair[name]
+            continue
+        is_one = any(c["policy"] == side and c["is_reference_completion"] for c in row["completions"])
+        is_one = is_one and (reward in rewards if at is None else at < len(rewards))
+        out |= {f"{side}_is_reference": is_one, f"{side}_reference": at if is_one else None,
+                f"{side}_quantile_reward": (row.get(f"{side}_quantile_reward") if reward is None
+                                            else quantile_of(reward, rewards))}
+    return out
+
 # %% ../../nbs/35_preferences/6_pairs.ipynb #9fbe413a
 @dataclass(frozen=True)
 class PairRules:
     "How the pairs of a prompt are chosen"
     mode:str="heuristic" # one of `PAIR_MODES`
     num_pairs:int=1 # of a prompt, at most
-    min_num_ref_rewards:int=2 # rows with fewer usable reference rewards are dropped
+    min_num_ref_rewards:int|None=None # rows with fewer usable reference rewards are dropped; None: 2, offline 0
     num_ref_rewards:int|None=None # use only the first of the reference rewards; None: all
     candidates:str="all" # completions that pairs are chosen from: one of `CANDIDATE_CHOICES`
     seed:int=42 # of the draws, together with the row's id
@@ -244,6 +274,8 @@ class PairRules:
             if (value := getattr(self, name)) not in known:
                 raise UserError(f"{name}={value!r} is unknown. Known: {', '.join(known)}."
                                 + did_you_mean(str(value), known))
+        if self.min_num_ref_rewards is None:
+            object.__setattr__(self, "min_num_ref_rewards", 0 if self.mode == "offline" else 2)
         if self.num_pairs < 1: raise UserError(f"num_pairs is {self.num_pairs}; it must be 1 or more.")
         if self.mode == "offline" and self.num_pairs > 1:
             raise UserError(f"num_pairs is {self.num_pairs}, but mode=offline uses the single pair of each row.")
@@ -288,11 +320,15 @@ def row_pairs(
     needs_rewards = PAIR_MODES[rules.mode] is not None
     unused = dict(Counter(f for c in completions if (f := completion_fault(c, rewarded=needs_rewards))))
     refs = reference_pool(completions, rules.references, rules.num_ref_rewards)
-    if len(refs) < rules.min_num_ref_rewards:
-        return dict(dropped=f"fewer than {rules.min_num_ref_rewards} reference rewards", lost=unused)
+    given = given_rewards(row)[:rules.num_ref_rewards] if rules.mode == "offline" else []
+    if len(given or refs) < rules.min_num_ref_rewards:
+        hint = " (mode=offline takes the pair that the row came with)"*(needs_rewards and bool(own_pair(completions)))
+        return dict(dropped=f"fewer than {rules.min_num_ref_rewards} reference rewards{hint}", lost=unused)
     pairs, reason = chosen_pairs(row, refs, rules)
     if not pairs: return dict(dropped=reason, lost=unused)
-    return dict(rows=[pair_row(row, a, b, refs, k, reference) for k, (a, b) in enumerate(pairs)], lost=unused)
+    rows = [pair_row(row, a, b, refs, k, reference) for k, (a, b) in enumerate(pairs)]
+    if rules.mode == "offline" and rules.references == "sampled": rows = [with_given(p, row, given) for p in rows]
+    return dict(rows=rows, lost=unused)
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #816220b7
 def pairs_batch_fn(

@@ -96,11 +96,13 @@ def filler(self:SFTObjective)->dict:
 def labels(self:SFTObjective,
     batch:dict, # from a collator
     score_all:bool=False, # label every prompt and completion token, as evaluation needs
+    weighted_only:bool=False, # without the successors of irl, which are scored for their value only
 )->torch.Tensor: # labels_BT, -100 where none is needed
     "Labels at the tokens whose log-probability or value the loss reads; a token of weight 0 has none"
     weight = 1. if score_all else self.prompt_loss_weight
     masks = batch["prompt_mask"], batch["completion_mask"], batch["sequence"]
-    scored = scored_tokens(self.name, *masks, weight, self.lambda_td, data_weights(batch, shifted=False))
+    lambda_td = 0. if weighted_only else self.lambda_td
+    scored = scored_tokens(self.name, *masks, weight, lambda_td, data_weights(batch, shifted=False))
     return masked_labels(batch["input_ids"], scored)
 
 # %% ../../nbs/40_training/6_objective.ipynb #34eb3914
@@ -203,13 +205,14 @@ def score(self:SFTObjective,
     batch:dict, # on the model's device
     score_all:bool=False, # score every token, as evaluation needs
     with_top1:bool=True, # also accuracies
-)->tuple: # (ScoreOutput, labels_BT)
+)->tuple: # (ScoreOutput, labels_BT of the tokens that metrics count)
     "Log-probabilities (and values) of the tokens that the objective reads"
     labels_BT = self.labels(batch, score_all)
     inputs = {k: batch[k] for k in MODEL_INPUTS if k in batch}
     inputs["scored_positions"] = batch.get("all_scored_positions" if score_all else "scored_positions")
-    return model(**inputs, labels=labels_BT, score=True, with_top1=with_top1, with_values=self.needs_values,
-                 use_cache=False), labels_BT
+    out = model(**inputs, labels=labels_BT, score=True, with_top1=with_top1, with_values=self.needs_values,
+                use_cache=False)
+    return out, self.labels(batch, score_all, weighted_only=True) if self.needs_values else labels_BT
 
 # %% ../../nbs/40_training/6_objective.ipynb #14e6b800
 @patch

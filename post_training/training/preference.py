@@ -343,8 +343,13 @@ def quantile_facts(
     rewards_NR, mask_NR = reference_table(data["ref_rewards"][:], num_ref_rewards)
     ordered = rewards_NR.masked_fill(~mask_NR, float("nan")).sort(-1).values
     facts["prompts_with_ties"] = (ordered.diff(dim=-1) == 0).any(-1).double().mean().item()
-    atoms = tied_atoms(torch.tensor(data["chosen_reward"][:], dtype=torch.float64), rewards_NR, mask_NR)
-    facts["beta_log_z_with_ties"] = partition_of(beta_S[:len(data)], o.transform, "finite", mask_NR.sum(-1),
+    among_N = among_references(data, "chosen", num_ref_rewards) # an answer is counted once
+    n_N = mask_NR.sum(-1) - among_N.long()
+    rows = (n_N > 0).nonzero()[:, 0] # with a reference other than the answer itself
+    if not len(rows): return facts
+    reward_N = torch.tensor(data["chosen_reward"][:], dtype=torch.float64)
+    atoms = tied_atoms(reward_N[rows], rewards_NR[rows], mask_NR[rows], among_N[rows])
+    facts["beta_log_z_with_ties"] = partition_of(beta_S[:len(data)][rows], o.transform, "finite", n_N[rows],
                                                  atoms).mean().item()
     return facts
 
