@@ -69,14 +69,14 @@ test-slow: env ## slow cells and slow tests: kills and resumes, two-process engi
 hooks: env ## the pre-commit hooks over all files
 	@$(call say,hooks); $(RUN) pre-commit run --all-files
 
-# A process for each notebook, so that none sees what another has set.
-NBDEV_TEST = $(RUN) $(TESTING) xargs -P $(WORKERS) -I{} nbdev_test --path {} --n_workers 0 --timing $(1) | grep -v '^Success\.$$'
+# nbdev_test in a process for each notebook, so that none sees what another has set.
+NBDEV_TEST = $(RUN) $(TESTING) python tests/run_notebooks.py --workers $(WORKERS) $(1)
 
 notebooks: env ## run the notebooks without their slow cells; the benchmarks are slow ones
 	@$(call say,notebooks); $(ROOTED); find nbs -name '*.ipynb' -not -path '*/.*' -not -path 'nbs/90_bench/*' -not -path 'nbs/benchmarks/*' | sort | $(call NBDEV_TEST)
 
 slow-notebooks: env ## run the notebooks that have slow cells, with them, and the benchmarks
-	@$(call say,notebooks with slow cells); $(ROOTED); (grep -rlE --include='*.ipynb' --exclude-dir=.ipynb_checkpoints '"#\| *slow' nbs; ls nbs/90_bench/*.ipynb nbs/benchmarks/*.ipynb) | sort -u | $(call NBDEV_TEST,--flags slow)
+	@$(call say,notebooks with slow cells); $(ROOTED); (grep -rlE --include='*.ipynb' --exclude-dir=.ipynb_checkpoints '"#\| *slow' nbs; ls nbs/90_bench/*.ipynb nbs/benchmarks/*.ipynb) | sort -u | $(call NBDEV_TEST,--flags=slow)
 
 lab: env ## JupyterLab on the notebooks
 	@$(RUN) jupyter lab --notebook-dir=. $(LAB) nbs/index.ipynb

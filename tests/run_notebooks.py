@@ -1,0 +1,70 @@
+"""Run notebooks as `nbdev_test` does, each in a process of its own that is forked from one that has loaded the libraries.
+
+    find nbs -name '*.ipynb' | python tests/run_notebooks.py --workers 2 [--flags slow]
+
+A fork starts with the libraries and with nothing that another notebook has set. Loading them takes 4 to 5 seconds of a processor,
+which a process for each notebook would spend anew.
+"""
+import argparse
+import atexit
+import gc
+import importlib
+import os
+import sys
+import time
+from pathlib import Path
+
+LIBRARIES = ["torch", "transformers", "datasets", "accelerate", "trl", "peft", "matplotlib.pyplot", "IPython", "pandas", "nbdev.test",
+             "transformers.models.auto.modeling_auto", "transformers.models.apertus.modeling_apertus",
+             "transformers.models.llama.modeling_llama", "transformers.trainer", "papermill"]
+
+
+def run_forked(notebook, flags):
+    "Fork a process that tests `notebook`; returns its id"
+    pid = os.fork()
+    if pid: return pid
+    code = 1
+    try:
+        from nbdev.config import get_config
+        from nbdev.test import test_nb
+        sys.argv[1:] = []
+        config = get_config()
+        passed, _ = test_nb(notebook, skip_flags=config.tst_flags.split(), force_flags=flags.split(), basepath=config.config_path)
+        code = 0 if passed else 1
+    finally:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def run_all(notebooks, workers, flags):
+    "Test all notebooks, at most `workers` at a time; returns those that failed"
+    waiting, running, failed = list(notebooks), {}, []
+    while waiting or running:
+        while waiting and len(running) < workers:
+            notebook = waiting.pop(0)
+            running[run_forked(notebook, flags)] = notebook, time.monotonic()
+        pid, status = os.wait()
+        if pid not in running: continue
+        notebook, start = running.pop(pid)
+        print(f"{notebook.parent.name}/{notebook.name}: {time.monotonic() - start:.0f} s{' FAILED' if status else ''}", flush=True)
+        if status: failed.append(notebook)
+    return failed
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--flags", default="", help="flags of cells to run that are left out otherwise, as nbdev_test has them")
+    args = parser.parse_args()
+    notebooks = [Path(line.strip()).absolute() for line in sys.stdin if line.strip()]
+    if not notebooks: sys.exit("no notebooks: write their paths to the standard input, one to a line")
+    for name in LIBRARIES: importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # pages of the libraries stay shared: no collection of a fork touches them
+    failed = run_all(notebooks, args.workers, args.flags)
+    if failed: sys.exit("notebooks that failed:\n" + "\n".join(f"  {path}" for path in failed))
+
+
+if __name__ == "__main__": main()
