@@ -12,6 +12,7 @@ import random, re, tempfile
 from collections import defaultdict
 from pathlib import Path
 from ..core.files import UserError, atomic_dir, write_manifest
+from ..core.model_folders import write_portable
 from ..data.swissai import linearise_branch
 from ..tokens.tokenizer import fast_tokenizer
 from ..tokens.masks import tokenize_chats
@@ -217,6 +218,7 @@ def train_tiny_reward(
     with atomic_dir(folder, replace=replace) as tmp:
         model.save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)
+        write_portable(tmp)
         accuracy = {}
         if held_out:
             scorer = model_scorer(tmp, device="cpu", batch_tokens=4096)

@@ -195,10 +195,11 @@ def load_for_generation(
     **load_args, # dtype, attn_implementation, trust_remote_code, revision for `load_model`
 ): # the model, in evaluation mode
     "Load a checkpoint to answer prompts"
-    from post_training.models.load import default_device, flash_available, load_model, resolve_auto
+    from post_training.models.load import default_device, load_model, resolve_for_model
     device = device or default_device()
-    auto = resolve_auto(device, "inference", load_args.get("dtype") or "auto", load_args.get("attn_implementation"),
-                        flash_available(device))
+    auto = resolve_for_model(str(checkpoint), device, "inference", load_args.get("dtype") or "auto",
+                             load_args.get("attn_implementation"), load_args.get("revision") or "main",
+                             load_args.get("trust_remote_code", False))
     load_args |= {k: v for k, v in auto.items() if k != "autocast"}
     if all_gpus and device == "cuda": load_args |= dict(device_map="auto")
     model = load_model(str(checkpoint), device=None if "device_map" in load_args else device, **load_args)
@@ -281,10 +282,7 @@ def sample_scores(
 ): # scores [n, samples] as a numpy array
     "Verified rewards of samples"
     from post_training.models.generate import check_prompts
-    from post_training.models.load import default_device, load_model, resolve_auto
-    device = device or default_device()
-    model = load_model(str(checkpoint), device=device, dtype=resolve_auto(device, "inference")["dtype"]).eval()
-    if eos_token_id is not None: model.generation_config.eos_token_id = eos_token_id
+    model = load_for_generation(checkpoint, device, eos_token_id)
     prompts, names = render_prompts(tokenizer, rows), [row_verifier(r) for r in rows]
     if bad := [i for i, (p, n) in enumerate(zip(prompts, names)) if p is None or n is None]:
         raise UserError(f"Row {bad[0]} has no prompt for this template, or no answer.")

@@ -11,6 +11,7 @@ import contextlib, json, logging, math, shutil
 from dataclasses import dataclass
 from pathlib import Path
 from ..core.files import UserError, write_json
+from ..core.model_folders import write_portable
 from .sources import SPECIAL_ID_KEYS, MergeSource, read_headers
 
 # %% ../../nbs/50_merging/3_merge.ipynb #74adaacd
@@ -163,6 +164,7 @@ def write_model_files(
     trust_remote_code:bool=False,
 ):
     "Give merged weights the donor's config, tokenizer, template and generation config"
+    from post_training.models.load import repaired_generation
     from post_training.tokens.tokenizer import read_tokenizer
     folder, aligned = Path(folder), (Path(folder)/"tokenizer_config.json").is_file()
     settings = result_config(json.loads((folder/"config.json").read_text()), donor.config, doc, sources)
@@ -185,7 +187,8 @@ def write_model_files(
     settings.pop("torch_dtype", None)
     if len(dtypes) == 1: settings["dtype"] = names.get(*dtypes, settings.get("dtype"))
     write_json(folder/"config.json", settings)
-    if generation: write_json(folder/"generation_config.json", generation)
+    if generation: write_json(folder/"generation_config.json", repaired_generation(generation)[0])
+    write_portable(folder)
 
 # %% ../../nbs/50_merging/3_merge.ipynb #0205714a
 def _error_hint(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from .. import config, run
 from ..core.files import MANIFEST, UserError, atomic_dir, redact, write_atomic, write_manifest
+from ..core.model_folders import write_portable
 from ..export.card import model_card
 from ..export.parity import (
     check_export_parity, check_tokenizer, compare_ids, compare_logits, logits_of, own_dialogues, set_generation_ids,
@@ -24,13 +25,15 @@ def write_folder(
     model, # on the CPU, in its final dtype
     tokenizer, # with its final template
     max_shard_size:str, # of one file: 5GB
-):
+)->list[str]: # notices: what readers with transformers 4 cannot read
     "Write weights, configurations and tokenizer, readable for everyone"
     model.config._name_or_path = ""
     try: model.save_pretrained(folder, max_shard_size=max_shard_size)
     except ValueError as e: raise UserError(f"max_shard_size={max_shard_size}: {str(e).splitlines()[0]}") from e
     tokenizer.save_pretrained(folder)
+    notices = write_portable(folder)
     for p in Path(folder).rglob("*"): p.chmod(0o755 if p.is_dir() else 0o644)
+    return notices
 
 # %% ../../nbs/65_stages/7_export.ipynb #320a9126
 @dataclass

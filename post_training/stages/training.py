@@ -190,10 +190,12 @@ def resolve_auto_settings(
     w:RankContext,
 )->dict: # dtype, attn_implementation, bf16, device
     "The values of settings that are `auto`, on this rank"
-    from post_training.models.load import flash_available, resolve_auto
+    from post_training.models.load import resolve_for_model
     m, device = w.cfg["model_args"], "cpu" if w.cpu else "cuda"
-    auto = resolve_auto(device, "none" if w.zero_stage is None else "deepspeed", m["dtype"], m["attn_implementation"],
-                        flash_available(device))
+    name = run.base_model(m["model_name_or_path"], w.cfg["runs_dir"])[0]
+    auto = resolve_for_model(name, device, "none" if w.zero_stage is None else "deepspeed", m["dtype"],
+                             m["attn_implementation"], m.get("model_revision") or "main",
+                             m.get("trust_remote_code", False))
     bf16 = w.cfg["training_args"].get("bf16")
     if bf16 is None: bf16 = auto["autocast"] == "bfloat16" or w.zero_stage is not None and auto["dtype"] == "bfloat16"
     if w.cpu and w.zero_stage is not None and (bf16 or auto["dtype"] != "float32"):
@@ -220,7 +222,7 @@ def load_base(
     name:str|None=None, # a folder, hub name or run:RUN; None: the model that is trained
 ):
     "A model with the tokenizer's special ids in its config and generation config"
-    from post_training.models.load import load_model, set_special_ids
+    from post_training.models.load import load_model, padded_rows, set_special_ids
     from post_training.tokens.tokenizer import config_ids
     m = w.cfg["model_args"]
     own = name in (None, m["model_name_or_path"])
@@ -232,6 +234,7 @@ def load_base(
     if len(tokenizer) > vocab_size:
         raise UserError(f"The tokenizer has {len(tokenizer)} ids and the model only {vocab_size}: "
                         "tokenizer_args and model_args do not belong together.")
+    if notice := padded_rows(len(tokenizer), vocab_size): model.notices.append(notice)
     set_special_ids(model, config_ids(tokenizer))
     return model
 

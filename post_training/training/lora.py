@@ -11,6 +11,7 @@ __all__ = ['lora_config', 'module_names', 'check_module_names', 'config_for_targ
 import contextlib, json, re
 from pathlib import Path
 from ..core.files import UserError, did_you_mean, write_json
+from ..core.model_folders import write_portable
 from ..config.schema import REFUSED_MODEL_ARGS
 from .checkpoint import expected_weights
 
@@ -216,6 +217,7 @@ def save_adapters(
             if main: tensors[name] = p.detach().to("cpu", copy=True).contiguous()
     if not main: return
     model.get_base_model().save_pretrained(folder, state_dict=merged)
+    write_portable(folder)
     (folder/"adapter").mkdir(exist_ok=True)
     save_file(tensors, folder/"adapter/adapter_model.safetensors", metadata=dict(format="pt"))
     c = model.active_peft_config

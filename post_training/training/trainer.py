@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from ..core.files import UserError, write_json
+from ..core.model_folders import write_portable
 from ..losses.sft import reduce_terms
 from ..models.score import add_score_head
 from .data_order import (PackingPlan, RowDataset, StepBatchSampler, make_loader, row_lengths,
@@ -291,7 +292,9 @@ def write_state(self:SFTTrainer,
                       self.args.should_save)
         if self.args.should_save: self.processing_class.save_pretrained(folder)
     else: self.save_model(str(folder), _internal_call=True)
-    if self.args.should_save: (folder/"training_args.bin").unlink(missing_ok=True) # a pickle that is never read
+    if self.args.should_save:
+        write_portable(folder)
+        (folder/"training_args.bin").unlink(missing_ok=True) # a pickle that is never read
     self._save_optimizer_and_scheduler(str(folder))
     self._save_scaler(str(folder))
     self._save_rng_state(str(folder))

@@ -57,7 +57,7 @@ def load_chat_model(
     runs_dir=None, # where records are
 )->tuple: # model, tokenizer; the model's generation config stops where an answer ends
     "Load a checkpoint to talk to"
-    from post_training.models.load import default_device, flash_available, load_model, model_path, resolve_auto
+    from post_training.models.load import default_device, load_model, model_path, resolve_for_model
     from post_training.tokens.templates import template_text
     from post_training.tokens.tokenizer import read_tokenizer, set_template
     if template: template_text(template) # a wrong name fails before anything is loaded
@@ -67,7 +67,7 @@ def load_chat_model(
         raise UserError(f"{name} has no chat template, as a base model: name one with --template NAME, such as "
                         "--template tulu.")
     set_template(tokenizer, template)
-    auto = resolve_auto(device, "inference", dtype, "auto", flash_available(device))
+    auto = resolve_for_model(path, device, "inference", dtype)
     model = load_model(path, auto["dtype"], auto["attn_implementation"], device).eval()
     eos = model.generation_config.eos_token_id
     stops = {*([eos] if isinstance(eos, int) else eos or []), *turn_end(tokenizer),
