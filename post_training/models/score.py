@@ -19,6 +19,7 @@ class ScoreOutput(ModelOutput):
     log_probs: torch.Tensor|None = None # fp32, with gradient
     is_top1: torch.Tensor|None = None # bool: the label is the likeliest token; None unless asked for
     state_values: torch.Tensor|None = None # fp32, with gradient: logsumexp of the logits; None unless asked for
+    entropy: torch.Tensor|None = None # fp32, no gradient: entropy of the next token in nats; None unless asked for
 
 # %% ../../nbs/30_models/2_score.ipynb #02e61931
 def head_transform(
@@ -59,7 +60,8 @@ def score_positions(
     with_top1:bool=False, # also whether the label is the likeliest token
     with_values:bool=False, # also the value of each state
     kernel:str|None=None, # "trl" or "tiles"; None asks `head_kernel`
-)->tuple: # log_probs_N, is_top1_N or None, values_N or None
+    with_entropy:bool=False, # also the entropy of the next token
+)->tuple: # log_probs_N, is_top1_N or None, values_N or None, and entropy_N if asked for
     "Log-probabilities of labels from hidden states, in tiles over the vocabulary"
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import maybe_gather_lm_head_ctx
@@ -68,14 +70,15 @@ def score_positions(
     columns = tile_columns(len(labels_N), kernel)
     if kernel == "tiles":
         args = hidden_NH, weight_VH, labels_N, bias_V, scale, softcap, columns, dtype, maybe_gather_lm_head_ctx
-        log_probs_N, values_N, top1_N = tiled_logps(*args)
-        return log_probs_N, top1_N if with_top1 else None, values_N if with_values else None
-    extra = ("is_top1",) if with_top1 else ()
+        log_probs_N, values_N, top1_N, *entropy = tiled_logps(*args, with_entropy)
+        return log_probs_N, top1_N if with_top1 else None, values_N if with_values else None, *entropy
+    extra = ("is_top1",)*with_top1 + ("entropy",)*with_entropy
     args = hidden_NH, weight_VH, bias_V, labels_N, 1., columns, softcap, scale, extra
-    log_probs_N, _, _, _, top1_N = ChunkedLogProbFunction.apply(*args)
-    if not with_values: return log_probs_N, top1_N, None
+    log_probs_N, entropy_N, _, _, top1_N = ChunkedLogProbFunction.apply(*args)
+    entropy = (entropy_N.detach(),) if with_entropy else ()
+    if not with_values: return log_probs_N, top1_N, None, *entropy
     label_logits_N = label_logits(hidden_NH, weight_VH, labels_N, bias_V, scale, softcap, dtype)
-    return log_probs_N, top1_N, label_logits_N - log_probs_N
+    return log_probs_N, top1_N, label_logits_N - log_probs_N, *entropy
 
 # %% ../../nbs/30_models/2_score.ipynb #f995698a
 def find_scored_positions(
@@ -103,9 +106,8 @@ def add_score_head(
     inner = target.forward.__func__ # not bound: a deep copy of the model must not call the original
 
     @functools.wraps(type(target).forward)
-    def forward(self, *args, score=False, labels=None, with_top1=False, with_values=False, **kwargs):
-        if score:
-            return score_forward(self, *args, labels=labels, with_top1=with_top1, with_values=with_values, **kwargs)
+    def forward(self, *args, score=False, labels=None, **kwargs):
+        if score: return score_forward(self, *args, labels=labels, **kwargs)
         if labels is not None: kwargs["labels"] = labels
         return inner(self, *args, **kwargs)
 
@@ -122,6 +124,7 @@ def score_forward(
     max_seqlen:int|None=None, # of `packed_seqlens`
     with_top1:bool=False, # also whether each label is the top token
     with_values:bool=False, # also the logsumexp of the logits
+    with_entropy:bool=False, # also the entropy of the next token
     **kwargs, # of the backbone
 )->ScoreOutput: # per-token results, [B, T-1]
     "Run the backbone once, then the head in tiles on the labelled positions"
@@ -142,7 +145,7 @@ def score_forward(
     labels_N = labels_BT1.flatten().index_select(0, positions_N)
     with maybe_gather_lm_head_ctx(head.weight, head.bias):
         results = score_positions(hidden_NH, head.weight, head.bias, labels_N, *head_transform(model.config),
-                                  with_top1, with_values)
+                                  with_top1, with_values, with_entropy=with_entropy)
     # index_copy keeps the graph even if nothing was picked: the result is then a zero with a gradient
     def scatter(x_N): return x_N.new_zeros(labels_BT1.numel()).index_copy(0, positions_N, x_N).view(labels_BT1.shape)
     return ScoreOutput(*(None if x_N is None else scatter(x_N) for x_N in results))

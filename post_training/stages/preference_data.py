@@ -419,7 +419,9 @@ def plan_work(
 def _plan_rows(cfg:dict, folder:Path)->shards.ShardPlan:
     "Read rows, make batches and a plan; the plan is written last"
     from post_training.core.files import atomic_dir
+    from post_training.demo.data import ensure_demo
     from post_training.tokens.dataset import rows_fingerprint
+    ensure_demo(cfg) # also where it names the tiny model only
     tokenizer = tokenizer_of(cfg) if "tokenizer_args" in cfg else None
     rows, counts = read_annotation_rows(cfg, tokenizer)
     if not len(rows):
