@@ -27,7 +27,7 @@ WORKERS ?= 2
 PYTEST ?=
 say = printf '\n== %s\n' "$(1)"
 
-.PHONY: help env demo annotate pipeline test test-slow hooks notebooks slow-notebooks lab bench readme clean
+.PHONY: help env readers demo annotate pipeline test test-slow hooks notebooks slow-notebooks lab bench readme clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ $(LOCKED):
 $(PACKAGE): $(LOCKED)
 	@$(BIN)/python -m pip install --no-input --no-deps --no-build-isolation -e . < /dev/null >> $(VENV)/install.log 2>&1 || \
 	{ tail -n 15 $(VENV)/install.log >&2; exit 1; }; rm -f $(VENV)/.package-*; touch $@
+
+readers: env ## environments of other programs that open exports, from the locks in container/readers (READER="vllm": only these)
+	@bash container/readers/install.sh "$${POST_TRAINING_READERS_DIR:-$(CURDIR)/.venv-readers}" $(READER)
 
 demo: env ## fine-tune the tiny model on the demo data and evaluate it before and after (FORCE=1: once more)
 	@# one thread: a model this small gains nothing from a second one, and loses tenfold where the machine is busy
@@ -89,5 +92,5 @@ readme: env ## README.md from nbs/index.ipynb, nbs/README.md from the notebooks'
 	@$(RUN) python nbs/notebook_map.py > nbs/README.md
 
 clean: ## remove the environment and caches; runs/ and artifacts/ stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-readers build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -not -path './artifacts/*' -prune -exec rm -rf {} +

@@ -12,17 +12,19 @@ for name in "$@"; do
   if [ ! -f "$here/$name.yaml" ]; then echo "readers: there is no reader $name; known: $(cd "$here" && ls ./*.yaml | sed 's#./##; s#.yaml##' | paste -sd' ')" >&2; exit 2; fi
   if [ ! -f "$here/$name.lock" ]; then echo "$name uses an environment that exists"; continue; fi
   venv=$root/$name
-  key=$(cat "$here/$name.lock" "$here/install.sh" "$here/$name.sh" 2>/dev/null | cksum | cut -d' ' -f1)
+  after=$here/$name.sh; [ -f "$after" ] || after=/dev/null
+  key=$(cat "$here/$name.lock" "$here/install.sh" "$after" | cksum | cut -d' ' -f1)
   mkdir -p "$root"
   exec 9> "$root/.$name.lock"; flock 9 # two calls at a time make it once
   if [ -f "$venv/.locked-$key" ]; then echo "$name: $venv"; continue; fi
+  printf '\n== %s\n' "reader $name: $(grep -c == "$here/$name.lock") packages"
   start=$SECONDS; log=$root/$name.log; rm -rf "$venv"
   fail() { echo "readers: the installation of $name failed; the last lines of $log:" >&2; tail -n 15 "$log" >&2; exit 1; }
   "$python" -m venv "$venv" > "$log" 2>&1 || fail
   pip() { "$venv/bin/python" -m pip install --no-input --progress-bar off --no-deps "$@" < /dev/null >> "$log" 2>&1 || fail; }
   if torch=$(grep -E '^torch==' "$here/$name.lock"); then pip ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$torch"; fi
   pip -r "$here/$name.lock"
-  if [ -f "$here/$name.sh" ]; then bash "$here/$name.sh" "$venv" >> "$log" 2>&1 || fail; fi
+  bash "$after" "$venv" >> "$log" 2>&1 || fail
   touch "$venv/.locked-$key"
   echo "$name: $venv, $((SECONDS - start)) s, $(du -sh "$venv" | cut -f1)"
 done

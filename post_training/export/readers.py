@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['READER_FILES', 'READER_KEYS', 'readers_root', 'known_readers', 'reader_spec', 'reader_python', 'reader_question',
-           'ask_script', 'tokenized_by_server', 'continued_by_server', 'ask_server', 'request_version', 'serve_and_ask',
-           'ask_library', 'ask_reader']
+           'ask_script', 'tokenized_by_server', 'as_sent', 'continued_by_server', 'ask_server', 'request_version',
+           'serve_and_ask', 'ask_library', 'ask_reader']
 
 # %% ../../nbs/55_export/5_readers.ipynb #4efd702e
 import contextlib, json, os, subprocess, sys
@@ -113,6 +113,13 @@ def tokenized_by_server(
     except UserError as e: return str(e)
     return answer.get("tokens") or "the server gives no ids"
 
+# %% ../../nbs/55_export/5_readers.ipynb #054a871a
+def as_sent(
+    messages:list[dict], # plain
+)->list[dict]:
+    "Messages with thoughts under both keys that servers read: `reasoning_content` and `reasoning`"
+    return [m | dict(reasoning=m["reasoning_content"]) if m.get("reasoning_content") else m for m in messages]
+
 # %% ../../nbs/55_export/5_readers.ipynb #f51a4943
 def continued_by_server(
     url:str, # base address
@@ -141,7 +148,7 @@ def ask_server(
     logps = server_logprobs(url, model, [d["ids"] for d in rows]) or [None]*len(rows)
     def one(job):
         d, of_row = job
-        out, chat = dict(logps=of_row), dict(model=model, messages=d["messages"], add_generation_prompt=False)
+        out, chat = dict(logps=of_row), dict(model=model, messages=as_sent(d["messages"]), add_generation_prompt=False)
         if d["tools"]: chat |= dict(tools=d["tools"])
         if d["kwargs"]: chat |= dict(chat_template_kwargs=d["kwargs"])
         for key, body in (("chat_ids", chat), ("ids", dict(model=model, prompt=d["text"], add_special_tokens=False))):
