@@ -7,8 +7,8 @@ __all__ = ['left_pad', 'length_batches', 'pick_token', 'row_noise', 'model_stop_
            'check_prompts', 'generate_completions']
 
 # %% ../../nbs/30_models/3_generate.ipynb #8367a4e7
+import numpy as np, torch
 from collections.abc import Iterator, Sequence
-import torch
 from ..core.files import UserError
 
 # %% ../../nbs/30_models/3_generate.ipynb #a626b5b9
@@ -55,8 +55,9 @@ def row_noise(
     seeds:Sequence[int], # one seed a row
     n:int, # how many numbers each
 )->torch.Tensor: # [B, n] uniform numbers
-    "Uniform numbers of each row, from its own generator"
-    return torch.stack([torch.rand(n, generator=torch.Generator().manual_seed(int(s) & (2**63 - 1))) for s in seeds])
+    "Uniform numbers of each row, from a generator of its own that reads all 64 bits of the seed"
+    rows = [np.random.Generator(np.random.Philox(key=int(s) % 2**64)).random(n, dtype=np.float32) for s in seeds]
+    return torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, n)
 
 # %% ../../nbs/30_models/3_generate.ipynb #7ca00ae6
 def model_stop_ids(
