@@ -247,7 +247,8 @@ def load_model(
             StrictDataclassError) as e:
         raise UserError(f"Cannot load the model {name}: {load_error(e)}") from e
     model = out[0] if isinstance(out, tuple) else out
-    model.notices = [f"{name}: {n}" for n in [*notices, *repair_generation(model)]]
+    shown = Path(name).name if Path(name).is_dir() else name # a record must not contain a path of this machine
+    model.notices = [f"{shown}: {n}" for n in [*notices, *repair_generation(model)]]
     if os.environ.get("RANK", "0") == "0":
         for notice in model.notices: print(f"! {notice}", file=sys.stderr)
     if device: model.to(device)

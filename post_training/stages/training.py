@@ -6,8 +6,9 @@
 __all__ = ['TRANSIENT_ERROR_WORDS', 'wants_cpu', 'init_distributed', 'zero_stage', 'check_world', 'TrainingStage', 'RankContext',
            'read_args', 'load_libraries', 'start_rank', 'open_composed_run', 'from_rank0', 'is_rank0_of_several',
            'shared_data', 'resolve_auto_settings', 'trl_args', 'load_base', 'load_policy', 'packs_of', 'collator_of',
-           'trainer_options', 'resume_point', 'probe_memory', 'peak_memory', 'record_inputs', 'begin_record',
-           'train_rank', 'hand_over', 'record_final', 'error_kind', 'report_error', 'run_training_stage']
+           'trainer_options', 'resume_point', 'probe_memory', 'peak_memory', 'saves_to_come', 'rehearse_save',
+           'record_inputs', 'begin_record', 'train_rank', 'hand_over', 'record_final', 'error_kind', 'report_error',
+           'run_training_stage']
 
 # %% ../../nbs/65_stages/5_training.ipynb #6b9cd150
 import datetime, json, os, sys, traceback
@@ -222,7 +223,7 @@ def load_base(
     name:str|None=None, # a folder, hub name or run:RUN; None: the model that is trained
 ):
     "A model with the tokenizer's special ids in its config and generation config"
-    from post_training.models.load import load_model, padded_rows, set_special_ids
+    from post_training.models.load import load_model, set_special_ids
     from post_training.tokens.tokenizer import config_ids
     m = w.cfg["model_args"]
     own = name in (None, m["model_name_or_path"])
@@ -234,7 +235,6 @@ def load_base(
     if len(tokenizer) > vocab_size:
         raise UserError(f"The tokenizer has {len(tokenizer)} ids and the model only {vocab_size}: "
                         "tokenizer_args and model_args do not belong together.")
-    if notice := padded_rows(len(tokenizer), vocab_size): model.notices.append(notice)
     set_special_ids(model, config_ids(tokenizer))
     return model
 
@@ -361,6 +361,51 @@ def peak_memory(cpu:bool)->float: # GiB
     import resource, torch
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024 if cpu else torch.cuda.max_memory_allocated())/2**30
 
+# %% ../../nbs/65_stages/5_training.ipynb #19e7df3e
+def saves_to_come(
+    cfg:dict, # composed
+    rows:int, # of training
+    done:int=0, # steps
+)->int|None: # None with packing, where the number of steps is not known yet
+    "How many checkpoints a run writes from here on; the last step is always saved"
+    import math
+    t = cfg["training_args"]
+    if t.get("packing") and not (t.get("max_steps") or 0) > 0: return None
+    in_epoch = math.ceil(rows/config.batch_arithmetic(cfg)["global_batch"])
+    total = t.get("max_steps") or 0
+    if total <= 0: total = math.ceil(t.get("num_train_epochs", 3)*in_epoch)
+    every = t.get("save_steps") or 500
+    every = math.ceil(every*total) if every < 1 else int(every)
+    every = dict(steps=every, epoch=in_epoch).get(str(t.get("save_strategy") or "steps"), total)
+    return max(math.ceil(total/max(every, 1)) - done//max(every, 1), int(done < total))
+
+# %% ../../nbs/65_stages/5_training.ipynb #2d328c16
+def rehearse_save(
+    w:RankContext,
+    data:TokenizedData,
+    auto:dict, # from `resolve_auto_settings`
+    done:int=0, # steps that the run has done
+):
+    "On rank 0: try what the first checkpoint and the export need, and record the result"
+    import time
+    from post_training.export.rehearsal import SavePlan, rehearse, weightless_model
+    from post_training.models.load import padded_rows
+    from post_training.training.checkpoint import complete_checkpoints
+    m, t, start = w.cfg["model_args"], w.cfg["training_args"], time.perf_counter()
+    trust = m.get("trust_remote_code", False)
+    model = weightless_model(run.base_model(m["model_name_or_path"], w.cfg["runs_dir"])[0], data.tokenizer,
+                             auto["dtype"], m.get("model_revision") or "main", trust)
+    plan = SavePlan(t.get("optim") or "adamw_torch", w.zero_stage, bool(m.get("use_peft")), t.get("save_total_limit"),
+                    saves_to_come(w.cfg, len(data.train), done), len(complete_checkpoints(w.checkpoints_dir)))
+    result = rehearse(w.checkpoints_dir, model, data.tokenizer, plan, trust)
+    rows = model.config.get_text_config().vocab_size
+    padded = padded_rows(max(data.tokenizer.get_vocab().values()) + 1, rows)
+    notices = [*result.notices, *([padded] if padded else [])]
+    facts = dict(result.facts, seconds=round(time.perf_counter() - start, 2))
+    run.update_record(w.run_dir, rehearsal=facts, notices=[*data.notices, *model.notices, *notices])
+    print(f"{result.line()}; {facts['seconds']:.1f} s", flush=True)
+    for text in notices: print(text, file=sys.stderr)
+
 # %% ../../nbs/65_stages/5_training.ipynb #341d4c27
 def record_inputs(
     w:RankContext,
@@ -395,6 +440,7 @@ def begin_record(
     record_inputs(w, data, auto)
     write_json(w.run_dir/"examples.json", stage.examples(data))
     for text in [*data.notices, *(f"skipped {p.name}: {why}" for p, why in skipped)]: print(text, file=sys.stderr)
+    rehearse_save(w, data, auto, int(point.name.split("-")[1]) if point else 0)
 
 # %% ../../nbs/65_stages/5_training.ipynb #75e9f54e
 def train_rank(
