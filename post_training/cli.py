@@ -6,7 +6,7 @@
 __all__ = ['COMMANDS', 'PREVIEWED', 'stage_line', 'help_text', 'stage_help_text', 'keys_text', 'preview_of', 'dry_run',
            'stage_command', 'list_command', 'show_command', 'diff_command', 'verify_command', 'keep_command',
            'gc_command', 'add_list_options', 'add_gc_options', 'add_runs_options', 'jobs_command', 'add_jobs_options',
-           'plan_command', 'add_dry_run', 'add_stage_options', 'add_inspect', 'add_chat', 'sync_command',
+           'plan_command', 'add_dry_run', 'add_stage_options', 'add_inspect', 'add_chat', 'add_certify', 'sync_command',
            'build_parser', 'main']
 
 # %% ../nbs/80_entry/3_cli.ipynb #3dc7a4a7
@@ -24,6 +24,7 @@ COMMANDS = { # name: what it does, and how it is typed
     "inspect": "look at a dataset as the model will see it: "
                "inspect DATASET [--rows N] [--row ID] [--split S] [key=value ...]",
     "chat": "talk to a checkpoint: chat CHECKPOINT [--system TEXT] [--temperature T] [--template NAME] ...",
+    "certify": "ask a program whether it reads an export as it was written: certify FOLDER [--reader NAME|URL]",
     "wandb-sync": "send offline tracking to wandb: [RUN ...], all runs without a name",
 }
 
@@ -334,6 +335,14 @@ def add_chat(
     from post_training.view.chat import add_chat_options
     add_chat_options(parser)
 
+# %% ../nbs/80_entry/3_cli.ipynb #7a1bca99
+def add_certify(
+    parser:CommandParser,
+):
+    "`post-training certify FOLDER ...`"
+    from post_training.export.certificate import add_certify_options
+    add_certify_options(parser)
+
 # %% ../nbs/80_entry/3_cli.ipynb #485cf356
 def sync_command(
     args, # words: runs; none: all
@@ -365,6 +374,7 @@ def build_parser()->CommandParser:
     add("wandb-sync", "[RUN ...]", sync_command, description=COMMANDS["wandb-sync"])
     add("inspect", "[DATASET] [key=value ...]", setup=add_inspect)
     add("chat", "[CHECKPOINT]", setup=add_chat)
+    add("certify", "FOLDER", setup=add_certify)
     return parser
 
 # %% ../nbs/80_entry/3_cli.ipynb #a91b29ff

@@ -6,15 +6,16 @@
 __all__ = ['CONFIG_FILES', 'TOKENIZER_FILES', 'dialogue_features', 'certified_dialogues', 'tensor_digests', 'config_values',
            'tokenizer_digests', 'file_items', 'make_certificate', 'trained_errors', 'first_difference',
            'continuation_fault', 'answer_items', 'certify', 'plot_certificate', 'write_certificate', 'certificate_text',
-           'certify_command']
+           'certify_command', 'add_certify_options']
 
 # %% ../../nbs/55_export/6_certificate.ipynb #2f04ea3d
 import hashlib, json, struct
 from pathlib import Path
 from .. import config, run
+from ..core.arguments import CommandParser
 from ..core.files import UserError, write_json
 from .parity import compare_ids, ids_of, own_dialogues
-from .readers import ask_library, ask_reader, reader_question
+from .readers import ask_library, ask_reader, check_reader, reader_question
 from .weights import dtype_of
 from ..models.agreement import (
     CERTIFICATE, agrees, error_bound, fits_in_memory, likely_cause, logprob_errors, read_certificate)
@@ -263,6 +264,7 @@ def certify(
     dtype = dtype or (certificate["dtype"] if reader.startswith("http") else "float32")
     question = reader_question(folder, certificate["dialogues"], certificate["stops"], dtype,
                                certificate["max_new_tokens"])
+    check_reader(reader)
     items = file_items(folder, certificate)
     try: answer = ask_reader(reader, question, **load_args)
     except UserError as e: return [*items, dict(item="reader", ok=False, told=str(e))]
@@ -340,6 +342,8 @@ def certify_command(
     args, # words: a folder; reader, dtype
 )->int: # exit code: 0 if all items agree, else 1
     "`post-training certify FOLDER [--reader NAME|URL]`"
+    from post_training.stages.tokenized_data import quiet_libraries
+    quiet_libraries()
     name = args.words[0]
     folder = Path(name).expanduser()
     if name.startswith("run:"):
@@ -351,3 +355,14 @@ def certify_command(
     items = certify(folder, args.reader, args.dtype)
     for i in items: print(f"{'yes' if i['ok'] else 'no':4}{i['item']:18}{i['told']}")
     return int(not all(i["ok"] for i in items))
+
+# %% ../../nbs/55_export/6_certificate.ipynb #15b79f3d
+def add_certify_options(
+    parser:CommandParser, # of `certify`
+):
+    "The words and options of `certify`"
+    parser.add_argument("--reader", default="library", metavar="NAME|URL",
+                        help="library (this package), a NAME.yaml of container/readers, or the address of a server")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
+                        help="that the reader computes in: float32; of a server at an address that of the weights")
+    parser.set_defaults(call=certify_command)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['READER_FILES', 'READER_KEYS', 'readers_root', 'known_readers', 'reader_spec', 'reader_python', 'reader_question',
            'ask_script', 'tokenized_by_server', 'as_sent', 'continued_by_server', 'ask_server', 'request_version',
-           'serve_and_ask', 'ask_library', 'ask_reader']
+           'serve_and_ask', 'check_reader', 'ask_library', 'ask_reader']
 
 # %% ../../nbs/55_export/5_readers.ipynb #4efd702e
 import contextlib, json, os, subprocess, sys
@@ -187,6 +187,16 @@ def serve_and_ask(
     with running_server([program, *words], port, spec.get("environment", {}), f"{name} on {question['folder']}",
                         spec.get("seconds", 600)) as url:
         return ask_server(url, question) | dict(dtype=question["dtype"])
+
+# %% ../../nbs/55_export/5_readers.ipynb #49e6f31a
+def check_reader(
+    reader:str, # library, a name of `known_readers`, or the address of a server
+):
+    "Refuse a reader that is not known or has no environment"
+    if reader.startswith(("http://", "https://")): base_url(reader)
+    elif reader != "library":
+        spec = reader_spec(reader)
+        if "script" in spec or str(spec["serve"][0]).startswith("bin/"): reader_python(reader)
 
 # %% ../../nbs/55_export/5_readers.ipynb #095ccb7d
 def ask_library(
