@@ -6,13 +6,14 @@
 __all__ = ['SPLIT_COLUMN', 'ANNOTATION_STAGES', 'subsample_rows', 'ensure_reward', 'joined_splits', 'read_annotation_rows',
            'row_keys', 'model_facts', 'reference_facts', 'reward_facts', 'pair_facts', 'fixed_size_batches',
            'max_sequence_tokens', 'completion_batches', 'logprob_batches', 'reward_batches', 'annotation_model',
-           'filter_rows', 'ref_completions', 'ref_logprobs', 'ref_rewards', 'make_pairs', 'consecutive_batches',
-           'annotated_features', 'paired_features', 'AnnotationStage', 'work_folder', 'history_of', 'stage_facts',
-           'device_kind', 'plan_work', 'batch_fn', 'shard_worker_slots', 'work_on_shards', 'shard_progress_line',
-           'notebook_progress', 'merged_results', 'unpack_logprobs', 'output_rows', 'write_splits', 'completion_counts',
-           'in_output_format', 'read_output', 'finish_annotation', 'written_answer_fields', 'account_of_splits',
-           'merged_counts', 'collect_output', 'history_settings', 'run_annotation', 'history_rows', 'messages_text',
-           'run_array_task', 'has_unfinished_shards', 'annotation_main']
+           'filter_rows', 'server_check', 'ref_completions', 'ref_logprobs', 'ref_rewards', 'make_pairs',
+           'consecutive_batches', 'annotated_features', 'paired_features', 'AnnotationStage', 'work_folder',
+           'history_of', 'stage_facts', 'device_kind', 'plan_work', 'batch_fn', 'shard_worker_slots', 'work_on_shards',
+           'shard_progress_line', 'notebook_progress', 'merged_results', 'unpack_logprobs', 'output_rows',
+           'write_splits', 'completion_counts', 'in_output_format', 'read_output', 'finish_annotation',
+           'written_answer_fields', 'account_of_splits', 'merged_counts', 'collect_output', 'history_settings',
+           'server_numbers', 'run_annotation', 'history_rows', 'messages_text', 'run_array_task',
+           'has_unfinished_shards', 'annotation_main']
 
 # %% ../../nbs/65_stages/4_preference_data.ipynb #736d44f7
 import json, os, shutil, sys
@@ -242,6 +243,26 @@ def filter_rows(
     from post_training.preferences.filter import filter_batch_fn
     return filter_batch_fn(rows, tokenizer, cfg["max_seq_len"], cfg["min_completions"])
 
+# %% ../../nbs/65_stages/4_preference_data.ipynb #69134c67
+def server_check(
+    cfg:dict, # composed for this stage
+    tokenizer, # with its chat template
+    prompts:list, # a few, each as messages or a `Conversation`
+    url:str, # of the server
+    name:str, # the server's name of the model
+)->dict: # from `check_server_model`
+    "Compare the server's log-probabilities with the reference model's, or refuse it; the record keeps the numbers"
+    from post_training.preferences.completions import check_server_model, prompts_as_ids
+    from post_training.tokens.masks import Refused
+    m = cfg["model_args"]
+    ids = [p for p in prompts_as_ids(tokenizer, prompts) if not isinstance(p, Refused)]
+    told = check_server_model(url, name, run.base_model(m["model_name_or_path"], cfg["runs_dir"])[0], ids,
+                              cfg["server"].get("max_error"), revision=m["model_revision"],
+                              trust_remote_code=m["trust_remote_code"])
+    if told["compared_with"] is None: print(f"! The server was not compared with the reference model: {told['why']}.")
+    write_json(work_folder(cfg)/"server.json", told)
+    return told
+
 # %% ../../nbs/65_stages/4_preference_data.ipynb #bfaa14ce
 def ref_completions(
     cfg:dict, # composed for this stage
@@ -252,6 +273,7 @@ def ref_completions(
     "Sample completions, with the model in this process or from a server"
     from post_training.preferences.completions import (
         base_url, call_stop_ids, completions_batch_fn, served_model, server_backend, token_rate, transformers_backend)
+    from post_training.preferences.rows import batch_prompts
     g, s = cfg["generation"], cfg["server"]
     sampling = {k: g[k] for k in ("max_new_tokens", "temperature", "top_p")}
     if cfg["backend"] == "transformers":
@@ -262,9 +284,11 @@ def ref_completions(
             raise UserError("backend=server needs a server: set server.url, or set server.command to start a server "
                             "in the job of a cluster.")
         stops = {i for i in stop_ids_of(cfg, tokenizer) if i is not None}
-        complete = server_backend(url, served_model(base_url(url), s["model"], cfg["max_seq_len"]),
-                                  stop=sorted({*stops, *call_stop_ids(tokenizer)}), concurrency=s["concurrency"],
-                                  **sampling)
+        name = served_model(base_url(url), s["model"], cfg["max_seq_len"])
+        few = rows.select(range(0, len(rows), max(1, len(rows)//8)))
+        server_check(cfg, tokenizer, batch_prompts(few[:8]), url, name)
+        complete = server_backend(url, name, stop=sorted({*stops, *call_stop_ids(tokenizer)}),
+                                  concurrency=s["concurrency"], **sampling)
     return completions_batch_fn(rows, tokenizer, complete, facts["model_name"], g["n"], cfg["seed"],
                                 max_sequence_tokens(cfg), g["max_new_tokens"], cfg["keep_existing"], token_rate())
 
@@ -667,6 +691,14 @@ def history_settings(
             for k in ("max_seq_len", "generation", "backend", "mode", "num_pairs", "candidates", "reward_args",
                       "num_ref_rewards") if k in cfg}
 
+# %% ../../nbs/65_stages/4_preference_data.ipynb #6bbb11c2
+def server_numbers(
+    cfg:dict, # composed
+)->dict: # server_check, or empty where no server was asked
+    "What `server_check` found, for the history of the rows"
+    path = work_folder(cfg)/"server.json"
+    return dict(server_check=json.loads(path.read_text())) if path.is_file() else {}
+
 # %% ../../nbs/65_stages/4_preference_data.ipynb #13685644
 def run_annotation(
     task, # the attempt, from `run.open_run`
@@ -686,7 +718,7 @@ def run_annotation(
     recorded = json.loads((work_folder(cfg)/"facts.json").read_text())
     history = [*recorded["history"],
                dict(stage=cfg["stage"], run_hash=task.hash, **history_settings(cfg),
-                    **{k: v for k, v in recorded["facts"].items() if k != "probe_rows"})]
+                    **{k: v for k, v in recorded["facts"].items() if k != "probe_rows"}, **server_numbers(cfg))]
     written = {s: in_output_format(rows, cfg) for s, rows in splits.items()}
     where = write_rows(task, cfg, written, history=history)
     summary = f"{counts['in']:,} rows read, {sum(map(len, splits.values())):,} written"
