@@ -8,7 +8,7 @@ __all__ = ['VOLATILE_KEYS', 'PROBE_TEXTS', 'OPTIMIZER_NUMBERS', 'weightless_mode
            'Rehearsal', 'rehearse']
 
 # %% ../../nbs/55_export/7_rehearsal.ipynb #0035626e
-import contextlib, json, shutil, tempfile
+import json, shutil, tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from ..core.files import UserError
@@ -38,8 +38,10 @@ def weightless_model(
                                                      trust_remote_code=trust_remote_code)
         if "generation_config" in repaired: model.generation_config = repaired["generation_config"]
         else:
-            with contextlib.suppress(OSError): # there is none: the model's own
-                model.generation_config = GenerationConfig.from_pretrained(path, revision=revision)
+            try: model.generation_config = GenerationConfig.from_pretrained(path, revision=revision)
+            except OSError: # there is none: config.json may hold such settings
+                model.generation_config = GenerationConfig.from_pretrained(
+                    path, config_file_name="config.json", revision=revision, _from_model_config=True)
     except Exception as e: raise UserError(f"Cannot load the model {path}: {load_error(e)}") from e
     shown = Path(path).name if Path(path).is_dir() else path # a record must not contain a path of this machine
     model.notices = [f"{shown}: {n}" for n in [*notices, *repair_generation(model)]]
