@@ -184,7 +184,7 @@ def file_stamps(
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
 
 # %% ../../nbs/20_data/1_io.ipynb #ac866e17
-COPY_VERSION = 1 # part of the names of copies: raise it when a file is to be read in another way than before
+COPY_VERSION = 2 # part of the names of copies: raise it when a file is to be read in another way than before
 
 # %% ../../nbs/20_data/1_io.ipynb #b7f02a4f
 def write_arrow(
@@ -229,7 +229,7 @@ def decode_json_exactly():
 
 # %% ../../nbs/20_data/1_io.ipynb #6277884e
 # fields whose objects have different keys in each row: kept as JSON, with their order
-FREE_FORM_KEYS = ("parameters", "properties", "arguments", "args")
+FREE_FORM_KEYS = ("parameters", "properties", "arguments", "args", "input")
 
 # %% ../../nbs/20_data/1_io.ipynb #23c6f921
 def needs_exact(
@@ -674,8 +674,9 @@ _NOTES_SAID = set() # notes that this process has printed
 def reading_notes(
     dataset, # from `load_rows`
 )->list[str]: # sentences
-    "What the reader of a dataset did with columns of several types"
-    return [line for line in (dataset.info.description or "").split("\n") if line.endswith(("JSON.", "as texts."))]
+    "What the reader of a dataset did with columns of several types, or with other spellings of known names"
+    ends = ("JSON.", "as texts.", "known name.")
+    return [line for line in (dataset.info.description or "").split("\n") if line.endswith(ends)]
 
 # %% ../../nbs/20_data/1_io.ipynb #13025da6
 def say_note(

@@ -4,21 +4,22 @@
 
 # %% auto #0
 __all__ = ['MixtureSource', 'checked_number', 'parse_source', 'parse_sources', 'draw_count', 'seeded_generator', 'draw_rows',
-           'unify_types', 'common_type', 'label_names', 'align_schemas', 'with_features', 'with_ids', 'is_finer',
-           'with_origin', 'read_splits', 'ReadSettings', 'carried_columns', 'usable_rows', 'kept_of', 'count_rows',
-           'SourceRows', 'cut_to_budget', 'sample_source', 'Mixture', 'source_table_row', 'mixture_table',
-           'concatenate_sources', 'columns_of', 'carried_names', 'mixture_columns', 'mixture_notes', 'mix_sources',
-           'plot_composition', 'source_lengths', 'plot_mixture_lengths']
+           'unify_types', 'short_type', 'common_type', 'type_conflict', 'json_column', 'label_names', 'align_schemas',
+           'with_features', 'with_ids', 'is_finer', 'with_origin', 'read_splits', 'ReadSettings', 'carried_columns',
+           'usable_rows', 'kept_of', 'count_rows', 'SourceRows', 'cut_to_budget', 'sample_source', 'Mixture',
+           'source_table_row', 'mixture_table', 'concatenate_sources', 'columns_of', 'carried_names', 'mixture_columns',
+           'mixture_notes', 'mix_sources', 'plot_composition', 'source_lengths', 'plot_mixture_lengths']
 
 # %% ../../nbs/20_data/5_mixture.ipynb #c6b122b9
-import hashlib, math, numpy as np
+import hashlib, math, numpy as np, os
 from dataclasses import dataclass, field
 from fractions import Fraction
 from ..core.files import UserError, did_you_mean
-from .io import load_splits
-from .columns import ROW_KEYS, SYSTEM_COLUMNS, account, check_account
+from .io import converted, load_splits, reading_notes
+from .columns import (
+    ROW_KEYS, SYSTEM_COLUMNS, account, check_account, ignored_notes, plain_column, with_known_names)
 from .messages import check_dropped, dataset_texts
-from .swissai import CARRIED_COLUMNS, as_messages
+from .swissai import CARRIED_COLUMNS, as_messages, temporary_file
 
 # %% ../../nbs/20_data/5_mixture.ipynb #e9384ee2
 @dataclass
@@ -139,6 +140,14 @@ def unify_types(
     if pa.types.is_null(a) or pa.types.is_null(b) or a == b: return out
     return None if pa.types.is_binary(out) else out # a text does not become bytes
 
+# %% ../../nbs/20_data/5_mixture.ipynb #df2babdf
+def short_type(
+    t, # an Arrow type
+)->str:
+    "A type for a message, of at most 90 characters"
+    text = str(t).replace("extension<arrow.json>", "any json")
+    return text if len(text) <= 90 else text[:87] + "..."
+
 # %% ../../nbs/20_data/5_mixture.ipynb #975b6076
 def common_type(
     column:str, # its name, for the message
@@ -146,20 +155,44 @@ def common_type(
 ):             # the Arrow type that holds all of them
     "The common type of a column, or a `UserError` that names two sources and their types"
     import pyarrow as pa
-    def short(t):
-        text = str(t).replace("extension<arrow.json>", "any json")
-        return text if len(text) <= 90 else text[:87] + "..."
     out = pa.null()
     for label, t in types.items():
         merged = unify_types(out, t)
         if merged is None:
             other = next((o for o in types if unify_types(types[o], t) is None), next(iter(types)))
-            advice = ("Give all sources the same form of messages: blocks=True." if column == "messages"
-                      else "Make them the same, or leave it out of columns_to_keep.")
-            raise UserError(f"Column {column!r} is {short(types[other])} in {other} and {short(t)} in {label}: there "
-                            f"is no common type. {advice}")
+            raise UserError(f"Column {column!r} is {short_type(types[other])} in {other} and {short_type(t)} in "
+                            f"{label}: there is no common type. Give all sources the same form of messages: "
+                            "message_format=structured (blocks=True).")
         out = merged
     return out
+
+# %% ../../nbs/20_data/5_mixture.ipynb #8b677537
+def type_conflict(
+    column:str, # its name
+    types:dict, # source: Arrow type of the column there
+)->str|None: # a sentence; None if the types have a common one
+    "Two sources whose types of a column have nothing in common"
+    pairs = ((a, b) for a in types for b in types if unify_types(types[a], types[b]) is None)
+    a, b = next(pairs, (None, None))
+    return None if a is None else (f"column {column!r} is {short_type(types[a])} in {a} and {short_type(types[b])} in "
+                                   f"{b}: its values are kept as they are, as JSON")
+
+# %% ../../nbs/20_data/5_mixture.ipynb #a7b2e769
+def json_column(
+    dataset, # `datasets.Dataset`
+    column:str, # its name
+):             # the dataset with the values of the column as JSON
+    "A column of any type as JSON"
+    from datasets import ClassLabel, Features, Json
+    if isinstance(dataset.features[column], ClassLabel): dataset = label_names(dataset, column)
+    features = Features(dict(dataset.features, **{column: Json()}))
+    field = features.arrow_schema.field(column)
+    def convert(table):
+        values = converted(plain_column(table[column]), field.type)
+        return table.set_column(table.column_names.index(column), field, values)
+    return dataset.with_format("arrow").map(convert, batched=True, features=features, load_from_cache_file=False,
+                                            new_fingerprint=os.urandom(8).hex(), cache_file_name=temporary_file(),
+                                            desc="JSON").with_format(None)
 
 # %% ../../nbs/20_data/5_mixture.ipynb #621e6548
 def label_names(
@@ -176,8 +209,9 @@ def label_names(
 def align_schemas(
     datasets:dict, # label: `datasets.Dataset`
     columns, # columns of the result; null where a dataset lacks one
+    notes:list|None=None, # collects sentences about columns that become JSON
 )->list: # the datasets, all with the same features
-    "Datasets brought to one schema"
+    "Datasets brought to one schema; a column whose types have nothing in common is kept as JSON"
     from datasets import ClassLabel, Features
     import pyarrow as pa
     features = {}
@@ -188,6 +222,11 @@ def align_schemas(
                         for k, d in datasets.items()}
         types = {k: d.features.arrow_schema.field(c).type for k, d in datasets.items() if c in d.column_names}
         same = seen and all(f == seen[0] for f in seen)
+        if not same and seen and c != "messages" and (said := type_conflict(c, types)):
+            datasets = {k: json_column(d, c) if c in d.column_names else d for k, d in datasets.items()}
+            if notes is not None: notes.append(said)
+            features[c] = next(d.features[c] for d in datasets.values() if c in d.column_names)
+            continue
         features[c] = seen[0] if same else Features.from_arrow_schema(pa.schema([(c, common_type(c, types))]))[c]
     return [with_features(d, Features(features), k) for k, d in datasets.items()]
 
@@ -205,7 +244,8 @@ def with_features(
     if dataset.features.arrow_schema.equals(features.arrow_schema) and dataset.features == features: return dataset
     try: return dataset.cast(features)
     except pa.ArrowInvalid as e:
-        raise UserError(f"A value of {label} does not fit the common type of its column: {e}") from e
+        raise UserError(f"A value of {label} does not fit the common type of its column: {e}. Give the column one type "
+                        "in all sources, or leave it out of columns_to_keep.") from e
 
 # %% ../../nbs/20_data/5_mixture.ipynb #e3ef4cc6
 def with_ids(
@@ -254,9 +294,13 @@ def read_splits(
     from datasets import concatenate_datasets
     try: splits = load_splits(source.dataset_path, names)
     except UserError as e: raise UserError(f"Source {source.dataset_name!r}: {e}") from e
-    parts = {f"{source.dataset_name}/{n}": rows for n, rows in splits.items()}
+    parts = {f"{source.dataset_name}/{n}": with_known_names(rows) for n, rows in splits.items()}
     if len(parts) == 1: return next(iter(parts.values()))
-    return concatenate_datasets(align_schemas(parts, dict.fromkeys(c for d in parts.values() for c in d.column_names)))
+    notes = [note for d in parts.values() for note in reading_notes(d)]
+    names = dict.fromkeys(c for d in parts.values() for c in d.column_names)
+    rows = concatenate_datasets(align_schemas(parts, names, notes))
+    rows.info.description = "\n".join(dict.fromkeys(notes))
+    return rows
 
 # %% ../../nbs/20_data/5_mixture.ipynb #ba140195
 @dataclass(frozen=True)
@@ -268,6 +312,7 @@ class ReadSettings:
     on_malformed:str = "drop" # drop or error
     max_drop_fraction:float|None = 0.05 # share of a source's rows that may be dropped
     ignore_columns:tuple = () # columns to treat as absent; messages.KEY for a key of the messages
+    reader:object = None # function(rows with ids) -> (rows, counts), in place of the conversion to messages
 
 # %% ../../nbs/20_data/5_mixture.ipynb #2d5026fe
 def carried_columns(
@@ -287,15 +332,18 @@ def usable_rows(
     label:str, # beginning of the ids: the name, with _eval for evaluation rows
     columns_to_keep, # columns of the mixture
     settings:ReadSettings=ReadSettings(), # which rows are usable
+    notes:list|None=None, # collects what the reader noticed
 )->tuple: # (`datasets.Dataset` with id and the columns to keep, counts, `Account` of the raw rows)
     "The usable rows of some splits of a source"
     given = read_splits(source, names)
+    if notes is not None: notes += [f"{label}: {note.rstrip('.')}" for note in reading_notes(given)]
     raw = with_origin(with_ids(given, label), label, columns_to_keep)
     rows, counts = raw, {"in": len(raw), "out": len(raw), "dropped": {}, "examples": {}}
     is_pair, ignore = {"chosen", "rejected"} <= {*columns_to_keep}, settings.ignore_columns
     found = account(given, ignore, pairs=is_pair)
     if "messages" in columns_to_keep or is_pair: check_account(found, f"Source {label!r}")
-    if "messages" in columns_to_keep:
+    if settings.reader: rows, counts = settings.reader(raw)
+    elif "messages" in columns_to_keep:
         rows, counts = as_messages(raw, settings.blocks, settings.checks, settings.on_malformed, ignore=ignore)
     have = {*given.column_names, *rows.column_names}
     if missing := [c for c in settings.need_columns if c not in have]:
@@ -389,13 +437,13 @@ def sample_source(
     factor = source.subsample_factor
     if source.eval_splits:
         out.eval, out.counts[f"{name}_eval"], out.accounts[f"{name}_eval"] = usable_rows(
-            source, source.eval_splits, f"{name}_eval", columns_to_keep, settings)
+            source, source.eval_splits, f"{name}_eval", columns_to_keep, settings, out.notes)
         if not len(out.eval):
             raise UserError(f"Source {name!r}: its evaluation splits {', '.join(source.eval_splits)} have no usable "
                             "row.")
     if not source.train_splits or factor == 0: return out
     rows, out.counts[name], out.accounts[name] = usable_rows(
-        source, source.train_splits, name, columns_to_keep, settings)
+        source, source.train_splits, name, columns_to_keep, settings, out.notes)
     drawn_K, out.shuffle_positions = draw_rows(len(rows), source, seed, shuffle)
     if not len(rows):
         raise UserError(f"Source {name!r} contributes nothing: none of its {out.counts[name]['in']} rows is usable. "
@@ -458,6 +506,7 @@ def concatenate_sources(
     source_rows:list[SourceRows], # of all sources
     columns, # of the mixture
     shuffle:bool, # order by shuffle position; False: one source after the other
+    notes:list|None=None, # collects sentences about columns that become JSON
 )->tuple: # (train, eval): `datasets.Dataset` each, eval None without evaluation rows
     "The rows of all sources in one dataset, and the evaluation rows in another, with the same schema"
     from datasets import Value, concatenate_datasets
@@ -465,7 +514,7 @@ def concatenate_sources(
             if (d := p.eval if kind else p.train) is not None}
     rows = {k: d.add_column("source", [p.source.dataset_name]*len(d), feature=Value("string"))
             for k, (p, d) in rows.items()}
-    rows = dict(zip(rows, align_schemas(rows, columns)))
+    rows = dict(zip(rows, align_schemas(rows, columns, notes)))
     trained = [p for p in source_rows if p.train is not None]
     start = np.cumsum([0, *(len(p.train) for p in trained)])
     order = np.concatenate([np.tile(np.arange(len(p.train)), p.source.duplication_factor) + s
@@ -523,10 +572,7 @@ def mixture_notes(
             if c in have and not {c, "source" if c == "origin" else c} & {*columns_to_keep}]
     if more: notes.append(f"kept although columns_to_keep does not name them: {', '.join(more)}")
     accounts = [a for p in source_rows for a in p.accounts.values()]
-    ignored = dict.fromkeys(c for a in accounts for c in a.ignored)
-    notes += [f"ignore_columns: no source has the column {c!r}" for c in ignored
-              if not c.startswith("messages.") and not any(c in a.absent for a in accounts)]
-    return notes
+    return notes + ignored_notes(accounts)
 
 # %% ../../nbs/20_data/5_mixture.ipynb #a47ba538
 def mix_sources(
@@ -550,13 +596,14 @@ def mix_sources(
     if all(p.train is None for p in parts):
         raise UserError("The mixture has no training rows: every source has subsample_factor 0 or no train_splits.")
     columns = mixture_columns(parts, keep)
-    train, evals = concatenate_sources(parts, columns, shuffle)
+    notes = mixture_notes(parts, keep)
+    train, evals = concatenate_sources(parts, columns, shuffle, notes)
     if not keep_ids: train, evals = train.remove_columns("id"), evals and evals.remove_columns("id")
     inputs = {}
     for p in parts:
         inputs[p.source.dataset_path] = inputs.get(p.source.dataset_path, 0) + sum(c["in"] for c in p.counts.values())
     return Mixture(train, evals, mixture_table(parts, count_tokens is not None),
-                   {k: c for p in parts for k, c in p.counts.items()}, inputs, mixture_notes(parts, keep),
+                   {k: c for p in parts for k, c in p.counts.items()}, inputs, notes,
                    {p.source.dataset_name: p.tokens[0] for p in parts if p.tokens is not None},
                    {k: a for p in parts for k, a in p.accounts.items()})
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['split_sizes', 'classes_of', 'row_texts', 'group_keys', 'units_of', 'check_rare_classes', 'stratified_split',
-           'split_dataset', 'count_both_sides']
+           'split_dataset', 'count_both_sides', 'both_sides_text']
 
 # %% ../../nbs/20_data/7_split.ipynb #f826dca7
 import hashlib, json, math
@@ -173,11 +173,12 @@ def count_both_sides(
     train, # `datasets.Dataset`: the training split
     evaluation, # `datasets.Dataset`: the evaluation split
     n_examples:int=3, # pairs of ids to keep
-)->dict: # rows, same_conversation, same_prompt, shared_ids, examples
+)->dict: # train_rows, rows, same_conversation, same_prompt, shared_ids, examples
     "How many evaluation rows repeat a training row, and how many rows share their id with a different one"
     where, ids = {}, {}
     prompts = set()
-    out = dict(rows=len(evaluation), same_conversation=0, same_prompt=0, shared_ids=0, examples=[])
+    out = dict(train_rows=len(train), rows=len(evaluation), same_conversation=0, same_prompt=0, shared_ids=0,
+               examples=[])
     for rows, is_train in ((train, True), (evaluation, False)):
         ids_of_rows = rows.select_columns([c for c in ("row_id", "id", "conversation_id") if c in rows.column_names])
         names = [row_id(r, i) for i, r in enumerate(ids_of_rows)] if ids_of_rows.column_names else range(len(rows))
@@ -193,3 +194,12 @@ def count_both_sides(
             if len(out["examples"]) < n_examples: out["examples"].append(dict(eval=name, train=where[whole]))
     out["shared_ids"] = sum(len(wholes) for wholes in ids.values() if len(set(wholes)) > 1)
     return out
+
+# %% ../../nbs/20_data/7_split.ipynb #04c45bcd
+def both_sides_text(
+    counts:dict, # from `count_both_sides`
+)->str:
+    "How many evaluation rows repeat a training row, in a phrase for a summary"
+    same, prompts = counts["same_conversation"], counts["same_prompt"]
+    if not prompts and not same: return "none of them with a conversation or a prompt of the training rows"
+    return f"{same:,} of them with a conversation and {prompts:,} with a prompt of the training rows"

@@ -6,22 +6,23 @@
 __all__ = ['SUBSCHEMAS', 'FLAT_TYPES', 'DISPLAY_ANSWERS', 'PLAIN_KEYS', 'SWISSAI_COLUMNS', 'CARRIED_COLUMNS', 'plain_schema',
            'properties_of', 'tool_list', 'ts_object', 'ts_array', 'ts_union', 'ts_type', 'ts_parameter', 'format_tools',
            'make_block', 'call_of', 'check_pending', 'add_output', 'add_part', 'assistant_blocks', 'is_swissai',
-           'row_tools', 'developer_message', 'user_message', 'linearise_branch', 'is_structured', 'message_parts',
-           'in_call_order', 'turn_groups', 'assistant_turns', 'to_structured', 'show_block', 'plain_messages',
-           'texts_only', 'conversation_of', 'structured_conversation', 'plain_conversation', 'unpacked_turn',
-           'unpacked_conversation', 'message_fields', 'message_features', 'stored_messages', 'stored_call',
-           'has_blocks', 'uses_tools', 'row_conversation', 'convert_batch', 'keep_good', 'drop_unused',
-           'narrow_messages', 'temporary_file', 'empty_dataset', 'convert_dataset', 'kept_columns', 'as_messages',
-           'linearise_dataset']
+           'row_tools', 'developer_message', 'user_message', 'escaped', 'all_required', 'as_published', 'escape_json',
+           'linearise_branch', 'is_structured', 'message_parts', 'in_call_order', 'turn_groups', 'assistant_turns',
+           'to_structured', 'show_block', 'plain_messages', 'texts_only', 'conversation_of', 'block_numbers',
+           'structured_spans', 'structured_conversation', 'block_texts', 'joined_spans', 'plain_conversation',
+           'unpacked_turn', 'unpacked_spans', 'unpacked_conversation', 'message_fields', 'message_features',
+           'stored_messages', 'stored_call', 'has_blocks', 'uses_tools', 'row_conversation', 'convert_batch',
+           'keep_good', 'drop_unused', 'narrow_messages', 'temporary_file', 'empty_dataset', 'convert_dataset',
+           'kept_columns', 'as_messages', 'linearise_dataset']
 
 # %% ../../nbs/20_data/4_swissai.ipynb #33525a21
-import json, numpy as np, os
+import json, numpy as np, os, re
 from dataclasses import replace
 from itertools import groupby
 from ..core.files import UserError, did_you_mean
-from .columns import key_masks, plain_column, refused_columns
+from .columns import TOOL_COLUMNS, empty_value, key_masks, plain_column, refused_columns
 from .messages import (
-    OPTIONAL_COLUMNS, REASONING_KEYS, ROW_WEIGHTS, Conversation, MalformedRow, UnsupportedContent, as_written,
+    OPTIONAL_COLUMNS, REASONING_KEYS, ROW_WEIGHTS, Conversation, MalformedRow, UnsupportedContent, as_list, as_written,
     check_messages, format_of, keeps_nulls, parse_json, plain_text, read_conversation, role_fault, row_id, row_weight,
     template_arguments, tool_text, with_thought_field, without_none)
 
@@ -282,13 +283,67 @@ def user_message(*texts)->dict:
     if not all(isinstance(t, str) for t in texts): raise MalformedRow("user message without content")
     return dict(role="user", content=dict(parts=[dict(type="text", text=t) for t in texts]))
 
+# %% ../../nbs/20_data/4_swissai.ipynb #24e528bd
+def escaped(
+    text:str, # JSON
+)->str:
+    "JSON text with escapes in place of the characters beyond ASCII"
+    return re.sub(r"[^\x00-\x7f]", lambda m: json.dumps(m[0])[1:-1], text)
+
+# %% ../../nbs/20_data/4_swissai.ipynb #3f35e3d5
+def all_required(
+    schema, # JSON schema: a dict or JSON text
+):         # the schema as a dict
+    "A schema in which `required: false` is read like `required: true`: all properties are required"
+    schema = parse_json(schema, "the parameters of a tool")
+    if not isinstance(schema, dict): return schema
+    out = {k: all_required(v) if isinstance(v, dict) or k == "properties" else
+           [all_required(s) if isinstance(s, dict) else s for s in v] if isinstance(v, list) else v
+           for k, v in schema.items()}
+    if out.get("required") is False and ("properties" in out or out.get("type") == "object"): out["required"] = True
+    return out
+
+# %% ../../nbs/20_data/4_swissai.ipynb #0eacf024
+def as_published(
+    row:dict, # a Swiss-AI row
+    branch:int=0, # the branch that is followed
+)->dict:
+    "A row from which `linearise_branch` makes the tools and arguments that the published linearisation makes"
+    def with_text(part):
+        args = part.get("args")
+        return dict(part, args=escaped(json.dumps(without_none(args), ensure_ascii=False))) if isinstance(
+            args, dict) and not empty_value(args) else part
+    tools = parse_json(row.get("available_functions"), "the tools") or []
+    tools = [dict(t, parameters=all_required(t.get("parameters"))) if isinstance(t, dict) else t
+             for t in as_list(tools)]
+    branches = list(row.get("conversation_branches") or [])
+    if branch < len(branches):
+        turns = [dict(t, parts=[with_text(p) for p in t["parts"]]) for t in branches[branch]["messages"] or []]
+        branches[branch] = dict(branches[branch], messages=turns)
+    return dict(row, available_functions=tools, conversation_branches=branches)
+
+# %% ../../nbs/20_data/4_swissai.ipynb #4f1663fc
+def escape_json(
+    messages:list[dict], # from `linearise_branch`
+)->list[dict]: # changed in place
+    "Structured messages whose tools and displayed answers have escapes in place of the characters beyond ASCII"
+    for m in messages:
+        if m["role"] == "developer": m["content"]["tools"] = escaped(m["content"]["tools"])
+        blocks = m["content"].get("blocks", [])
+        for b, after in zip(blocks, blocks[1:]): # an answer that is displayed: its output has a name
+            for c in b["calls"] if after["outputs"][0]["name"] == DISPLAY_ANSWERS["name"] else []:
+                c["arguments"] = escaped(c["arguments"])
+    return messages
+
 # %% ../../nbs/20_data/4_swissai.ipynb #e78dc263
 def linearise_branch(
     row:dict, # a Swiss-AI row
     branch:int=0, # which branch to follow
+    published:bool=False, # texts as in the data of the published runs, see `as_published`
 )->list[dict]: # system (if there is one), developer, then user and assistant messages, all structured
     "One branch of a Swiss-AI row as structured messages; raises `MalformedRow` with the reason"
     try:
+        if published: row = as_published(row, branch)
         branches = row["conversation_branches"] or []
         if branch >= len(branches): raise MalformedRow(f"there is no branch {branch}: the row has {len(branches)}")
         if not row.get("initial_prompt"): raise MalformedRow("there is no initial prompt")
@@ -296,13 +351,15 @@ def linearise_branch(
         kinds = {p["type"] for t in turns for p in t["parts"] if t["role"] == "assistant"}
         system = (row.get("system_prompt") or {}).get("content")
         out = [dict(role="system", content=dict(text=system))] if system else []
-        out += [developer_message(row_tools(row, "verifiable-responses" in kinds), "thought" in kinds),
-                user_message(row["initial_prompt"]["content"])]
+        shown = "verifiable-responses" in kinds and (not published or bool(row["available_functions"]))
+        tools = row_tools(row, shown)
+        out += [developer_message(tools, "thought" in kinds), user_message(row["initial_prompt"]["content"])]
         for t in turns:
             if t["role"] == "assistant":
                 out.append(dict(role="assistant", content=dict(blocks=assistant_blocks(t["parts"]))))
-            elif t["role"] == "user": out.append(user_message(*[p["content"] for p in t["parts"]]))
+            elif t["role"] == "user": out += [user_message(p["content"]) for p in t["parts"]]
             else: raise MalformedRow(f"unknown role {t['role']!r:.40} in a branch")
+        if published: out = escape_json(out)
     except (KeyError, TypeError, AttributeError) as e:
         raise MalformedRow(f"a field is missing or has another type ({e!r:.60})") from e
     return out
@@ -441,13 +498,45 @@ def conversation_of(
     ignore=(), # columns to treat as absent; messages.KEY for a key of the messages
     exact:bool=False, # nulls in objects are real, not filled in by Arrow
     branch:int=0, # which branch of a Swiss-AI row
+    published:bool=False, # texts of a Swiss-AI row as in the data of the published runs
 )->Conversation:
     "The conversation of a row of any format; raises `MalformedRow` or `UnsupportedContent` with the reason"
     if columns is not None: return read_conversation(row, columns, ignore, exact)
     row = {k: v for k, v in row.items() if k not in ignore} if ignore else row
     if bad := refused_columns(row, ("conversation_branches",)):
         raise UnsupportedContent(f"column {', '.join(bad)} cannot be honoured")
-    return Conversation(linearise_branch(row, branch), template_kwargs=template_arguments(row), weight=row_weight(row))
+    return Conversation(linearise_branch(row, branch, published), template_kwargs=template_arguments(row),
+                        weight=row_weight(row))
+
+# %% ../../nbs/20_data/4_swissai.ipynb #d1212e81
+def block_numbers(
+    kinds:list[str], # types of the parts of a turn
+)->list[int]: # of each part
+    "The block that each part of a turn becomes part of: calls in a row share one, and so do outputs"
+    joined = ("function-call", "function-output")
+    new = [kind not in joined or n == 0 or kinds[n-1] != kind for n, kind in enumerate(kinds)]
+    return (np.cumsum(new) - 1).tolist()
+
+# %% ../../nbs/20_data/4_swissai.ipynb #6cfca100
+def structured_spans(
+    messages:list[dict], # plain messages
+    spans:dict, # index of a message: weights of spans of its content
+)->dict: # index of the structured message: {index of the block or part: weights of spans of its text}
+    "Weights of spans, for the messages that `to_structured` makes"
+    out, first = {}, messages[0]["role"] == "system"
+    for g, group in enumerate(turn_groups(messages)):
+        at = g if first and g == 0 else g + 1 # the developer message stands before it
+        parts = [(i, p["type"]) for i in group for p in message_parts(messages[i])] if g or not first else []
+        blocks = block_numbers([kind for _, kind in parts])
+        for i in (i for i in group if i in spans):
+            role, content = messages[i]["role"], messages[i]["content"]
+            if role == "tool": raise UnsupportedContent("train_detail of the result of a tool")
+            if role == "assistant" and "</think>" in content:
+                raise UnsupportedContent("train_detail of an answer that holds its thought: move the thought into "
+                                         "reasoning_content")
+            number = next((b for b, p in zip(blocks, parts) if p == (i, "response")), 0) if role == "assistant" else 0
+            out.setdefault(at, {})[number] = spans[i]
+    return out
 
 # %% ../../nbs/20_data/4_swissai.ipynb #67645cef
 def structured_conversation(
@@ -456,17 +545,37 @@ def structured_conversation(
     "A conversation with structured messages; the tools are in its developer message"
     c = conversation
     if is_structured(c.messages): return replace(c, messages=as_written(c.messages))
-    if c.span_weights: raise UnsupportedContent("train_detail has no place in a structured message")
-    c = replace(c, messages=[with_thought_field(m) for m in c.messages])
+    spans = c.span_weights or {}
+    c = replace(c, messages=[m if i in spans else with_thought_field(m) for i, m in enumerate(c.messages)])
     messages, weights = to_structured(c.messages, c.tools, exact=True), None
     if c.message_weights:
         weights = []
         for group in turn_groups(c.messages):
             own = {c.message_weights[i] for i in group if c.messages[i]["role"] != "tool"}
-            if len(own) > 1: raise UnsupportedContent("messages of one structured turn have different weights")
+            if len(own) > 1:
+                raise UnsupportedContent("messages of one structured turn have different weights: give them the same "
+                                         "weight, or keep plain messages (message_format=plain, a plain template)")
             weights.append(own.pop() if own else 1.0)
         weights.insert(1 if messages[0]["role"] == "system" else 0, 1.0)
-    return replace(c, messages=messages, tools=None, message_weights=weights)
+    return replace(c, messages=messages, tools=None, message_weights=weights,
+                   span_weights=structured_spans(c.messages, spans) or None)
+
+# %% ../../nbs/20_data/4_swissai.ipynb #8c03d79d
+def block_texts(
+    m:dict, # a structured message
+)->list[str]:
+    "The texts of its blocks or parts"
+    c = m["content"]
+    if m["role"] == "system": return [c["text"]]
+    return [b["text"] for b in c["parts" if m["role"] == "user" else "blocks"]]
+
+# %% ../../nbs/20_data/4_swissai.ipynb #8060c0aa
+def joined_spans(
+    texts:list[str], # of blocks or parts
+    spans:dict, # index of a text: weights of its spans
+)->list[tuple]: # (start, end, weight) of the joined text
+    "Weights of spans of several texts as those of the joined text"
+    return [(a + len("".join(texts[:n])), b + len("".join(texts[:n])), w) for n, ss in spans.items() for a, b, w in ss]
 
 # %% ../../nbs/20_data/4_swissai.ipynb #60b2caae
 def plain_conversation(
@@ -477,7 +586,8 @@ def plain_conversation(
     if not is_structured(c.messages): return c
     kept = [i for i, m in enumerate(c.messages) if m["role"] != "developer"]
     weights = [c.message_weights[i] for i in kept] if c.message_weights else None
-    return replace(c, messages=plain_messages(c.messages), message_weights=weights)
+    spans = {kept.index(i): joined_spans(block_texts(c.messages[i]), s) for i, s in (c.span_weights or {}).items()}
+    return replace(c, messages=plain_messages(c.messages), message_weights=weights, span_weights=spans or None)
 
 # %% ../../nbs/20_data/4_swissai.ipynb #73e4acd1
 def unpacked_turn(
@@ -507,6 +617,22 @@ def unpacked_turn(
                 for name, c in zip(waiting, b["calls"])]
     return out
 
+# %% ../../nbs/20_data/4_swissai.ipynb #92d93ecb
+def unpacked_spans(
+    m:dict, # a structured message
+    spans:dict, # index of a block or part: weights of spans of its text
+)->dict: # number of the plain message: weights of spans of its content
+    "Weights of spans, for the messages that `unpacked_turn` makes"
+    if m["role"] != "assistant": return {0: joined_spans(block_texts(m), spans)} if spans else {}
+    out = {}
+    for n, weights in spans.items():
+        if m["content"]["blocks"][n]["type"] != "response": raise UnsupportedContent("train_detail of a thought")
+        before = unpacked_turn(m["content"]["blocks"][:n])
+        joins = before and before[-1]["role"] == "assistant" and not before[-1].get("tool_calls")
+        shift = len(before[-1]["content"]) if joins else 0
+        out.setdefault(len(before) - bool(joins), []).extend((a + shift, b + shift, w) for a, b, w in weights)
+    return out
+
 # %% ../../nbs/20_data/4_swissai.ipynb #f9de1f36
 def unpacked_conversation(
     conversation:Conversation, # plain or structured
@@ -514,7 +640,7 @@ def unpacked_conversation(
     "A conversation with plain messages, which keep thoughts, calls and outputs of tools"
     c = conversation
     if not is_structured(c.messages): return c
-    messages, weights = [], []
+    messages, weights, spans = [], [], {}
     tools, calls = c.tools, 0
     for i, m in enumerate(c.messages):
         if m["role"] == "developer":
@@ -522,10 +648,12 @@ def unpacked_conversation(
             continue
         turn = unpacked_turn(m["content"]["blocks"], calls) if m["role"] == "assistant" else plain_messages([m])
         calls += sum(len(t.get("tool_calls") or []) for t in turn)
+        for n, s in unpacked_spans(m, (c.span_weights or {}).get(i, {})).items(): spans[len(messages) + n] = s
         messages += turn
         weights += [c.message_weights[i] if c.message_weights else 1.]*len(turn)
     tools = [t if "function" in t else dict(type="function", function=t) for t in tools or []] or None
-    return replace(c, messages=messages, tools=tools, message_weights=weights if c.message_weights else None)
+    return replace(c, messages=messages, tools=tools, message_weights=weights if c.message_weights else None,
+                   span_weights=spans or None)
 
 # %% ../../nbs/20_data/4_swissai.ipynb #09044ee0
 def message_fields(
@@ -536,7 +664,7 @@ def message_fields(
     text, number = Value("string"), Value("float64")
     call = dict(id=text, type=text, function=dict(name=text, arguments=text))
     span = dict(begin_offset=Value("int64"), end_offset=Value("int64"), weight=number)
-    if blocks: return dict(weight=number)
+    if blocks: return dict(weight=number, train_detail=List(dict(block=Value("int64"), **span)))
     return dict(reasoning_content=text, tool_calls=List(call), tool_call_id=text, name=text, weight=number,
                 train_detail=List(span))
 
@@ -570,7 +698,9 @@ def stored_messages(
         if m.get("tool_calls"): m["tool_calls"] = [stored_call(call) for call in m["tool_calls"]]
         if c.message_weights and c.message_weights[i] != 1: m["weight"] = c.message_weights[i]
         if spans := (c.span_weights or {}).get(i):
-            m["train_detail"] = [dict(begin_offset=a, end_offset=b - 1, weight=w) for a, b, w in spans]
+            blocks = isinstance(spans, dict) # of a structured message
+            each = [(dict(block=n), s) for n, ss in spans.items() for s in ss] if blocks else [({}, s) for s in spans]
+            m["train_detail"] = [dict(n, begin_offset=a, end_offset=b - 1, weight=w) for n, (a, b, w) in each]
         out.append(m)
     return out
 
@@ -632,6 +762,7 @@ def convert_batch(
     branches=None, # of each row: (index of the conversation, branch to follow); None: first branches, ids unchanged
     ignore=(), # columns to treat as absent
     exact:bool=False, # nulls in objects are real, not filled in by Arrow
+    published:bool=False, # texts of Swiss-AI rows as in the data of the published runs
 )->dict: # messages, tools, template arguments and weight, and a fault if there are none
     "The conversations of a batch; every row comes out, with a fault if it is to be dropped"
     out = dict(messages=[], tools=[], chat_template_kwargs=[], weight=[], _fault=[], _row=[])
@@ -640,7 +771,8 @@ def convert_batch(
         conversation, branch = branches[i] if branches else (i, 0)
         name = row_id(row, conversation) + (f"/{branch}" if branches else "")
         c, fault = Conversation([]), ""
-        try: c = row_conversation(row, columns, blocks, checks, ignore=ignore, exact=exact, branch=branch)
+        how = dict(ignore=ignore, exact=exact, branch=branch, published=published)
+        try: c = row_conversation(row, columns, blocks, checks, **how)
         except (MalformedRow, UnsupportedContent) as e:
             if on_malformed == "error":
                 raise UserError(f"Row {name}: {e}. Set on_malformed=drop to leave such rows out and count them.") from e
@@ -669,8 +801,7 @@ SWISSAI_COLUMNS = ("conversation_branches", "system_prompt", "available_function
 
 # %% ../../nbs/20_data/4_swissai.ipynb #0332cb73
 # columns of a conversation beside its messages: the columns that they are read from
-CARRIED_COLUMNS = dict(tools=("tools", "functions", "available_tools"), chat_template_kwargs=("chat_template_kwargs",),
-                       weight=ROW_WEIGHTS)
+CARRIED_COLUMNS = dict(tools=TOOL_COLUMNS, chat_template_kwargs=("chat_template_kwargs",), weight=ROW_WEIGHTS)
 
 # %% ../../nbs/20_data/4_swissai.ipynb #45861db4
 def drop_unused(
@@ -733,6 +864,7 @@ def convert_dataset(
     num_proc:int|None=None, # processes; None chooses
     branches=None, # as for `convert_batch`
     ignore=(), # columns to treat as absent; messages.KEY for a key of the messages
+    published:bool=False, # texts of Swiss-AI rows as in the data of the published runs
 )->tuple: # (`datasets.Dataset`, counts)
     "A dataset with a column of messages in place of the columns that they were made from"
     from datasets import Features, Value, concatenate_datasets
@@ -748,7 +880,7 @@ def convert_dataset(
         return keep_good(empty_dataset(kept | features | dict(messages=message_features(blocks))))
     n = max(1, min(num_proc or min(os.cpu_count() or 1, len(dataset)//20_000), len(dataset)))
     settings = dict(columns=columns, blocks=blocks, checks=list(checks), on_malformed=on_malformed, branches=branches,
-                    ignore=list(ignore), exact=keeps_nulls(dataset))
+                    ignore=list(ignore), exact=keeps_nulls(dataset), published=published)
     data = dataset.map(convert_batch, batched=True, with_indices=True, batch_size=500, num_proc=n if n > 1 else None,
                        features=features, remove_columns=dataset.column_names, load_from_cache_file=False,
                        cache_file_name=temporary_file(), new_fingerprint=os.urandom(8).hex(), desc="Messages",
@@ -769,7 +901,7 @@ def kept_columns(
 ):          # the dataset without the columns that became part of the conversation
     "The columns that stay as they are"
     used = {"messages", *(SWISSAI_COLUMNS if columns is None else (*columns, *OPTIONAL_COLUMNS.get(columns, ()))),
-            *(["tools", "functions", "available_tools"] if blocks else []), *(["conversation_id"] if branches else []),
+            *(TOOL_COLUMNS if blocks else []), *(["conversation_id"] if branches else []),
             *ignore, *(c for name, sources in CARRIED_COLUMNS.items() if name in made for c in sources)}
     return dataset.select_columns([c for c in dataset.column_names if c not in used])
 
@@ -794,6 +926,7 @@ def linearise_dataset(
     branches:str="first", # first: one row per conversation; all: one row per branch, conversation_id gets "/N"
     on_malformed:str="drop", # drop or error
     num_proc:int|None=None, # processes; None chooses
+    published:bool=False, # texts as in the data of the published runs, see `as_published`
 )->tuple: # (`datasets.Dataset`, counts as for `as_messages`; a row is a branch)
     "Swiss-AI rows as structured messages; other columns stay"
     if not is_swissai(dataset.column_names):
@@ -801,7 +934,8 @@ def linearise_dataset(
                         f"{', '.join(dataset.column_names)}.")
     if branches not in ("first", "all"):
         raise UserError(f"branches={branches!r}: first or all.{did_you_mean(str(branches), ['first', 'all'])}")
-    if branches == "first": return convert_dataset(dataset, None, True, (), on_malformed, num_proc)
+    how = dict(on_malformed=on_malformed, num_proc=num_proc, published=published)
+    if branches == "first": return convert_dataset(dataset, None, True, **how)
     counts = [max(1, len(row or [])) for row in dataset["conversation_branches"]]
     each = [(i, branch) for i, n in enumerate(counts) for branch in range(n)]
-    return convert_dataset(dataset.select([i for i, _ in each]), None, True, (), on_malformed, num_proc, each)
+    return convert_dataset(dataset.select([i for i, _ in each]), None, True, branches=each, **how)

@@ -29,12 +29,14 @@ def load_split(
     split:str, # train or eval
 ):
     "Raw rows of a split; only the first ones where the config asks for a subsample"
+    from post_training.data.columns import with_known_names
     from post_training.data.io import load_rows
     args = cfg["dataset_args"]
     if split == "eval" and not (args.get("eval_split") or {}).get("name"):
         raise UserError("Evaluation needs rows that are not trained on: name a split in dataset_args.eval_split.name, "
                         "or set training_args.eval_strategy=no.")
-    rows = load_rows(run.local_path_or_name(args["dataset_name"]), (args.get(f"{split}_split") or {}).get("name"))
+    name = (args.get(f"{split}_split") or {}).get("name")
+    rows = with_known_names(load_rows(run.local_path_or_name(args["dataset_name"]), name))
     n = (args.get("debug_subsample") or {}).get(split) or 0
     return rows.select(range(min(n, len(rows)))) if n else rows
 
@@ -125,7 +127,7 @@ def load_tokenized_data(
         out.counts[split] = {k: counts[k] for k in RECORDED_COUNTS if counts.get(k)}
         out.fingerprints[f"{split}_rows"] = counts["rows_fingerprint"]
         out.paths[split] = str(folder/counts["key"][:16])
-        out.notices += warned_lines(counts, split)
+        out.notices += [*warned_lines(counts, split), *(f"{split}: {note}" for note in counts.get("notes") or [])]
         setattr(out, split, rows)
     return out
 

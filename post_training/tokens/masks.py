@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MARK_BASE', 'Skeleton', 'VerifiedRow', 'ParsedShape', 'TokenizedChat', 'Refused', 'token_bytes', 'char_starts',
            'offsets_of', 'ChatEncoder', 'encoder_state', 'encoder_for', 'template_options', 'with_prompt', 'names_in',
-           'content_triggers', 'tokens_in_spans', 'region_tokens', 'completion_mask_of', 'turn_tokens_of',
-           'token_weights_of', 'weight_segments', 'tokenize_chats', 'tokenize_chat', 'support_probes',
+           'content_triggers', 'names_of', 'tokens_in_spans', 'region_tokens', 'completion_mask_of', 'turn_tokens_of',
+           'token_weights_of', 'weight_segments', 'spanned_texts', 'tokenize_chats', 'tokenize_chat', 'support_probes',
            'template_supports']
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #6039f2e9
@@ -23,8 +23,8 @@ from ..data.swissai import make_block, developer_message, to_structured, user_me
 from .templates import CHAT_TEMPLATES, template_text, wants_blocks
 from .tokenizer import byte_letters, plain_backend, template_of
 from post_training.tokens.template_shapes import (
-    ID_SLOT, TEXT_SLOT, end_of_turn, fill_with_probes, find_probes, is_needed, is_written, shape_of, start_of_turn,
-    turn_regions)
+    ID_SLOT, TEXT_SLOT, end_of_turn, fill_with_probes, find_probes, is_needed, is_written, shape_of, slot_paths,
+    start_of_turn, turn_regions)
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #72c78341
 @dataclass
@@ -157,6 +157,7 @@ class ChatEncoder:
         self.prompts = {} # (shape, options): what precedes each turn at inference, kept by the gates
         self.headers = {} # options: generation prompt
         self.endings = {} # (options, shapes of two messages): result of `text_endings`
+        self.own_names = frozenset() # names for which the template writes something else, from `by_name`
         self.name = next((n for n in CHAT_TEMPLATES if template_text(n) == tokenizer.chat_template), "of the tokenizer")
         self.keeps_blanks = self.name not in CHAT_TEMPLATES # blanks before an answer belong to the answer
 
@@ -532,6 +533,26 @@ def takes_thoughts(self:ChatEncoder)->bool:
         self._takes_thoughts = self.takes_blocks() or 2 in written # the third text is the thought
     return self._takes_thoughts
 
+# %% ../../nbs/25_tokens/4_masks.ipynb #eee0a97f
+@patch
+def writes_names(
+    self:ChatEncoder,
+)->set: # roles
+    "The roles for which the template writes the `name` of a message"
+    if not hasattr(self, "_writes_names"):
+        call = dict(id="call00001", type="function", function=dict(name="f", arguments=dict(a="x")))
+        talk = [dict(role="user", content="a", name="b"), dict(role="assistant", content="c", name="d")]
+        calling = [dict(role="user", content="a"), dict(role="assistant", content="", tool_calls=[call]),
+                   dict(role="tool", content="e", name="g", tool_call_id="call00001")]
+        self._writes_names = set()
+        for chat in [] if self.takes_blocks() else [talk, calling]:
+            parsed = self.parse_shape(shape_of(chat, []))
+            if isinstance(parsed, Refused): continue
+            written = {i for *_, i, _ in parsed.probes}
+            self._writes_names |= {parsed.roles[p[0]] for i, p in enumerate(parsed.paths)
+                                   if i in written and p[1:] == ("name",)}
+    return self._writes_names
+
 # %% ../../nbs/25_tokens/4_masks.ipynb #fbd7f42d
 @patch
 def blame_role(
@@ -592,6 +613,36 @@ def why_unverifiable(
     if flags: advice += "; say it by chat_template_kwargs instead"
     return f"the chat template {self.name} rewrites a content that holds {' and '.join(words)}{advice}"
 
+# %% ../../nbs/25_tokens/4_masks.ipynb #f0ec9f3e
+def names_of(
+    obj, # messages, or a part of them
+    key=None, # the key that it was found under
+):           # yields texts
+    "The names in a conversation that may belong to its shape"
+    if isinstance(obj, str) and key == "name": yield obj
+    elif isinstance(obj, dict) and key != "arguments":
+        for k, v in obj.items(): yield from names_of(v, k)
+    elif isinstance(obj, (list, tuple)):
+        for v in obj: yield from names_of(v)
+
+# %% ../../nbs/25_tokens/4_masks.ipynb #b21747f5
+@patch
+def by_name(
+    self:ChatEncoder,
+    chat:list, # messages
+    text:str, # their rendering, which is not that of the shape with other names
+    options:tuple, # from `template_options`
+)->VerifiedRow|None: # None if the names make no difference
+    "Verify a rendering whose template writes something else for the name of a tool; the name is remembered"
+    names = [*dict.fromkeys(n for n in names_of(chat) if n not in self.own_names)]
+    for own in [*([n] for n in names), names][:1 if len(names) < 2 else None]:
+        texts = []
+        skeleton = self.skeleton(shape_of(chat, texts, names=self.own_names | {*own}), options)
+        if isinstance(skeleton, Refused) or skeleton.missing_texts: continue
+        if (edges := self.locate(skeleton, text, texts)) is None: continue
+        if len(self.own_names) < 1000: self.own_names |= {*own}
+        return VerifiedRow(text, skeleton, edges)
+
 # %% ../../nbs/25_tokens/4_masks.ipynb #fd740dc0
 @patch
 def verify(
@@ -606,21 +657,22 @@ def verify(
     texts = []
     try:
         text.isascii() or text.encode()
-        shape = shape_of(chat, texts)
+        shape = shape_of(chat, texts, names=self.own_names)
         skeleton = self.skeleton(shape, options)
     except UnicodeEncodeError:
         return Refused("malformed: text with a lone surrogate", "a text holds a lone surrogate, which is no character")
     except (TypeError, RecursionError):
         return Refused("malformed: unexpected fields", "a message holds something other than texts, numbers, lists and "
                        "mappings, or nests them too deeply")
-    if isinstance(skeleton, Refused): return skeleton
+    if isinstance(skeleton, Refused): return self.by_name(chat, text, options) or skeleton
     if refused := self.refuse_missing(skeleton.missing_texts, drop_unsupported): return refused
     edges = self.locate(skeleton, text, texts)
     if edges is None and "strftime_now" in template_of(self.tokenizer): # the date may have changed by now
         self.forget_shapes()
         skeleton = self.skeleton(shape, options)
         edges = self.locate(skeleton, text, texts)
-    if edges is None: return Refused("unverifiable", self.why_unverifiable(texts))
+    if edges is None:
+        return self.by_name(chat, text, options) or Refused("unverifiable", self.why_unverifiable(texts))
     return VerifiedRow(text, skeleton, edges)
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #8e700100
@@ -808,6 +860,24 @@ def weight_segments(
     def of(a): return next((w for start, end, w in reversed(parts) if start <= a < end), 1.)
     return [(a, b, weight*of(a)) for a, b in zip(cuts, cuts[1:]) if weight*of(a) != 1]
 
+# %% ../../nbs/25_tokens/4_masks.ipynb #279491db
+def spanned_texts(
+    skeleton:Skeleton, # of the conversation
+    chat:list, # messages, in the template's format
+    parts:dict, # index of a message: weights of parts of its content; {index: weights} for those of its blocks or parts
+)->dict: # index of a text of the shape: (the text, (start, end, weight) of its parts)
+    "The texts that have weights of their parts"
+    out = {}
+    for i, (m, *path) in enumerate(slot_paths(skeleton.key[0])):
+        if m not in parts or path[0] != "content" or path[-1] not in ("content", "text"): continue
+        number = next((k for k in path if isinstance(k, int)), 0)
+        weights = parts[m].get(number) if isinstance(parts[m], dict) else parts[m]
+        if weights is None: continue
+        text = chat[m]
+        for key in path: text = text[key]
+        out[i] = text, weights
+    return out
+
 # %% ../../nbs/25_tokens/4_masks.ipynb #bc0443f7
 @patch
 def weight_spans(
@@ -815,7 +885,7 @@ def weight_spans(
     row:VerifiedRow,
     chat:list, # its messages, in the template's format
     weights:list|None, # of each message; None: all 1
-    parts:dict|None=None, # index of a message: (start, end, weight) of parts of its content
+    parts:dict|None=None, # index of a message: (start, end, weight) of parts of its content, or of its blocks
 )->list: # (start, end, weight) characters of the rendering, where the weight is not 1
     "The weights of messages and of parts of contents as spans of the rendering"
     text, s, edges, _ = row
@@ -823,12 +893,14 @@ def weight_spans(
     spans = {m: [(edges[e] + x, edges[f] + y) for e, x, f, y in s.message_spans.get(m, ())]
              for m, w in enumerate(weights) if w != 1}
     out = []
+    found = spanned_texts(s, chat, parts) if parts else {}
     for n, (m, (_, i, _)) in enumerate(zip(s.owners, s.items) if parts else ()):
-        if m not in parts or s.paths[i][-1] != "content": continue
+        if i not in found: continue
+        content, weighted = found[i]
         a, b = edges[2*n:2*n+2]
-        at = chat[m]["content"].find(text[a:b]) # a template may strip the content
+        at = content.find(text[a:b]) # a template may strip the content
         if at < 0: raise UserError("the template changes a content that has weights of its parts")
-        shifted = [(x - at, y - at, w) for x, y, w in parts[m]]
+        shifted = [(x - at, y - at, w) for x, y, w in weighted]
         out += [(a + x, a + y, w) for x, y, w in weight_segments(b - a, weights[m], shifted)]
         if m in spans: # what surrounds the content has the weight of the message
             spans[m] = [part for x, y in spans[m] for part in ([(x, a), (b, y)] if x <= a and b <= y else [(x, y)])]

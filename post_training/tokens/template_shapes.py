@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEXT_SLOT', 'ID_SLOT', 'TEXT_TRANSFORMS', 'TRANSFORM_EDGES', 'TOOL_OUTPUT_KEYS', 'shape_of', 'probe_text', 'id_probe',
-           'find_probes', 'fill_with_probes', 'is_written', 'is_needed', 'first_special', 'cut_at_token', 'end_of_turn',
-           'start_of_turn', 'turn_regions']
+           'find_probes', 'fill_with_probes', 'slot_paths', 'is_written', 'is_needed', 'first_special', 'cut_at_token',
+           'end_of_turn', 'start_of_turn', 'turn_regions']
 
 # %% ../../nbs/25_tokens/3_template_shapes.ipynb #6039f2e9
 import json, os, re
@@ -20,16 +20,18 @@ def shape_of(
     obj, # messages, or a part of them
     texts:list[str], # collects the texts in order
     key=None, # the key that `obj` was found under
+    names=frozenset(), # names that belong to the shape: the template writes something else for them
 ):           # a hashable shape
     "The shape of a conversation; its texts are appended to `texts`"
     if isinstance(obj, str):
         if not obj or key in ("role", "type") and obj.isidentifier() or obj.isspace(): return obj
+        if key == "name" and obj in names: return obj
         texts.append(obj)
         return ID_SLOT if key in ("id", "tool_call_id") else TEXT_SLOT
     if isinstance(obj, dict): # inside the arguments of a call no key has a meaning for the template
         inside = key if key == "arguments" else None
-        return ("{", *[(k, shape_of(v, texts, inside or k)) for k, v in obj.items()])
-    if isinstance(obj, (list, tuple)): return ("[", *[shape_of(v, texts, key) for v in obj])
+        return ("{", *[(k, shape_of(v, texts, inside or k, names)) for k, v in obj.items()])
+    if isinstance(obj, (list, tuple)): return ("[", *[shape_of(v, texts, key, names) for v in obj])
     return obj if obj is None else ("=", repr(obj), obj) # 1, 1.0 and True are equal and render differently
 
 # %% ../../nbs/25_tokens/3_template_shapes.ipynb #6a794442
@@ -100,6 +102,18 @@ def fill_with_probes(
     if shape[0] == "=": return shape[2]
     if shape[0] == "{": return {k: fill_with_probes(v, paths, (*path, k)) for k, v in shape[1:]}
     return [fill_with_probes(v, paths, (*path, i) if not path else path) for i, v in enumerate(shape[1:])]
+
+# %% ../../nbs/25_tokens/3_template_shapes.ipynb #5a25df18
+def slot_paths(
+    shape, # from `shape_of`
+    path=(), # path so far
+):          # yields the keys and indices that lead to each text
+    "Where the texts of a shape stand"
+    if shape in (TEXT_SLOT, ID_SLOT): yield path
+    elif isinstance(shape, tuple) and shape[0] in "{[":
+        for i, part in enumerate(shape[1:]):
+            key, inner = part if shape[0] == "{" else (i, part)
+            yield from slot_paths(inner, (*path, key))
 
 # %% ../../nbs/25_tokens/3_template_shapes.ipynb #12fb0f82
 TOOL_OUTPUT_KEYS = { # keys under which an assistant message holds the output of a tool

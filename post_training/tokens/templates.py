@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHAT_TEMPLATES', 'TEMPLATE_RULES', 'template_text', 'TemplateRule', 'rule_stop_id', 'named_templates',
            'template_source', 'with_each_source', 'template_name', 'jinja_literal', 'with_defaults', 'split_defaults',
-           'wants_blocks', 'render_template']
+           'template_tree', 'template_variables', 'wants_blocks', 'render_template']
 
 # %% ../../nbs/25_tokens/1_templates.ipynb #36d3094a
 import json, re
@@ -127,6 +127,32 @@ def split_defaults(
     "Separate a template from the default values before it"
     n = re.match(r"(?:\{% if \w+ is not defined %\}\{% set .* %\}\{% endif %\}\n)*", source).end()
     return source[:n], source[n:]
+
+# %% ../../nbs/25_tokens/1_templates.ipynb #391d0257
+@lru_cache(64)
+def template_tree(
+    source:str, # Jinja source
+):              # a `jinja2` tree; None if the source has a mistake
+    "A chat template as a tree, with the tags that transformers knows"
+    import jinja2
+    env = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do"])
+    try: return env.parse(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", source))
+    except jinja2.TemplateError: return None
+
+# %% ../../nbs/25_tokens/1_templates.ipynb #3331f1e3
+@lru_cache(64)
+def template_variables(
+    source:str, # Jinja source
+)->frozenset:
+    "The names that a template reads and does not set itself: those that a call can give a value"
+    import jinja2.meta
+    if (tree := template_tree(source)) is None: return frozenset(re.findall(r"\w+", source))
+    nodes = jinja2.nodes
+    asked = [*(t.node for t in tree.find_all(nodes.Test) if t.name in ("defined", "undefined", "none")),
+             *(f.node for f in tree.find_all(nodes.Filter) if f.name in ("default", "d"))]
+    asked = {n.name for n in asked if isinstance(n, nodes.Name)}
+    own = {n.name for n in tree.find_all(nodes.Name) if n.ctx in ("store", "param")} - asked
+    return frozenset(jinja2.meta.find_undeclared_variables(tree) - own)
 
 # %% ../../nbs/25_tokens/1_templates.ipynb #1e1b9b75
 def wants_blocks(

@@ -7,8 +7,8 @@ __all__ = ['SPECIAL_TOKENS', 'SAMPLE_TEXT', 'SAMPLE_TOOL', 'RESERVED_ARGUMENTS',
            'toy_tokenizer', 'tekken_backend', 'byte_letters', 'tekken_tokenizer', 'set_special', 'unused_token',
            'check_pad', 'config_ids', 'template_of', 'sample_forms', 'render_sample', 'sample_messages',
            'check_written_tokens', 'check_bos', 'check_needs', 'set_end_token', 'set_bos', 'missing_marks',
-           'set_template', 'set_template_kwargs', 'load_tokenizer', 'read_tokenizer', 'plain_backend',
-           'tokenizer_fingerprint', 'template_fingerprint']
+           'set_template', 'arguments_fault', 'set_template_kwargs', 'load_tokenizer', 'read_tokenizer',
+           'plain_backend', 'tokenizer_fingerprint', 'template_fingerprint']
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #f387f80d
 import hashlib, json, re, weakref
@@ -17,7 +17,8 @@ from pathlib import Path
 from ..core.files import UserError, did_you_mean
 from ..data.swissai import to_structured
 from .templates import (
-    TEMPLATE_RULES, named_templates, rule_stop_id, template_name, template_source, template_text, wants_blocks,
+    TEMPLATE_RULES, named_templates, rule_stop_id, template_name, template_source, template_text, template_variables,
+    wants_blocks,
     with_defaults, with_each_source)
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #97f3cb0c
@@ -339,10 +340,28 @@ def set_template(
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #92450420
 # arguments of `apply_chat_template` and constants of Jinja
-RESERVED_ARGUMENTS = frozenset("""conversation messages tools documents chat_template add_generation_prompt
-    continue_final_message tokenize padding truncation max_length return_tensors return_dict
-    return_assistant_tokens_mask tokenizer_kwargs sanitize_control_tokens bos_token eos_token pad_token unk_token
-    true false none loop""".split())
+RESERVED_ARGUMENTS = frozenset("""conversation messages tools documents chat_template
+    add_generation_prompt continue_final_message raise_exception strftime_now tokenize padding truncation
+    max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs
+    sanitize_control_tokens bos_token eos_token pad_token unk_token true false none loop""".split())
+
+# %% ../../nbs/25_tokens/2_tokenizer.ipynb #65136c2e
+def arguments_fault(
+    templates, # Jinja source, or several by name
+    values:dict, # name of a variable of the template -> its value
+)->str|None: # what is wrong with the first that is wrong; None if all reach the template
+    "Why an argument of a chat template has no effect, or another one than it says"
+    sources = named_templates(templates).values()
+    read = frozenset().union(*map(template_variables, sources)) - RESERVED_ARGUMENTS
+    for name, value in values.items():
+        if not str(name).isidentifier() or name.lower() in RESERVED_ARGUMENTS:
+            return f"{name!r} is no free variable of a template: leave it out"
+        if name not in read:
+            return (f"the chat template does not read {name!r}; it reads {', '.join(sorted(read)) or 'no argument'}."
+                    f"{did_you_mean(name, read)} Correct the name, or leave it out")
+        is_word = isinstance(value, str) and value.strip().lower() in ("true", "false", "none", "null")
+        if is_word and not any(f"{q}{value}{q}" in s for s in sources for q in "'\""):
+            return f"{name!r} is the text {value!r}, which a template takes for true: write it without quotes"
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #db10483b
 def set_template_kwargs(
@@ -351,15 +370,8 @@ def set_template_kwargs(
 ):
     "Give the variables of a template their values; they are kept as `tokenizer.chat_template_kwargs`"
     tokenizer.chat_template_kwargs = dict(values or {})
-    sources = " ".join(named_templates(tokenizer.chat_template).values())
-    words = set(re.findall(r"\w+", re.sub(r"\{#.*?#\}", "", sources, flags=re.S)))
-    for name in tokenizer.chat_template_kwargs:
-        if not str(name).isidentifier() or name.lower() in RESERVED_ARGUMENTS:
-            raise UserError(f"tokenizer_args.chat_template_kwargs.{name} is no free variable of a template: leave it "
-                            "out.")
-        if name not in words:
-            raise UserError(f"The chat template does not read {name!r} of tokenizer_args.chat_template_kwargs."
-                            f"{did_you_mean(name, words)} Correct the name, or leave it out.")
+    if fault := arguments_fault(tokenizer.chat_template, values or {}):
+        raise UserError(f"tokenizer_args.chat_template_kwargs: {fault}.")
     if values: tokenizer.chat_template = with_each_source(tokenizer.chat_template, lambda s: with_defaults(s, values))
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #76b6e354

@@ -9,8 +9,8 @@ __all__ = ['NUMBERS', 'HEADINGS', 'INSPECT_USAGE', 'CONVERSATION_KINDS', 'SeenRo
            'why_dropped', 'view_row', 'view_text', 'view_html', 'colour_legend', 'drop_details', 'find_row',
            'sample_rows', 'training_notices', 'plot_shares', 'plot_source_lengths', 'dataset_overrides', 'near_paths',
            'find_rows', 'open_inspection', 'inspect_usage', 'add_inspect_options', 'dataset_and_overrides',
-           'head_lines', 'print_inspection', 'run_inspection', 'inspect_main', 'encode_conversation', 'template_facts',
-           'templates_html']
+           'left_out_text', 'head_lines', 'print_inspection', 'run_inspection', 'inspect_main', 'encode_conversation',
+           'template_facts', 'templates_html']
 
 # %% ../../nbs/75_view/2_dataset.ipynb #5d216c91
 import json, numpy as np, os, re, sys
@@ -19,7 +19,8 @@ from pathlib import Path
 from .. import config, run
 from ..core.arguments import CommandParser, exit_code_of, whole_number
 from ..core.files import ForkShared, UserError, did_you_mean
-from ..data.columns import account, account_lines, check_account
+from ..data.columns import account, account_lines, check_account, ignored_notes
+from ..data.io import reading_notes
 from ..data.messages import keeps_nulls
 from ..data.swissai import make_block, developer_message, user_message
 from ..tokens.templates import CHAT_TEMPLATES, template_text
@@ -27,9 +28,9 @@ from ..tokens.masks import Refused, encoder_for
 from ..tokens.gates import turn_end_tokens
 from ..tokens.colours import KIND_COLOURS, HtmlText, colour_ansi, colour_html, depth_code, token_runs
 from ..tokens.dataset import (RowSettings, TemplateChat, check_dropped, check_policies, faults_of_turns,
-                                          fit_to_length, policy_for_reason, process_count, read_chats,
+                                          fit_to_length, policy_effect, policy_for_reason, process_count, read_chats,
                                           refuse_mostly_failing, row_id, split_turns, tokenize_conversations,
-                                          tokenize_template_chats)
+                                          template_account, tokenize_template_chats)
 from ..tokens.ratios import plain_ticks
 from ..stages.tokenized_data import load_split, quiet_libraries, expected_stop_ids, tokenizer_of
 
@@ -141,7 +142,7 @@ def inspect_dataset(
     from datasets import Features, Value
     policies = check_policies(**policies)
     if not len(dataset): raise UserError(f"{name} has no rows.")
-    columns = account(dataset, ignore_columns)
+    columns = template_account(account(dataset, ignore_columns), encoder_for(tokenizer))
     if not {*columns.formats} - {"none"}: check_account(columns, name)
     n = process_count(len(dataset), num_proc)
     stop_ids = frozenset([tokenizer.eos_token_id] if stop_ids is None else stop_ids)
@@ -461,8 +462,7 @@ def training_notices(
         if i.policies.get(policy) != "error": continue
         more = f" (and {len(part) - 1:,} more)" if len(part) > 1 else ""
         why = view_row(i, part.index[0]).why.partition(": ")[2]
-        then = ("train without system messages that have no place, and drop other such rows"
-                if policy == "unsupported_roles" else "drop and count such rows")
+        then = policy_effect(policy, part.detail.iloc[0])
         out.append(f"Training stops at row {name_of(i, part.index[0])}{more}, {why}. Set tokenization.{policy}=drop to "
                    f"{then}.")
     first = dropped.drop_duplicates("reason").set_index("reason")
@@ -472,7 +472,8 @@ def training_notices(
     stops(check_dropped, counts, i.max_drop_fraction)
     stops(refuse_mostly_failing, i.rows, counts, i.tokenizer, i.settings.ignore)
     warned = i.numbers[i.numbers.warned != ""]
-    return out + [f"{len(warned):,} rows are trained on although a check fails: {d}." for d in warned.warned[:1]]
+    return [*out, *(f"{len(warned):,} rows are trained on although a check fails: {d}." for d in warned.warned[:1]),
+            *ignored_notes([i.account]), *reading_notes(i.rows)]
 
 # %% ../../nbs/75_view/2_dataset.ipynb #a7116527
 def plot_shares(
@@ -585,7 +586,8 @@ INSPECT_USAGE = """post-training inspect DATASET [--rows N] [--row ID] [--split 
   key=value    overrides of train_sft: model=..., tokenizer_args.chat_template_name=..., training_args.max_length=...,
                dataset_args.debug_subsample.train=1000 looks at the first thousand rows only
 
-NO_COLOR=1 puts trained tokens in brackets instead of colours."""
+NO_COLOR=1 puts trained tokens in brackets instead of colours.
+The exit code is 1 if training would stop at these rows."""
 
 # %% ../../nbs/75_view/2_dataset.ipynb #2402314e
 def inspect_usage()->str:
@@ -622,6 +624,16 @@ def dataset_and_overrides(
                         "name.")
     return (names or [None])[0], overrides
 
+# %% ../../nbs/75_view/2_dataset.ipynb #ea45f73e
+def left_out_text(
+    names:str, # roles, and `earlier thoughts`, with commas between them
+)->str:
+    "What a template leaves out of a row, in words"
+    parts = names.split(", ")
+    roles = [p for p in parts if p != "earlier thoughts"]
+    texts = [f"their {' and '.join(roles)} messages"]*bool(roles)
+    return " and ".join([*texts, *["the thoughts of earlier answers"]*(len(roles) < len(parts))])
+
 # %% ../../nbs/75_view/2_dataset.ipynb #369adabf
 def head_lines(
     i:Inspection,
@@ -637,7 +649,7 @@ def head_lines(
     return [f"{i.name}: {len(n):,} rows, {form}; {vocabulary}, {limit}",
             f"{kept:,} kept, {len(n) - kept:,} dropped, {cut:,} cut; {n.kept.sum():,} tokens, {n.trained.sum():,} of "
             "them trained on" + (f", with a sum of weights of {n.weight.sum():,.6g}" if weighted(i) else ""),
-            *[f"{v:,} kept without their {k} messages, which the template leaves out" for k, v in left_out.items()]]
+            *[f"{v:,} kept without {left_out_text(k)}, which the template leaves out" for k, v in left_out.items()]]
 
 # %% ../../nbs/75_view/2_dataset.ipynb #012781cc
 def print_inspection(
@@ -645,10 +657,11 @@ def print_inspection(
     rows:int=3, # coloured rows
     tokens:int=800, # of a row to show
     colour:bool=True, # False: brackets around trained tokens
+    notices=(), # from `training_notices`
 ):
     "Everything about a dataset, for a terminal"
     print("\n".join(head_lines(i)))
-    for n in training_notices(i): print(f"! {printable_line(n, 1000)}")
+    for n in notices: print(f"! {printable_line(n, 1000)}")
     for title, table in (("columns and message keys", account_table(i)), ("dropped", drop_table(i)),
                          ("sources", source_table(i)),
                          ("lengths in tokens, before any cut", length_table(i))):
@@ -662,7 +675,7 @@ def print_inspection(
 # %% ../../nbs/75_view/2_dataset.ipynb #e1cb265b
 def run_inspection(
     args, # words, rows, row, split, tokens: what a parser with `add_inspect_options` returns
-)->int: # exit code; mistakes of the user's raise
+)->int: # exit code: 1 if training would stop at these rows; mistakes of the user's raise
     "`post-training inspect ...`"
     if not args.words or args.words == ["help"]: print(inspect_usage()); return 0
     name, overrides = dataset_and_overrides(args.words)
@@ -671,7 +684,10 @@ def run_inspection(
     quiet_libraries()
     i = open_inspection(name, overrides, args.split)
     colour = not os.environ.get("NO_COLOR")
-    if args.row is None: print_inspection(i, args.rows, args.tokens, colour); return 0
+    if args.row is None:
+        notices = training_notices(i)
+        print_inspection(i, args.rows, args.tokens, colour, notices)
+        return int(any(n.startswith("Training stops") for n in notices))
     index = find_row(i, args.row)
     view = view_row(i, index)
     print(f"{colour_legend(colour, view.weights is not None)}\n\n{view_text(i, view, args.tokens, colour)}")
