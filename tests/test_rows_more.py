@@ -193,6 +193,27 @@ def test_other_spellings(capfd):
     with pytest.raises(UserError, match="rename it to system_prompt"): read(answer() | dict(systemPrompt="a"))
 
 
+@pytest.mark.parametrize("row, name", [
+    (answer(isTrainable=False), "isTrainable"), (answer(Weight=0), "Weight"), (dict(messages=[ASK_PARTS, dict(role="assistant", content=[dict(type="text", text="a", Weight=0)])]), "content.Weight")])
+def test_other_spellings_of_weights_are_refused(row, name):
+    with pytest.raises(UserError, match=f"message key '{name}'.*rename it"): made(row)
+    with pytest.raises(UserError, match="cannot be honoured"): read_conversation(row)
+
+
+def test_weights_of_history():
+    row = dict(instruction="a", output="b", history=[dict(ASK, train=None), dict(SAY, train=False)])
+    data, counts = made(row)
+    assert trained(data[0], "qwen25") == "b<|im_end|>" and "train" in [c["key"] for c in counts["columns"] if c["class"] == "weight"]
+
+
+@pytest.mark.parametrize("where", ["turns", "parts"])
+def test_weights_in_branches_are_refused(where, apertus):
+    part = dict(type="response", content="a")
+    turn = dict(role="assistant", parts=[dict(part, weight=0.0)] if where == "parts" else [part], **dict(weight=0.0) if where == "turns" else {})
+    row = dict(conversation_branches=[dict(messages=[turn])], initial_prompt=dict(content="Hi"), system_prompt=None, available_functions=None)
+    with pytest.raises(UserError, match=f"message key '{where}.weight' .1 of 1 rows"): made(row, apertus)
+
+
 def test_ignored_columns_that_are_not_there():
     found = account(Dataset.from_list([answer(prefix=True) | dict(images=["a"])]), ["image", "images", "messages.prefix", "messages.prefx"])
     assert not found.refused() and [n.split(".")[0] for n in ignored_notes([found])] == ["ignore_columns: there is no column 'image'", "ignore_columns: there is no message key 'prefx'"]
@@ -279,6 +300,7 @@ def test_sides_as_json_text(row):
 def test_an_answer_in_json_stays_an_answer():
     for text in ('{"role": "admin"}', '[{"a": 1}]', "[1, 2"):
         assert read(dict(prompt="Hi", completion=text)).messages[-1]["content"] == text
+    assert not account(Dataset.from_list([dict(prompt="Hi", completion='{"weight": 0, "answer": 3}')])).message_keys
 
 
 def test_a_column_of_two_types_across_sources(tmp_path):

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'PROMPT_COLUMNS', 'TURNS', 'INVERTED', 'PAIR_REFUSALS', 'MEDIA_ADVICE', 'MEDIA', 'ROW_KEYS', 'MESSAGE_KEYS',
-           'WEIGHTS_OF_MESSAGES', 'PART_KEYS', 'CALL_KEYS', 'DROPPED', 'NESTED_KEYS', 'SYSTEM_COLUMNS', 'ASIDE_COLUMNS',
-           'TEXT_COLUMNS', 'TOOL_COLUMNS', 'KNOWN_COLUMNS', 'JUDGEMENTS', 'HARMLESS', 'empty_value', 'row_format',
-           'KnownKey', 'key_table', 'known_spelling', 'column_class', 'harmless', 'all_texts', 'has_weights', 'repeats',
-           'refused_columns', 'plain_array', 'has_value', 'is_list_type', 'format_index', 'key_masks', 'key_mask',
-           'message_key', 'no_value', 'nested_names', 'nested_masks', 'struct_masks', 'with_known_names', 'fold_masks',
-           'json_key_masks', 'KeyUse', 'Account', 'Tally', 'formats_in_order', 'tally_batch', 'tally_column',
-           'tally_keys', 'plain_column', 'text_masks', 'form_columns', 'repeated_rows', 'account', 'check_account',
-           'ignored_notes', 'account_lines']
+           'WEIGHTS_OF_MESSAGES', 'PART_KEYS', 'CALL_KEYS', 'DROPPED', 'BRANCH_KEYS', 'NESTED_KEYS', 'SYSTEM_COLUMNS',
+           'ASIDE_COLUMNS', 'TEXT_COLUMNS', 'TOOL_COLUMNS', 'KNOWN_COLUMNS', 'JUDGEMENTS', 'HARMLESS', 'empty_value',
+           'row_format', 'KnownKey', 'key_table', 'known_spelling', 'column_class', 'usual_spelling', 'harmless',
+           'all_texts', 'has_weights', 'repeats', 'refused_columns', 'plain_array', 'has_value', 'is_list_type',
+           'format_index', 'key_masks', 'key_mask', 'message_key', 'no_value', 'nested_names', 'nested_masks',
+           'struct_masks', 'branch_masks', 'with_known_names', 'fold_masks', 'is_turn', 'json_key_masks', 'KeyUse',
+           'Account', 'Tally', 'formats_in_order', 'tally_batch', 'tally_column', 'tally_keys', 'plain_column',
+           'text_masks', 'form_columns', 'repeated_rows', 'account', 'check_account', 'ignored_notes', 'account_lines']
 
 # %% ../../nbs/20_data/2_columns.ipynb #a498acfa
 import json, numpy as np, re
@@ -170,11 +170,19 @@ CALL_KEYS = key_table([ # of a call
 # %% ../../nbs/20_data/2_columns.ipynb #7f68472d
 DROPPED = KnownKey("refused", "rows with it are dropped") # a key whose rows are dropped, while the others are kept
 
+# %% ../../nbs/20_data/2_columns.ipynb #3a14f681
+BRANCH_KEYS = key_table([ # of the turns and parts of a branch in the Swiss-AI format
+    ("role parts type content name args answers", "conversation", "part of the conversation"),
+    ("metadata", "metadata", "not read"),
+    (" ".join([*WEIGHTS_OF_MESSAGES, "loss_mask", "train_detail", "mask", "label", "labels", "skip", "ignore"]),
+     "refused", "branches have a weight of the row only (column weight); linearised messages may have their own")])
+
 # %% ../../nbs/20_data/2_columns.ipynb #e22598ba
 NESTED_KEYS = { # key of a message: the known keys of its parts or calls, and what an unknown one is
     **dict.fromkeys(("content", "value"), (
         PART_KEYS | dict.fromkeys(MEDIA.split(), DROPPED), KnownKey("metadata", "not read"))),
-    **dict.fromkeys(("tool_calls", "tool_call", "function_call"), (CALL_KEYS, DROPPED))}
+    **dict.fromkeys(("tool_calls", "tool_call", "function_call"), (CALL_KEYS, DROPPED)),
+    "parts": (BRANCH_KEYS, KnownKey("metadata", "not read")), "turns": (BRANCH_KEYS, KnownKey("metadata", "not read"))}
 
 # %% ../../nbs/20_data/2_columns.ipynb #45973149
 # columns that hold a system prompt
@@ -199,10 +207,10 @@ KNOWN_COLUMNS = {*ROW_KEYS, *PROMPT_COLUMNS, *ASIDE_COLUMNS, *TEXT_COLUMNS} # na
 @cache
 def known_spelling(
     name:str, # of a column or key
-    of:str="row", # row or message
+    of:str="row", # row, message, or a key of `NESTED_KEYS`
 )->str: # the known name that is written so; else the name itself
     "The known name that differs from a name in case and separators only: `systemPrompt` is `system_prompt`"
-    known = KNOWN_COLUMNS if of == "row" else MESSAGE_KEYS
+    known = NESTED_KEYS[of][0] if of in NESTED_KEYS else KNOWN_COLUMNS if of == "row" else MESSAGE_KEYS
     if name in known: return name
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", str(name))
     other = re.sub(r"[\W_]+", "_", words).strip("_").lower()
@@ -243,12 +251,20 @@ HARMLESS = dict(enable_thinking=None, mask=None, channel="final", recipient="all
     "mask_prompt mask_input mask_inputs loss_mask completion_mask assistant_mask assistant_masks response_mask "
     "train_mask loss_scale".split(), True) | dict.fromkeys({*WEIGHTS_OF_MESSAGES} - {*INVERTED.split()}, True)
 
+# %% ../../nbs/20_data/2_columns.ipynb #b2796f79
+def usual_spelling(
+    name:str, # of a column or key
+)->str:
+    "The known spelling of a column or of a message key"
+    return known_spelling(name) if known_spelling(name) != name else known_spelling(name, "message")
+
 # %% ../../nbs/20_data/2_columns.ipynb #a29dd554
 def harmless(
     name:str, # of a refused column or key
     value, # its value
 )->bool:
     "Whether a value of a refused key changes nothing"
+    name = usual_spelling(name)
     if name in ("label", "labels"):
         return empty_value(value) or isinstance(value, str) and value.strip().lower() not in JUDGEMENTS
     return empty_value(value) or not isinstance(value, (list, dict)) and value == HARMLESS.get(name, False)
@@ -391,6 +407,7 @@ def key_mask(
     "Which values of a key count: for a refused key, `false` does not"
     import pyarrow as pa, pyarrow.compute as pc
     mask, a = has_value(array), plain_array(array)
+    name = usual_spelling(name)
     is_thought = getattr(MESSAGE_KEYS.get(name), "text", "") == "the thought before the answer"
     if kind not in ("refused", "repeat") and not (is_thought and pa.types.is_boolean(a.type)): return mask
     is_text = pa.types.is_string(a.type) or pa.types.is_large_string(a.type)
@@ -408,10 +425,11 @@ def message_key(
 )->KnownKey:
     "What a key of a message means"
     key, _, inner = name.partition(".")
-    if inner and key in NESTED_KEYS: return NESTED_KEYS[key][0].get(inner, NESTED_KEYS[key][1])
-    if name in MESSAGE_KEYS: return MESSAGE_KEYS[name]
-    other = known_spelling(name, "message")
-    return KnownKey("metadata", "not read") if other == name else KnownKey("refused", f"rename it to {other}")
+    known, rest = NESTED_KEYS[key] if inner and key in NESTED_KEYS else (MESSAGE_KEYS, KnownKey("metadata", "not read"))
+    word = inner if known is not MESSAGE_KEYS else name
+    if word in known: return known[word]
+    other = known_spelling(word, key if word == inner else "message")
+    return rest if other == word else KnownKey("refused", f"rename it to {other}")
 
 # %% ../../nbs/20_data/2_columns.ipynb #82a3a693
 def no_value(
@@ -483,6 +501,24 @@ def struct_masks(
             for k, m in struct_masks(name, plain_array(items.field(i))).items(): out[k] = out.get(k, False) | m
     return out
 
+# %% ../../nbs/20_data/2_columns.ipynb #1838fa18
+def branch_masks(
+    array, # Arrow array: a column of branches in the Swiss-AI format
+)->dict[str, np.ndarray]: # `turns.KEY`, `parts.KEY`: [N] bool, rows in which some turn or part holds a value
+    "In which rows a key of the turns or parts of a branch holds a value"
+    import pyarrow as pa, pyarrow.compute as pc
+    def inner(items, parents, field): # the elements of a list, or of a field of structs that holds lists
+        a = plain_array(items if field is None else items.field(field))
+        parents = parents[pc.list_parent_indices(a).to_numpy()]
+        return plain_array(pc.list_flatten(a)), parents
+    try:
+        branches, parents = inner(plain_array(array), np.arange(len(array)), None)
+        turns, of_turn = inner(branches, parents, "messages")
+        parts, of_part = inner(turns, of_turn, "parts")
+        found = [(of_turn, struct_masks("turns", turns)), (of_part, struct_masks("parts", parts))]
+    except (pa.ArrowException, AttributeError, KeyError, TypeError, ValueError): return {} # reading the rows says why
+    return {k: m for parents, masks in found for k, m in fold_masks(masks, parents, len(array)).items()}
+
 # %% ../../nbs/20_data/2_columns.ipynb #8fd1864e
 def with_known_names(
     dataset, # `datasets.Dataset`
@@ -512,6 +548,14 @@ def fold_masks(
         out[key][parents[mask]] = True
     return out
 
+# %% ../../nbs/20_data/2_columns.ipynb #6143974a
+def is_turn(
+    value, # of a list of messages
+)->bool:
+    "Whether an object is a message: it says who speaks, or is a pair of a question and an answer"
+    return isinstance(value, dict) and any({*keys} <= {*value} for keys in (
+        ("role",), ("from",), ("input", "output"), ("human", "assistant")))
+
 # %% ../../nbs/20_data/2_columns.ipynb #37ec2c5a
 def json_key_masks(
     texts, # Arrow array of JSON texts: messages, or one message
@@ -523,7 +567,7 @@ def json_key_masks(
         try: value = json.loads(text)
         except (ValueError, RecursionError): continue
         for turn in value if isinstance(value, list) else [value]:
-            for k, v in turn.items() if isinstance(turn, dict) else ():
+            for k, v in turn.items() if is_turn(turn) else ():
                 for name in (*([] if no_value(k, v) else [k]), *nested_names(k, v)):
                     out.setdefault(name, np.zeros(len(texts), bool))[i] = True
     return out
@@ -625,6 +669,7 @@ def tally_keys(
     found = {}
     for c in form_columns(form, columns):
         for k, m in key_masks(columns[c]).items(): found[k] = found.get(k, False) | m
+    if form and FORMATS[form] == "branches": found = branch_masks(columns["conversation_branches"])
     for k, m in found.items():
         tally.seen.add(f"messages.{k}")
         if f"messages.{k}" in tally.ignore: continue
@@ -668,6 +713,7 @@ def form_columns(
     "The columns of a format whose messages are looked at"
     if form is None or FORMATS[form] == "branches": return []
     extra = ("prompt", "conversations", "messages") if FORMATS[form] == "pair" else ()
+    extra += ("history",) if FORMATS[form] in ("pair", "single") else ()
     return [c for c in (*form, *extra) if c in columns]
 
 # %% ../../nbs/20_data/2_columns.ipynb #b75de83f

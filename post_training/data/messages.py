@@ -23,7 +23,7 @@ import json, math
 from dataclasses import dataclass, field
 from ..core.files import UserError, did_you_mean
 from .columns import (
-    CALL_KEYS, FORMATS, INVERTED, MESSAGE_KEYS, PART_KEYS, PROMPT_COLUMNS, ROW_KEYS, SYSTEM_COLUMNS, TOOL_COLUMNS,
+    CALL_KEYS, DROPPED, FORMATS, INVERTED, MESSAGE_KEYS, PROMPT_COLUMNS, ROW_KEYS, SYSTEM_COLUMNS, TOOL_COLUMNS,
     WEIGHTS_OF_MESSAGES, empty_value, harmless, known_spelling, message_key, refused_columns, repeats, row_format)
 
 # %% ../../nbs/20_data/3_messages.ipynb #cfbb05f5
@@ -332,7 +332,8 @@ def part_spans(
         if p.get("type") in THOUGHT_PARTS:
             if weight_of(p, WEIGHT_KEYS) != 1: raise UnsupportedContent("a thought within a content has a weight")
             continue
-        bad = [k for k, v in p.items() if k in PART_KEYS and PART_KEYS[k].kind == "refused" and not harmless(k, v)]
+        bad = [k for k, v in p.items() if (known := message_key(f"content.{k}")).kind == "refused"
+               and known is not DROPPED and not harmless(k, v)]
         if bad: raise UnsupportedContent(f"key {bad[0]} of a content part cannot be honoured")
         end = at + len(content_text(p.get("text")))
         if end > at: out.append((at, end, weight_of(p, WEIGHT_KEYS)))
@@ -494,7 +495,10 @@ def read_content(
     thoughts, spans = [], None
     calls = read_calls(turn, content, role, schemas, exact)
     if role == "call": role, content = "assistant", None
-    elif role == "tool": content = tool_text(content, exact)
+    elif role == "tool":
+        is_parts = isinstance(content, list) and all(isinstance(p, dict) and "type" in p for p in content)
+        if is_parts: spans = part_spans(content)
+        content = tool_text(content, exact)
     else:
         if isinstance(content, list):
             spans = part_spans(content)

@@ -308,6 +308,8 @@ def row_columns(
     empty = np.zeros(0, np.int32), np.zeros(0, bool), None
     arrays = [empty if isinstance(v, Refused) else v for v in fitted]
     kept = [not isinstance(v, Refused) for v in fitted]
+    lost = [name for k, c, name in zip(kept, chats, ids) if k and (c.weights or c.row_weight != 1)]
+    if lost and not settings.weighted: raise UserError(f"Row {lost[0]} has weights that the account does not list.")
     def left_out(done): # roles whose texts the template leaves out
         earlier = ["earlier thoughts"] if done.skeleton.forgotten else []
         return ", ".join(sorted({*(d.split(".")[0] for d in done.dropped), *earlier}))
