@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['READER_FILES', 'READER_KEYS', 'readers_root', 'known_readers', 'reader_spec', 'reader_python', 'reader_question',
            'ask_script', 'tokenized_by_server', 'as_sent', 'continued_by_server', 'ask_server', 'request_version',
-           'serve_and_ask', 'check_reader', 'ask_library', 'ask_reader']
+           'reader_server', 'serve_and_ask', 'check_reader', 'ask_library', 'ask_reader']
 
 # %% ../../nbs/55_export/5_readers.ipynb #4efd702e
 import contextlib, json, os, subprocess, sys
@@ -173,19 +173,32 @@ def request_version(
         return {k: str(v) for k, v in request_with_retries(url, "/version", retries=0).items()}
     return {}
 
+# %% ../../nbs/55_export/5_readers.ipynb #d4c39383
+@contextlib.contextmanager
+def reader_server(
+    name:str, # of a reader with a server
+    folder, # of a model
+    dtype:str="float32", # to compute in
+    max_tokens:int=256, # of prompt and completion
+    port:int|None=None, # to listen at; None: a free one
+):
+    "A reader's server of a folder during a `with` block; yields its address"
+    spec, port = reader_spec(name), port or free_port()
+    if "serve" not in spec: raise UserError(f"The reader {name} is a script and has no server.")
+    filled = dict(folder=str(folder), port=port, dtype=dtype, max_tokens=max_tokens)
+    program, *words = [str(w).format(**filled) for w in spec["serve"]]
+    if program.startswith("bin/"): program = str(reader_python(name).parent/program.removeprefix("bin/"))
+    with running_server([program, *words], port, spec.get("environment", {}), f"{name} on {folder}",
+                        spec.get("seconds", 600)) as url: yield url
+
 # %% ../../nbs/55_export/5_readers.ipynb #14305d95
 def serve_and_ask(
     name:str, # of a reader with a server
     question:dict, # of `reader_question`
 )->dict: # the answer
     "Start a reader's server on the folder, ask it, and stop it"
-    spec, port = reader_spec(name), free_port()
     tokens = max(len(d["ids"]) for d in question["dialogues"]) + question["max_new_tokens"] + 8
-    filled = dict(folder=question["folder"], port=port, dtype=question["dtype"], max_tokens=max(256, tokens))
-    program, *words = [str(w).format(**filled) for w in spec["serve"]]
-    if program.startswith("bin/"): program = str(reader_python(name).parent/program.removeprefix("bin/"))
-    with running_server([program, *words], port, spec.get("environment", {}), f"{name} on {question['folder']}",
-                        spec.get("seconds", 600)) as url:
+    with reader_server(name, question["folder"], question["dtype"], max(256, tokens)) as url:
         return ask_server(url, question) | dict(dtype=question["dtype"])
 
 # %% ../../nbs/55_export/5_readers.ipynb #49e6f31a

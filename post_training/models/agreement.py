@@ -87,11 +87,15 @@ def reader_faults(
     text = config.get_text_config()
     rope = copy.deepcopy(getattr(text, "rope_parameters", None) or {})
     thetas = sorted({v["rope_theta"] for v in (rope, *rope.values()) if isinstance(v, dict) and "rope_theta" in v})
-    told = f"rope_theta {', '.join(f'{t:g}' for t in thetas)}"
+    told = f"the model has rope_theta {', '.join(f'{t:g}' for t in thetas)}; it does not read rope_parameters"
     tried = {}
     if rope:
-        tried[f"rope: the reader uses rope_theta 10000 without scaling, the model has {told}; it does not read "
-              "rope_parameters"] = dict(rope_parameters=_with_rope(rope, rope_type="default", rope_theta=10000.))
+        usual = getattr(type(text)(), "rope_parameters", None) or {} # of this kind of model, where a config is silent
+        if "rope_theta" in usual:
+            tried[f"rope: the reader uses the default of {text.model_type} (rope_theta {usual['rope_theta']:g}), {told}"
+                  ] = dict(rope_parameters=_with_rope(rope, **usual))
+        tried[f"rope: the reader uses rope_theta 10000 without scaling, {told}"] = dict(
+            rope_parameters=_with_rope(rope, rope_type="default", rope_theta=10000.))
         tried["rope: the reader leaves out the scaling of the rope"] = dict(
             rope_parameters=_with_rope(rope, rope_type="default"))
     for key in ("final_logit_softcapping", "attn_logit_softcapping", "sliding_window"):
