@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from post_training.core import shards
 from post_training.preferences.filter import filter_batch_fn
-from post_training.preferences.pairs import PAIR_MODES, pair_diagnostics, pair_features, pairs_batch_fn, pool_columns
-from post_training.preferences.rows import make_completion, mix_pairs, row_features, to_preference, to_rows, to_swissai
+from post_training.preferences.pairs import PAIR_MODES, mix_pairs, pair_diagnostics, pair_features, pairs_batch_fn, pool_columns
+from post_training.preferences.rows import make_completion, row_features, to_preference, to_rows, to_swissai
 from post_training.core.files import UserError
 from post_training.data.io import load_rows, save_rows
 from post_training.models.verifiers import row_verifier, run_verifier
@@ -190,7 +190,7 @@ def test_any_number_of_shards_gives_the_same_pairs(mode, tmp_path):
     assert one == seven and one and sum(counts["dropped"].values()) + counts["rows"] == 60
 
 
-@pytest.mark.parametrize("mode", [m for m in PAIR_MODES if m != "heuristic"])
+@pytest.mark.parametrize("mode", [m for m in PAIR_MODES if m not in ("heuristic", "offline")])
 def test_rows_without_references_say_which_key_keeps_them(mode, tmp_path):
     from post_training.data.messages import check_dropped
     rows = rows_of([[(1., False, "stop", "a"), (0., False, "stop", "b")]] * 4)

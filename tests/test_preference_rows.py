@@ -365,7 +365,7 @@ def stage(demo, tmp_root, monkeypatch):
 
 def test_from_raw_pairs_to_training_pairs_by_the_commands(stage, tmp_path):
     "filter, ref_rewards, pairs: a thought, tools and a weight arrive, the record holds the account"
-    row = dict(chosen=[user("2 + 2 = ?"), says("4", reasoning_content="sum")], rejected=[user("2 + 2 = ?"), says("5", reasoning_content="no")], answer="4", verifier="final_number", weight=0.5, image=None)
+    row = dict(chosen=[user("2 + 2 = ?"), says("4", reasoning_content="sum")], rejected=[user("2 + 2 = ?"), says("5", reasoning_content="a guess")], answer="4", verifier="final_number", weight=0.5, image=None)
     jsonl(tmp_path / "raw.jsonl", *(dict(row, id=f"r{i}", image="x" if i == 2 else None) for i in range(3)))
     with pytest.raises(UserError, match="'image' \\(1 of 3 rows\\)"): stage("filter", f"dataset_args.dataset_name={tmp_path}/raw.jsonl", "max_seq_len=200")
     splits, counts, record = stage("filter", f"dataset_args.dataset_name={tmp_path}/raw.jsonl", "max_seq_len=200", "dataset_args.ignore_columns=[image]", "job_subdir=i")

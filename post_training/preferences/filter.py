@@ -33,11 +33,12 @@ def filtering_lengths(
 def without_other_logprobs(
     c:dict, # a completion
     length:int, # its scored tokens under the tokenizer and template of this stage
+    prompt_length:int, # tokens of the prompt
 )->tuple: # (completion, reasons)
-    "A completion without log-probabilities that were computed for another number of tokens"
+    "A completion without log-probabilities that were computed for other numbers of tokens"
     if c["ref_logprob"] is None: return c, []
-    known = [c["num_tokens"], len(c["ref_logprobs"]) if c["ref_logprobs"] else None]
-    if all(n in (None, length) for n in known): return c, []
+    scored = (c["num_tokens"], len(c["ref_logprobs"]) if c["ref_logprobs"] else None)
+    if all(n in (None, length) for n in scored) and c["prompt_tokens"] in (None, prompt_length): return c, []
     return dict(c, ref_logprob=None, ref_logprobs=None), ["ref_logprob is of another number of tokens: left out"]
 
 # %% ../../nbs/35_preferences/2_filter.ipynb #df2ae4a5
@@ -57,7 +58,7 @@ def filter_row(
         if isinstance(e, Refused): skipped[e.reason] += 1
         elif n + len(e.ids) > max_seq_len: skipped["longer than max_seq_len"] += 1
         else:
-            c, reasons = without_other_logprobs(c, e.length)
+            c, reasons = without_other_logprobs(c, e.length, n)
             skipped.update(reasons)
             kept.append(dict(c, num_tokens=e.length, prompt_tokens=n))
     out = (dict(completions=kept) if len(kept) >= min_completions

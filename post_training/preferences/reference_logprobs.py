@@ -343,10 +343,11 @@ def brings_logprob(
     c:dict, # a completion
     piece, # its `ScoringPiece`
 )->bool:
-    "Whether a completion brings a log-probability for as many tokens as this tokenizer and template score"
+    "Whether a completion brings a log-probability for as many tokens as this tokenizer and template give"
     n = sum(map(bool, piece.scored))
-    known = [c["num_tokens"], len(c["ref_logprobs"]) if c["ref_logprobs"] else None]
-    return c["ref_logprob"] is not None and all(k in (None, n) for k in known)
+    scored = (c["num_tokens"], len(c["ref_logprobs"]) if c["ref_logprobs"] else None)
+    same_prompt = c["prompt_tokens"] in (None, len(piece.prompt))
+    return c["ref_logprob"] is not None and all(k in (None, n) for k in scored) and same_prompt
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #11dce3d8
 def kept_completion(

@@ -14,8 +14,7 @@ __all__ = ['COMPLETION_DEFAULTS', 'COMPLETION_KEYS', 'ANSWER_KEYS', 'ROW_COLUMNS
            'stored_field', 'stored_answer', 'stored_columns', 'make_completion_row', 'row_conversations', 'rows_batch',
            'unique_ids', 'branch_account', 'row_account', 'all_finite', 'has_form', 'count_completions', 'narrow_rows',
            'cast_rows', 'map_to_rows', 'to_rows', 'block_parts', 'prompt_context', 'structured_answer',
-           'swissai_branch', 'swissai_row', 'named_row', 'to_swissai', 'pair_of', 'preference_row', 'to_preference',
-           'references_of', 'mix_pairs']
+           'swissai_branch', 'swissai_row', 'named_row', 'to_swissai', 'pair_of', 'preference_row', 'to_preference']
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #438c3192
 import json, math, numpy as np, os
@@ -32,7 +31,6 @@ from ..data.swissai import (
     CARRIED_COLUMNS, DISPLAY_ANSWERS, SWISSAI_COLUMNS, conversation_of, developer_message, has_blocks, is_structured,
     keep_good, message_features, message_fields, parse_json, plain_messages, stored_messages, structured_conversation,
     tool_list, unpacked_conversation)
-from ..data.mixture import mix_sources, read_splits, parse_sources
 from ..tokens.dataset import with_thought_fields
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #df881c3f
@@ -960,35 +958,3 @@ def to_preference(
     features = Features(id=text, source=text, prompt=prompt, chosen=answer, rejected=answer, chosen_reward=number,
                         rejected_reward=number, **prompt_column_features(dataset.column_names))
     return Dataset.from_dict({k: [r[k] for r in out] for k in features}, features=features)
-
-# %% ../../nbs/35_preferences/1_rows.ipynb #63eab607
-def references_of(
-    dataset, # `datasets.Dataset` of pairs
-)->dict: # reference: pairs
-    "The number of pairs of each reference model"
-    return dict(Counter(dataset["reference"][:] if "reference" in dataset.column_names
-                        else [None]*len(dataset)).most_common())
-
-# %% ../../nbs/35_preferences/1_rows.ipynb #51ffde09
-def mix_pairs(
-    sources, # list of dicts: dataset_name, dataset_path, subsample_factor, duplication_factor, as for `mix_sources`
-    seed:int=42, # of the draw and the order
-    shuffle:bool=True, # draw and order at random
-    allow_other_references:bool=False, # mix sets whose reference models differ
-    ignore_columns=(), # columns to treat as absent; messages.KEY for a key of the messages
-): # `data.mixture.Mixture`: rows, and a table of rows and shares per source
-    "Mix sets of pairs"
-    columns, references = {}, {}
-    for s in parse_sources(sources):
-        rows = read_splits(s, s.train_splits + s.eval_splits)
-        missing = [c for c in ("prompt", "chosen", "rejected") if c not in rows.column_names]
-        if missing: raise UserError(f"Source {s.dataset_name!r} holds no pairs: it has no column {missing[0]}.")
-        columns |= dict.fromkeys(c for c in rows.column_names if c not in ignore_columns)
-        if s.subsample_factor or s.eval_splits: references[s.dataset_name] = references_of(rows)
-    distinct = {r for refs in references.values() for r in refs}
-    if len(distinct) > 1 and not allow_other_references:
-        each = "; ".join(f"{name}: {', '.join(str(r or 'none') for r in refs)}" for name, refs in references.items())
-        raise UserError(f"The pairs belong to different reference models ({each}). Compute the log-probabilities of "
-                        "all with one, or set allow_other_references=true.")
-    return mix_sources(sources, columns_to_keep=list(columns), seed=seed, shuffle=shuffle,
-                       ignore_columns=tuple(ignore_columns or ()))

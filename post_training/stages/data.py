@@ -37,7 +37,7 @@ def dataset_mixture(
     sources = [replace(s, dataset_path=run.local_path_or_name(s.dataset_path)) for s in parse_sources(cfg["sources"])]
     ensure_demo(cfg)
     if cfg["message_format"] == "pairs":
-        from post_training.preferences.rows import mix_pairs
+        from post_training.preferences.pairs import mix_pairs
         return mix_pairs(sources, cfg["seed"], cfg["shuffle"], cfg["allow_other_references"],
                          cfg["ignore_columns"])
     tokenizer = tokenizer_of(cfg)
