@@ -81,8 +81,8 @@ def test_hard_text_arrives_through_a_shell_and_a_frozen_file(value, tmp_path):
     if "$" not in value and "`" not in value and "\\" not in value:  # what the shell itself would do with the double quotes
         shell = subprocess.run(["bash", "-c", f"printf %s {quote_override(f'wandb.run_name={value}')}"], capture_output=True, text=True, cwd=tmp_path)
         assert shell.stdout == argument
-    cfg = compose("train_sft", [argument, "wandb.tags=[" + quote_value(value) + "]"]).cfg
-    assert cfg["wandb"]["run_name"] == value and cfg["wandb"]["tags"] == [value]
+    cfg = compose("train_sft", [argument, *(["wandb.tags=[" + quote_value(value) + "]"] if value else [])]).cfg
+    assert cfg["wandb"]["run_name"] == value and cfg["wandb"]["tags"] == [value] * bool(value)
     assert load_frozen(save_frozen(cfg, tmp_path / "config.yaml")) == cfg
     assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]  # nothing ran
 
@@ -121,8 +121,8 @@ def test_any_override_composes_or_is_refused(text):
     (["job_subdir=${job_subdir}"], "ecursive"),
     (["wandb.run_name=${oc.env:NOT_SET_ANYWHERE}"], "NOT_SET_ANYWHERE is not set"), (["wandb.run_name=${hydra:runtime.cwd}"], "resolved"),
     (["wandb.run_name=${oc.env:WANDB_API_KEY,x}"], "named like a secret"), (["training_args.lr_scheduler_kwargs={_target_: os.system}"], "must not refer to Python code"),
-    (["accelerate_config=ds-zero4"], "Did you mean 'ds-zero3'"), (["accelerate=ds-zero4"], "ds-zero3"), (["num_nodes=2"], "one node"), (["num_processes=-1"], "cannot train"),
-    (["global_batch_size=0"], "at least 1"), (["training_args.per_device_train_batch_size=0"], "at least 1"), (["job_subdir=/etc"], "below the outputs"),
+    (["accelerate_config=ds-zero4"], "Did you mean 'ds-zero3'"), (["accelerate=ds-zero4"], "ds-zero3"), (["num_nodes=2"], "one node"), (["num_processes=-1"], "between 1 and"),
+    (["global_batch_size=0"], "between 1 and"), (["training_args.per_device_train_batch_size=0"], "at least 1"), (["job_subdir=/etc"], "below the outputs"),
     (["job_subdir=null"], "takes text"), (["training_args.max_seq_length=8", "training_args.max_length=9"], "same key"), (["training_args.warmup_ratio=10"], "warmup_steps"),
     (["~training_args.nothing"], "no key"), (["~trainer"], "is missing"), (["+hydra.run.dir=x"], "Unknown key"), (["hydra/launcher=x"], "Unknown key"),
     (["model@x=tiny"], "package"), ([3], "text like key=value"), (["="], "names no key"), ([""], "not an override"), (["training_args.bf16=yes"], "true or false")])
@@ -143,7 +143,7 @@ def plain_preference(): return json.loads(composed_once("train_preference"))
     (["training_args.loss_type=[qrpo,sigmiod]"], "Did you mean 'sigmoid'"), (["training_args.loss_type=[]"], "is empty"), (["training_args.max_effective_beta=0"], "above 0"),
     (["training_args.sync_ref_model=true"], "the reference stays what it is"), (["tokenization.overlength=truncate"], "Choices: drop, error"),
     (["training_args.loss_weights=[0]"], "nothing would be trained"), (["training_args.loss_type=[qrpo,sft]", "training_args.loss_weights=[1,-1]"], "at least 0"),
-    (["training_args.loss_weights=[much]"], "at least 0"), (["training_args.beta=0"], "training_args.beta=0.0: it must be above 0"), (["training_args.num_ref_rewards=0"], "at least 1"),
+    (["training_args.loss_weights=[much]"], "a list of numbers"), (["training_args.beta=0"], "training_args.beta=0: it must be above 0"), (["training_args.num_ref_rewards=0"], "at least 1"),
     (["training_args.loss_type=ipo", "training_args.normalize_beta_by_length=true"], "twice"), (["training_args.ld_alpha=0.5"], "QRPO, which scores each alone"),
     (["training_args.loss_type=aot", "training_args.f_divergence_type=forward_kl"], "not defined"), (["training_args.precompute_ref_log_probs=true", "training_args.ref_logprobs_from_dataset=true"], "not both"),
     (["ref_model_args.model_name_or_path=A/B", "training_args.ref_logprobs_from_dataset=true"], "training_args.ref_logprobs_from_dataset=true takes the reference's log-probabilities from the data")])
@@ -218,7 +218,7 @@ def test_presets_of_an_earlier_code_base_compose(tmp_path, tmp_root):
     assert c.cfg["training_args"]["max_length"] == 2048 and c.origins["training_args.max_length"] == "preset model=some-8b"
     assert c.cfg["model_args"]["model_name_or_path"] == str(tmp_root / "artifacts/shared/models/some-8b")
     assert c.cfg["model_args"]["trust_remote_code"] is False
-    assert len(c.notices) == 4, c.notices  # a section, three names, twice remote code
+    assert len([n for n in c.notices if not n.startswith("This machine has no GPU")]) == 4, c.notices  # a section, three names, twice remote code
     typed = compose("train_sft", ["model=some-8b", "training_args.max_length=64"], config_dir=tmp_path)
     assert typed.cfg["training_args"]["max_length"] == 64 and set(diff_from_presets(typed).items()) == {(k, (2048, 64)) for k in ("training_args.max_length", "tokenization.max_length")}
     commit = "0123456789abcdef" * 2 + "01234567"
@@ -228,7 +228,7 @@ def test_presets_of_an_earlier_code_base_compose(tmp_path, tmp_root):
 @pytest.mark.parametrize("text, says", [
     ("trainer: plw\n", "@package _global_"), ("# @package _global_\ntrainer: PLW\n", r"Choices: sft, plw.*\(preset dataset=mine\)"),
     ("# @package _global_\ntraining_args:\n  lerning_rate: 1\n", r"learning_rate'\? \(preset dataset=mine\)"),
-    ("# @package _global_\ntrainer: [\n", "mine.yaml, line"), ("# @package _global_\na: 1\na: 2\n", "duplicate"), ("- 1\n", "@package _global_"),
+    ("# @package _global_\ntrainer: [\n", "mine.yaml, line"), ("# @package _global_\na: 1\na: 2\n", "line 3: the key a stands in line 2"), ("- 1\n", "contains no keys"),
     ("# @package _global_\ndefaults:\n  - nowhere\n", "nowhere"), ("# @package _global_\nwandb:\n  run_name: ${eval:'__import__(1)'}\n", "only arithmetic"),
     ("# @package _global_\ntraining_args:\n  lr_scheduler_kwargs:\n    a:\n      - _target_: os.system\n", "must not refer to Python code"),
     ("# @package _global_\n_target_: os.system\n", "Unknown key _target_"),

@@ -1,5 +1,6 @@
 "What the real wandb client writes offline, read back from its own file."
 import glob
+import json
 import os
 import socket
 import subprocess
@@ -18,11 +19,16 @@ from post_training import run
 from post_training.run import tracking
 folder, first, last, end = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 run.truncate_metrics(folder, first - 1)
-t = tracking.Tracker(folder, dict(project="demo", run_name="a run", tags=["x"]), dict(learning_rate=1e-3, hub_token="hf_abcdefghijklmnopqrst")).start()
+import json
+more = json.loads(sys.argv[5])
+wait = more.pop("wait", 0)
+t = tracking.Tracker(folder, dict(project="demo", run_name="a run", tags=["x"]) | more, dict(learning_rate=1e-3, hub_token="hf_abcdefghijklmnopqrst")).start()
 for i in range(first, last + 1):
     run.append_metrics(folder, dict(step=i, loss=1/i))
     if i % 2 == 0: run.append_metrics(folder, dict(step=i, eval_loss=2/i))
     t.sync()
+    print("step", i, flush=True)
+time.sleep(wait)
 if end.startswith("kill"): time.sleep(float(end[4:])); os.kill(os.getpid(), 9)
 t.finish()
 """
@@ -41,9 +47,9 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "run"
 
 
-def log(folder, first, last, end="finish"):
+def log(folder, first, last, end="finish", **wandb):
     "Log steps first to last in a process of its own"
-    p = subprocess.run([sys.executable, "-c", CODE, folder, str(first), str(last), end], capture_output=True, text=True, timeout=120)
+    p = subprocess.run([sys.executable, "-c", CODE, folder, str(first), str(last), end, json.dumps(wandb)], capture_output=True, text=True, timeout=120)
     assert p.returncode == (-9 if end.startswith("kill") else 0), p.stderr
     return p
 
@@ -78,6 +84,33 @@ def test_nothing_is_told_and_nothing_is_left(folder):
     assert [s for s in secrets if s.encode() in data] == []
     assert [p for p in files if p.suffix in (".py", ".patch", ".txt")] == []
     assert [p for p in (folder.parent / "home").rglob("*") if p.is_file()] == []
+
+
+def test_an_id_of_ones_own_and_the_curves_of_the_machine(folder):
+    "wandb.run_id is the run's id, also when it is resumed; processor and memory are logged, the output only if it is asked for"
+    log(folder, 1, 2, run_id="mine-7", mode="offline", wait=2)
+    log(folder, 3, 4, run_id="mine-7", console=True)
+    first, second = kept(folder)
+    assert {first["id"], second["id"]} == {"mine-7"}
+    assert any("cpu" in k for k in first["system"]) and any("memory" in k for k in first["system"]), first["system"]
+    assert not first["output"] and any("step 4" in line for line in second["output"])
+    assert [r["step"] for f in (first, second) for r in f["history"] if "loss" in r] == [1, 2, 3, 4]
+
+
+def test_the_curves_are_left_out(folder):
+    log(folder, 1, 2, system_metrics=False, wait=2)
+    assert kept(folder)[0]["system"] == []
+
+
+def test_a_configured_mode_wins(folder, monkeypatch):
+    "WANDB_MODE=disabled in the environment and wandb.mode=offline in the config: the run is kept offline, and composing says so"
+    from post_training.config.compose import compose
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    log(folder, 1, 2, mode="offline")
+    assert len(kept(folder)) == 1
+    notices = compose("train_sft", ["wandb.mode=offline"]).notices
+    assert "wandb.mode=offline is taken, though the environment says disabled." in notices
+    assert not [n for n in compose("train_sft", ["wandb.mode=off"]).notices if "environment" in n]
 
 
 def test_disabled_writes_nothing(folder, monkeypatch):

@@ -4,4 +4,5 @@ from .overrides import *
 from .presets import *
 from .batch import *
 from .preference_losses import *
+from .refusals import *
 from .compose import *

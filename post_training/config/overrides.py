@@ -118,7 +118,6 @@ LEFT_OUT = { # key -> (values that are left out, or `_ANY`; what holds here)
     "wandb.anonymous": (_ANY, "wandb has no anonymous runs any more"),
     "wandb.global_dir": (_ANY, "wandb's files are below the run's folder"),
     "wandb.use_global_dir": ((False,), "wandb's files are below the run's folder"),
-    "wandb.run_id": ((None,), "a run's id at wandb is made of its identity, so that a resumed run continues it"),
     "resuming.wandb_cache_bust": ((0,), "for a new run at wandb, choose another job_subdir"),
     **dict.fromkeys(("cuda_deterministic", "cuda_strong_deterministic"),
                     ((False,), "in a training stage it is training_args.full_determinism")),

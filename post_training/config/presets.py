@@ -8,9 +8,10 @@ __all__ = ['OTHER_NAMES', 'EXPERIMENT_GROUPS', 'evaluate_arithmetic', 'project_r
            'own_layers', 'own_notices', 'own_defaults', 'first_error_line', 'compose_presets', 'resolve_interpolations']
 
 # %% ../../nbs/10_config/4_presets.ipynb #9de09f9d
-import ast, contextlib, math, operator, os, re, tempfile, threading, yaml
+import ast, contextlib, functools, math, operator, os, re, tempfile, threading, yaml
 from pathlib import Path
 from ..core.files import UserError, did_you_mean, redact, write_atomic
+from ..core.yaml_files import error_line, read_documents, read_text_file, read_yaml
 from .schema import CONFIGS, SECTION_GROUPS, STAGES, flatten, pop_key, set_key
 from .overrides import quote_value
 
@@ -139,13 +140,23 @@ def preset_name(
     return OTHER_NAMES.get(group, {}).get(str(value), value)
 
 # %% ../../nbs/10_config/4_presets.ipynb #25524bcf
+@functools.lru_cache(maxsize=256)
+def _read_preset(path:Path, changed:int, size:int)->dict:
+    "A preset file, read once as long as it stays the same"
+    return read_yaml(path, str(path) if CONFIGS not in path.parents else path.name, empty=True)
+
+# %% ../../nbs/10_config/4_presets.ipynb #72d66584
 def _raw_yaml(path:Path)->dict:
-    "A preset file as a plain dictionary, nothing resolved"
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader) # written in C: Hydra has read the file with its own before
-    raw = yaml.load(path.read_text(), Loader=loader)
-    if raw is not None and not isinstance(raw, dict):
-        raise UserError(f"{path.name} contains no keys: a preset is a mapping of keys to values.")
-    return raw or {}
+    "A preset file as a plain dictionary, nothing resolved; it is not to be changed"
+    try: facts = path.stat()
+    except OSError as e: raise UserError(f"{path} cannot be read: {e.strerror}.") from None
+    return _read_preset(path, facts.st_mtime_ns, facts.st_size)
+
+# %% ../../nbs/10_config/4_presets.ipynb #2722e0c1
+def _defaults_of(path:Path)->list:
+    "The defaults list of a preset file"
+    if isinstance(defaults := _raw_yaml(path).get("defaults", []), list): return defaults
+    raise UserError(f"{path}: defaults is {defaults!r}, and a list of presets is needed: [setup, {{model: tiny}}].")
 
 # %% ../../nbs/10_config/4_presets.ipynb #c09e224d
 def stage_names()->list[str]: # sorted
@@ -169,7 +180,7 @@ def preset_groups(
 )->dict: # group -> default preset
     "The groups of presets that a stage composes, its own and those of a stage that it inherits from"
     out = {}
-    for d in _raw_yaml(CONFIGS/f"{stage}.yaml").get("defaults", []):
+    for d in _defaults_of(CONFIGS/f"{stage}.yaml"):
         if isinstance(d, dict): out |= d
         elif d in STAGES: out |= preset_groups(d)
     return out
@@ -177,7 +188,7 @@ def preset_groups(
 # %% ../../nbs/10_config/4_presets.ipynb #4cc2296e
 def _one_document(text:str, origin:str="The file")->str:
     "Several YAML documents as one, as a list under `stages`; a single document is returned unchanged"
-    docs = [d for d in yaml.safe_load_all(text) if d is not None]
+    docs = read_documents(text, origin)
     if not docs: raise UserError(f"{origin} has no document of YAML with keys in it: it is empty.")
     if wrong := [d for d in docs if not isinstance(d, dict)]:
         raise UserError(f"{origin} has {str(wrong[0])[:60]!r} where a mapping is needed, key: value.")
@@ -205,7 +216,7 @@ def own_layers(
     config_dir=None, # an additional folder of presets
 )->dict: # name of a shipped file ("setup", a stage) -> the file of your own
     "The files of your own that are put on top of the stage's, those of stages that it inherits from included"
-    parents = [d for d in _raw_yaml(CONFIGS/f"{stage}.yaml").get("defaults", []) if isinstance(d, str) and d in STAGES]
+    parents = [d for d in _defaults_of(CONFIGS/f"{stage}.yaml") if isinstance(d, str) and d in STAGES]
     out = own_layers(parents[0], config_dir) if parents else {}
     for name in ("setup", stage):
         for base in reversed(_folders(config_dir)[:-1]):
@@ -220,8 +231,8 @@ _CWD = re.compile(r"\$\{hydra:runtime\.cwd\}/?")
 def _plain_layer(file:Path)->tuple: # (keys, {group: preset}, names of keys that are left out)
     "A stage file of your own: its keys without those of Hydra, and the presets of its defaults list"
     from omegaconf import OmegaConf
+    _raw_yaml(file) # refuses what is not a mapping of keys
     keys = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    if not isinstance(keys, dict): raise UserError(f"{file} contains no keys: a preset is a mapping of keys to values.")
     groups = {k.removeprefix("optional ").lstrip("/"): v for d in keys.pop("defaults", []) if isinstance(d, dict)
               for k,v in d.items() if v not in (None, "none", "null")}
     if merge := keys.pop("config_yml", None): groups["model_merging"] = Path(str(merge)).stem # a file of mergekit
@@ -265,6 +276,17 @@ def own_defaults(
         out |= {g: preset_name(g, v, config_dir) for g,v in _plain_layer(file)[1].items() if g in known}
     return {g: v for g,v in out.items() if preset_path(g, v, config_dir) or g not in EXPERIMENT_GROUPS}
 
+# %% ../../nbs/10_config/4_presets.ipynb #73b8fcec
+def _check_files(group:str, name, config_dir=None, seen=()):
+    "Read a preset and those that its defaults list names, before Hydra does: what is refused is refused with its line"
+    file = name if isinstance(name, Path) else preset_path(group, str(name), config_dir)
+    if file is None or file in seen or group in SECTION_GROUPS: return # Hydra names a file that is not there
+    for d in _defaults_of(file):
+        pairs = {group: d} if isinstance(d, str) else d if isinstance(d, dict) else {}
+        for other, chosen in pairs.items():
+            if isinstance(other, str) and isinstance(chosen, str) and chosen != "_self_":
+                _check_files(other.removeprefix("optional ").lstrip("/"), chosen, config_dir, (*seen, file))
+
 # %% ../../nbs/10_config/4_presets.ipynb #6f923586
 def _layered_defaults(name:str, own:dict, experiments:dict)->list: # experiments: group -> preset
     "The defaults list of a shipped stage file with the layers of your own"
@@ -297,10 +319,10 @@ def _write_layers(stage:str, experiments:dict, folder:Path, config_dir=None):
 def _as_preset(group:str, file:Path, folder:Path)->str: # the preset's name
     "Copy a user's file into a folder of presets, under a name that no other preset has"
     from omegaconf import OmegaConf
-    text, name = file.read_text(), file.stem
+    text, name = read_text_file(file), file.stem
     while name in preset_names(group): name += "-file"
     if group in SECTION_GROUPS: text = _one_document(text, str(file))
-    elif "setup" in _raw_yaml(file).get("defaults", []): # a file that is a stage of its own elsewhere
+    elif "setup" in _defaults_of(file): # a file that is a stage of its own elsewhere
         text = "# @package _global_\n" + OmegaConf.to_yaml(OmegaConf.create(_plain_layer(file)[0]))
     elif "@package" not in text.split("\n", 1)[0]: text = "# @package _global_\n" + text
     write_atomic(folder/group/f"{name}.yaml", text)
@@ -310,7 +332,7 @@ def _as_preset(group:str, file:Path, folder:Path)->str: # the preset's name
 def first_error_line(e:Exception)->str:
     "The message of an exception of Hydra, OmegaConf or YAML, on one line"
     if isinstance(e, yaml.MarkedYAMLError) and e.problem_mark:
-        return f"{Path(e.problem_mark.name).name}, line {e.problem_mark.line + 1}: {e.problem}"
+        return f"{Path(e.problem_mark.name).name}, {error_line(e)}"
     return " ".join(line.strip() for line in str(e).splitlines()[:2])
 
 # %% ../../nbs/10_config/4_presets.ipynb #7d062bef
@@ -366,6 +388,7 @@ def compose_presets(
                  if not isinstance(c, Path) and g not in EXPERIMENT_GROUPS]
     experiments = {g: c for g,c in choices.items() if g in EXPERIMENT_GROUPS}
     shown = f"{stage} {choices or ''}".strip()
+    for group, name in (preset_groups(stage) | choices).items(): _check_files(group, name, config_dir)
     try:
         with (_isolated_hydra(), tempfile.TemporaryDirectory() as own,
               initialize_config_dir(own, version_base="1.3")):

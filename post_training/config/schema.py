@@ -7,7 +7,7 @@ __all__ = ['NOTHING', 'CONFIGS', 'TEMPLATES', 'SECTION_GROUPS', 'section', 'LOSS
            'OPTIMIZER_CONDITIONS', 'PROCESS_CONDITIONS', 'DATA_CONDITIONS', 'EVALUATION_CONDITIONS', 'CONDITIONS',
            'STAGES', 'TRAINING_STAGES', 'SHARD_STAGES', 'SFT_KEYS_READ', 'TRAINER_KEYS', 'REFUSED_TRAINING_ARGS',
            'ENGINE_ARGS', 'UNREAD_TRAINING_ARGS', 'SFT_TRAINER_KEYS', 'PREFERENCE_TRAINER_KEYS', 'REFUSED_MODEL_ARGS',
-           'MODEL_ARG_KEYS', 'METHOD_KEYS', 'REFUSALS', 'OFF_VALUES', 'flatten', 'get_key', 'set_key', 'pop_key',
+           'MODEL_ARG_KEYS', 'LARGEST', 'METHOD_KEYS', 'OFF_VALUES', 'flatten', 'get_key', 'set_key', 'pop_key',
            'ConfigKey', 'key', 'type_text', 'section_keys', 'Condition', 'ResumingKeys', 'WandbKeys', 'ClusterKeys',
            'SharedKeys', 'TokenizerKeys', 'ModelKeys', 'WithTokenizerKeys', 'WithModelKeys', 'TrainSplitKeys',
            'EvalSplitKeys', 'SubsampleKeys', 'TrainingDataKeys', 'RowTokenizationKeys', 'TokenizationKeys',
@@ -20,8 +20,8 @@ __all__ = ['NOTHING', 'CONFIGS', 'TEMPLATES', 'SECTION_GROUPS', 'section', 'LOSS
            'ExportedModelKeys', 'ComparedDataKeys', 'ParityKeys', 'ExportKeys', 'MergeDocumentKeys', 'MergeOptionsKeys',
            'MergeChecksKeys', 'MergeKeys', 'Stage', 'stages_with', 'library_types', 'library_keys', 'stage_keys',
            'known_keys', 'range_text', 'readers_text', 'describe_keys', 'coerce_value', 'unknown_key_hint',
-           'check_config', 'check_ranges', 'check_allowed', 'Refusal', 'check_combinations', 'UnreadKey', 'why_unread',
-           'unread_keys', 'refuse_unread', 'unread_notices', 'non_identity_keys']
+           'check_config', 'check_ranges', 'check_allowed', 'shown_value', 'UnreadKey', 'why_unread', 'unread_keys',
+           'refuse_unread', 'unread_notices', 'non_identity_keys']
 
 # %% ../../nbs/10_config/2_schema.ipynb #9de09f9d
 import dataclasses, functools, importlib.util, json, math, re, types, typing
@@ -101,6 +101,9 @@ class ConfigKey:
     low: float = -math.inf # smallest value
     high: float = math.inf # largest value
     above: bool = False # `low` itself is not allowed
+    also: tuple = () # values below `low` that are allowed
+    whole: bool = False # a value above 1 must be a whole number
+    pattern: str = "" # a text matches it as a whole; `instead` says what it must be
     below: bool = False # `high` itself is not allowed
     allowed: tuple = () # the only values that are accepted; empty: all of the type
     read: bool = True # somebody reads it
@@ -136,7 +139,8 @@ def type_text(
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Literal: return "|".join(f"={c}" for c in inner)
     if isinstance(annotation, types.UnionType) or origin is typing.Union: return "|".join(map(type_text, inner))
-    if origin is list and inner[0] in _KIND_NAMES: return f"list[{_KIND_NAMES[inner[0]]}]"
+    if origin is list and (inner[0] in _KIND_NAMES or typing.get_origin(inner[0]) is Literal):
+        return f"list[{type_text(inner[0]).replace('|', ',')}]"
     return _KIND_NAMES.get(origin or annotation, "any")
 
 # %% ../../nbs/10_config/2_schema.ipynb #f08caac2
@@ -371,12 +375,17 @@ class ResumingKeys:
 @section
 class WandbKeys:
     "Tracking"
-    project:str = key(stages=("trains",), site=True)
+    project:str = key(stages=("trains",), site=True, pattern=r"[^/\\#?%:]{1,128}",
+                      instead="1 to 128 characters without / \\ # ? % :")
     entity:str|None = key(stages=("trains",), site=True)
     run_name:str|None = key(stages=("trains",), site=True)
+    run_id:str|None = key(stages=("trains",), site=True, pattern=r"(?!\s)[^/:;,#?'\"\\]{1,128}(?<!\s)",
+                          instead="1 to 128 characters without / : ; , # ? ' and without a space at its ends")
     group:str|None = key(stages=("trains",), site=True)
-    tags:list[str] = key(stages=("trains",), site=True)
+    tags:list[str] = key(stages=("trains",), site=True, pattern=r"(?s).{1,64}", instead="1 to 64 characters")
     mode:Literal["online", "offline", "disabled", "off"]|None = key(stages=("trains",), site=True)
+    system_metrics:bool = key(stages=("trains",), site=True)
+    console:bool = key(stages=("trains",), site=True)
 
 # %% ../../nbs/10_config/2_schema.ipynb #2ac13a2c
 def _slurm(low:float=-math.inf, high:float=math.inf):
@@ -434,8 +443,8 @@ class SharedKeys:
     resume_from:str|None = key(stages=("trains",))
     resuming:ResumingKeys = None
     submit:bool = key(when="on_cluster", site=True)
-    num_nodes:int = key(1, stages=("trains",), site=True)
-    num_processes:int|None = key(stages=("trains", "sharded"), site=True)
+    num_nodes:int = key(1, 2**20, stages=("trains",), site=True)
+    num_processes:int|None = key(1, 2**20, stages=("trains", "sharded"), site=True)
     accelerate_config:str = key(stages=("trains",), site=True)
     max_drop_fraction:float = key(0, 1, stages=("drops_rows",), when="conversations")
     cluster:ClusterKeys = None
@@ -540,7 +549,7 @@ class SampledAnswersKeys:
 @section
 class TrainingKeys(SharedKeys, WithTokenizerKeys):
     "What both training stages have apart from TRL's arguments"
-    global_batch_size:int|None = key(1)
+    global_batch_size:int|None = key(1, 2**30)
     dataset_name:str = key()
     dataset_args:TrainingDataKeys = None
     tokenization:TokenizationKeys = None
@@ -625,7 +634,7 @@ class CountingTokenizerKeys:
 @section
 class MixtureKeys(SharedKeys, WrittenKeys):
     "Many datasets into one"
-    seed:int = key(0, when="draws")
+    seed:int = key(0, 2**32 - 1, when="draws")
     on_malformed:Literal["drop", "error"] = key(when="conversations")
     role_checks:list[str] = key(when="conversations")
     sources:list[dict] = key()
@@ -651,7 +660,7 @@ class NamedSplitKeys:
 class NewSplitKeys:
     "A split to make"
     name:str = key()
-    ratio:float = key() # `data.split` says what it may be
+    ratio:float = key(0, above=True) # a share below 1, or a number of rows
 
 # %% ../../nbs/10_config/2_schema.ipynb #ffd3ae2e
 @section
@@ -667,7 +676,7 @@ class SplitDataKeys:
 @section
 class SplitKeys(SharedKeys, WrittenKeys):
     "An evaluation split taken from the training split"
-    seed:int = key(0)
+    seed:int = key(0, 2**32 - 1)
     dataset_args:SplitDataKeys = None
     rare_classes:Literal["error", "train"] = key(when="stratifies")
 
@@ -711,7 +720,7 @@ class AnnotationKeys(SharedKeys, WrittenKeys):
     save_data_dir:str|None = key()
     # ref_completions reads the seed if it samples, and pairs reads it if it chooses. Each of the two stages lacks the
     # key of the other's condition: the value is unknown there, so that condition holds
-    seed:int = key(0, stages=("ref_completions", "pairs"), when="samples chooses")
+    seed:int = key(0, 2**32 - 1, stages=("ref_completions", "pairs"), when="samples chooses")
     on_malformed:Literal["drop", "error"] = key()
     dataset_args:AnnotatedDataKeys = None
     shards:ShardKeys = None
@@ -720,7 +729,7 @@ class AnnotationKeys(SharedKeys, WrittenKeys):
 @section
 class FilterKeys(AnnotationKeys, WithModelKeys):
     "Prompts and completions that fit the model"
-    max_seq_len:int = key(1)
+    max_seq_len:int = key(2) # one token of a prompt and one of an answer
     min_completions:int = key(0)
     output_format:Literal["rows", "swissai"] = key()
     structure:Literal["auto", "plain", "structured"] = key()
@@ -729,9 +738,9 @@ class FilterKeys(AnnotationKeys, WithModelKeys):
 @section
 class GenerationKeys:
     "How completions are sampled"
-    n:int = key(0)
+    n:int = key(1)
     temperature:float = key(0)
-    top_p:float = key(0, 1, when="samples")
+    top_p:float = key(0, 1, above=True, when="samples")
     max_new_tokens:int = key(1)
     batch_tokens:int = key(1)
 
@@ -752,7 +761,7 @@ class ServerKeys:
 @section
 class RefCompletionsKeys(AnnotationKeys, WithModelKeys):
     "Completions sampled from the reference model"
-    max_seq_len:int = key(1)
+    max_seq_len:int = key(2)
     backend:Literal["transformers", "server"] = key()
     tensor_parallel_size:int = key(1, 1024)
     keep_existing:bool = key()
@@ -785,7 +794,7 @@ class RewardKeys:
     chat_template_name:Literal[*TEMPLATES]|None = key(when="reward_model")
     max_length:int|None = key(1, when="reward_model")
     batch_tokens:int = key(1, when="reward_model")
-    score_index:int|None = key(when="reward_model")
+    score_index:int|None = key(0, when="reward_model")
     system_prompt:Literal["keep", "drop"] = key(when="reward_model")
     trust_remote_code:bool = key(when="reward_model")
 
@@ -834,7 +843,7 @@ class AnswersKeys:
     max_new_tokens:int = key(1, when="accuracy")
     batch_size:int = key(1, when="accuracy_or_tasks")
     temperature:float = key(0, when="accuracy")
-    top_p:float = key(0, 1, when="accuracy sampled_answers")
+    top_p:float = key(0, 1, above=True, when="accuracy sampled_answers")
     samples:int = key(1, 10000, when="accuracy sampled_answers")
     verifier:_VERIFIERS|None = key(when="rows_measured")
     batch_tokens:int = key(1, when="perplexity")
@@ -853,12 +862,12 @@ class LmEvalKeys:
 @section
 class EvaluateKeys(SharedKeys, WithTokenizerKeys):
     "Checkpoints compared"
-    checkpoints:list = key() # the stage checks its values
+    checkpoints:list[str] = key()
     model_args:ModelKeys = None
     dataset_name:str|None = key()
     dataset_args:EvaluationDataKeys = None
-    measure:list[str] = key()
-    seed:int = key(0, when="accuracy sampled_answers")
+    measure:list[Literal["accuracy", "perplexity"]] = key()
+    seed:int = key(0, 2**32 - 1, when="accuracy sampled_answers")
     tensor_parallel_size:int = key(1, 1024, site=True)
     evaluation:AnswersKeys = None
     lm_eval:LmEvalKeys = None
@@ -896,11 +905,11 @@ class ExportKeys(SharedKeys, WithTokenizerKeys):
     base_model:str|None = key()
     consolidate:Literal["auto", "master"] = key()
     dtype:Literal["auto", "float32", "bfloat16", "float16"] = key()
-    max_shard_size:str = key()
+    max_shard_size:str = key(pattern=r"(?i)[1-9]\d*([KMG]I?B)", instead="a whole number and a unit, such as 5GB")
     plain_messages:bool = key()
     dataset_args:ComparedDataKeys = None
     parity:ParityKeys = None
-    push_to_hub:str|None = key()
+    push_to_hub:str|None = key(pattern=r"[\w.-]+/[\w.-]+", instead="organisation/name, or null to keep it here")
     private:bool = key(when="pushes")
 
 # %% ../../nbs/10_config/2_schema.ipynb #f433803d
@@ -930,8 +939,8 @@ class MergeOptionsKeys:
     low_cpu_memory:bool = key() # refused without `gpu`
     lazy_unpickle:bool = key()
     trust_remote_code:bool = key()
-    random_seed:int = key(0)
-    out_shard_size:str|int = key()
+    random_seed:int = key(0, 2**32 - 1)
+    out_shard_size:str|int = key(1, pattern=r"(?i)[1-9]\d*[KMBT]?", instead="a number of weights, such as 5B")
 
 # %% ../../nbs/10_config/2_schema.ipynb #8c11d3c1
 @section
@@ -944,8 +953,8 @@ class MergeChecksKeys:
 @section
 class MergeKeys(SharedKeys):
     "Several checkpoints merged into one"
-    sources:list|None = key() # the stage checks its entries
-    weights:list|None = key()
+    sources:list[str]|None = key()
+    weights:list[float]|None = key()
     base:str|None = key()
     donor:str|None = key()
     model_merging:MergeDocumentKeys = None
@@ -1009,29 +1018,34 @@ SFT_KEYS_READ = { # stages that take the overrides of train_sft: the keys that t
 # %% ../../nbs/10_config/2_schema.ipynb #96f6a389
 _SEED, _FROM_ZERO = ConfigKey(low=0, high=2**32 - 1), ConfigKey(low=0)
 TRAINER_KEYS = { # training_args.KEY: how long training is, and what its steps are
-    "num_train_epochs": ConfigKey(low=0, above=True, when="counts_epochs"), "max_steps": ConfigKey(low=-1),
-    "learning_rate": _FROM_ZERO, "weight_decay": _FROM_ZERO, "max_grad_norm": _FROM_ZERO,
-    "warmup_steps": ConfigKey(low=0, when="warms_up"), "lr_scheduler_kwargs": ConfigKey(when="schedule_args"),
+    "num_train_epochs": ConfigKey(low=0, high=1e6, above=True, when="counts_epochs"),
+    "max_steps": ConfigKey(low=1, also=(-1,), instead="-1 trains for num_train_epochs"),
+    "learning_rate": ConfigKey(low=0, high=100), "weight_decay": ConfigKey(low=0, high=100),
+    "max_grad_norm": _FROM_ZERO, "warmup_steps": ConfigKey(low=0, whole=True, when="warms_up"),
+    "lr_scheduler_kwargs": ConfigKey("dict|null", when="schedule_args"),
     "adam_beta1": ConfigKey(low=0, high=1, below=True, when="betas"),
     "adam_beta2": ConfigKey(low=0, high=1, below=True, when="betas"),
     "adam_epsilon": ConfigKey(low=0, when="epsilon"), "optim_args": ConfigKey(when="optim_args"),
-    "optim_target_modules": ConfigKey(when="low_rank"), "neftune_noise_alpha": _FROM_ZERO,
+    "optim_target_modules": ConfigKey("null|str|list[str]", when="low_rank"), "neftune_noise_alpha": _FROM_ZERO,
     "per_device_train_batch_size": ConfigKey(low=1, site=True),
     "per_device_eval_batch_size": ConfigKey(low=1, when="eval_batches", site=True),
     "gradient_accumulation_steps": ConfigKey("int|null", low=1, site=True), # null until it is derived
-    "max_length": ConfigKey(low=1, when="bounds_rows"), "pad_to_multiple_of": ConfigKey(low=1),
-    "activation_checkpointing_kwargs": ConfigKey(when="activation_checkpointing"),
-    "torch_empty_cache_steps": ConfigKey(low=1), "seed": _SEED,
+    "max_length": ConfigKey("int|null", low=1, when="bounds_rows"),
+    "pad_to_multiple_of": ConfigKey("int|null", low=1), "torch_empty_cache_steps": ConfigKey(low=1), "seed": _SEED,
+    "activation_checkpointing_kwargs": ConfigKey("dict|null", when="activation_checkpointing"),
+    "debug": ConfigKey("=underflow_overflow|null"),
+    "torch_compile_backend": ConfigKey("=inductor|=cudagraphs|=eager|=aot_eager|null"),
+    "torch_compile_mode": ConfigKey("=default|=reduce-overhead|=max-autotune|=max-autotune-no-cudagraphs|null"),
     "data_seed": ConfigKey(low=0, high=2**32 - 1, when="shuffles"),
 }
 
 # %% ../../nbs/10_config/2_schema.ipynb #8eb0f3db
 TRAINER_KEYS |= { # what is logged, evaluated and saved, and how processes work together
-    "logging_steps": ConfigKey(low=0, above=True, when="logs_by_steps", site=True),
-    "eval_steps": ConfigKey(low=0, when="evaluates_by_steps"),
+    "logging_steps": ConfigKey(low=0, above=True, whole=True, when="logs_by_steps", site=True),
+    "eval_steps": ConfigKey(low=0, above=True, whole=True, when="evaluates_by_steps"),
     "eval_delay": ConfigKey(low=0, when="eval_in_training"),
-    "save_steps": ConfigKey(low=0, above=True, when="saves_by_steps", site=True),
-    "save_total_limit": ConfigKey(low=0, site=True),
+    "save_steps": ConfigKey(low=0, above=True, whole=True, when="saves_by_steps", site=True),
+    "save_total_limit": ConfigKey(low=1, instead="null keeps all checkpoints", site=True),
     "metric_for_best_model": ConfigKey(when="evaluates"), "greater_is_better": ConfigKey(when="evaluates"),
     "dataloader_num_workers": ConfigKey(low=0, site=True),
     "dataloader_prefetch_factor": ConfigKey(low=1, when="loader_processes", site=True),
@@ -1119,16 +1133,18 @@ SFT_TRAINER_KEYS = { # training_args.KEY of train_sft
 # %% ../../nbs/10_config/2_schema.ipynb #63e5415c
 PREFERENCE_TRAINER_KEYS = { # training_args.KEY of train_preference
     "loss_type": ConfigKey("|".join(f"={t}" for t in ("qrpo", *DPO_LOSSES)) + "|list[str]"),
-    "packing": ConfigKey("bool"), "num_ref_rewards": ConfigKey("int|null", low=1, when="quantiles"),
+    "packing": ConfigKey("bool"), "log_entropy": ConfigKey("bool"), "loss_weights": ConfigKey("list[float]|null"),
+    "num_ref_rewards": ConfigKey("int|null", low=1, when="quantiles"),
     **{k: ConfigKey("|".join(f"={c}" for c in LOSS_CHOICES[k]), when="qrpo") for k in ("transform", "partition")},
     "ref_logprobs_from_dataset": ConfigKey("bool", when="reference"),
     "normalize_beta_by_length": ConfigKey("bool", when="reference"),
     "normalize_loss_by_length": ConfigKey("bool", when="reference"),
-    "max_effective_beta": ConfigKey("float|null", when="reference"),
-    "beta": ConfigKey(when="reference"), "ld_alpha": ConfigKey(when="reference"),
+    "max_effective_beta": ConfigKey("float|null", low=0, above=True, when="reference"),
+    "beta": ConfigKey(low=0, above=True, when="reference"), "ld_alpha": ConfigKey(low=0, high=1, when="reference"),
     "f_divergence_type": ConfigKey(when="divergence"),
-    "f_alpha_divergence_coef": ConfigKey(when="divergence alpha_divergence"),
-    "label_smoothing": ConfigKey(when="smooths"), "discopop_tau": ConfigKey(when="discopop"),
+    "f_alpha_divergence_coef": ConfigKey(low=-1e3, high=1e3, when="divergence alpha_divergence"),
+    "label_smoothing": ConfigKey(low=0, high=1, when="smooths"),
+    "discopop_tau": ConfigKey(low=0, above=True, when="discopop"),
     **{k: ConfigKey(read=False, allowed=allowed, instead=text) for k,(allowed,text) in UNSUPPORTED_PAIR_ARGS.items()},
     **dict.fromkeys(("ref_model_mixup_alpha", "ref_model_sync_steps"),
                     ConfigKey(read=False, instead="the reference stays what it is")),
@@ -1148,7 +1164,8 @@ MODEL_ARG_KEYS = { # model_args.KEY of a training stage
     "model_name_or_path": ConfigKey("str"), "trust_remote_code": ConfigKey("bool"),
     "lora_r": ConfigKey(low=1, when="peft"), "lora_alpha": ConfigKey(low=0, above=True, when="peft"),
     "lora_dropout": ConfigKey(low=0, high=1, below=True, when="peft"),
-    **dict.fromkeys(("lora_target_modules", "lora_modules_to_save", "use_rslora", "use_dora"), ConfigKey(when="peft")),
+    **dict.fromkeys(("lora_target_modules", "lora_modules_to_save"), ConfigKey("list[str]|null", when="peft")),
+    **dict.fromkeys(("use_rslora", "use_dora"), ConfigKey(when="peft")),
     **{k: ConfigKey(read=False, allowed=allowed, instead=text) for k,(allowed,text) in REFUSED_MODEL_ARGS.items()},
     **dict.fromkeys(("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"),
                     ConfigKey(read=False, instead="the base is not quantised"))}
@@ -1180,12 +1197,17 @@ def library_keys(
     out = {k: dataclasses.replace(said.get(k, ConfigKey()), types=v) for k,v in theirs.items()}
     return out | {k: v for k,v in said.items() if v.types != "any"} # types that this chapter defines
 
+# %% ../../nbs/10_config/2_schema.ipynb #fbdde9ed
+LARGEST = dict(int=2**31 - 1, float=1e12) # of a number without a bound of its own
+
 # %% ../../nbs/10_config/2_schema.ipynb #st4ge005
 def _with_stage_names(key:ConfigKey)->ConfigKey:
-    "The key; a property in its `stages` is replaced by the names of the stages that have it"
+    "The key with a largest number, and with the names of stages in place of properties in its `stages`"
     named = {*key.stages} & {*STAGES}
     named |= {*stages_with(*{*key.stages} - named)}
-    return dataclasses.replace(key, stages=tuple(s for s in STAGES if s in named))
+    kinds, high = {*key.types.split("|")}, key.high
+    if high == math.inf and kinds & {"int", "float"}: high = LARGEST["int" if "int" in kinds else "float"]
+    return dataclasses.replace(key, stages=tuple(s for s in STAGES if s in named), high=high)
 
 # %% ../../nbs/10_config/2_schema.ipynb #ca866a96
 @functools.cache
@@ -1216,20 +1238,26 @@ def _kind_name(kind:str)->str:
     if kind[0] == "=": return kind[1:]
     if not kind.startswith("list["): return _NAMES[kind]
     inner = kind[5:-1]
-    return f"a list of {_PLURALS.get(inner, inner)}: [{'{a: 1}' if inner == 'dict' else 'a,b'}]"
+    if inner[0] == "=": return f"a list of {inner.replace('=', '').replace(',', ' and ')}"
+    return f"a list of {_PLURALS.get(inner, inner)}: [{dict(dict='{a: 1}', int='1,2', float='1,2').get(inner, 'a,b')}]"
+
+# %% ../../nbs/10_config/2_schema.ipynb #eac3335c
+def _number(x)->str:
+    "A bound in words: whole numbers in full"
+    return str(int(x)) if x == int(x) else f"{x:g}"
 
 # %% ../../nbs/10_config/2_schema.ipynb #d0393fbe
 def range_text(
     key:ConfigKey, # with a bound
 )->str: # empty if there is no bound
     "A range in words"
-    if key.low == -math.inf and key.high == math.inf: return ""
-    if key.low == -math.inf: return f"{'below' if key.below else 'at most'} {key.high}"
-    if key.high == math.inf: return f"{'above' if key.above else 'at least'} {key.low}"
-    if key.above or key.below:
-        low, high = "above" if key.above else "at least", "below" if key.below else "at most"
-        return f"{low} {key.low} and {high} {key.high}"
-    return f"between {key.low} and {key.high}"
+    free, other = key.high in (math.inf, *LARGEST.values()), "".join(f"{v}, or " for v in key.also)
+    if key.low == -math.inf and free: return ""
+    if key.low == -math.inf: return f"{other}{'below' if key.below else 'at most'} {key.high:g}"
+    if free: return f"{other}{'above' if key.above else 'at least'} {key.low:g}"
+    if not key.above and not key.below: return f"{other}between {_number(key.low)} and {_number(key.high)}"
+    low, high = "above" if key.above else "at least", "below" if key.below else "at most"
+    return f"{other}{low} {_number(key.low)} and {high} {_number(key.high)}"
 
 # %% ../../nbs/10_config/2_schema.ipynb #4fa0a6b7
 def readers_text(
@@ -1261,7 +1289,9 @@ def _convert(value, kind:str):
     if kind[0] == "=": # YAML reads a bare no as false
         return kind[1:] if value == kind[1:] or (value is False and kind == "=no") else NOTHING
     if kind.startswith("list["):
-        items = [_convert(v, kind[5:-1]) for v in value] if isinstance(value, list) else [NOTHING]
+        inner = kind[5:-1].split(",") # choices of one element: list[=a,=b]
+        items = [next((c for k in inner if (c := _convert(v, k)) is not NOTHING), NOTHING) for v in value
+                 ] if isinstance(value, list) else [NOTHING]
         return NOTHING if any(v is NOTHING for v in items) else items
     return value if isinstance(value, dict(bool=bool, str=str, list=list, dict=dict)[kind]) else NOTHING
 
@@ -1294,6 +1324,14 @@ def _names_code(value)->bool:
     if isinstance(value, dict): return "_target_" in value or any(map(_names_code, value.values()))
     return isinstance(value, list) and any(map(_names_code, value))
 
+# %% ../../nbs/10_config/2_schema.ipynb #9846d226
+def _odd_character(value)->str:
+    "The first character of a text, also inside a list or mapping, that no name, path or sentence has; empty if none"
+    if isinstance(value, dict): value = [*value, *value.values()]
+    if isinstance(value, list): return next((c for v in value if (c := _odd_character(v))), "")
+    hit = re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]", value) if isinstance(value, str) else None
+    return hit[0] if hit else ""
+
 # %% ../../nbs/10_config/2_schema.ipynb #38f22e9b
 def unknown_key_hint(
     key:str, # dotted, unknown
@@ -1319,6 +1357,8 @@ def check_config(
         if key in keys:
             if _names_code(v):
                 raise UserError(f"{key} contains _target_: a configuration must not refer to Python code.{origin(key)}")
+            if odd := _odd_character(v):
+                raise UserError(f"{key} contains the control character {odd!r}, which no name or path has.{origin(key)}")
             try: out[k] = coerce_value(key, v, keys[key])
             except UserError as e: raise UserError(f"{e}{origin(key)}") from None
         elif any(known.startswith(key + ".") for known in keys):
@@ -1336,12 +1376,14 @@ def check_ranges(
 ):
     "Refuse numbers out of range"
     for name,k in keys.items():
-        value = get_key(cfg, name)
-        if not isinstance(value, (int, float)) or isinstance(value, bool): continue
-        too_low = value < k.low or k.above and value == k.low
-        too_high = value > k.high or k.below and value == k.high
-        if not too_low and not too_high: continue
-        raise UserError(f"{name}={value}{origin(name)}: it must be {range_text(k)}.")
+        value, more = get_key(cfg, name), f" {k.instead[:1].upper()}{k.instead[1:]}."*bool(k.instead)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or value in k.also: continue
+        what = ""
+        if value > k.high and k.high in LARGEST.values(): what = f"at most {_number(k.high)}"
+        elif value < k.low or k.above and value == k.low or value > k.high or k.below and value == k.high:
+            what = range_text(k)
+        elif k.whole and value > 1 and value != int(value): what = "a whole number of steps, or a share below 1"
+        if what: raise UserError(f"{name}={shown_value(value)}{origin(name)}: it must be {what}.{more}")
 
 # %% ../../nbs/10_config/2_schema.ipynb #50095a2e
 def check_allowed(
@@ -1349,95 +1391,22 @@ def check_allowed(
     keys:dict, # dotted key -> `ConfigKey`
     origin=lambda key: "", # where a key comes from, for the message
 ):
-    "Refuse values that a key does not accept, and say what to do instead"
+    "Refuse values that a key does not accept and texts of another form, and say what to do instead"
     for name,k in keys.items():
         value = get_key(cfg, name, NOTHING)
         if k.allowed and value is not NOTHING and value not in k.allowed:
-            raise UserError(f"{name}={_shown(value)}: {k.instead}.{origin(name)}")
+            raise UserError(f"{name}={shown_value(value)}: {k.instead}.{origin(name)}")
+        for text in (value if isinstance(value, list) else [value]) if k.pattern else []:
+            if isinstance(text, str) and not re.fullmatch(k.pattern, text):
+                raise UserError(f"{name}={shown_value(value)}{origin(name)}: it must be {k.instead}.")
 
 # %% ../../nbs/10_config/2_schema.ipynb #c34a4b07
-def _shown(value)->str:
+def shown_value(
+    value, # of a configuration
+)->str:
     "A value as one would type it"
     if isinstance(value, float) and math.isfinite(value) and value == int(value): value = int(value)
     return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
-
-# %% ../../nbs/10_config/2_schema.ipynb #0af2e253
-@dataclass(frozen=True)
-class Refusal:
-    "Values that cannot run together"
-    holds: typing.Callable # function of a look-up (dotted key -> value; "@engine" is the engine): whether it is refused
-    text: str # what is wrong and what to do; <KEY> stands for KEY=VALUE
-    example: tuple # a stage and overrides that are refused
-
-# %% ../../nbs/10_config/2_schema.ipynb #8f3e16e0
-def _is_deepspeed_on_cpu(c)->bool:
-    "Whether DeepSpeed on a CPU is asked to train in half precision"
-    half = c("training_args.bf16") or c("training_args.fp16") or c("model_args.dtype") in ("bfloat16", "float16")
-    return c("@engine") == "deepspeed" and c("cluster.device") == "cpu" and bool(half)
-
-# %% ../../nbs/10_config/2_schema.ipynb #a37c5136
-_ADEMAMIX = r"(alpha|beta1|beta2|beta3|t_alpha|t_beta3|eps)=[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?" # one of its arguments
-
-# %% ../../nbs/10_config/2_schema.ipynb #cc941239
-def _schedule(name:str, argument:str):
-    "A predicate: the schedule is chosen and its argument is not given"
-    return lambda c: (c("training_args.lr_scheduler_type") == name
-                      and not any(argument in k for k in c("training_args.lr_scheduler_kwargs") or {}))
-
-# %% ../../nbs/10_config/2_schema.ipynb #c45a019f
-REFUSALS = {
-    "two precisions": Refusal(lambda c: bool(c("training_args.bf16") and c("training_args.fp16")),
-        "<training_args.bf16> and <training_args.fp16>: choose one of them.",
-        ("train_sft", "training_args.bf16=true", "training_args.fp16=true")),
-    "half precision of DeepSpeed on a CPU": Refusal(_is_deepspeed_on_cpu,
-        "DeepSpeed on a CPU trains in float32 only: set model_args.dtype=auto and training_args.bf16=null, or "
-        "accelerate_config=ddp.",
-        ("train_sft", "accelerate_config=ds-zero2", "cluster.device=cpu", "model_args.dtype=bfloat16")),
-    "arguments of ademamix": Refusal(lambda c: c("training_args.optim") == "ademamix" and not re.fullmatch(
-            rf"({_ADEMAMIX}(,|$))*", str(c("training_args.optim_args") or "").replace(" ", ""), re.I),
-        "<training_args.optim_args>: ademamix takes NAME=NUMBER,... with the names alpha, beta1, beta2, beta3, "
-        "t_alpha, t_beta3 and eps.",
-        ("train_sft", "training_args.optim=ademamix", "training_args.optim_args='alpah=3'")),
-    "modules of galore": Refusal(lambda c: bool(re.search("galore|apollo", str(c("training_args.optim") or "")))
-                                 and not c("training_args.optim_target_modules"),
-        "<training_args.optim> projects the gradients of some modules: name them in "
-        "training_args.optim_target_modules.",
-        ("train_sft", "training_args.optim=galore_adamw")),
-    "a schedule's lowest rate": Refusal(_schedule("cosine_with_min_lr", "min_lr"),
-        "<training_args.lr_scheduler_type> needs training_args.lr_scheduler_kwargs.min_lr=RATE, or min_lr_rate=SHARE.",
-        ("train_sft", "training_args.lr_scheduler_type=cosine_with_min_lr")),
-    "a schedule's decay": Refusal(_schedule("warmup_stable_decay", "num_decay_steps"),
-        "<training_args.lr_scheduler_type> needs training_args.lr_scheduler_kwargs.num_decay_steps=STEPS.",
-        ("train_sft", "training_args.lr_scheduler_type=warmup_stable_decay")),
-}
-
-# %% ../../nbs/10_config/2_schema.ipynb #dfab068a
-REFUSALS |= {
-    "a plateau": Refusal(lambda c: c("training_args.lr_scheduler_type") == "reduce_lr_on_plateau"
-                         and c("training_args.eval_strategy") == "no",
-        "<training_args.lr_scheduler_type> follows an evaluation, and <training_args.eval_strategy> makes none.",
-        ("train_sft", "training_args.lr_scheduler_type=reduce_lr_on_plateau", "training_args.eval_strategy=no")),
-    "several offline pairs": Refusal(lambda c: c("mode") == "offline" and (c("num_pairs") or 1) > 1,
-        "<num_pairs>: mode=offline takes the one pair that a row came with. Choose another mode, or num_pairs=1.",
-        ("pairs", "mode=offline", "num_pairs=3")),
-    "no server": Refusal(lambda c: c("backend") == "server" and not c("server.url") and not c("server.command"),
-        "<backend> needs a server: set server.url, or server.command to start one.",
-        ("ref_completions", "backend=server")),
-    "no reward model": Refusal(lambda c: c("reward_args.kind") == "model" and not c("reward_args.model_name_or_path"),
-        "<reward_args.kind> needs reward_args.model_name_or_path, or a preset: reward_model=NAME.",
-        ("ref_rewards", "reward_args.kind=model")),
-}
-
-# %% ../../nbs/10_config/2_schema.ipynb #6fea6590
-def check_combinations(
-    cfg:dict, # nested, types checked
-    engine:str|None=None, # single, ddp or deepspeed; None: not known
-):
-    "Refuse values that cannot run together"
-    def look(name): return engine if name == "@engine" else get_key(cfg, name)
-    for refusal in REFUSALS.values():
-        if not refusal.holds(look): continue
-        raise UserError(re.sub(r"<([\w.]+)>", lambda m: f"{m[1]}={_shown(look(m[1]))}", refusal.text))
 
 # %% ../../nbs/10_config/2_schema.ipynb #6ba72249
 @dataclass(frozen=True)
@@ -1453,7 +1422,7 @@ class UnreadKey:
 # %% ../../nbs/10_config/2_schema.ipynb #cb64cccc
 def _by_condition(condition:Condition, look, companion:bool)->UnreadKey:
     "Why a condition leaves a key unread; soft if `companion`: the stage takes the keys of train_sft"
-    fill = lambda m: f"{m[1]}={_shown(look(m[1]))}"
+    fill = lambda m: f"{m[1]}={shown_value(look(m[1]))}"
     names = re.findall(r"<[\w.]+>", condition.why)
     why = re.sub(r"<([\w.]+)>", fill, condition.why)
     cause = ", ".join(re.sub(r"<([\w.]+)>", fill, n) for n in names) or why
@@ -1506,7 +1475,7 @@ def refuse_unread(
         value, is_typed = get_key(cfg, name), any(k == name or k.startswith(f"{name}.") for k in typed)
         if not is_typed or u.soft or u.fixed or value is None or OFF_VALUES.get(name, NOTHING) == value: continue
         advice = f" {u.advice[0].upper()}{u.advice[1:]}." if u.advice else ""
-        raise UserError(f"{name}={_shown(value)} is not read: {u.why}.{advice}")
+        raise UserError(f"{name}={shown_value(value)} is not read: {u.why}.{advice}")
 
 # %% ../../nbs/10_config/2_schema.ipynb #6b78e977
 def _listed(names:list, most:int=4)->str:
@@ -1536,11 +1505,11 @@ def unread_notices(
         where, value = _origin(origins, name), get_key(cfg, name)
         preset = where.removeprefix("preset ") # unchanged if it comes from no preset
         if u.fixed or value is None: continue
-        if where == "override": reasons.setdefault((u.why, ""), []).append(f"{name}={_shown(value)}")
+        if where == "override": reasons.setdefault((u.why, ""), []).append(f"{name}={shown_value(value)}")
         elif where == preset or keys[name].site: continue
         elif u.stage: add_stage_key(where, name)
         elif not u.soft or preset.partition("=")[0] in chosen:
-            reasons.setdefault((u.why, f" ({preset})"), []).append(f"{name}={_shown(value)}")
+            reasons.setdefault((u.why, f" ({preset})"), []).append(f"{name}={shown_value(value)}")
     for name,where in dict(others).items(): add_stage_key(where, name)
     def line(why, where, names):
         return f"{_listed(names)}{where} {'is' if len(names) == 1 else 'are'} not read: {why}."

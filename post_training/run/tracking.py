@@ -7,10 +7,11 @@ __all__ = ['WANDB_MODES', 'has_credentials', 'tracking_mode', 'load_wandb', 'Tra
            'wandb_sync']
 
 # %% ../../nbs/15_run/8_tracking.ipynb #50a4a330
-import contextlib, importlib, json, os, struct, yaml
+import contextlib, importlib, json, os, struct
 from pathlib import Path
 from fastcore.basics import patch
 from ..core.files import UserError, redact
+from ..core.yaml_files import read_yaml
 from .locks import is_live
 from .record import read_record
 
@@ -31,8 +32,8 @@ def tracking_mode(
     mode:str|None, # wandb.mode of the config
 )->str: # online, offline, disabled
     "The mode of a tracker"
-    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes"): return "disabled"
-    name = os.environ.get("WANDB_MODE") or mode
+    if not mode and os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes"): return "disabled"
+    name = mode or os.environ.get("WANDB_MODE")
     if not name: return "online" if has_credentials() else "offline"
     if name not in WANDB_MODES:
         raise UserError(f"wandb mode {name!r} is not known. Choose online, offline or disabled (WANDB_MODE or "
@@ -53,14 +54,14 @@ class Tracker:
     "Sends the lines of metrics.jsonl to Weights & Biases"
     def __init__(self,
         run_dir, # a run folder
-        cfg_wandb:dict, # the config's `wandb` group: project, entity, run_name, group, tags, mode
+        cfg_wandb:dict, # the config's `wandb` group: project, entity, run_name, run_id, group, tags, mode, ...
         config:dict, # shown with the run, secrets removed
-        run_id:str=None, # None: the id in the record
+        run_id:str=None, # None: `wandb.run_id`, else the id in the record
     ):
         self.run_dir = Path(run_dir)
         self.cfg = dict(cfg_wandb or {})
         self.config = config
-        self.run_id = run_id or read_record(run_dir).get("id") or self.run_dir.name
+        self.run_id = run_id or self.cfg.get("run_id") or read_record(run_dir).get("id") or self.run_dir.name
         self.run = None
         self.mode = "disabled"
         self.sent = dict(step=-1, lines=0)
@@ -72,11 +73,14 @@ class Tracker:
 # %% ../../nbs/15_run/8_tracking.ipynb #7e468c91
 def wandb_settings(
     run_dir, # everything that wandb writes is below RUN_DIR/wandb
+    system_metrics:bool=True, # curves of GPU, processor and memory
+    console:bool=False, # the output of this process
 )->dict: # keyword arguments of `wandb.Settings`
     "What wandb is allowed to collect and write"
-    return dict(root_dir=str(run_dir), silent=True, console="off", save_code=False, disable_code=True, disable_git=True,
+    return dict(root_dir=str(run_dir), silent=True, console="wrap_raw" if console else "off", save_code=False, disable_code=True, disable_git=True,
                 disable_job_creation=True, program="post_training", program_relpath="", host="", username="", email="",
-                init_timeout=30, x_disable_meta=True, x_disable_machine_info=True, x_disable_stats=True,
+                init_timeout=30, x_disable_meta=True, x_disable_machine_info=not system_metrics,
+                x_disable_stats=not system_metrics,
                 x_save_requirements=False, x_transaction_log_flush_interval=2.0)
 
 # %% ../../nbs/15_run/8_tracking.ipynb #e0d9d732
@@ -111,7 +115,8 @@ def _init(self:Tracker):
     self.run = wandb.init(project=c.get("project") or "post-training", entity=c.get("entity"), name=c.get("run_name"),
                           group=c.get("group"), tags=list(c.get("tags") or []), id=self.run_id, resume="allow",
                           config=redact(self.config), dir=str(self.run_dir), mode=self.mode,
-                          settings=wandb.Settings(**wandb_settings(self.run_dir)))
+                          settings=wandb.Settings(**wandb_settings(self.run_dir, c.get("system_metrics", True),
+                                                                   c.get("console", False))))
     self.run.define_metric("*", step_metric="step")
 
 # %% ../../nbs/15_run/8_tracking.ipynb #e3553f89
@@ -209,16 +214,18 @@ def _frames(
 # %% ../../nbs/15_run/8_tracking.ipynb #1ad0e2bf
 def read_offline(
     path, # a .wandb file
-)->dict: # id, config and history (a list of dicts)
+)->dict: # id, config, history (a list of dicts), names of system metrics, and lines of output
     "The content of an offline run"
     from wandb.proto import wandb_internal_pb2
-    out = dict(id=None, config={}, history=[])
+    out = dict(id=None, config={}, history=[], system=[], output=[])
     for frame in _frames(Path(path).read_bytes()):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(frame)
         if record.HasField("run"):
             out["id"] = record.run.run_id
             out["config"] |= {u.key: json.loads(u.value_json) for u in record.run.config.update}
+        if record.HasField("stats"): out["system"] = sorted({*out["system"], *(i.key for i in record.stats.item)})
+        if record.HasField("output_raw"): out["output"].append(record.output_raw.line)
         if record.HasField("history"):
             row = {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
             out["history"].append({k: v for k, v in row.items() if not k.startswith("_")})
@@ -239,8 +246,9 @@ def wandb_sync(
         if is_live(run_dir):
             print(f"{run_dir.name} is at work; send it when it has ended")
             continue
-        cfg = yaml.safe_load((run_dir/"config.yaml").read_text())
-        tracker = Tracker(run_dir, cfg.get("wandb"), cfg)
+        cfg = read_yaml(run_dir/"config.yaml")
+        # what the machine does now is nothing of the run
+        tracker = Tracker(run_dir, dict(cfg.get("wandb") or {}, system_metrics=False, console=False), cfg)
         tracker.start(mode)
         out.append((run_dir, tracker.lines_sent))
         tracker.finish()
