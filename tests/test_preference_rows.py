@@ -339,11 +339,11 @@ def test_a_refused_key_of_one_row_does_not_pass_unseen(tmp_path):
 
 
 def test_the_account_names_what_is_read_and_what_is_kept(tmp_path):
-    row = dict(prompt="2+2?", chosen="4", rejected="5", chosen_score=1.0, system="Be brief.", margin=0.5, weight=2.0, answer="4")
+    row = dict(prompt="2+2?", chosen="4", rejected="5", chosen_score=1.0, system="Be brief.", level=0.5, weight=2.0, answer="4")
     rows, counts = to_rows(jsonl(tmp_path / "a.jsonl", row))
     assert {line["key"]: line["class"] for line in counts["columns"]} == dict(
-        weight="weight", prompt="conversation", chosen="conversation", rejected="conversation", system="conversation", chosen_score="metadata", margin="metadata", answer="metadata")
-    assert {"margin", "weight"} < {*rows.column_names} and "system" not in rows.column_names
+        weight="weight", prompt="conversation", chosen="conversation", rejected="conversation", system="conversation", chosen_score="metadata", level="metadata", answer="metadata")
+    assert {"level", "weight"} < {*rows.column_names} and "system" not in rows.column_names
 
 
 # -- the stage

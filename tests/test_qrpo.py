@@ -247,6 +247,28 @@ def test_the_bound_is_counted_in_used_slots_only():
     assert loss_of(**flat()).clamped.item() == 0
 
 
+@pytest.mark.parametrize("beta", [5.0, 10.0])
+def test_the_bound_of_the_published_runs(beta):
+    """preference=published against the formulas of swiss-ai/posttraining (trainers/preference.py): beta / |y|, at most 0.1, beta log Z = 1 + beta ln beta
+    (its form for small beta). The bound acts on answers of fewer than 10 beta tokens: 50 for beta 5, 100 for beta 10"""
+    from post_training import config
+    args = ["dataset=local", "dataset_args.dataset_name=x", "training_args.normalize_beta_by_length=true", f"training_args.beta={beta}"]
+    t = config.compose("train_preference", args).cfg["training_args"]
+    assert t["max_effective_beta"] == 0.1
+    assert config.compose("train_preference", [*args, "training_args.loss_type=sigmoid"]).cfg["training_args"]["max_effective_beta"] is None  # its DPO has none
+    lengths = torch.tensor([1, 49, 50, 51, 99, 100, 101, 400])
+    logps, ref = torch.linspace(-300, -2, 8, dtype=torch.float64), torch.linspace(-280, -9, 8, dtype=torch.float64)
+    quantiles = torch.linspace(0, 1, 8, dtype=torch.float64)
+    out = loss_of(logps_S=logps, ref_logps_S=ref, quantiles_S=quantiles, lengths_S=lengths, beta=beta, normalize_beta_by_length=True, max_effective_beta=t["max_effective_beta"])
+    losses = []
+    for i, n in enumerate(lengths.tolist()):
+        b = min(beta / n, 0.1)
+        losses.append((quantiles[i].item() - (1 + b * math.log(b)) - b * (logps[i] - ref[i]).item())**2)
+        assert out.beta_S[i].item() == pytest.approx(b, rel=1e-6)
+    assert out.clamped.item() == sum(n < 10 * beta for n in lengths.tolist())
+    assert reduce_terms(out.terms).item() == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
 @pytest.mark.parametrize("beta", [1e-6, 1e6])
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 def test_extreme_betas_in_fp32(beta, choice):
