@@ -284,12 +284,15 @@ def evaluation_loop(self:SFTTrainer, dataloader, description, prediction_loss_on
 @patch
 def write_state(self:SFTTrainer,
     folder:Path, # a temporary folder that all ranks write to
-):
+)->dict: # facts for the manifest: `merged`, the comparison of merged adapters
     "All files of a checkpoint: a complete model, and the state for an exact resume"
+    compared = None
     self.store_flos() # counted since the last log line, by all ranks
     if has_adapters(self.model):
-        save_adapters(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), folder,
-                      self.args.should_save)
+        rows = [row.get("input_ids") or row["prompt_ids"] + row["chosen_ids"] # a conversation, or a pair
+                for row in self.train_dataset.select(range(min(2, len(self.train_dataset))))]
+        compared = save_adapters(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), folder,
+                                 self.args.should_save, rows)
         if self.args.should_save: self.processing_class.save_pretrained(folder)
     else: self.save_model(str(folder), _internal_call=True)
     if self.args.should_save:
@@ -304,6 +307,7 @@ def write_state(self:SFTTrainer,
     if self.args.should_save:
         self.state.log_history = [] # metrics.jsonl holds them
         self.state.save_to_json(str(folder/"trainer_state.json"))
+    return dict(merged=compared) if compared else {}
 
 # %% ../../nbs/40_training/7_trainer.ipynb #9ad71eb2
 @patch
@@ -318,7 +322,7 @@ def _save_checkpoint(self:SFTTrainer, model=None, trial=None):
     facts = dict(policy.facts, world_size=self.accelerator.num_processes, metrics=metrics)
     with checkpoint_folder(self.args.output_dir, step, check, facts, main,
                            self.accelerator.wait_for_everyone) as folder:
-        self.write_state(folder)
+        facts |= self.write_state(folder)
     if main:
         best = best_checkpoint(self.args.output_dir, policy.best_metric, policy.greater_is_better)
         rotate_checkpoints(self.args.output_dir, self.args.save_total_limit, keep=[best and best[0]])
