@@ -11,7 +11,7 @@ import contextlib, io, json, logging, re, yaml
 from pathlib import Path
 from .. import run
 from ..core.files import UserError, did_you_mean, write_atomic
-from .answers import THOUGHT_END
+from ..models.verifiers import answer_text, thought_marks
 
 # %% ../../nbs/60_evaluation/4_lm_eval.ipynb #c4135279
 def import_lm_eval():
@@ -157,6 +157,11 @@ def lm_eval_model(
         cut_prompts = frozenset()
         def apply_chat_template(self, chat_history, add_generation_prompt=True):
             return chat_text(self.tokenizer, chat_history)
+        def tok_decode(self, tokens, skip_special_tokens=True):
+            "A text; empty for a thought that was cut by the limit"
+            written = self.tokenizer.decode(tokens)
+            if not answer_text(written, marks=marks).strip(): return ""
+            return super().tok_decode(tokens, skip_special_tokens)
         def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None, truncation=False):
             if left_truncate_len:
                 self.cut_prompts |= {s for s in strings if len(self.tok_encode(s)) > left_truncate_len}
@@ -165,11 +170,12 @@ def lm_eval_model(
             self.cut_prompts |= {"".join(text or ()) for text, context, continuation in requests
                                  if len(context) + len(continuation) > self.max_length + 1}
             return super()._loglikelihood_tokens(requests, *args, **kwargs)
-    from post_training.tokens.tokenizer import template_of
-    thinks = tokenizer.chat_template and THOUGHT_END in template_of(tokenizer)
-    thought = tokenizer.convert_tokens_to_ids(THOUGHT_END) if thinks else None
+    marks = thought_marks(tokenizer)
+    end = marks[0][1] if marks else None
+    # one token, or a text
+    if end in tokenizer.get_vocab(): end = tokenizer.convert_tokens_to_ids(end)
     with contextlib.redirect_stderr(io.StringIO()):
-        return ChatModel(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, think_end_token=thought)
+        return ChatModel(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, think_end_token=end)
 
 # %% ../../nbs/60_evaluation/4_lm_eval.ipynb #4fb034d2
 def plain_metrics(
