@@ -17,6 +17,7 @@ from .. import config, run
 from ..core.files import UserError, exit_fast, gc_paused, redact, write_json
 from .statistics import bootstrap, by_skill, evenly_spaced_indices
 from ..models.verifiers import answer_text, row_verifier, run_verifier, thought_marks
+from ..preferences.completions import ServedModel
 
 # %% ../../nbs/60_evaluation/2_answers.ipynb #2f67d93a
 def prompt_of(
@@ -69,7 +70,8 @@ def prompts_that_fit(
     max_new_tokens:int, # tokens that an answer needs
 )->list: # the same, with a reason in place of a prompt that is too long
     "Prompts that leave enough positions for an answer; none is shortened"
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = (model.room if isinstance(model, ServedModel)
+            else getattr(model.config.get_text_config(), "max_position_embeddings", None))
     why = f"the prompt and max_new_tokens={max_new_tokens} are more than the model's {room} positions"
     return [why if room and not isinstance(p, str) and len(p) + max_new_tokens > room else p for p in prompts]
 
@@ -206,7 +208,7 @@ class Sampling:
 
 # %% ../../nbs/60_evaluation/2_answers.ipynb #47d3863b
 def generate_answers(
-    model, # in evaluation mode
+    model, # in evaluation mode, or a `ServedModel`
     tokenizer, # for the pad token and the ids that end a call
     prompts:list, # token ids, or something else where a row has no prompt
     sampling:Sampling=Sampling(),
@@ -220,15 +222,22 @@ def generate_answers(
     from post_training.preferences.completions import call_stop_ids
     s, at = sampling, [i for i, p in enumerate(prompts) if p and not isinstance(p, str)]
     ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id] # by the rule of the template
-    stop, out = model_stop_ids(model, [*ends, *call_stop_ids(tokenizer)]), dict(existing or {})
+    served, ends, out = isinstance(model, ServedModel), [*ends, *call_stop_ids(tokenizer)], dict(existing or {})
+    stop = {*model.stops, *ends} if served else model_stop_ids(model, ends)
     # batches are planned over all prompts, because the last digits of logits depend on the batch
     batches = [[at[k] for k in b]
                for b in length_batches([len(prompts[i]) for i in at], max(1, s.batch_size//s.samples))]
     for batch in progress([b for b in batches if not all(i in out for i in b)]):
         seeds = [seed_of(s.seed, str(prompts[i]), j) for i in batch for j in range(s.samples)]
-        ids = complete_batch(model, [prompts[i] for i in batch], row_noise(seeds, s.max_new_tokens), stop,
-                             tokenizer.pad_token_id, s.temperature, s.top_p, s.samples)
-        answers = [dict(ids=a, finish_reason="stop" if a and a[-1] in stop else "length") for a in ids]
+        asked = [prompts[i] for i in batch]
+        if served:
+            of_prompts = [seeds[k:k + s.samples] for k in range(0, len(seeds), s.samples)]
+            told = model.complete(asked, of_prompts, s.samples, s.max_new_tokens, s.temperature, s.top_p, ends)
+            answers = [dict(ids=a["ids"], finish_reason=a["finish_reason"]) for samples in told for a in samples]
+        else:
+            ids = complete_batch(model, asked, row_noise(seeds, s.max_new_tokens), stop, tokenizer.pad_token_id,
+                                 s.temperature, s.top_p, s.samples)
+            answers = [dict(ids=a, finish_reason="stop" if a and a[-1] in stop else "length") for a in ids]
         by_prompt = {i: answers[k*s.samples:(k + 1)*s.samples] for k, i in enumerate(batch)}
         on_batch(by_prompt)
         out |= by_prompt

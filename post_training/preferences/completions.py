@@ -7,13 +7,14 @@ __all__ = ['TURN_MARKS', 'VLLM_FIELDS', 'KEY_VARIABLE', 'prompts_as_ids', 'promp
            'call_stop_ids', 'written_blocks', 'content_of_blocks', 'separated_thought', 'answer_content',
            'sample_seeds', 'check_sampling', 'transformers_backend', 'ServerFailed', 'base_url', 'is_local',
            'http_client', 'http_json', 'request_error', 'request_with_retries', 'served_model', 'checked_choices',
-           'in_threads', 'server_backend', 'listed_logprobs', 'server_logprobs', 'check_server_model', 'token_rate',
-           'kept_completions', 'completions_batch_fn']
+           'in_threads', 'server_backend', 'listed_logprobs', 'server_logprobs', 'check_server_model', 'ServedModel',
+           'open_server', 'token_rate', 'kept_completions', 'completions_batch_fn']
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #88d49fcb
 import functools, ipaddress, json, os, queue, re, threading, time, urllib.parse
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from ..core.files import UserError, redact
 from ..core.shards import seed_of
 from ..data.messages import split_inline_thought
@@ -497,6 +498,41 @@ def check_server_model(
         f"{', {:.3g} at most'.format(bound['max']) if 'max' in bound else ''}). Negative log-likelihood: "
         f"{errors['nll']:.4f} here, {told['server_nll']:.4f} there. Likely cause: {cause}. Nothing was sampled. Serve "
         "this folder with a server that reads it so, or accept the difference with server.max_error.")
+
+# %% ../../nbs/35_preferences/3_completions.ipynb #f02d45f9
+@dataclass
+class ServedModel:
+    "A model on a server that was compared with a folder"
+    url: str # base address
+    name: str # of the model in requests
+    room: int|None # tokens of prompt and completion; None: not told
+    stops: list # ids at which an answer ends
+    check: dict # of `check_server_model`
+    def complete(self, prompts, seeds, samples=1, max_new_tokens=64, temperature=0., top_p=1., stop=()):
+        "Completions of prompts: for each prompt its samples, with ids and finish_reason"
+        ask = server_backend(self.url, self.name, max_new_tokens, temperature, top_p, sorted({*self.stops, *stop}))
+        got = ask(prompts, samples, seeds)
+        if any(a["ids"] is None for answers in got for a in answers):
+            raise UserError(f"The server at {self.url} returns no token ids. Use a server that does, such as vllm "
+                            "serve.")
+        return got
+
+# %% ../../nbs/35_preferences/3_completions.ipynb #ae472334
+def open_server(
+    url:str, # with or without /v1
+    path:str, # folder or hub name that the server reads
+    prompts:Sequence[Sequence[int]], # ids of a few prompts, to compare
+    stops:Sequence[int], # ids at which an answer ends
+    **load_args, # of `models.load.load_model`, such as trust_remote_code
+)->ServedModel:
+    "A server in the place of a model, compared with its folder first"
+    url = base_url(url)
+    name = served_model(url)
+    check = check_server_model(url, name, path, prompts, **load_args)
+    if check["compared_with"] is None: print(f"! The server at {url} was not compared with {path}: {check['why']}.")
+    cards = request_with_retries(url, "/v1/models", key=os.environ.get(KEY_VARIABLE)).get("data") or []
+    room = next((c.get("max_model_len") for c in cards if c.get("id") == name), None)
+    return ServedModel(url, name, room, list(stops), check)
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #7a3e8ecb
 def token_rate(
