@@ -442,8 +442,8 @@ def test_structured_conversion_keeps_weights():
     c = read_conversation(out[0])
     assert c.message_weights == [1, 1, 0, 0.5] and c.weight == 0.5 and c.template_kwargs == dict(enable_thinking=True)
     assert c.messages == structured_conversation(read_conversation(row)).messages
-    spanned, counts = as_messages(Dataset.from_list([dict(row, messages=[*row["messages"][:-1], FULL["messages"][-1]])]), blocks=True)
-    if not counts["dropped"]: assert any(m.get("train_detail") for m in spanned[0]["messages"])
+    spanned, counts = as_messages(Dataset.from_list([dict(FULL, messages=[*FULL["messages"][:2], FULL["messages"][-1]])]), blocks=True)
+    assert not counts["dropped"] and read_conversation(spanned[0]).span_weights == {3: {0: [(0, 2, 1.0), (2, 11, 0.0)]}}
 
 
 def test_a_mixture_carries_what_changes_training(tmp_path):
@@ -463,7 +463,7 @@ def test_a_mixture_refuses_by_name(tmp_path):
     source = [dict(dataset_name="masked", dataset_path=str(tmp_path / "rows.jsonl"))]
     with pytest.raises(UserError, match="Source 'masked'.*column 'loss_mask' .1 of 1 rows"): mix_sources(source)
     assert len(mix_sources(source, ignore_columns=("loss_mask",)).train) == 1
-    assert "ignore_columns: no source has the column 'los_mask'" in mix_sources(source, ignore_columns=("los_mask", "loss_mask")).notes
+    assert "ignore_columns: there is no column 'los_mask'. Did you mean 'loss_mask'?" in mix_sources(source, ignore_columns=("los_mask", "loss_mask")).notes
 
 
 def test_pairs_take_no_message_weights():

@@ -473,7 +473,8 @@ def read_turn(
         spans = block_spans(details, role, content) if details else None
         return dict(role="assistant" if role == "call" else role, content=content), weight, spans
     if content is None and any(k not in MESSAGE_KEYS for k in turn):
-        raise MalformedRow(f"{role} message without content; its keys are {', '.join(map(str, turn))}")
+        speaker = "assistant" if role == "call" else role
+        raise MalformedRow(f"{speaker} message without content; its keys are {', '.join(map(str, turn))}")
     content, message, spans = read_content(turn, content, role, schemas, exact)
     message["content"] = content
     if details is not None:

@@ -162,7 +162,7 @@ def common_type(
             other = next((o for o in types if unify_types(types[o], t) is None), next(iter(types)))
             raise UserError(f"Column {column!r} is {short_type(types[other])} in {other} and {short_type(t)} in "
                             f"{label}: there is no common type. Give all sources the same form of messages: "
-                            "message_format=structured (blocks=True).")
+                            "message_format=structured, or blocks=True.")
         out = merged
     return out
 
