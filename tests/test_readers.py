@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from post_training import config
+from post_training import config, run
 from post_training.core import shards
 from post_training.core.files import UserError
 from post_training.core.model_folders import write_portable
@@ -20,7 +20,9 @@ from post_training.models.agreement import FLOAT32_BOUND, agrees, error_bound, l
 from post_training.models.load import load_model
 from post_training.preferences import completions as ac
 from post_training.stages import preference_data
+from post_training.stages.evaluate import evaluate
 from post_training.tokens.tokenizer import load_tokenizer
+from post_training.view import chat
 
 THETA = 50.0  # far from the default of readers that do not know the rope of the config
 
@@ -156,6 +158,18 @@ def check_samples(url, folder):
     assert sum(a == c["ids"] for a, c in zip(ids(complete, [[s + 1 for s in r] for r in seeds]), got)) <= 2
 
 
+def check_evaluation_and_chat(url, folder, tmp_path):
+    "An evaluation and a conversation with the server give what the model here gives"
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(dict(question=f"What is {i} + 4?", answer=str(i + 4))) + "\n" for i in range(8)))
+    cfg = config.compose("evaluate", [f"checkpoints=[{folder},'{url}']", f"model_args.model_name_or_path={folder}", f"dataset_args.dataset_name={tmp_path}/rows.jsonl",
+                                      "evaluation.max_new_tokens=6"]).cfg
+    here, there = evaluate(run.open_run(cfg), cfg)["checkpoints"].values()
+    assert there["server_check"]["compared_with"] == "certificate" and there["answers"] == 8
+    assert there["new_tokens"] == here["new_tokens"] and abs(there["perplexity"]["nats_per_token"] - here["perplexity"]["nats_per_token"]) < 1e-3
+    said = [chat.send_message(chat.Chat(*chat.load_chat_model(name, folder=str(folder)), max_new_tokens=8), "Hello")["ids"] for name in (str(folder), url)]
+    assert said[0] == said[1] and len(said[0]) == 8
+
+
 @pytest.mark.slow
 def test_vllm(exported, demo, tmp_root, monkeypatch):
     "vLLM reads the export as certified; the server backend samples from it, refuses another model, and goes on after the server was killed midway"
@@ -166,6 +180,7 @@ def test_vllm(exported, demo, tmp_root, monkeypatch):
         items = {i["item"]: i for i in certify(exported, url, "float32")}
         assert all(i["ok"] for i in items.values()), items
         check_samples(url, exported)
+        check_evaluation_and_chat(url, exported, tmp_root)
         other = shutil.copytree(exported, tmp_root / "other")
         (other / "certificate.json").unlink()
         (other / "config.json").write_text((other / "config.json").read_text().replace('"rope_theta": 50.0', '"rope_theta": 10000.0'))
