@@ -854,7 +854,8 @@ def swissai_row(
 )->dict:
     "A row of prompt and completions in the Swiss-AI format: each completion ends its own branch"
     given = row_prompt(row)
-    if given.messages and given.messages[-1]["role"] == "tool":
+    if not given.messages: raise MalformedRow("the prompt is empty")
+    if given.messages[-1]["role"] == "tool":
         raise UnsupportedContent("a prompt that ends in the output of a tool has no Swiss-AI form")
     if any(m.get("name") and m.get("role") != "tool" for m in (*given.messages, *row["completions"])):
         raise UnsupportedContent("the name of a speaker has no Swiss-AI form")
@@ -890,10 +891,11 @@ def to_swissai(
     dataset, # `datasets.Dataset` of rows
 ): # `datasets.Dataset` of Swiss-AI rows
     "Rows of prompts and completions as branching conversations; other columns stay"
-    from datasets import Dataset, Features, List, Value, concatenate_datasets
+    from datasets import Features, List, Value, concatenate_datasets
+    from datasets.fingerprint import get_temporary_cache_files_directory
     text, fields = Value("string"), {SWISSAI_NAMES.get(k, k): v
                                      for k, v in row_features(False)["completions"].feature.items() if k != "content"}
-    count = Value("int64")
+    count, temporary = Value("int64"), get_temporary_cache_files_directory()
     part = dict(type=text, content=text, name=text, args=text, answers=List(text),
                 metadata=dict(model=text, chat_num_tokens=count, context_num_tokens=count))
     features = Features(conversation_id=text, system_prompt=dict(content=text, metadata=text),
@@ -902,8 +904,13 @@ def to_swissai(
                         conversation_branches=List(dict(messages=List(dict(role=text, parts=List(part))), **fields)))
     read = ("id", "prompt", "completions", "tools")
     others = dataset.select_columns([c for c in dataset.column_names if c not in read])
-    rows = [named_row(swissai_row, r) for r in dataset.select_columns([c for c in dataset.column_names if c in read])]
-    made = Dataset.from_dict({k: [r[k] for r in rows] for k in features}, features=features)
+    def convert(batch):
+        rows = [named_row(swissai_row, dict(zip(batch, values))) for values in zip(*batch.values())]
+        return {k: [r[k] for r in rows] for k in features}
+    given = dataset.select_columns([c for c in dataset.column_names if c in read])
+    made = given.map(convert, batched=True, batch_size=200, features=features, remove_columns=given.column_names,
+                     load_from_cache_file=False, new_fingerprint=os.urandom(8).hex(), desc="Branches",
+                     cache_file_name=os.path.join(temporary, f"branches-{os.urandom(8).hex()}.arrow"))
     return concatenate_datasets([made, others], axis=1) if others.column_names else made
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #40d26e0c

@@ -12,7 +12,7 @@ __all__ = ['SPLIT_COLUMN', 'ANNOTATION_STAGES', 'subsample_rows', 'ensure_reward
            'shard_progress_line', 'notebook_progress', 'merged_results', 'unpack_logprobs', 'output_rows',
            'write_splits', 'completion_counts', 'in_output_format', 'read_output', 'finish_annotation',
            'written_answer_fields', 'account_of_splits', 'merged_counts', 'collect_output', 'history_settings',
-           'server_numbers', 'run_annotation', 'history_rows', 'messages_text', 'run_array_task',
+           'server_numbers', 'run_annotation', 'history_rows', 'messages_text', 'pair_lines', 'run_array_task',
            'has_unfinished_shards', 'annotation_main']
 
 # %% ../../nbs/65_stages/4_preference_data.ipynb #736d44f7
@@ -745,6 +745,18 @@ def messages_text(
     "The text of messages, for reading"
     from post_training.data.messages import content_text
     return "\n".join(content_text(m["content"]) for m in messages)
+
+# %% ../../nbs/65_stages/4_preference_data.ipynb #28b6cf9f
+def pair_lines(
+    pairs, # `datasets.Dataset` of pairs
+    n:int=3, # the first so many
+)->list[dict]: # texts, rewards and quantile rewards
+    "Some pairs as a table; without rewards the data itself says which answer is better"
+    def both(r, k):
+        return ", ".join("none" if (v := r[f"{s}_{k}"]) is None else f"{v:.3g}" for s in ("chosen", "rejected"))
+    return [dict(prompt=messages_text(r["prompt"])[-120:], chosen=messages_text(r["chosen"])[:80],
+                 rejected=messages_text(r["rejected"])[:80], rewards=both(r, "reward"),
+                 quantiles=both(r, "quantile_reward")) for r in pairs.select(range(min(n, len(pairs))))]
 
 # %% ../../nbs/65_stages/4_preference_data.ipynb #45d72ac6
 def run_array_task(

@@ -175,6 +175,7 @@ class PairCollator:
         if weights is not None: batch["row_weights"] = torch.from_numpy(weights)
         return {**batch, "row_index": torch.tensor([p.get("row_index", -1) for p in pairs]),
                 "quantiles": torch.tensor(numbers("quantile"), dtype=torch.float32),
+                "rewards": torch.tensor(numbers("reward"), dtype=torch.float32),
                 "ref_logps": torch.tensor([x for p in pairs for x in reference_sums(p, self.ld_alpha)],
                                           dtype=torch.float64),
                 "n_refs": torch.tensor([p.get(f"{s}_n_refs") or 0 for p in pairs for s in ("chosen", "rejected")])}
