@@ -158,7 +158,7 @@ def test_dtype_and_place(tiny, tmp_path, tmp_root):
     refused(tiny, tmp_path / "tight", "more than", "dtype=bfloat16", "parity.max_difference=1e-6", "parity.dialogues=0")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/mine.txt").write_text("x")
-    for override, match in ((f"save_dir={tmp_path}/taken", "did not write"), ("push_to_hub=a/b", "HF_HUB_OFFLINE"), ("push_to_hub=name", "organisation/name")):
+    for override, match in ((f"save_dir={tmp_path}/taken", "did not write"), ("push_to_hub=a/b", "HF_HUB_OFFLINE")):
         c = compose(tiny, override, "parity.dialogues=0")
         task = run.open_run(c.cfg)
         with pytest.raises(UserError, match=match): export.export(task, c.cfg)
@@ -170,7 +170,7 @@ def test_dtype_and_place(tiny, tmp_path, tmp_root):
 
 
 def test_a_typo_is_told(tiny):
-    for bad, match in (("dtyp=float32", "Did you mean 'dtype'"), ("parity.dialogs=3", "parity.dialogues"), ("consolidate=maste", "master"), ("max_shard_size=5", "")):
+    for bad, match in (("dtyp=float32", "Did you mean 'dtype'"), ("parity.dialogs=3", "parity.dialogues"), ("consolidate=maste", "master"), ("push_to_hub=name", "organisation/name"), ("max_shard_size=5", "")):
         if match:
             with pytest.raises(UserError, match=match): compose(tiny, bad)
 

@@ -250,7 +250,8 @@ CARD_TEMPLATE = """---
 def model_card(
     source:CheckpointSource, # what was exported
     name:str, # of the folder
-    facts:dict, # of the export: architecture, dtype, parameters, stops, plain, max_difference, dialogues
+    facts:dict, # of the export: architecture, dtype, parameters, stops, plain, max_difference, dialogues; perhaps
+    # certificate (Markdown) and notices
     runs_dir=None, # where records are
 )->str: # Markdown with its front matter
     "A model card from the record of the run that trained the model"
@@ -262,6 +263,7 @@ def model_card(
     sections = {"Use": usage_text(name, facts["stops"], facts["plain"]), "Merge": merge,
                 "Training": "" if merge else training,
                 "Data": data_text(record, runs_dir) if record else "", "Evaluation": evaluation_text(record),
-                "Export": export_text(source, facts), "Versions": versions_text(record) if record else ""}
+                "Export": export_text(source, facts) + "".join(f"\n{n}\n" for n in facts.get("notices", [])),
+                "Certificate": facts.get("certificate", ""), "Versions": versions_text(record) if record else ""}
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["post-training"])
     return str(ModelCard.from_template(data, template_str=CARD_TEMPLATE, name=name, sections=sections))

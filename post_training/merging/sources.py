@@ -6,7 +6,7 @@
 __all__ = ['COSMETIC_KEYS', 'SPECIAL_ID_KEYS', 'DEPTH_KEYS', 'fetch_hub', 'source_folder', 'split_mention', 'reference_resolver',
            'write_variant', 'ensure_variants', 'read_pickled', 'read_headers', 'MergeSource', 'read_source',
            'tensor_family', 'weight_differences', 'config_differences', 'check_weights_fit', 'check_use_fits',
-           'check_same_vocabulary', 'check_slices', 'check_trust']
+           'check_same_vocabulary', 'padding_notices', 'check_slices', 'check_trust']
 
 # %% ../../nbs/50_merging/2_sources.ipynb #69ac5378
 import json, re, shutil
@@ -327,6 +327,21 @@ def check_same_vocabulary(
     raise UserError(f"The vocabularies of {a.name} and {b.name} differ: {token!r} is {x.get(token)} and "
                     f"{y.get(token)}. Set model_merging.tokenizer_source=union (or base). Where ids mean the same in "
                     "both, set donor=SOURCE.")
+
+# %% ../../nbs/50_merging/2_sources.ipynb #d0075d34
+def padding_notices(
+    sources:list[MergeSource],
+    doc:dict, # the mergekit document
+)->list[str]: # notices
+    "What becomes of rows of embeddings above the ids of the tokenizers"
+    aligned, out = bool(doc.get("tokenizer") or doc.get("tokenizer_source")), []
+    for s in sources:
+        rows = (s.config.get("text_config") or s.config).get("vocab_size") or 0
+        if not s.vocabulary or (extra := rows - max(s.vocabulary.values()) - 1) <= 0: continue
+        out.append(f"{s.name} has {extra} rows of embeddings above the {rows - extra} ids of its tokenizer: "
+                   + ("tokens are aligned, so they are not part of the result." if aligned
+                      else "they are merged like the others; no text has these ids."))
+    return out
 
 # %% ../../nbs/50_merging/2_sources.ipynb #1629fcea
 def check_slices(

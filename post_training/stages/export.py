@@ -13,6 +13,7 @@ from .. import config, run
 from ..core.files import MANIFEST, UserError, atomic_dir, redact, write_atomic, write_manifest
 from ..core.model_folders import write_portable
 from ..export.card import model_card
+from ..export.certificate import certificate_text, write_certificate
 from ..export.parity import (
     check_export_parity, check_tokenizer, compare_ids, compare_logits, logits_of, own_dialogues, set_generation_ids,
     training_dialogues, with_plain_messages)
@@ -67,6 +68,7 @@ def export_checkpoint(
     "Write a checkpoint to a folder, read it again, and refuse it if it differs"
     import torch
     from transformers import AutoTokenizer
+    from post_training.models.load import padded_rows
     from post_training.tokens.gates import check_stop_tokens
     from post_training.tokens.templates import wants_blocks
     trust = cfg["model_args"]["trust_remote_code"]
@@ -83,7 +85,9 @@ def export_checkpoint(
                                     cfg["parity"]["on_missing_stop"])
     ids = [r["ids"] for r in compared if r["ids"]]
     before = logits_of(model, ids)
-    write_folder(folder, model.to(getattr(torch, dtype)), exported, cfg["max_shard_size"])
+    notices = write_folder(folder, model.to(getattr(torch, dtype)), exported, cfg["max_shard_size"])
+    if padded := padded_rows(max(tokenizer.get_vocab().values()) + 1, model.config.get_text_config().vocab_size):
+        notices.append(padded)
     facts = dict(architecture=type(model).__name__, parameters=model.num_parameters(), dtype=dtype,
                  from_dtype=saved_dtype, stops=[tokenizer.decode([i]) for i in stops],
                  plain=not wants_blocks(exported.chat_template) or cfg["plain_messages"])
@@ -93,8 +97,11 @@ def export_checkpoint(
     logits = compare_logits(before, after)
     check_export_parity(compared, logits, dtype == saved_dtype, cfg["parity"]["max_difference"])
     facts |= dict(max_difference=logits["max_difference"], dialogues=sum(bool(r["same"]) for r in compared))
-    write_atomic(Path(folder)/"README.md", model_card(source, name, facts, cfg["runs_dir"]))
-    return ExportResult(compared, logits, facts, [n for n in (data_notice, stop_notice) if n])
+    own = [d for d, r in zip(dialogues, compared) if r["same"] and d in own_dialogues()] # rows of the data stay here
+    certificate = write_certificate(folder, own or dialogues, cfg.get("readers") or (), trust_remote_code=trust)
+    told = dict(certificate=certificate_text(certificate, name), notices=notices)
+    write_atomic(Path(folder)/"README.md", model_card(source, name, facts | told, cfg["runs_dir"]))
+    return ExportResult(compared, logits, facts, [n for n in (data_notice, stop_notice, *notices) if n])
 
 # %% ../../nbs/65_stages/7_export.ipynb #24517a3a
 def output_folder(

@@ -17,8 +17,8 @@ from ..merging.document import (
 from ..merging.merge import (
     check_merge_weights, merge_plan, merge_weights, mergekit_session, parse_document, write_model_files)
 from ..merging.sources import (
-    MergeSource, check_slices, check_trust, check_use_fits, check_weights_fit, ensure_variants, read_source,
-    reference_resolver, split_mention)
+    MergeSource, check_slices, check_trust, check_use_fits, check_weights_fit, ensure_variants, padding_notices,
+    read_source, reference_resolver, split_mention)
 
 # %% ../../nbs/65_stages/8_model_merging.ipynb #c23d54ac
 def check_sources(
@@ -66,6 +66,7 @@ def merge_document(
     notices, trust = check_document(doc), cfg["options"]["trust_remote_code"]
     resolve, folders, parents = reference_resolver(results, cfg.get("runs_dir"))
     with_folders, sources, donor = check_sources(doc, resolve, folders, cfg["donor"], cfg["options"])
+    notices += padding_notices(sources, doc)
     with mergekit_session(cfg["options"], scratch) as options:
         steps = merge_plan(with_folders, options)
         check_merge_weights(steps)
