@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MIXTURE_COLUMNS', 'wants_structure', 'dataset_mixture', 'count_repeats', 'dataset_split', 'both_sides',
-           'both_sides_lines', 'linearise', 'generation_ratio', 'tokenize', 'mixture_lines', 'repeat_lines',
-           'overlap_lines', 'drop_lines', 'preview_stage']
+           'both_sides_lines', 'linearise', 'generation_ratio', 'published_ratio', 'published_ratio_mean', 'tokenize',
+           'mixture_lines', 'repeat_lines', 'overlap_lines', 'drop_lines', 'preview_stage']
 
 # %% ../../nbs/65_stages/3_data.ipynb #b00bc955
 from dataclasses import replace
@@ -143,6 +143,36 @@ def generation_ratio(
                                    ignore_columns=cfg["dataset_args"]["ignore_columns"], **policies)
     check_dropped(counts, cfg["max_drop_fraction"])
     return table, counts
+
+# %% ../../nbs/65_stages/3_data.ipynb #e6891e4c
+def published_ratio(
+    messages:list[dict], # a conversation, plain or structured
+    tokenizer, # with a chat template
+)->float|None: # None if the template cannot render the first message alone
+    "The generation ratio by the definition of swiss-ai/posttraining"
+    from jinja2 import TemplateError
+    def characters(turns, **how): return len(tokenizer.apply_chat_template(turns, tokenize=False, **how))
+    try: first = characters(messages[:1], add_generation_prompt=True)
+    except TemplateError: return None
+    return (characters(messages) - first)/first if first else None
+
+# %% ../../nbs/65_stages/3_data.ipynb #a8e6dfa7
+def published_ratio_mean(
+    cfg:dict, # composed for the stage generation_ratio
+    max_rows:int=2000, # rows that are rendered, drawn at random
+)->dict: # rows, mean
+    "The trimmed mean of `published_ratio` over training rows"
+    from post_training.data.messages import without_none
+    from post_training.data.swissai import as_messages
+    from post_training.stages.tokenized_data import load_split
+    from post_training.tokens.ratios import trim_tails
+    import numpy as np
+    data, tokenizer = load_split(cfg, "train"), tokenizer_of(cfg)
+    order = np.random.default_rng(0).permutation(len(data))[:max_rows]
+    rows, _ = as_messages(data.select(sorted(order.tolist())), ignore=tuple(cfg["dataset_args"]["ignore_columns"]))
+    ratios = [published_ratio(without_none(m), tokenizer) for m in rows["messages"][:]]
+    values = trim_tails([np.nan if r is None else r for r in ratios], cfg["trim"])
+    return dict(rows=len(values), mean=float(values.mean()) if len(values) else None)
 
 # %% ../../nbs/65_stages/3_data.ipynb #6f02904d
 def tokenize(
