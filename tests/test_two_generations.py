@@ -57,6 +57,9 @@ for name in job["names"]:
                              chat=tokenizer.apply_chat_template(chat, tokenize=False), tools=tokenizer.apply_chat_template(chat, tools=[tool], tokenize=False)[-3:],
                              special=[tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id], stops=model.generation_config.eos_token_id,
                              extra=tokenizer.additional_special_tokens)
+    inputs = tokenizer("Hello", return_tensors="pt")
+    model.generate(**inputs, max_new_tokens=2, do_sample=False)  # inputs that this version's generate takes
+    out["read"][name] |= dict(inputs=sorted(inputs), side=tokenizer.padding_side)
     model.save_pretrained(folder + ".again")  # a generation config that this version refuses could not be saved
 print(json.dumps(out))
 """
@@ -80,7 +83,7 @@ def read(tmp_path_factory):
     except UserError as e: pytest.skip(str(e))
     root, ids = tmp_path_factory.mktemp("folders"), torch.randint(11, 590, (1, 100), generator=torch.Generator().manual_seed(0))
     tokenizer = toy_tokenizer("bpe")
-    tokenizer.chat_template = TEMPLATES
+    tokenizer.chat_template, tokenizer.padding_side = TEMPLATES, "left"
     tokenizer.add_special_tokens(dict(additional_special_tokens=["<SPECIAL_61>", "<SPECIAL_62>"]))
     written = {}
     for name in MODELS:
@@ -105,6 +108,7 @@ def test_transformers_4_reads_what_was_trained(read, name):
     assert out["version"].startswith("4.57")
     assert (found["ids"], found["special"], found["stops"], found["missing"]) == (ids, [1, 2, 10], [2, 68], [])
     assert (found["chat"], found["tools"], found["extra"]) == ("<SPECIAL_65>Hi", "|Hi", ["<SPECIAL_61>", "<SPECIAL_62>"])
+    assert (found["inputs"], found["side"]) == (["attention_mask", "input_ids"], "left")
     gap = (torch.load(root / f"{name}.read.pt") - logits).abs().max().item() / logits.abs().max().item()
     assert gap <= BOUNDS.get(name, 1e-5), gap
 

@@ -97,11 +97,17 @@ ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 # %% ../../nbs/00_core/5_model_folders.ipynb #3fb68d21
 def complete_tokenizer_config(
     settings:dict, # of `tokenizer_config.json`
+    tokenizer=None, # loaded, for what its class takes for granted
+    bpe:bool=True, # its model is a BPE
 )->tuple[dict, dict]: # (settings that both generations read, content of `special_tokens_map.json`)
     "The settings of a tokenizer, with a class and names that transformers 4 and 5 know"
     out = dict(settings)
     for key in ("backend", "is_local", "local_files_only"): out.pop(key, None)
     if "auto_map" not in out: out["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for key in ("padding_side", "truncation_side", "model_input_names"):
+        if hasattr(tokenizer, key): out[key] = getattr(tokenizer, key)
+    out.setdefault("model_input_names", ["input_ids", "attention_mask"])
+    if bpe and out.get("clean_up_tokenization_spaces"): out["clean_up_tokenization_spaces"] = False
     extra = out.get("extra_special_tokens")
     if isinstance(extra, list):
         out["additional_special_tokens"] = out.pop("extra_special_tokens")
@@ -113,6 +119,7 @@ def complete_tokenizer_config(
 # %% ../../nbs/00_core/5_model_folders.ipynb #0d005d6e
 def write_portable(
     folder, # with a saved model, a saved tokenizer, or both
+    tokenizer=None, # that was saved, for what its class takes for granted
 )->list[str]: # notices: what transformers 4 cannot express
     "Complete the files of a model folder for readers of both generations of transformers"
     folder, notices = Path(folder), []
@@ -121,7 +128,9 @@ def write_portable(
         config, notices = complete_config(config)
         write_json(folder/"config.json", dict(sorted(config.items())))
     if (settings := read("tokenizer_config.json")) is not None and (folder/"tokenizer.json").is_file():
-        settings, roles = complete_tokenizer_config(settings)
+        bpe = (not settings.get("clean_up_tokenization_spaces")
+               or (read("tokenizer.json").get("model") or {}).get("type") == "BPE")
+        settings, roles = complete_tokenizer_config(settings, tokenizer, bpe)
         write_json(folder/"tokenizer_config.json", dict(sorted(settings.items())))
         write_json(folder/"special_tokens_map.json", roles)
     if "_from_model_config" in (generation := read("generation_config.json") or {}):

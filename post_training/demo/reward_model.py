@@ -218,7 +218,7 @@ def train_tiny_reward(
     with atomic_dir(folder, replace=replace) as tmp:
         model.save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)
-        write_portable(tmp)
+        write_portable(tmp, tokenizer)
         accuracy = {}
         if held_out:
             scorer = model_scorer(tmp, device="cpu", batch_tokens=4096)

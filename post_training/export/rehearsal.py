@@ -91,7 +91,8 @@ def check_tokenizer_files(
     cause = (f" transformers reads the tokenizer of a {model_type} model as {type(again).__name__}, and training "
              f"used {was}: take a tokenizer of this family, or a base of another type."
              if type(again).__name__ != was else " Choose another tokenizer_args.tokenizer_name_or_path.")
-    facts = lambda t: dict(special_ids=config_ids(t), ids=len(t), templates=named_templates(t.chat_template))
+    facts = lambda t: dict(special_ids=config_ids(t), ids=len(t), templates=named_templates(t.chat_template),
+                           padding_side=t.padding_side, inputs=sorted(t.model_input_names))
     for (key, a), b in zip(facts(tokenizer).items(), facts(again).values()):
         if a != b: raise UserError(f"The tokenizer, written and read again, has other {key.replace('_', ' ')}.{cause}")
     ids = lambda t, text: t(text, add_special_tokens=False).input_ids
@@ -119,7 +120,7 @@ def write_and_read(
         model.config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        notices = write_portable(folder)
+        notices = write_portable(folder, tokenizer)
         row = torch.arange(8).to(model.dtype)
         save_file(dict(row=row), folder/"row.safetensors")
         if not torch.equal(load_file(folder/"row.safetensors")["row"], row):

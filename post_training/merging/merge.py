@@ -188,7 +188,7 @@ def write_model_files(
     if len(dtypes) == 1: settings["dtype"] = names.get(*dtypes, settings.get("dtype"))
     write_json(folder/"config.json", settings)
     if generation: write_json(folder/"generation_config.json", repaired_generation(generation)[0])
-    write_portable(folder)
+    write_portable(folder, tokenizer)
 
 # %% ../../nbs/50_merging/3_merge.ipynb #0205714a
 def _error_hint(

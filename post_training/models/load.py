@@ -345,6 +345,6 @@ def build_tiny(
     with atomic_dir(folder, replace=replace) as tmp:
         model.save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)
-        write_portable(tmp)
+        write_portable(tmp, tokenizer)
         write_manifest(tmp, **facts, seed=seed, parameters=model.num_parameters())
     return Path(folder)

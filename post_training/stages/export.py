@@ -32,7 +32,7 @@ def write_folder(
     try: model.save_pretrained(folder, max_shard_size=max_shard_size)
     except ValueError as e: raise UserError(f"max_shard_size={max_shard_size}: {str(e).splitlines()[0]}") from e
     tokenizer.save_pretrained(folder)
-    notices = write_portable(folder)
+    notices = write_portable(folder, tokenizer)
     for p in Path(folder).rglob("*"): p.chmod(0o755 if p.is_dir() else 0o644)
     return notices
 

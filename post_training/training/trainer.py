@@ -296,7 +296,7 @@ def write_state(self:SFTTrainer,
         if self.args.should_save: self.processing_class.save_pretrained(folder)
     else: self.save_model(str(folder), _internal_call=True)
     if self.args.should_save:
-        write_portable(folder)
+        write_portable(folder, self.processing_class)
         (folder/"training_args.bin").unlink(missing_ok=True) # a pickle that is never read
     self._save_optimizer_and_scheduler(str(folder))
     self._save_scaler(str(folder))
