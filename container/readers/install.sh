@@ -22,6 +22,8 @@ for name in "$@"; do
   fail() { echo "readers: the installation of $name failed; the last lines of $log:" >&2; tail -n 15 "$log" >&2; exit 1; }
   "$python" -m venv "$venv" > "$log" 2>&1 || fail
   pip() { "$venv/bin/python" -m pip install --no-input --progress-bar off --no-deps "$@" < /dev/null >> "$log" 2>&1 || fail; }
+  # of llama.cpp only the library is built, without its programs
+  export CMAKE_ARGS=${CMAKE_ARGS:--DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF}
   if torch=$(grep -E '^torch==' "$here/$name.lock"); then pip ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$torch"; fi
   pip -r "$here/$name.lock"
   bash "$after" "$venv" >> "$log" 2>&1 || fail

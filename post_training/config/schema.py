@@ -637,6 +637,7 @@ class MixtureKeys(SharedKeys, WrittenKeys):
     seed:int = key(0, 2**32 - 1, when="draws")
     on_malformed:Literal["drop", "error"] = key(when="conversations")
     role_checks:list[str] = key(when="conversations")
+    instruction_preamble:bool = key(when="conversations")
     sources:list[dict] = key()
     columns_to_keep:list[str] = key(when="conversations")
     need_columns:list[str]|None = key(when="conversations")
@@ -753,6 +754,7 @@ class ServerKeys:
     model:str|None = key(when="server")
     start_seconds:int = key(1, when="server", site=True)
     concurrency:int = key(1, when="server", site=True)
+    max_error:float|None = key(0, when="server")
     environment:str|None = key(when="server", site=True)
     container_image:str|None = key(when="server", site=True)
     container_mounts:list[str] = key(when="server", site=True)
@@ -907,6 +909,7 @@ class ExportKeys(SharedKeys, WithTokenizerKeys):
     dtype:Literal["auto", "float32", "bfloat16", "float16"] = key()
     max_shard_size:str = key(pattern=r"(?i)[1-9]\d*([KMG]I?B)", instead="a whole number and a unit, such as 5GB")
     plain_messages:bool = key()
+    readers:list[str] = key()
     dataset_args:ComparedDataKeys = None
     parity:ParityKeys = None
     push_to_hub:str|None = key(pattern=r"[\w.-]+/[\w.-]+", instead="organisation/name, or null to keep it here")

