@@ -77,11 +77,11 @@ def wandb_settings(
     console:bool=False, # the output of this process
 )->dict: # keyword arguments of `wandb.Settings`
     "What wandb is allowed to collect and write"
-    return dict(root_dir=str(run_dir), silent=True, console="wrap_raw" if console else "off", save_code=False, disable_code=True, disable_git=True,
-                disable_job_creation=True, program="post_training", program_relpath="", host="", username="", email="",
+    return dict(root_dir=str(run_dir), silent=True, console="wrap_raw" if console else "off",
+                save_code=False, disable_code=True, disable_git=True, disable_job_creation=True,
+                program="post_training", program_relpath="", host="", username="", email="",
                 init_timeout=30, x_disable_meta=True, x_disable_machine_info=not system_metrics,
-                x_disable_stats=not system_metrics,
-                x_save_requirements=False, x_transaction_log_flush_interval=2.0)
+                x_disable_stats=not system_metrics, x_save_requirements=False, x_transaction_log_flush_interval=2.0)
 
 # %% ../../nbs/15_run/8_tracking.ipynb #e0d9d732
 @patch
