@@ -179,7 +179,7 @@ def tiled_logps(
     dtype:torch.dtype|None=None, # precision of the products; None takes the hidden states'
     gather=None, # gather(weight, bias): context that gathers sharded weights, entered again in the backward
     with_entropy:bool=False, # also the entropy of each position; a second tile of memory
-)->tuple: # logps_N and values_N with gradients; top1_N: the label is the first of the likeliest tokens; entropy_N if asked
+)->tuple: # logps_N and values_N with gradients; top1_N: the label is the likeliest token; entropy_N if asked for
     "Log-probabilities, values and top-1 flags without a [N, V] tensor"
     gather = gather or (lambda *_: contextlib.nullcontext())
     tiles = TileSettings(columns, scale, softcap, dtype or hidden_NH.dtype, gather, with_entropy)

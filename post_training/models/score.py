@@ -140,12 +140,12 @@ def score_forward(
     labels = labels.to(hidden_BTH.device)
     labels_BT1 = labels[:, 1:]
     positions_N = find_scored_positions(labels) if scored_positions is None else scored_positions
-    # a row of hidden states has one position more than a row of predicted tokens
+    # hidden states have one position more than predicted tokens
     hidden_NH = hidden_BTH.flatten(0, 1).index_select(0, positions_N + positions_N//max(labels_BT1.shape[1], 1))
     labels_N = labels_BT1.flatten().index_select(0, positions_N)
     with maybe_gather_lm_head_ctx(head.weight, head.bias):
         results = score_positions(hidden_NH, head.weight, head.bias, labels_N, *head_transform(model.config),
                                   with_top1, with_values, with_entropy=with_entropy)
-    # index_copy keeps the graph even if nothing was picked: the result is then a zero with a gradient
+    # index_copy keeps the graph even if nothing was picked
     def scatter(x_N): return x_N.new_zeros(labels_BT1.numel()).index_copy(0, positions_N, x_N).view(labels_BT1.shape)
     return ScoreOutput(*(None if x_N is None else scatter(x_N) for x_N in results))

@@ -589,7 +589,7 @@ def references_of(
                         else [None]*len(dataset)).most_common())
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #b9153b29
-KEPT_BY_PAIRS = ("pair", "chosen_policy", "rejected_policy") # columns of a set of pairs that `as_pairs` does not make anew
+KEPT_BY_PAIRS = ("pair", "chosen_policy", "rejected_policy") # columns of a set of pairs that are not made anew
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #9de9e27d
 def own_pair_row(
@@ -639,7 +639,8 @@ def mixed_columns(
     used = {c.format(s) for names in SIDE_COLUMNS.values() for c in names for s in ("chosen", "rejected")}
     names = dict.fromkeys([*pair_features(blocks), *(c for own in columns for c in own)])
     twice = any({"source", "origin"} <= {*own} for own in columns) # a mixture of mixtures keeps the finer origin
-    drop = {*ignore, "id", "source" if twice else "id", "ref_completions", "messages"} | (used - {*pair_features(blocks)})
+    drop = {*ignore, "id", "source" if twice else "id", "ref_completions", "messages"}
+    drop |= used - {*pair_features(blocks)}
     return [c for c in names if c not in drop]
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #51ffde09

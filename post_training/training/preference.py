@@ -235,7 +235,8 @@ def metric_sums(self:PreferenceObjective,
     zero_S = torch.zeros_like(lengths_S).double()
     mask_BT, sequence_BT = answer_mask(batch)[:, 1:], batch["sequence"][:, 1:]
     def per_answer(x_BT): # sums over the answers' tokens; None: not scored
-        return zero_S if x_BT is None else sequence_sums(torch.where(mask_BT, x_BT, 0).double(), sequence_BT)[:len(zero_S)]
+        if x_BT is None: return zero_S
+        return sequence_sums(torch.where(mask_BT, x_BT, 0).double(), sequence_BT)[:len(zero_S)]
     beta_S, _ = effective_beta(self.beta, lengths_S, self.normalize_beta_by_length, self.max_effective_beta)
     free_S, _ = effective_beta(self.beta, lengths_S, self.normalize_beta_by_length)
     ratio_S = torch.where(used_S, logps_S - batch["ref_logps"], 0.) if self.needs_reference else zero_S
