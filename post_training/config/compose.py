@@ -10,7 +10,7 @@ __all__ = ['ComposedConfig', 'check_names', 'history_name', 'compose', 'diff_fro
 import functools, json, math, os, re, yaml
 from dataclasses import dataclass, field
 from pathlib import Path
-from ..core.files import UserError, did_you_mean, redact, write_atomic
+from ..core.files import UserError, did_you_mean, redact, refuse_secrets, write_atomic
 from ..core.yaml_files import read_text_file, read_yaml
 from .schema import (
     CONFIGS, NOTHING, SHARD_STAGES, STAGES, TRAINING_STAGES, check_allowed, check_config,
@@ -292,9 +292,6 @@ def _check_values(cfg:dict, keys:dict, origin):
         check_preference_args(cfg["training_args"], cfg["ref_model_args"]["model_name_or_path"])
     check_allowed(cfg, stage_keys(cfg["stage"]), origin)
     check_names(cfg, origin)
-    if unknown := [k for k in get_key(cfg, "resuming.ignore_keys", []) if not _names_a_key(k)]:
-        raise UserError(f"resuming.ignore_keys names {unknown[0]!r}{origin('resuming.ignore_keys')}, and no stage has "
-                        f"such a key.{unknown_key_hint(unknown[0], stage_keys(cfg['stage']))}")
 
 # %% ../../nbs/10_config/7_compose.ipynb #2414ac42
 def history_name(
@@ -344,6 +341,10 @@ def _finish(
         left = [k for k in flatten(raw) if k in holes and get_key(raw, k) == "???"]
         raise UserError(f"{' and '.join(left)} must be given: {' '.join(f'{k}=VALUE' for k in left)}{origin(left[0])}")
     _check_values(cfg, keys, origin)
+    ignored = get_key(cfg, "resuming.ignore_keys", []) if "resuming.ignore_keys" in typed else []
+    if unknown := [k for k in ignored if not _names_a_key(k)]: # a preset may name keys of an earlier version
+        raise UserError(f"resuming.ignore_keys names {unknown[0]!r}, and no stage has such a key."
+                        f"{unknown_key_hint(unknown[0], keys)}")
     notices = _trust(cfg, origin, typed)
     derived = _named(cfg) if cfg["stage"] in SHARD_STAGES and not holes else {}
     derived = {k: v for k,v in derived.items() if get_key(cfg, k) != v}
@@ -412,6 +413,7 @@ def compose(
     typed.update(applied)
     said += _beta_bound(raw, typed, origins)
     cfg, derived, late = _finish(raw, keys, origin, typed)
+    refuse_secrets({t.key: t.value for t in map(parse_override, overrides)} | cfg)
     where = {k: "derived" if k in derived else "override" if k in typed else origins.get(k, "default")
              for k in flatten(cfg)}
     unread = unread_keys(cfg, engine_of(cfg))

@@ -181,6 +181,12 @@ OPTIMIZER_REFUSALS = {
         f"<training_args.optim> runs on GPUs only. {_CPU_ADVICE}",
         ("train_sft", "cluster=slurm", "accelerate_config=ddp", "cluster.python=/opt/python", "cluster.device=cpu",
          "training_args.optim=paged_adamw_32bit")),
+    "the form of an optimizer's arguments": Refusal(
+        lambda c: c("training_args.optim") != "ademamix" and bool(c("training_args.optim_args"))
+            and not re.fullmatch(r"[\w ]+=[^,=]+(,[\w ]+=[^,=]+)*", str(c("training_args.optim_args"))),
+        "<training_args.optim_args>: NAME=VALUE,NAME=VALUE is needed.",
+        ("train_sft", "training_args.optim=grokadamw", "cluster=slurm", "accelerate_config=ddp", "cluster.python=/a",
+         "training_args.optim_args='alpha'")),
     "arguments of ademamix": Refusal(lambda c: c("training_args.optim") == "ademamix" and not re.fullmatch(
             rf"({_ADEMAMIX}(,|$))*", str(c("training_args.optim_args") or "").replace(" ", ""), re.I),
         "<training_args.optim_args>: ademamix takes NAME=NUMBER,... with the names alpha, beta1, beta2, beta3, "
