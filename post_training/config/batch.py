@@ -41,7 +41,8 @@ ACCELERATE_KEYS = { # key of accelerate's format -> values that are accepted, in
     **dict.fromkeys(("gpu_ids", "main_process_ip", "main_process_port", "rdzv_backend", "main_training_function",
                      "tpu_name", "tpu_zone", "tpu_env", "tpu_vm", "tpu_use_sudo", "commands", "command_file")),
     "tpu_use_cluster": ("false", "none"),
-    "dynamo_backend": _OFF, **dict.fromkeys(("fp8_config", "fsdp_config", "parallelism_config", "megatron_lm_config", "mpirun_config"), _OFF)}
+    "dynamo_backend": _OFF,
+    **dict.fromkeys(("fp8_config", "fsdp_config", "parallelism_config", "megatron_lm_config", "mpirun_config"), _OFF)}
 DEEPSPEED_KEYS = { # the same below deepspeed_config
     "zero_stage": ("0", "1", "2", "3"), "zero3_init_flag": _SWITCH, "zero3_save_16bit_model": _SWITCH,
     **dict.fromkeys(("offload_optimizer_device", "offload_param_device"), ("none", "cpu", "nvme")),

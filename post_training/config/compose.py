@@ -385,6 +385,12 @@ def _is_frozen_file(override)->bool:
     "Whether an override is the path of a YAML file instead of key=value"
     return isinstance(override, str) and override.endswith((".yaml", ".yml")) and "=" not in override
 
+# %% ../../nbs/10_config/7_compose.ipynb #84cfdd31
+def _plain_presets(raw:dict, keys:dict, origin)->dict:
+    "The composed presets without overrides, checked where they are complete by themselves"
+    try: return _finish(json.loads(json.dumps(raw)), keys, origin, holes_ok=True)[0]
+    except UserError: return resolve_interpolations(raw) # overrides may complete presets
+
 # %% ../../nbs/10_config/7_compose.ipynb #df97730f
 def compose(
     stage:str, # a stage; hyphens are accepted for underscores
@@ -407,8 +413,7 @@ def compose(
         if text := typed.get(key): return "" if text.lstrip("+").startswith(f"{key}=") else f" (typed: {text})"
         where = next((w for k,w in origins.items() if k == key or k.startswith(key + ".")), "default")
         return "" if where == "default" else f" ({where})"
-    try: presets, _, _ = _finish(json.loads(json.dumps(raw)), keys, origin, holes_ok=True)
-    except UserError: presets = resolve_interpolations(raw) # overrides may complete presets
+    presets = _plain_presets(raw, keys, origin)
     applied, said = _apply(raw, values, keys)
     typed.update(applied)
     said += _beta_bound(raw, typed, origins)
@@ -419,7 +424,8 @@ def compose(
     unread = unread_keys(cfg, engine_of(cfg))
     refuse_unread(unread, cfg, typed)
     check_combinations(cfg, run_facts(cfg))
-    notices += [*more, *said, *late, *_tracking_notice(cfg), *machine_notice(cfg), *unread_notices(unread, cfg, where, choices, others)]
+    notices += [*more, *said, *late, *_tracking_notice(cfg), *machine_notice(cfg),
+                *unread_notices(unread, cfg, where, choices, others)]
     return ComposedConfig(stage, overrides, cfg, where, presets, list(dict.fromkeys(notices)),
                           preset_groups(stage) | {g: str(c) for g,c in choices.items()},
                           {k: u.cause for k,u in unread.items()})

@@ -38,8 +38,8 @@ def run_facts(
     "What a configuration and this machine show about the place where it will run"
     cluster, engine = cfg.get("cluster") or {}, engine_of(cfg)
     elsewhere = any(cluster.get(k) for k in ("python", "environment", "container_image"))
-    zero = accelerate_preset(cfg["accelerate_config"])["deepspeed_config"]["zero_stage"] if engine == "deepspeed" else None
-    return RunFacts(engine, planned_device(cfg), zero, cluster.get("launcher") == "local" or not elsewhere)
+    preset = accelerate_preset(cfg["accelerate_config"]) if engine == "deepspeed" else {}
+    return RunFacts(engine, planned_device(cfg), get_key(preset, "deepspeed_config.zero_stage"), cluster.get("launcher") == "local" or not elsewhere)
 
 # %% ../../nbs/10_config/6_refusals.ipynb #fbd26570
 def _is_deepspeed_on_cpu(c)->bool:
@@ -84,6 +84,10 @@ DEVICE_REFUSALS = {
         "<training_args.fp16> scales the gradients of float32 weights, and <model_args.dtype>: set "
         "model_args.dtype=float32.",
         ("train_sft", "cluster.device=cuda", "model_args.dtype=float16", "training_args.fp16=true")),
+}
+
+# %% ../../nbs/10_config/6_refusals.ipynb #ab187a5e
+DEVICE_REFUSALS |= {
     "tf32 on a CPU": Refusal(lambda c: bool(c("training_args.tf32")) and c("@device") == "cpu",
         f"<training_args.tf32> is a mode of GPUs. {_CPU_ADVICE}",
         ("train_sft", "cluster.device=cpu", "training_args.tf32=true")),
@@ -181,6 +185,10 @@ OPTIMIZER_REFUSALS = {
         f"<training_args.optim> runs on GPUs only. {_CPU_ADVICE}",
         ("train_sft", "cluster=slurm", "accelerate_config=ddp", "cluster.python=/opt/python", "cluster.device=cpu",
          "training_args.optim=paged_adamw_32bit")),
+}
+
+# %% ../../nbs/10_config/6_refusals.ipynb #5a041a73
+OPTIMIZER_REFUSALS |= {
     "the form of an optimizer's arguments": Refusal(
         lambda c: c("training_args.optim") != "ademamix" and bool(c("training_args.optim_args"))
             and not re.fullmatch(r"[\w ]+=[^,=]+(,[\w ]+=[^,=]+)*", str(c("training_args.optim_args"))),
@@ -196,8 +204,8 @@ OPTIMIZER_REFUSALS = {
         "<training_args.optim_args>: t_alpha and t_beta3 must be the same on a CPU. Give both the same value.",
         ("train_sft", "cluster.device=cpu", "training_args.optim=ademamix", "training_args.optim_args='t_alpha=3'")),
     "arguments of torch's optimizers": Refusal(_wrong_optim_args,
-        f"<training_args.optim_args>: NAME=NUMBER,... with {'; '.join(f'{k}: ' + ', '.join(v) for k,v in OPTIM_ARGS.items())}"
-        ".",
+        f"<training_args.optim_args>: NAME=NUMBER,... with "
+        f"{'; '.join(f'{k}: ' + ', '.join(v) for k,v in OPTIM_ARGS.items())}.",
         ("train_sft", "training_args.optim=sgd", "training_args.optim_args='momentun=0.9'")),
 }
 
@@ -257,10 +265,15 @@ SCHEDULE_REFUSALS = {
     "a schedule's arguments": Refusal(_unknown_schedule_args,
         "<training_args.lr_scheduler_kwargs>: <training_args.lr_scheduler_type> takes <@schedule_args>.",
         ("train_sft", "training_args.lr_scheduler_type=cosine", "training_args.lr_scheduler_kwargs={min_lr: 1e-6}")),
+}
+
+# %% ../../nbs/10_config/6_refusals.ipynb #8f493a7a
+SCHEDULE_REFUSALS |= {
     "a schedule's numbers": Refusal(_text_arguments,
         "<training_args.lr_scheduler_kwargs>: numbers from 0 are needed; warmup_type and decay_type are linear, cosine "
         "or 1-sqrt, mode is min or max, threshold_mode is rel or abs.",
-        ("train_sft", "training_args.lr_scheduler_type=cosine", "training_args.lr_scheduler_kwargs={num_cycles: many}")),
+        ("train_sft", "training_args.lr_scheduler_type=cosine",
+         "training_args.lr_scheduler_kwargs={num_cycles: many}")),
     "a plateau": Refusal(lambda c: c("training_args.lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy")
                          and c("training_args.eval_strategy") == "no",
         "<training_args.lr_scheduler_type> follows an evaluation, and <training_args.eval_strategy> makes none.",

@@ -1361,7 +1361,7 @@ def check_config(
             if _names_code(v):
                 raise UserError(f"{key} contains _target_: a configuration must not refer to Python code.{origin(key)}")
             if odd := _odd_character(v):
-                raise UserError(f"{key} contains the control character {odd!r}, which no name or path has.{origin(key)}")
+                raise UserError(f"{key} contains the control character {odd!r}: remove it.{origin(key)}")
             try: out[k] = coerce_value(key, v, keys[key])
             except UserError as e: raise UserError(f"{e}{origin(key)}") from None
         elif any(known.startswith(key + ".") for known in keys):
