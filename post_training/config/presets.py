@@ -10,7 +10,7 @@ __all__ = ['OTHER_NAMES', 'EXPERIMENT_GROUPS', 'evaluate_arithmetic', 'project_r
 # %% ../../nbs/10_config/4_presets.ipynb #9de09f9d
 import ast, contextlib, functools, math, operator, os, re, tempfile, threading, yaml
 from pathlib import Path
-from ..core.files import UserError, did_you_mean, redact, write_atomic
+from ..core.files import UserError, did_you_mean, is_secret_name, write_atomic
 from ..core.yaml_files import error_line, read_documents, read_text_file, read_yaml
 from .schema import CONFIGS, SECTION_GROUPS, STAGES, flatten, pop_key, set_key
 from .overrides import quote_value
@@ -410,7 +410,7 @@ def compose_presets(
 # %% ../../nbs/10_config/4_presets.ipynb #b7cdacab
 def _env(name:str, *default):
     "An environment variable; one that is named like a secret is refused, because configs are recorded"
-    if redact({name: "x"})[name] != "x":
+    if is_secret_name(name):
         raise UserError(f"the variable {name} is named like a secret; a configuration would record it")
     if name in os.environ: return os.environ[name]
     if default: return default[0]
