@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CALL', 'THOUGHT_END', 'prompt_of', 'prompts_of', 'render_prompts', 'prompts_that_fit', 'generated_answer',
            'check_answer', 'count_reasons', 'read_answers', 'row_scores', 'evaluation_result', 'load_for_generation',
-           'Sampling', 'generate_answers', 'evaluate_checkpoint', 'sample_scores', 'eval_rows', 'evaluate_config',
-           'verdict_text', 'show_samples', 'parse_evaluation_args', 'evaluate_command']
+           'Sampling', 'answers_by_server', 'generate_answers', 'evaluate_checkpoint', 'sample_scores', 'eval_rows',
+           'evaluate_config', 'verdict_text', 'show_samples', 'parse_evaluation_args', 'evaluate_command']
 
 # %% ../../nbs/60_evaluation/2_answers.ipynb #5057f369
 import argparse, numpy as np, sys, time, traceback
@@ -206,6 +206,20 @@ class Sampling:
     samples:int=1 # of each prompt
     seed:int=0 # of the sampling
 
+# %% ../../nbs/60_evaluation/2_answers.ipynb #c00ce32b
+def answers_by_server(
+    model:ServedModel,
+    prompts:list[list[int]], # ids
+    seeds:list[int], # of all samples, prompt by prompt
+    sampling:Sampling,
+    stop:list[int], # ids that end an answer, besides the server's own
+)->list[dict]: # of all samples: ids, finish_reason
+    "Answers of a server"
+    s = sampling
+    of_prompts = [seeds[k:k + s.samples] for k in range(0, len(seeds), s.samples)]
+    told = model.complete(prompts, of_prompts, s.samples, s.max_new_tokens, s.temperature, s.top_p, stop)
+    return [dict(ids=a["ids"], finish_reason=a["finish_reason"]) for samples in told for a in samples]
+
 # %% ../../nbs/60_evaluation/2_answers.ipynb #47d3863b
 def generate_answers(
     model, # in evaluation mode, or a `ServedModel`
@@ -230,10 +244,7 @@ def generate_answers(
     for batch in progress([b for b in batches if not all(i in out for i in b)]):
         seeds = [seed_of(s.seed, str(prompts[i]), j) for i in batch for j in range(s.samples)]
         asked = [prompts[i] for i in batch]
-        if served:
-            of_prompts = [seeds[k:k + s.samples] for k in range(0, len(seeds), s.samples)]
-            told = model.complete(asked, of_prompts, s.samples, s.max_new_tokens, s.temperature, s.top_p, ends)
-            answers = [dict(ids=a["ids"], finish_reason=a["finish_reason"]) for samples in told for a in samples]
+        if served: answers = answers_by_server(model, asked, seeds, s, ends)
         else:
             ids = complete_batch(model, asked, row_noise(seeds, s.max_new_tokens), stop, tokenizer.pad_token_id,
                                  s.temperature, s.top_p, s.samples)

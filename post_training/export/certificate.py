@@ -181,7 +181,9 @@ def trained_errors(
 
 # %% ../../nbs/55_export/6_certificate.ipynb #347d09b9
 def _of_dialogues(item, certificate, answer, check, asked): # an item that is judged dialogue by dialogue
-    n, faults, count = len(certificate["dialogues"]), [], 0
+    n = len(certificate["dialogues"])
+    faults = []
+    count = 0
     for d, a in zip(certificate["dialogues"], answer["dialogues"]):
         if not asked(a): continue
         count += 1

@@ -224,7 +224,8 @@ def ask_library(
     from post_training.tokens.tokenizer import read_tokenizer
     tokenizer = read_tokenizer(question["folder"])
     model = load_model(question["folder"], question["dtype"], **load_args).eval()
-    stop, n, rows = model_stop_ids(model), question["max_new_tokens"], []
+    stop, n = model_stop_ids(model), question["max_new_tokens"]
+    rows = []
     for d in question["dialogues"]:
         row = dict(ids=tokenizer(d["text"], add_special_tokens=False)["input_ids"],
                    text=tokenizer.apply_chat_template(d["messages"], tools=d["tools"], tokenize=False, **d["kwargs"]),

@@ -126,8 +126,8 @@ def likely_cause(
     before, config = logprob_errors(expected, got), AutoConfig.from_pretrained(path)
     tried = [(sentence, dict(config=changed)) for sentence, changed in reader_faults(config)]
     if getattr(config.get_text_config(), "hidden_act", None) == "xielu":
-        tried.insert(0, ("xIELU: the reader holds the parameters of the activation in bfloat16, the weights are in "
-                         "float32; an export with dtype=bfloat16 rounds them for all readers", dict(half_xielu=True)))
+        tried.insert(0, ("xIELU: the reader computes the parameters of the activation in bfloat16, whatever the dtype "
+                         "of the weights; ask it in bfloat16 to compare the rest", dict(half_xielu=True)))
     for sentence, how in tried:
         gap = logprob_errors(numbers(**how), got)
         if agrees(gap, error_bound("float32")) or gap["mean"] < .2*before["mean"]: return sentence

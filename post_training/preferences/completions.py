@@ -7,8 +7,8 @@ __all__ = ['TURN_MARKS', 'VLLM_FIELDS', 'KEY_VARIABLE', 'prompts_as_ids', 'promp
            'call_stop_ids', 'written_blocks', 'content_of_blocks', 'separated_thought', 'answer_content',
            'sample_seeds', 'check_sampling', 'transformers_backend', 'ServerFailed', 'base_url', 'is_local',
            'http_client', 'http_json', 'request_error', 'request_with_retries', 'served_model', 'checked_choices',
-           'in_threads', 'server_backend', 'listed_logprobs', 'server_logprobs', 'check_server_model', 'ServedModel',
-           'open_server', 'token_rate', 'kept_completions', 'completions_batch_fn']
+           'in_threads', 'server_backend', 'listed_logprobs', 'server_logprobs', 'difference_text',
+           'check_server_model', 'ServedModel', 'open_server', 'token_rate', 'kept_completions', 'completions_batch_fn']
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #88d49fcb
 import functools, ipaddress, json, os, queue, re, threading, time, urllib.parse
@@ -464,6 +464,17 @@ def server_logprobs(
     out = in_threads(one, rows, concurrency)
     return None if any(row is None for row in out) else out
 
+# %% ../../nbs/35_preferences/3_completions.ipynb #521efc8e
+def difference_text(
+    told:dict, # of `check_server_model`
+)->str:
+    "The errors of a server, for a message"
+    bound = told["bound"]
+    accepted = f"{bound['mean']:.3g} on average" + (f", {bound['max']:.3g} at most" if "max" in bound else "")
+    return (f"{told['mean']:.3g} nats per token off on average, {told['max']:.3g} at most, over {told['tokens']} "
+            f"tokens of {told['rows']} prompts (accepted: {accepted}). Negative log-likelihood: {told['nll']:.4f} here, "
+            f"{told['server_nll']:.4f} there")
+
 # %% ../../nbs/35_preferences/3_completions.ipynb #57b07fc1
 def check_server_model(
     url:str, # of the server, with or without /v1
@@ -491,13 +502,9 @@ def check_server_model(
     if agrees(errors, bound): return told
     cause = (likely_cause(path, rows, expected, got, **load_args) if fits_in_memory(path)
              else "unknown, as the model does not fit into memory here")
-    raise UserError(
-        f"The server at {url} gives {model!r} other log-probabilities than the {with_what['compared_with']} of {path}: "
-        f"{errors['mean']:.3g} nats per token off on average, {errors['max']:.3g} at most, over {errors['tokens']} "
-        f"tokens of {len(rows)} prompts (accepted: {bound['mean']:.3g} on average"
-        f"{', {:.3g} at most'.format(bound['max']) if 'max' in bound else ''}). Negative log-likelihood: "
-        f"{errors['nll']:.4f} here, {told['server_nll']:.4f} there. Likely cause: {cause}. Nothing was sampled. Serve "
-        "this folder with a server that reads it so, or accept the difference with server.max_error.")
+    raise UserError(f"The server at {url} gives {model!r} other log-probabilities than the {told['compared_with']} of "
+                    f"{path}: {difference_text(told)}. Likely cause: {cause}. Nothing was sampled. Serve this folder "
+                    "with a server that reads it so, or accept the difference with server.max_error.")
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #f02d45f9
 @dataclass
