@@ -12,7 +12,7 @@ __all__ = ['REFERENCE_CHOICES', 'CANDIDATE_CHOICES', 'PAIR_MODES', 'POOL_FIELDS'
            'plot_pool', 'references_of', 'own_pair_row', 'as_pairs', 'mixed_columns', 'mix_pairs']
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #d9f43b42
-import json, math, numpy as np, random
+import json, math, numpy as np, os, random
 from collections import Counter
 from dataclasses import dataclass
 from itertools import combinations
@@ -569,7 +569,7 @@ def plot_pool(
         left.scatter(length[at], reward[at], s=4, alpha=.5, label=name[:24])
     left.set_xlabel("tokens minus the prompt's mean")
     left.set_ylabel("reward minus the prompt's mean")
-    left.legend(fontsize=7, frameon=False)
+    if left.get_legend_handles_labels()[0]: left.legend(fontsize=7, frameon=False)
     names = list(dict.fromkeys(a for a, _ in wins))
     table = np.array([[wins.get((a, b), (math.nan,))[0] for b in names] for a in names]).reshape(len(names), len(names))
     if names: right.imshow(table, vmin=0, vmax=1, cmap="RdYlGn")
@@ -623,7 +623,7 @@ def as_pairs(
         return out | dict(id=batch["id"], _fault=[why for _, why in made])
     others = rows.select_columns([c for c in rows.column_names if c not in (*features, "completions", "_row")])
     made = rows.map(convert, batched=True, batch_size=500, features=features, remove_columns=rows.column_names,
-                    load_from_cache_file=False, desc="Pairs")
+                    load_from_cache_file=False, new_fingerprint=os.urandom(8).hex(), desc="Pairs")
     made = concatenate_datasets([made, others], axis=1) if others.column_names else made
     made, again = keep_good(made.add_column("_row", made["id"][:]))
     return made, dict(counts, out=len(made), dropped={**counts["dropped"], **again["dropped"]},
