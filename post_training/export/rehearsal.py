@@ -56,8 +56,9 @@ VOLATILE_KEYS = ("transformers_version", "_name_or_path", "architectures", "dtyp
 
 # %% ../../nbs/55_export/7_rehearsal.ipynb #b6cb2475
 # texts at which tokenizers split and normalise differently: numbers, spaces, contractions, accents in two forms
-PROBE_TEXTS = ("In 2024 it cost 1,234.50 (about 12345678).", "  two  spaces\n\n\n\tand tabs \r\n", "It's HE'LL we're I'd",
-               "e\u0301 and \u00e9, \ufb01 \u2460 \u00bd", "snake_case camelCase x+=1; // comment",
+PROBE_TEXTS = ("In 2024 it cost 1,234.50 (about 12345678).", "  two  spaces\n\n\n\tand tabs \r\n",
+               "It's HE'LL we're I'd", "snake_case camelCase x+=1; // comment",
+               "e\u0301 and \u00e9, \ufb01 \u2460 \u00bd",
                "Z\u00fcrich \u65e5\u672c\u8a9e \u0440\u0443\u0441 \U0001f3d4", "<user> </s> [INST] \u2581x", "")
 
 # %% ../../nbs/55_export/7_rehearsal.ipynb #27293780
@@ -97,8 +98,8 @@ def check_tokenizer_files(
         if a != b: raise UserError(f"The tokenizer, written and read again, has other {key.replace('_', ' ')}.{cause}")
     ids = lambda t, text: t(text, add_special_tokens=False).input_ids
     if texts := [text for text in PROBE_TEXTS if ids(tokenizer, text) != ids(again, text)]:
-        raise UserError(f"The tokenizer, written and read again, gives other ids for {len(texts)} of {len(PROBE_TEXTS)} "
-                        f"texts, for example {texts[0]!r}.{cause}")
+        raise UserError(f"The tokenizer, written and read again, gives other ids for {len(texts)} of "
+                        f"{len(PROBE_TEXTS)} texts, for example {texts[0]!r}.{cause}")
     compared = compare_ids(tokenizer, again, own_dialogues())
     if different := [r["dialogue"] for r in compared if r["same"] is False]:
         raise UserError(f"The tokenizer, written and read again, gives other ids for {len(different)} of "
@@ -208,7 +209,8 @@ def check_space(
     plan:SavePlan,
 )->dict: # checkpoint_bytes, checkpoints (at once), free_bytes
     "Refuse to train if the checkpoints to come do not fit"
-    one, count, free = checkpoint_bytes(model, plan), checkpoints_at_once(plan), shutil.disk_usage(folder).free
+    one, count = checkpoint_bytes(model, plan), checkpoints_at_once(plan)
+    free = shutil.disk_usage(folder).free
     size = lambda n: f"{n/1e9:.1f} GB" if n >= 1e8 else f"{n/1e6:.1f} MB"
     if one*count > free:
         advice = ("Free some space, or choose another artifacts_dir." if one > free else
@@ -228,8 +230,8 @@ class Rehearsal:
         "The rehearsal in one line"
         f = self.facts
         return (f"rehearsal: settings and tokenizer written to the checkpoints' folder and read again; "
-                f"{f['checkpoints']} checkpoint{'s'*(f['checkpoints'] != 1)} of {f['checkpoint_bytes']/1e6:,.0f} MB fit "
-                f"({f['free_bytes']/1e9:,.0f} GB free)")
+                f"{f['checkpoints']} checkpoint{'s'*(f['checkpoints'] != 1)} of "
+                f"{f['checkpoint_bytes']/1e6:,.0f} MB fit ({f['free_bytes']/1e9:,.0f} GB free)")
 
 # %% ../../nbs/55_export/7_rehearsal.ipynb #81ed2e91
 def rehearse(
@@ -248,6 +250,6 @@ def rehearse(
         finally: shutil.rmtree(folder, ignore_errors=True)
         space = check_space(root, model, plan)
     except OSError as e:
-        raise UserError(f"A checkpoint could not be written to {root}: {str(e).splitlines()[0]}. Free some space, fix the "
-                        "permissions, or choose another artifacts_dir.") from e
+        raise UserError(f"A checkpoint could not be written to {root}: {str(e).splitlines()[0]}. Free some space, fix "
+                        "the permissions, or choose another artifacts_dir.") from e
     return Rehearsal(space, notices)

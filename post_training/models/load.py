@@ -261,8 +261,8 @@ def padded_rows(
 )->str: # a notice; empty if there are no more rows than ids
     "What becomes of the rows of embeddings above the tokenizer's ids"
     if rows <= ids: return ""
-    return (f"The model has {rows - ids} rows of embeddings above the tokenizer's {ids} ids. They are kept as they are in "
-            "every checkpoint and export: no text has these ids, and their logits only take part in the softmax.")
+    return (f"The model has {rows - ids} rows of embeddings above the tokenizer's {ids} ids. They are kept in every "
+            "checkpoint and export: no text has these ids, and their logits only take part in the softmax.")
 
 # %% ../../nbs/30_models/1_load.ipynb #sp3c1d02
 def set_special_ids(

@@ -211,7 +211,8 @@ def thought_marks(
     template = tokenizer.chat_template
     known = getattr(tokenizer, "_thought_marks", None)
     if known and known[0] == template: return known[1]
-    thought, answer, found = "Thought7of7", "Answer8of8", ()
+    found = ()
+    thought, answer = "Thought7of7", "Answer8of8"
     chats = [[dict(role="user", content="2+2?"), dict(role="assistant", content=answer, **{key: thought})]
              for key in ("reasoning_content", "reasoning", "thinking")]
     mark = r"(<[^<>\s]+>|\[[^\[\]\s]+\])"

@@ -391,7 +391,8 @@ def rehearse_save(
     from post_training.export.rehearsal import SavePlan, rehearse, weightless_model
     from post_training.models.load import padded_rows
     from post_training.training.checkpoint import complete_checkpoints
-    m, t, start = w.cfg["model_args"], w.cfg["training_args"], time.perf_counter()
+    start = time.perf_counter()
+    m, t = w.cfg["model_args"], w.cfg["training_args"]
     trust = m.get("trust_remote_code", False)
     model = weightless_model(run.base_model(m["model_name_or_path"], w.cfg["runs_dir"])[0], data.tokenizer,
                              auto["dtype"], m.get("model_revision") or "main", trust)

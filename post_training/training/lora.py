@@ -212,7 +212,8 @@ def row_log_probs(
 )->list: # of tensors [T-1], float32
     "Log-probabilities of the tokens of some rows after their beginning"
     import torch
-    was_training, out, device = model.training, [], next(model.parameters()).device
+    was_training, device = model.training, next(model.parameters()).device
+    out = []
     model.eval()
     with torch.no_grad():
         for ids in rows:
