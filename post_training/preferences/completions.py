@@ -472,7 +472,8 @@ def difference_text(
     bound = told["bound"]
     accepted = f"{bound['mean']:.3g} on average" + (f", {bound['max']:.3g} at most" if "max" in bound else "")
     return (f"{told['mean']:.3g} nats per token off on average, {told['max']:.3g} at most, over {told['tokens']} "
-            f"tokens of {told['rows']} prompts (accepted: {accepted}). Negative log-likelihood: {told['nll']:.4f} here, "
+            f"tokens of {told['rows']} prompts (accepted: {accepted}). "
+            f"Negative log-likelihood: {told['nll']:.4f} here, "
             f"{told['server_nll']:.4f} there")
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #57b07fc1
