@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'PREVIEWED', 'stage_line', 'help_text', 'stage_help_text', 'keys_text', 'preview_of', 'dry_run',
-           'stage_command', 'list_command', 'show_command', 'diff_command', 'verify_command', 'keep_command',
-           'gc_command', 'add_list_options', 'add_gc_options', 'add_runs_options', 'jobs_command', 'add_jobs_options',
-           'plan_command', 'add_dry_run', 'add_stage_options', 'add_inspect', 'add_chat', 'add_certify', 'sync_command',
-           'build_parser', 'main']
+           'stage_command', 'list_command', 'show_command', 'diff_command', 'verify_command', 'repair_command',
+           'keep_command', 'gc_command', 'add_list_options', 'add_gc_options', 'add_runs_options', 'jobs_command',
+           'add_jobs_options', 'plan_command', 'add_dry_run', 'add_stage_options', 'add_inspect', 'add_chat',
+           'add_certify', 'sync_command', 'build_parser', 'main']
 
 # %% ../nbs/80_entry/3_cli.ipynb #3dc7a4a7
 import os, sys
@@ -20,7 +20,7 @@ COMMANDS = { # name: what it does, and how it is typed
     "plan": "several stages that wait for each other: plan PLAN.yaml [--dry-run] [key=value ... for all stages]",
     "jobs": "waiting and running jobs of the cluster, with reasons: jobs [RUN ...] [--all] [--lines N]",
     "runs": "list runs: --stage, --status, --text, --sort NUMBER; show RUN, diff A B, verify [RUN ...], "
-            "keep RUN [NAME], gc [RUN ...] [--failed] [--all-checkpoints] [--yes]",
+            "repair RUN, keep RUN [NAME], gc [RUN ...] [--failed] [--all-checkpoints] [--yes]",
     "inspect": "look at a dataset as the model will see it: "
                "inspect DATASET [--rows N] [--row ID] [--split S] [key=value ...]",
     "chat": "talk to a checkpoint: chat CHECKPOINT [--system TEXT] [--temperature T] [--template NAME] ...",
@@ -173,16 +173,25 @@ def verify_command(
     args, # words: runs; none: all
 )->int: # exit code: 1 if a problem was found
     "`post-training runs verify`"
-    from post_training.run.find import all_runs, find_run
-    from post_training.run.record import read_record
-    from post_training.view.report import verify_run
+    from post_training.run.check import verify_run
+    from post_training.run.find import all_runs, find_run, records_of
     bad = 0
-    for r in [find_run(w) for w in args.words] or all_runs():
-        wrong, finished = verify_run(r), read_record(r).get("status") == "finished"
+    for r, record in records_of([find_run(w) for w in args.words] or all_runs())[0]:
+        wrong, finished = verify_run(r), record.get("status") == "finished"
         verdict = "; ".join(wrong) or ("whole" if finished else "nothing wrong, but it is not finished")
         print(f"{r.name}: {verdict}")
         bad |= bool(wrong)
     return int(bad)
+
+# %% ../nbs/80_entry/3_cli.ipynb #0ceeb443
+def repair_command(
+    args, # words: a run
+)->int: # exit code
+    "`post-training runs repair`"
+    from post_training.run.check import repair_run
+    from post_training.run.find import find_run
+    for line in repair_run(find_run(args.words[0])): print(line)
+    return 0
 
 # %% ../nbs/80_entry/3_cli.ipynb #dac4e95e
 def keep_command(
@@ -249,6 +258,7 @@ def add_runs_options(
     add("show", "RUN", show_command, help="one run and its jobs")
     add("diff", "A B", diff_command, help="the differences between two runs")
     add("verify", "[RUN ...]", verify_command, help="compare folders with their hashes and manifests")
+    add("repair", "RUN", repair_command, help="rebuild a lost or damaged record or config")
     add("keep", "RUN [NAME]", keep_command, help="a small, redacted copy for git")
     add("gc", "[RUN ...]", gc_command, add_gc_options, help="delete checkpoints that are not needed")
 

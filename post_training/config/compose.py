@@ -403,6 +403,7 @@ def compose(
     if len(overrides) == 1 and _is_frozen_file(overrides[0]):
         if (frozen := compose_frozen(overrides[0])).stage == stage: return frozen
         raise UserError(f"{overrides[0]} is a config of stage {frozen.stage}, not {stage}.")
+    if not isinstance(overrides, str): refuse_secrets({t.key: t.value for t in map(parse_override, overrides)})
     keys = known_keys(stage)
     choices, values, notices = _sort_overrides(stage, overrides, keys, config_dir)
     raw, origins, values, more = _translated(stage, choices, values, keys, config_dir)
@@ -418,7 +419,7 @@ def compose(
     typed.update(applied)
     said += _beta_bound(raw, typed, origins)
     cfg, derived, late = _finish(raw, keys, origin, typed)
-    refuse_secrets({t.key: t.value for t in map(parse_override, overrides)} | cfg)
+    refuse_secrets(cfg)
     where = {k: "derived" if k in derived else "override" if k in typed else origins.get(k, "default")
              for k in flatten(cfg)}
     unread = unread_keys(cfg, engine_of(cfg))

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['REASONS', 'why_waiting', 'log_tail', 'job_log', 'task_logs', 'log_files', 'ask_queue', 'blocked_by',
            'array_progress_text', 'array_row', 'job_row', 'close_unstarted_run', 'shown_jobs', 'job_rows', 'job_tails',
-           'job_history', 'CheckpointFolder', 'folder_bytes', 'generations', 'own_folder', 'referenced_checkpoints',
-           'state_for_gc', 'result_checkpoints', 'checkpoint_folders', 'gc_checkpoints', 'format_bytes', 'gc_rows',
-           'delete_checkpoints', 'freed_lines']
+           'job_history', 'CheckpointFolder', 'folder_bytes', 'generations', 'own_folder', 'named_sources',
+           'referenced_checkpoints', 'state_for_gc', 'result_checkpoints', 'checkpoint_folders', 'gc_checkpoints',
+           'format_bytes', 'gc_rows', 'delete_checkpoints', 'freed_lines']
 
 # %% ../../nbs/70_launch/11_runs.ipynb #9b697129
 import datetime, os, re, shutil
@@ -21,7 +21,7 @@ from ..config.presets import site_path
 from ..run.locks import hold_run, is_live, release_run
 from ..run.record import edit_record, final_checkpoint, list_checkpoints, read_record
 from ..run.state import generation_folder, run_status
-from ..run.find import all_runs, find_run
+from ..run.find import all_runs, find_run, records_of
 from .accelerate import run_progress
 
 # %% ../../nbs/70_launch/11_runs.ipynb #ad769c3e
@@ -247,7 +247,8 @@ def job_rows(
     every:bool=False, # all runs that were ever submitted
 )->tuple[list[dict], str]: # a row for each run's newest job, for each job if runs are named; a notice
     "The jobs of runs, as a table"
-    every_run = [(p, read_record(p)) for p in all_runs()]
+    every_run, damaged = records_of(all_runs())
+    every_run = [(p, r) for p, r in every_run if "damaged" not in r]
     named = [find_run(n) for n in names]
     if odd := [p for p in named if not read_record(p).get("jobs")]:
         raise UserError(f"{odd[0].name} was never submitted to a scheduler. `post-training runs show {odd[0].name}` "
@@ -258,7 +259,7 @@ def job_rows(
     if known is not None:
         runs = [(p, close_unstarted_run(p, r, known, [(f, o) for f, o in every_run if f != p])) for p, r in runs]
     rows = [job_row(p, r, j, known, every_run) for p, r in runs for j in (r["jobs"] if names else shown_jobs(r, known))]
-    return rows, notice
+    return rows, "\n".join([notice]*bool(notice) + damaged*(not names))
 
 # %% ../../nbs/70_launch/11_runs.ipynb #a726fdac
 def job_tails(
@@ -328,6 +329,27 @@ def own_folder(
     shown, found = f"{folder.parent.name}/{folder.name}", f"names {owner}" if owner else "is missing"
     return None, f"{shown} does not belong to {generation['id']}: its owner file {found}"
 
+# %% ../../nbs/70_launch/11_runs.ipynb #c9199758
+# keys of folders that a run writes to, or that hold all runs
+_OWN_FOLDERS = ("runs_dir", "run_dir", "resuming_dir", "artifacts_dir", "save_data_dir", "save_dir", "output_dir")
+
+# %% ../../nbs/70_launch/11_runs.ipynb #9197990c
+def named_sources(
+    node, # a config, or a part of it
+)->list[str]: # run:NAME, or what may be a path
+    "The texts of a config that may name a run or a folder that it reads"
+    if isinstance(node, dict):
+        return [s for k, v in node.items() if k not in _OWN_FOLDERS for s in named_sources(v)]
+    if isinstance(node, list): return [s for v in node for s in named_sources(v)]
+    if not isinstance(node, str): return []
+    return [node] if node.startswith("run:") else [node, node.partition("+")[0]] if "/" in node else []
+
+# %% ../../nbs/70_launch/11_runs.ipynb #a8150a13
+def _is_folder(name:str)->bool:
+    "Whether a text is the path of a folder"
+    try: return site_path(name).is_dir()
+    except (OSError, ValueError): return False
+
 # %% ../../nbs/70_launch/11_runs.ipynb #e9a03627
 def referenced_checkpoints(
     records:list[tuple], # (folder, record) of all runs
@@ -340,14 +362,15 @@ def referenced_checkpoints(
             for parent in generation.get("parents") or []:
                 if parent.get("checkpoint"): add((parent.get("run"), parent["checkpoint"]), folder.name)
         cfg = record.get("config") or {}
-        model = str((cfg.get("model_args") or {}).get("model_name_or_path") or "")
-        for path in (cfg.get("resume_from"), None if model.startswith("run:") else model):
-            if path and site_path(path).is_dir(): add(site_path(path).resolve(), folder.name)
-        # a run that has not begun yet: the checkpoint that it will take
-        if model.startswith("run:") and not record.get("parents") and record.get("status") != "finished":
-            try: other = read_record(find_run(model[4:], cfg.get("runs_dir"), parts=False))
+        for name in dict.fromkeys(named_sources(cfg)):
+            if not name.startswith("run:"):
+                if _is_folder(name): add(site_path(name).resolve(), folder.name)
+                continue
+            if record.get("status") == "finished": continue # its parents are recorded
+            # a run that has not ended yet: the checkpoint that it takes
+            try: other = read_record(find_run(name[4:], cfg.get("runs_dir"), parts=False))
             except UserError: continue
-            whole = next((p for p in list_checkpoints(generation_folder(other["config"], other))
+            whole = next((p for p in list_checkpoints(generation_folder(other.get("config") or {}, other))
                           if not verify_manifest(p, hashes=False)), None)
             if whole: add((other["id"], whole.name), folder.name)
     return out
@@ -421,11 +444,11 @@ def gc_checkpoints(
     if not names and not failed:
         raise UserError("Name the runs, or give --failed for those that failed or were killed. `post-training runs` "
                         "lists them.")
-    everything = [(p, read_record(p)) for p in all_runs()]
+    everything, notices = records_of(all_runs())
     named = [find_run(n) for n in names]
     out = []
-    notices = []
-    chosen = named + [p for p, r in everything if failed and run_status(p, r) in ("failed", "killed")]
+    chosen = named + [p for p, r in everything
+                      if failed and "damaged" not in r and run_status(p, r) in ("failed", "killed")]
     needed = referenced_checkpoints(everything)
     for p in dict.fromkeys(chosen):
         try: folders, more = checkpoint_folders(p, needed, all_checkpoints)

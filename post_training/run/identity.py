@@ -12,7 +12,7 @@ from pathlib import Path
 from ..core.files import UserError
 from ..config.schema import TRAINING_STAGES, flatten, non_identity_keys
 from ..config.presets import project_root, site_path
-from ..config.batch import accelerate_file, batch_arithmetic
+from ..config.batch import accelerate_preset, batch_arithmetic
 from .provenance import git_state
 
 # %% ../../nbs/15_run/3_identity.ipynb #d573c168
@@ -137,7 +137,7 @@ def training_topology(
 )->dict: # world_size, per_device, accumulation, zero_stage (None without DeepSpeed); empty for stages without steps
     "How a step is divided among processes"
     if cfg["stage"] not in TRAINING_STAGES: return {}
-    preset = yaml.safe_load(accelerate_file(cfg["accelerate_config"]).read_text())
+    preset = accelerate_preset(cfg["accelerate_config"])
     batch = batch_arithmetic(cfg)
     deepspeed = preset.get("distributed_type") == "DEEPSPEED"
     zero = (preset.get("deepspeed_config") or {}).get("zero_stage", 0) if deepspeed else None

@@ -4,26 +4,27 @@
 
 # %% auto #0
 __all__ = ['STATES', 'PANELS', 'PAIR_PANELS', 'MODEL_STAGES', 'LABELLED_STAGES', 'HEADLINE_ID', 'KEPT_BYTES', 'format_cell',
-           'as_table', 'headline_evaluation', 'recorded_number', 'runs_table', 'show_run', 'diff_runs', 'verify_run',
-           'plot_curves', 'show_config', 'show_counts', 'show_rows', 'show_account', 'plot_bars', 'estimate_text',
-           'show_arithmetic', 'show_evaluation', 'estimate_vs_measured', 'show_record', 'show_identity',
-           'plot_row_lengths', 'short_path', 'loss_text', 'headline_setup', 'accuracy_text', 'checkpoint_text',
-           'rows_text', 'training_results', 'headline_results', 'run_minutes', 'headline_rows', 'headline_bundle',
-           'headline', 'update_headline', 'anonymise', 'machine_names', 'downsample', 'shrink_notebook', 'keep_run']
+           'escape_markdown', 'as_table', 'headline_evaluation', 'recorded_number', 'runs_table', 'show_run',
+           'diff_runs', 'plot_curves', 'show_config', 'show_counts', 'show_rows', 'show_account', 'plot_bars',
+           'estimate_text', 'show_arithmetic', 'show_evaluation', 'estimate_vs_measured', 'show_record',
+           'show_identity', 'plot_row_lengths', 'short_path', 'loss_text', 'headline_setup', 'accuracy_text',
+           'checkpoint_text', 'rows_text', 'training_results', 'headline_results', 'run_minutes', 'headline_rows',
+           'headline_bundle', 'headline', 'update_headline', 'anonymise', 'machine_names', 'downsample',
+           'shrink_notebook', 'keep_run']
 
 # %% ../../nbs/75_view/1_report.ipynb #b36a113d
-import datetime, getpass, json, re, socket, yaml
+import datetime, getpass, html, json, re, socket, yaml
 from pathlib import Path
 from statistics import median
-from ..core.files import UserError, atomic_dir, did_you_mean, redact, verify_manifest, write_json
+from ..core.files import (
+    UserError, atomic_dir, did_you_mean, find_secrets, read_json, redact, visible_text, write_json)
 from ..config.schema import flatten
 from ..config.presets import project_root, site_path
 from ..config.batch import batch_arithmetic
 from ..config.compose import diff_from_presets
-from ..run.identity import config_hash
-from ..run.record import final_checkpoint, list_checkpoints, to_json_types, read_metrics, read_record
+from ..run.record import read_config, to_json_types, read_metrics, read_record
 from ..run.state import run_status
-from ..run.find import all_runs
+from ..run.find import all_runs, records_of
 from ..launch.estimate import estimate_of, estimate_rows
 from ..launch.recipe import closing_line
 
@@ -33,10 +34,18 @@ def format_cell(
     max_chars:int=60, # a longer text is cut in the middle
 )->str: # one line
     "A value as a table shows it"
-    text = f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value).replace("\n", " ")
+    text = f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+    text = visible_text(" ".join(text.split("\n")))
     if len(text) <= max_chars: return text
     end = (max_chars - 5)//2
     return text[:max_chars - 5 - end] + " ... " + text[-end:]
+
+# %% ../../nbs/75_view/1_report.ipynb #39c4146c
+def escape_markdown(
+    text:str, # from outside
+)->str:
+    "Text that markdown shows as it is, on one line of a table"
+    return html.escape(visible_text(text), quote=False).replace("|", "\\|").replace("](", "]&#40;")
 
 # %% ../../nbs/75_view/1_report.ipynb #3e2637f6
 def as_table(
@@ -45,16 +54,17 @@ def as_table(
     markdown:bool=False, # for a notebook; False: aligned, for a terminal
     max_chars:int=60, # of a cell
 )->str:
-    "Rows as text"
+    "Rows as text; what comes from outside is neither markup nor a control sequence"
     from tabulate import tabulate
     if not rows: return "nothing to show"
     columns = columns or list(rows[0])
     cells = [[format_cell(r.get(c), max_chars) for c in columns] for r in rows]
-    if markdown: columns, *cells = [[c.replace("|", "\\|") for c in line] for line in (columns, *cells)]
+    columns = [visible_text(str(c)) for c in columns]
+    if markdown: columns, *cells = [[escape_markdown(c) for c in line] for line in (columns, *cells)]
     return tabulate(cells, columns, "github" if markdown else "plain", disable_numparse=True)
 
 # %% ../../nbs/75_view/1_report.ipynb #4f376ca9
-STATES = ("ready", "queued", "running", "killed", "failed", "finished") # of a run
+STATES = ("ready", "queued", "running", "killed", "failed", "finished", "damaged") # of a run
 
 # %% ../../nbs/75_view/1_report.ipynb #86c1fff6
 def headline_evaluation(
@@ -80,7 +90,7 @@ def recorded_number(
 def runs_table(
     root=None, # a folder; None: `runs_root`
     stage:str=None, # only this stage
-    status:str=None, # only running, killed, failed or finished
+    status:str=None, # only running, killed, failed, finished or damaged
     text:str=None, # only runs whose folder or overrides hold this text
     sort:str=None, # by this number, as `recorded_number` finds it, the largest first; with - before it the smallest
 )->list[dict]: # one row per run, the last started first; with `sort` its number too
@@ -88,11 +98,10 @@ def runs_table(
     if status not in (None, *STATES):
         raise UserError(f"--status {status}: {', '.join(STATES)}.{did_you_mean(status, STATES)}")
     rows = []
-    for path in all_runs(root):
-        r = read_record(path)
+    for path, r in records_of(all_runs(root))[0]:
         attempts = r.get("attempts") or [{}]
         row = dict(run=path.name, stage=r.get("stage"), job_subdir=(r.get("config") or {}).get("job_subdir"),
-                   status=run_status(path, r), attempts=len(r.get("attempts") or []),
+                   status="damaged" if "damaged" in r else run_status(path, r), attempts=len(r.get("attempts") or []),
                    started=(attempts[-1].get("started") or "")[:16], loss=(r.get("final") or {}).get("train_loss"),
                    accuracy=headline_evaluation(r).get("accuracy"), folder=str(path))
         other_stage = stage and row["stage"] != stage.replace("-", "_")
@@ -128,7 +137,7 @@ def show_run(
         shown = [k for k, v in flat.items() if not isinstance(v, (list, dict)) and "/" not in k]
         if kind == "evaluation": shown = [k for k in shown if k.endswith(("accuracy", "perplexity.perplexity"))]
         lines += [f"{kind}.{k}: {format_cell(flat[k])}" for k in shown]
-    return "\n".join(lines)
+    return visible_text("\n".join(lines))
 
 # %% ../../nbs/75_view/1_report.ipynb #e3a58ce6
 def diff_runs(
@@ -138,33 +147,12 @@ def diff_runs(
     "The difference of two runs: config keys, then the last value of each metric"
     flat, last = [], []
     for p in (a, b):
-        flat.append({k: v for k, v in flatten(yaml.safe_load((Path(p)/"config.yaml").read_text())).items()
+        flat.append({k: v for k, v in flatten(read_config(p)).items()
                      if k.split(".")[0] not in ("run_dir", "resuming_dir", "resuming_hash")})
         last.append({k: v for row in read_metrics(p) for k, v in row.items() if isinstance(v, (int, float))})
     rows = [dict(key=k, first=x.get(k), second=y.get(k)) for x, y in (flat, last) for k in sorted({*x, *y})
             if x.get(k) != y.get(k)]
     return rows
-
-# %% ../../nbs/75_view/1_report.ipynb #a77f1520
-def verify_run(
-    run_dir, # a run folder
-)->list[str]: # faults, one sentence each
-    "Compare a run's hash with its folder, and its checkpoints with their manifests"
-    run_dir, wrong = Path(run_dir), []
-    r, cfg = read_record(run_dir), yaml.safe_load((run_dir/"config.yaml").read_text())
-    commit = (r.get("attempts") or [{}])[0].get("git", {}).get("commit")
-    if config_hash(cfg, commit) != r.get("hash"): wrong.append("config.yaml has another hash than record.json says")
-    if not run_dir.name.endswith(f"-{(r.get('hash') or '')[:8]}"):
-        wrong.append(f"the folder's name does not end with the hash {(r.get('hash') or '')[:8]}")
-    for generation in [r, *(r.get("earlier") or [])]:
-        folder = Path(generation.get("checkpoints_dir") or "")
-        for p in list_checkpoints(folder): wrong += [f"{folder.name}/{p.name}: {w}" for w in verify_manifest(p)]
-        final = generation.get("status") == "finished" and final_checkpoint(generation, folder)
-        if output := (generation.get("final") or {}).get("output"):
-            if generation is r and not str(output).startswith("hub:"): wrong += verify_manifest(final)
-        elif generation.get("status") == "finished" and not (final and final.is_dir()):
-            wrong.append(f"the final checkpoint of generation {generation.get('generation')} is not there")
-    return wrong
 
 # %% ../../nbs/75_view/1_report.ipynb #634e73c6
 PANELS = {"loss": ("loss", "eval_loss", "eval_prompt_loss", "eval_completion_loss"),
@@ -206,11 +194,12 @@ def show_config(
     from IPython.display import Markdown
     rows = [dict(key=f"`{k}`", preset=a, here=b) for k, (a, b) in diff_from_presets(composed).items()]
     whole = yaml.safe_dump(redact(composed.cfg), sort_keys=False, allow_unicode=True)
-    notices = "".join(f"\n- {n}" for n in composed.notices)
+    fence = "`"*max(3, *(len(m) + 1 for m in re.findall("`+", whole))) if "`" in whole else "```"
+    notices = "".join(f"\n- {escape_markdown(n)}" for n in composed.notices)
     table = as_table(rows, markdown=True) if rows else "Nothing differs from these presets."
     chosen = ", ".join(f"`{group}={name}`" for group, name in composed.choices.items())
     return Markdown(f"Presets: {chosen}\n\n{table}\n{notices}\n\n<details><summary>The whole "
-                    f"config</summary>\n\n```yaml\n{whole}```\n</details>")
+                    f"config</summary>\n\n{fence}yaml\n{whole}{fence}\n</details>")
 
 # %% ../../nbs/75_view/1_report.ipynb #6f7615ee
 def show_counts(
@@ -314,7 +303,7 @@ def show_evaluation(
     b, a = rates(before), rates(after)
     if not before and not after: return Markdown("No evaluation: evaluation.num_prompts is 0.")
     rows = [dict(skill=k, before=b.get(k), after=a.get(k)) for k in {**b, **a}]
-    notice = next((f"\n\n**{e['notice']}**" for e in (before, after) if e and e.get("notice")), "")
+    notice = next((f"\n\n**{escape_markdown(e['notice'])}**" for e in (before, after) if e and e.get("notice")), "")
     return Markdown(as_table([{k: f"{100*v:.1f} %" if isinstance(v, (int, float)) else v for k, v in r.items()}
                               for r in rows], markdown=True) + notice)
 
@@ -351,7 +340,7 @@ def show_record(
              "attempts": len(r.get("attempts") or []), "generation": r.get("generation")}
     facts |= {k: v for k, v in flatten(r.get("final") or {}).items() if not isinstance(v, (list, dict))}
     compared, e = estimate_vs_measured(run_dir), r.get("estimate") or {}
-    cost = f"\n\nNo estimate of memory and speed: {e['reason']}" if e.get("reason") else ""
+    cost = f"\n\nNo estimate of memory and speed: {escape_markdown(e['reason'])}" if e.get("reason") else ""
     if compared: cost = f"\n\n{as_table(compared, markdown=True)}\n\n{e.get('assumed', '')}"
     return Markdown(as_table([dict(what=k, value=v) for k, v in facts.items()], markdown=True) + cost)
 
@@ -655,7 +644,7 @@ def keep_run(
         if a.get("host"): a["host"] |= dict(name="[host]", platform=a["host"].get("platform", "").split("-")[0])
     with atomic_dir(Path(into or project_root()/"runs/examples")/name, replace=True) as out:
         write_json(out/"record.json", anonymise(r, names))
-        cfg = anonymise(yaml.safe_load((run_dir/"config.yaml").read_text()), names)
+        cfg = anonymise(read_config(run_dir), names)
         (out/"config.yaml").write_text(yaml.safe_dump(cfg, sort_keys=False, allow_unicode=True))
         rows = downsample(read_metrics(run_dir), max_bytes//4)
         if rows: (out/"metrics.jsonl").write_text("".join(json.dumps(to_json_types(x)) + "\n" for x in rows))
@@ -669,6 +658,6 @@ def _keep_notebook(path:Path, out:Path, names:dict, max_bytes:int):
     if max_bytes < 0:
         raise UserError(f"Record and config of {path.parent.name} alone are over the limit by {-max_bytes:,} bytes.")
     if not path.exists(): return
-    nb = shrink_notebook(anonymise(json.loads(path.read_text()), names), int(.8*max_bytes))
+    nb = shrink_notebook(anonymise(read_json(path), names), int(.8*max_bytes))
     (out/path.name).write_text(json.dumps(nb, indent=1, ensure_ascii=False) + "\n")
     (out/path.name).chmod(0o444)
