@@ -390,10 +390,10 @@ def evaluate_command(
         with gc_paused():
             import datasets, transformers.modeling_utils, post_training.models.load # noqa: F401
         result = evaluate_config(cfg, args.checkpoint, args.num_prompts)
-        write_json(out, result)
-        if args.name:
+        if args.name: # the record first: the file says that the evaluation is done
             run.update_record(cfg["run_dir"],
                               evaluation={args.name: {k: v for k, v in result.items() if k != "samples"}})
+        write_json(out, result)
     except Exception as e:
         kind = "user" if isinstance(e, UserError) else "fault"
         write_json(out.parent/"error.json", dict(message=redact(str(e)), kind=kind))

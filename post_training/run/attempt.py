@@ -298,14 +298,18 @@ HANDED_OVER = 75 # exit of an attempt that was asked to stop, saved, and continu
 def attempt_files(
     run_dir, # a run folder
     number:int, # of the attempt
-)->dict: # path below the run's folder -> size and SHA-256
+    checkpoints_dir=None, # of its generation
+)->dict: # path below the run's folder, or checkpoints:PATH -> size and SHA-256
     "The files of an attempt and of its run"
-    run_dir = Path(run_dir)
+    run_dir, checkpoints = Path(run_dir), Path(checkpoints_dir or "none")
     folder = run_dir/f"attempts/{number}"
     found = [p for pattern in ("*.ipynb", "*.log", "*.yaml", "*.patch") for p in folder.glob(pattern)]
-    found += [run_dir/"config.yaml", run_dir/"metrics.jsonl", *run_dir.glob("*.ipynb")]
-    return {str(p.relative_to(run_dir)): dict(size=p.stat().st_size, sha256=file_sha256(p))
-            for p in sorted(found) if p.is_file()}
+    found += [run_dir/n for n in ("config.yaml", "metrics.jsonl", "examples.json")] + [*run_dir.glob("*.ipynb")]
+    named = {str(p.relative_to(run_dir)): p for p in found}
+    found = [*checkpoints.glob("*.json"), *checkpoints.glob("*/manifest.json"), checkpoints/"owner"]
+    named |= {f"checkpoints:{p.relative_to(checkpoints)}": p for p in found}
+    return {name: dict(size=p.stat().st_size, sha256=file_sha256(p))
+            for name, p in sorted(named.items()) if p.is_file()}
 
 # %% ../../nbs/15_run/6_attempt.ipynb #2b2a10b4
 def close_attempt(
@@ -318,7 +322,7 @@ def close_attempt(
     def change(r):
         attempt = r["attempts"][number - 1]
         attempt.update(to_json_types(facts), exit=exit, ended=_now())
-        if exit == 0: attempt["files"] = attempt_files(run_dir, number)
+        if exit == 0: attempt["files"] = attempt_files(run_dir, number, r.get("checkpoints_dir"))
         if exit and r["status"] == "running": r["status"] = "queued" if exit == HANDED_OVER else "failed"
         _write_exit(Path(run_dir), attempt)
     edit_record(run_dir, change)

@@ -6,9 +6,9 @@
 __all__ = ['config_faults', 'file_faults', 'training_faults', 'checkpoint_faults', 'verify_run', 'whole_config', 'repair_run']
 
 # %% ../../nbs/15_run/9_check.ipynb #c079817c
-import os
+import hashlib, os
 from pathlib import Path
-from ..core.files import UserError, clear_leftovers, file_sha256, leftovers, verify_manifest
+from ..core.files import UserError, clear_leftovers, leftovers, read_json, verify_manifest
 from ..core.yaml_files import read_yaml
 from ..config.compose import save_frozen
 from ..config.schema import TRAINING_STAGES, flatten
@@ -39,6 +39,11 @@ def config_faults(
         wrong.append(f"the folder's name does not end with the hash {(record.get('hash') or '')[:8]}")
     return wrong
 
+# %% ../../nbs/15_run/9_check.ipynb #64829867
+def _start_sha256(path:Path, size:int=None)->str: # hex
+    "SHA-256 of the first bytes of a file; None: of all"
+    return hashlib.sha256(path.read_bytes()[:size]).hexdigest()
+
 # %% ../../nbs/15_run/9_check.ipynb #8cb4934e
 def file_faults(
     run_dir:Path, # a run folder
@@ -46,18 +51,20 @@ def file_faults(
 )->list[str]: # one sentence each
     "Files of successful attempts that are missing or have changed"
     attempts, wrong = record.get("attempts") or [], []
+    checkpoints = generation_folder(record["config"], record)
     for a in attempts:
         for name, expected in (a.get("files") or {}).items():
             shared = not name.startswith("attempts/") # later attempts write to these too
             if shared and a is not attempts[-1]: continue
-            path = run_dir/name
-            if not path.is_file(): wrong.append(f"{name} is missing")
-            elif name.endswith(".log"):
-                if path.stat().st_size < expected["size"]: wrong.append(f"{name} was cut")
-            elif file_sha256(path) != expected["sha256"]:
-                wrong.append(f"{name} has changed since attempt {a['number']}")
-        exit_file = f"attempts/{a['number']}/exit.json"
-        if a.get("files") and not (run_dir/exit_file).is_file(): wrong.append(f"{exit_file} is missing")
+            path = checkpoints/name[12:] if name.startswith("checkpoints:") else run_dir/name
+            if path.name == "manifest.json" and not path.parent.exists(): continue # deleted to make room
+            if not path.is_file(): wrong.append(f"{path.name if shared else name} is missing")
+            elif _start_sha256(path, expected["size"] if path.suffix == ".log" else None) != expected["sha256"]:
+                wrong.append(f"{name.removeprefix('checkpoints:')} has changed since attempt {a['number']}")
+        exit_file = run_dir/f"attempts/{a['number']}/exit.json"
+        try: known = read_json(exit_file) if a.get("files") else {}
+        except UserError as e: wrong.append(str(e)); continue
+        if odd := [k for k, v in known.items() if a.get(k) != v]: wrong.append(f"{exit_file}: {odd[0]} has changed")
     return wrong
 
 # %% ../../nbs/15_run/9_check.ipynb #1e18260a
