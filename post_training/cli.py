@@ -7,7 +7,7 @@ __all__ = ['COMMANDS', 'PREVIEWED', 'stage_line', 'help_text', 'stage_help_text'
            'stage_command', 'list_command', 'show_command', 'diff_command', 'verify_command', 'repair_command',
            'keep_command', 'gc_command', 'add_list_options', 'add_gc_options', 'add_runs_options', 'jobs_command',
            'add_jobs_options', 'plan_command', 'add_dry_run', 'add_stage_options', 'add_inspect', 'add_chat',
-           'add_certify', 'sync_command', 'build_parser', 'main']
+           'certify_quietly', 'add_certify', 'sync_command', 'build_parser', 'main']
 
 # %% ../nbs/80_entry/3_cli.ipynb #3dc7a4a7
 import os, sys
@@ -345,6 +345,16 @@ def add_chat(
     from post_training.view.chat import add_chat_options
     add_chat_options(parser)
 
+# %% ../nbs/80_entry/3_cli.ipynb #certqui1
+def certify_quietly(
+    args, # words: a folder; reader, dtype
+)->int: # exit code
+    "`certify` without the libraries' advice for other kinds of scripts"
+    from post_training.export.certificate import certify_command
+    from post_training.stages.tokenized_data import quiet_libraries
+    quiet_libraries()
+    return certify_command(args)
+
 # %% ../nbs/80_entry/3_cli.ipynb #7a1bca99
 def add_certify(
     parser:CommandParser,
@@ -352,6 +362,7 @@ def add_certify(
     "`post-training certify FOLDER ...`"
     from post_training.export.certificate import add_certify_options
     add_certify_options(parser)
+    parser.set_defaults(call=certify_quietly)
 
 # %% ../nbs/80_entry/3_cli.ipynb #485cf356
 def sync_command(

@@ -1,4 +1,5 @@
 "Fixtures that the tests share: a folder of its own for what a test writes, the tiny model and demo data, and real rows where they are."
+import contextlib
 import os
 import shutil
 import sys
@@ -15,6 +16,19 @@ DATA_VAR = "POST_TRAINING_DATA"
 for key, value in dict(HF_HUB_OFFLINE="1", WANDB_MODE="offline", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false").items():
     os.environ.setdefault(key, value)
 os.environ["PATH"] = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+
+
+SERVER = contextlib.ExitStack()
+
+
+def pytest_configure(config):
+    "Processes of recipes that tests start are forks of one that has loaded the libraries; the workers of a session share it"
+    from post_training.core.fork_server import fork_server
+
+    if not hasattr(config, "workerinput"): SERVER.enter_context(fork_server())
+
+
+def pytest_unconfigure(config): SERVER.close()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ["torch", "transformers", "datasets", "accelerate", "trl", "peft", "matplotlib.pyplot", "IPython", "pandas", "nbdev.test",
              "transformers.models.auto.modeling_auto", "transformers.models.apertus.modeling_apertus",
              "transformers.models.llama.modeling_llama", "transformers.trainer", "papermill"]
@@ -60,10 +61,13 @@ def main():
     args = parser.parse_args()
     notebooks = [Path(line.strip()).absolute() for line in sys.stdin if line.strip()]
     if not notebooks: sys.exit("no notebooks: write their paths to the standard input, one to a line")
-    for name in LIBRARIES: importlib.import_module(name)
-    gc.collect()
-    gc.freeze()  # pages of the libraries stay shared: no collection of a fork touches them
-    failed = run_all(notebooks, args.workers, args.flags)
+    sys.path.insert(0, str(ROOT))
+    from post_training.core.fork_server import fork_server
+    with fork_server():  # for what notebooks start
+        for name in LIBRARIES: importlib.import_module(name)
+        gc.collect()
+        gc.freeze()  # pages of the libraries stay shared: no collection of a fork touches them
+        failed = run_all(notebooks, args.workers, args.flags)
     if failed: sys.exit("notebooks that failed:\n" + "\n".join(f"  {path}" for path in failed))
 
 

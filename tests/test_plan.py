@@ -29,7 +29,7 @@ def command(*words, **env):
 # -- plans
 
 @pytest.mark.parametrize("text, says", [
-    ("- rows\n- train\n", "is not a plan: a plan is a mapping"),
+    ("- rows\n- train\n", "contains no keys"),
     ("name: p\nstages: [\n", "is not YAML"),
     ("name: p\n", "has no stages"),
     ("name: p\nstages: []\n", "has no stages"),

@@ -35,6 +35,7 @@ def die_with_parent(
 ):
     "Be killed when the parent process dies, however it dies (Linux only; elsewhere nothing happens)"
     if not sys.platform.startswith("linux"): return
+    if os.environ.get("POST_TRAINING_FORK") == str(os.getpid()): return # `core.fork_server` sees to it for its forks
     ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL) # 1 is PR_SET_PDEATHSIG
     if parent is not None and os.getppid() != parent: os.kill(os.getpid(), signal.SIGKILL) # it died before the request
 

@@ -344,8 +344,6 @@ def certify_command(
     args, # words: a folder; reader, dtype
 )->int: # exit code: 0 if all items agree, else 1
     "`post-training certify FOLDER [--reader NAME|URL]`"
-    from post_training.stages.tokenized_data import quiet_libraries
-    quiet_libraries()
     name = args.words[0]
     folder = Path(name).expanduser()
     if name.startswith("run:"):

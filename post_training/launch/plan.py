@@ -9,12 +9,13 @@ __all__ = ['PLANNED_STAGE_KEYS', 'PlannedStage', 'plan_path', 'parse_stage', 'or
            'run_plan_locally', 'load_plan', 'run_plan']
 
 # %% ../../nbs/70_launch/9_plan.ipynb #cca0ace0
-import json, re, yaml
+import json, re
 from collections import Counter
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from . import slurm
+from ..core.yaml_files import read_yaml
 from ..core.files import UserError, did_you_mean
 from ..config.schema import CONFIGS, SHARD_STAGES, TRAINING_STAGES
 from ..config.overrides import quote_value
@@ -129,12 +130,7 @@ def read_plan(
 )->tuple[str, list[PlannedStage]]: # the plan's name; its stages, in an order that can run
     "Read and check a plan"
     path = Path(path)
-    try: raw = yaml.safe_load(path.read_text())
-    except OSError as e: raise UserError(f"{path} cannot be read: {e.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(f"{path} is not YAML: {' '.join(str(e).split())}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} is not a plan: a plan is a mapping with name, overrides and stages.")
+    raw = read_yaml(path)
     known = ("name", "overrides", "stages")
     if bad := [k for k in raw if k not in known]:
         raise UserError(f"{path}: unknown key {bad[0]}.{did_you_mean(str(bad[0]), known)} Keys: {', '.join(known)}.")

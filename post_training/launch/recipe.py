@@ -5,20 +5,22 @@
 # %% auto #0
 __all__ = ['recipe_parameters', 'check_parameters', 'recipe_path', 'own_kernel', 'load_papermill', 'execute_notebook',
            'closing_line', 'shown_path', 'print_done', 'progress_thread', 'keep_final', 'hand_to_cluster', 'open_task',
-           'absolute_overrides', 'check_stage_config', 'run_recipe', 'execute_run']
+           'absolute_overrides', 'check_stage_config', 'forks_pay', 'run_recipe', 'execute_run']
 
 # %% ../../nbs/70_launch/7_recipe.ipynb #ae0b6a97
 import ast, contextlib, json, logging, os, shlex, sys, tempfile, threading
 from pathlib import Path
 from . import slurm
 from ..core.files import UserError, gc_paused, did_you_mean, write_atomic, write_json
+from ..core.fork_server import fork_server, forked_command
 from ..core.processes import this_job
 from ..config.overrides import parse_override, quote_value
+from ..config.schema import SHARD_STAGES, TRAINING_STAGES
 from ..config.presets import preset_groups, project_root, site_path, stage_name
 from ..config.compose import ComposedConfig, compose
 from ..run.record import final_checkpoint, read_metrics, read_record
 from ..run.attempt import HANDED_OVER, Attempt, close_attempt, open_run
-from .device import visible_gpus
+from .device import device_of, visible_gpus
 from .accelerate import (HandedOver, JobFailed, check_launch, show_progress, raise_on_sigterm,
                                              stop_tree)
 
@@ -70,7 +72,7 @@ def recipe_path(
 def own_kernel():
     "During the block, `python3` is a kernel on this interpreter, and a kernel knows its parent process"
     with tempfile.TemporaryDirectory() as d:
-        argv = [sys.executable, "-m", "ipykernel_launcher", "--log-level=50", "-f", "{connection_file}"]
+        argv = forked_command([sys.executable, "-m", "ipykernel_launcher", "--log-level=50", "-f", "{connection_file}"])
         write_json(Path(d)/"kernels/python3/kernel.json",
                    dict(argv=argv, display_name="Python 3", language="python",
                         metadata=dict(supported_encryption=["curve"])))
@@ -243,8 +245,19 @@ def check_stage_config(
     cfg:dict, # composed
 ):
     "Run the stage's own check, before a kernel is started"
-    from post_training.merging.document import check_merge_config
-    if cfg["stage"] == "model_merging": check_merge_config(cfg)
+    if cfg["stage"] == "model_merging":
+        from post_training.merging.document import check_merge_config
+        check_merge_config(cfg)
+    if cfg["stage"] == "dataset_mixture":
+        from post_training.data.mixture import parse_sources
+        parse_sources(cfg["sources"])
+
+# %% ../../nbs/70_launch/7_recipe.ipynb #422ae72e
+def forks_pay(
+    cfg:dict, # composed
+)->bool:
+    "Whether the stage starts several processes on a CPU of this machine"
+    return cfg["stage"] in (*TRAINING_STAGES, *SHARD_STAGES) and device_of(cfg) == "cpu"
 
 # %% ../../nbs/70_launch/7_recipe.ipynb #ab2e702a
 def run_recipe(
@@ -276,7 +289,8 @@ def execute_run(
     for notice in composed.notices: print(notice)
     print(f"{composed.stage}: attempt {attempt.number} ({attempt.status}) in {shown_path(attempt.run_dir)}", flush=True)
     opened(attempt)
-    _execute_attempt(attempt, recipe, dict(overrides=list(overrides), force=force, attempt=attempt.number))
+    with fork_server() if forks_pay(composed.cfg) else contextlib.nullcontext():
+        _execute_attempt(attempt, recipe, dict(overrides=list(overrides), force=force, attempt=attempt.number))
     print(f"record {shown_path(attempt.run_dir/'record.json')}")
     print(f"notebook {shown_path(attempt.run_dir/recipe.name)}")
     print(closing_line(attempt.run_dir))

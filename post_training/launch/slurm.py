@@ -410,7 +410,7 @@ def clean_env(
     env = os.environ if env is None else env
     return {k: v for k, v in env.items()
             if k in ("SLURM_CONF", "SLURM_CLUSTERS")
-            or not k.startswith(("SLURM_", "SBATCH_", "SRUN_", "SQUEUE_", "POST_TRAINING_JOB"))}
+            or not k.startswith(("SLURM_", "SBATCH_", "SRUN_", "SQUEUE_", "POST_TRAINING_JOB", "POST_TRAINING_FORK"))}
 
 # %% ../../nbs/70_launch/6_slurm.ipynb #64fef383
 def run_slurm(
