@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'UserError', 'did_you_mean', 'write_atomic', 'write_json', 'read_json', 'sync_tree', 'leftovers',
-           'clear_leftovers', 'atomic_dir', 'file_sha256', 'write_manifest', 'verify_manifest', 'file_lock',
-           'ForkShared', 'fork_shared_object', 'gc_paused', 'exit_fast', 'visible_text', 'is_secret_name', 'redact',
-           'find_secrets', 'refuse_secrets']
+           'clear_leftovers', 'atomic_dir', 'file_sha256', 'write_manifest', 'verify_manifest', 'verify_once',
+           'file_lock', 'ForkShared', 'fork_shared_object', 'gc_paused', 'exit_fast', 'visible_text', 'is_secret_name',
+           'redact', 'find_secrets', 'refuse_secrets']
 
 # %% ../../nbs/00_core/1_files.ipynb #bf81c515
 import atexit, contextlib, copy, fcntl, functools, gc, hashlib, json, os, re, shutil, sys, tempfile, threading, time
@@ -194,6 +194,26 @@ def verify_manifest(
         elif hashes and file_sha256(p) != expected["sha256"]:
             faults.append(f"{name} has another SHA-256 than the manifest says")
     return faults
+
+# %% ../../nbs/00_core/1_files.ipynb #4a0b144f
+_VERIFIED = "POST_TRAINING_VERIFIED" # environment variable: folders that this process or its parents have verified
+
+# %% ../../nbs/00_core/1_files.ipynb #bba8bfc0
+def verify_once(
+    folder, # a folder that `write_manifest` described
+)->list[str]: # one sentence per fault; empty if the folder is whole
+    "Compare a folder with the checksums of its manifest, once per run and host; more than a second is reported"
+    folder = Path(folder).resolve()
+    try: stamp = f"{folder}@{(folder/MANIFEST).stat().st_mtime_ns}@{os.uname().nodename}"
+    except OSError: return verify_manifest(folder)
+    known = os.environ.get(_VERIFIED, "").split("\n")
+    if stamp in known: return verify_manifest(folder, hashes=False)
+    began = time.perf_counter()
+    if faults := verify_manifest(folder): return faults
+    seconds, size = time.perf_counter() - began, sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    if seconds > 1: print(f"verified {size/1e9:.2f} GB in {folder} in {seconds:.0f} s ({size/1e9/seconds:.1f} GB/s)")
+    os.environ[_VERIFIED] = "\n".join([*known[-99:], stamp])
+    return []
 
 # %% ../../nbs/00_core/1_files.ipynb #ee25f852
 @contextlib.contextmanager

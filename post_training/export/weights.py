@@ -198,6 +198,7 @@ def load_checkpoint_source(
     m, path = cfg["model_args"], source.path
     more = dict(trust_remote_code=m["trust_remote_code"])
     kind = weights_kind(path, cfg["consolidate"]) if Path(path).is_dir() else "weights"
+    if kind == "partitions": run.refuse_foreign_pickles(path, source.name, cfg["runs_dir"])
     if kind == "partitions": model = load_partitions(path, **more)
     elif kind == "adapter": model = load_adapter(path, cfg["base_model"], cfg["runs_dir"], **more)
     else: model = load_weights(path, m["model_revision"], **more)

@@ -59,9 +59,10 @@ def _claim_generation(
 RUN_KEYS = ("stage", "hash", "config", "origins", "overrides", "attempts", "earlier")
 
 # %% ../../nbs/15_run/6_attempt.ipynb #5a5ca836
-def _clear_earlier(run_dir:Path, stage:str):
-    "Remove the metrics and the notebook of an earlier generation; both have copies"
-    for name in ("metrics.jsonl", f"{stage}.ipynb"): (run_dir/name).unlink(missing_ok=True)
+def _settle(run_dir:Path, record:dict):
+    "Freeze the config of a generation; remove the metrics and the notebook of the earlier one, which have copies"
+    for name in ("metrics.jsonl", f"{record['stage']}.ipynb"): (run_dir/name).unlink(missing_ok=True)
+    save_frozen(record["config"], run_dir/"config.yaml", record.get("overrides") or ())
 
 # %% ../../nbs/15_run/6_attempt.ipynb #5ec6b244
 def _begin_generation(
@@ -76,14 +77,12 @@ def _begin_generation(
     folder = _claim_generation(cfg, generation_id)
     if (run_dir/"metrics.jsonl").exists():
         write_atomic(run_dir/f"metrics-g{n-1}.jsonl", (run_dir/"metrics.jsonl").read_bytes())
-    save_frozen(cfg, run_dir/"config.yaml", facts.get("overrides") or ())
     def change(r):
         if r: r.setdefault("earlier", []).append({k: r.pop(k) for k in list(r) if k not in RUN_KEYS})
         r.update(stage=cfg["stage"], hash=digest, id=generation_id, generation=n, status="queued",
                  checkpoints_dir=str(folder), config=cfg, **facts)
         r.setdefault("attempts", [])
-    edit_record(run_dir, change)
-    _clear_earlier(run_dir, cfg["stage"])
+    _settle(run_dir, edit_record(run_dir, change))
     return folder
 
 # %% ../../nbs/15_run/6_attempt.ipynb #5ba0bf24
@@ -130,7 +129,7 @@ def _choose_generation(
         cfg = {**cfg, "resuming_dir": str(state.checkpoints_dir)}
         return _begin_generation(run_dir, cfg, state.hash, facts), {}, "new"
     if not any(a.get("generation") == record.get("generation") for a in record.get("attempts") or []):
-        _clear_earlier(run_dir, cfg["stage"]) # the command that began the generation may have been killed
+        _settle(run_dir, record) # the command that began the generation may have been killed
     changed, best = check_frozen(run_dir, cfg), newest_verified(state.checkpoints_dir)[0]
     if best: check_topology(record.get("topology"), training_topology(cfg))
     elif record.get("freed"):
@@ -350,6 +349,7 @@ def finish_output(
 # %% ../../nbs/15_run/6_attempt.ipynb #8ea03bf5
 def _close_at_exit(attempt:Attempt, pid:int):
     "At process exit, close an attempt that is still open: with exit 0 if the run is finished, else with 130"
-    record = read_record(attempt.run_dir) if os.getpid() == pid else {}
+    try: record = read_record(attempt.run_dir) if os.getpid() == pid else {}
+    except UserError: return # damaged meanwhile: the next start names it
     if record and "exit" not in record["attempts"][attempt.number - 1]:
         close_attempt(attempt.run_dir, attempt.number, 0 if record["status"] == "finished" else 130)

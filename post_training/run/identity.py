@@ -7,7 +7,7 @@ __all__ = ['canonical_config', 'config_hash', 'run_slug', 'run_folder', 'checkpo
            'check_topology']
 
 # %% ../../nbs/15_run/3_identity.ipynb #9f4b5056
-import hashlib, json, math, re, yaml
+import hashlib, json, math, re
 from pathlib import Path
 from ..core.files import UserError
 from ..config.schema import TRAINING_STAGES, flatten, non_identity_keys

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['READ_BACK', 'TEXTS_OF_ATTEMPT', 'read_record', 'read_config', 'to_json_types', 'without_secrets', 'edit_record',
            'update_record', 'read_metrics', 'append_metrics', 'truncate_metrics', 'metrics_faults', 'list_checkpoints',
-           'newest_verified', 'final_checkpoint']
+           'newest_verified', 'moved_path', 'final_checkpoint']
 
 # %% ../../nbs/15_run/1_record.ipynb #9f4b5056
 import json, math, os
@@ -195,12 +195,14 @@ def newest_verified(
     return None, skipped
 
 # %% ../../nbs/15_run/1_record.ipynb #caf8fd6b
-def _moved_output(record:dict, output:str)->Path:
-    "The folder that a data stage wrote, even if the artifacts were moved"
-    path, before = site_path(output), str((record.get("config") or {}).get("artifacts_dir") or "")
-    if path.exists() or not before or not str(output).startswith(before.rstrip("/") + "/"): return path
-    now = site_path(os.environ.get("POST_TRAINING_ARTIFACTS_DIR", "artifacts"))
-    moved = now/str(output)[len(before.rstrip("/")) + 1:]
+def moved_path(
+    cfg:dict, # the config of a run, as recorded
+    path, # recorded, perhaps below its artifacts folder
+)->Path: # as recorded if it exists there or nowhere
+    "A recorded path, even if the artifacts were moved to POST_TRAINING_ARTIFACTS_DIR"
+    path, before = site_path(path), site_path(cfg.get("artifacts_dir") or "artifacts")
+    if path.exists() or not path.is_relative_to(before): return path
+    moved = site_path(os.environ.get("POST_TRAINING_ARTIFACTS_DIR", "artifacts"))/path.relative_to(before)
     return moved if moved.exists() else path
 
 # %% ../../nbs/15_run/1_record.ipynb #35e43a41
@@ -209,7 +211,7 @@ def final_checkpoint(
     checkpoints_dir:Path, # the folder of its generation
 )->Path|None: # not verified here
     "The checkpoint that a finished run ends with, or the folder of rows that a data stage wrote"
-    if output := (record.get("final") or {}).get("output"): return _moved_output(record, output)
+    if output := (record.get("final") or {}).get("output"): return moved_path(record.get("config") or {}, output)
     name = (record.get("final") or {}).get("checkpoint")
     if name: return Path(checkpoints_dir)/Path(name).name
     return next(iter(list_checkpoints(checkpoints_dir)), None)

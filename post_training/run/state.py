@@ -14,7 +14,7 @@ from ..core.files import UserError, file_lock, read_json, verify_manifest, write
 from ..core.yaml_files import read_yaml
 from .identity import checkpoints_root, config_hash, run_folder, training_topology
 from .locks import is_live
-from .record import final_checkpoint, newest_verified, read_record, to_json_types
+from .record import final_checkpoint, moved_path, newest_verified, read_record, to_json_types
 
 # %% ../../nbs/15_run/5_state.ipynb #62c92172
 def generation_folder(
@@ -24,9 +24,8 @@ def generation_folder(
     "Where a recorded generation keeps its checkpoints, even if the artifacts were moved"
     recorded = Path(record.get("checkpoints_dir") or "none")
     if recorded.is_dir() or not cfg.get("stage"): return recorded
-    now = os.environ.get("POST_TRAINING_ARTIFACTS_DIR", "artifacts") # where the artifacts of this checkout are
-    for artifacts in dict.fromkeys((cfg.get("artifacts_dir") or "artifacts", now)):
-        moved = checkpoints_root({**cfg, "artifacts_dir": artifacts})/recorded.name
+    before = (record.get("config") or cfg).get("artifacts_dir") or "artifacts"
+    for moved in (checkpoints_root(cfg)/recorded.name, moved_path(dict(artifacts_dir=before), recorded)):
         try:
             if (moved/"owner").read_text().strip() == record["id"]: return moved
         except (OSError, ValueError): continue
@@ -102,13 +101,12 @@ def owned_generations(
     run_dir, # its run folder
 )->list[dict]: # id, generation, checkpoints_dir; the first one first
     "The generations of a run by the files `owner` in their folders, without its record"
-    found, now = {}, os.environ.get("POST_TRAINING_ARTIFACTS_DIR", "artifacts")
-    for artifacts in (cfg.get("artifacts_dir") or "artifacts", now):
-        for folder in checkpoints_root({**cfg, "artifacts_dir": artifacts}).glob("g*"):
-            try: owner = (folder/"owner").read_text().strip()
-            except (OSError, ValueError): continue
-            if folder.name[1:].isdigit() and owner.rpartition("-")[0] == Path(run_dir).name:
-                found[owner] = int(folder.name[1:]), folder
+    found = {}
+    for folder in moved_path(cfg, checkpoints_root(cfg)).glob("g*"):
+        try: owner = (folder/"owner").read_text().strip()
+        except (OSError, ValueError): continue
+        if folder.name[1:].isdigit() and owner.rpartition("-")[0] == Path(run_dir).name:
+            found[owner] = int(folder.name[1:]), folder
     return [dict(id=owner, generation=i, checkpoints_dir=str(folder))
             for i, (owner, (_, folder)) in enumerate(sorted(found.items(), key=lambda kv: kv[1]), 1)]
 

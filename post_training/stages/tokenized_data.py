@@ -10,7 +10,7 @@ __all__ = ['RECORDED_COUNTS', 'quiet_libraries', 'load_split', 'wants_eval', 'ex
 import os
 from dataclasses import dataclass, field
 from .. import config, run
-from ..core.files import UserError, gc_paused, verify_manifest
+from ..core.files import UserError, gc_paused, verify_manifest, verify_once
 
 # %% ../../nbs/65_stages/2_tokenized_data.ipynb #12ed0796
 def quiet_libraries():
@@ -61,8 +61,8 @@ def tokenizer_of(
     cfg:dict, # composed
 ): # a fast tokenizer with its chat template; None where the config names none
     "The tokenizer of a config"
-    from post_training.tokens.tokenizer import load_tokenizer
-    args = dict(cfg["tokenizer_args"])
+    from post_training.tokens.tokenizer import load_tokenizer, tokenizer_revision
+    args = dict(cfg["tokenizer_args"], revision=tokenizer_revision(cfg))
     name = args.pop("tokenizer_name_or_path")
     return None if name is None else load_tokenizer(run.base_model(name, cfg["runs_dir"])[0], **args)
 
@@ -148,7 +148,8 @@ def read_tokenized_data(
     "Tokenizer and tokenized rows that another process loaded"
     from datasets import load_from_disk
     for split, path in shared["paths"].items():
-        if wrong := verify_manifest(path, hashes=False):
+        first = os.environ.get("LOCAL_RANK", "0") == "0" # one process of each host reads the contents
+        if wrong := verify_once(path) if first else verify_manifest(path, hashes=False):
             raise UserError(f"The tokenized rows of {split} in {path} are not whole ({wrong[0]}): run post-training "
                             "tokenize with the same overrides.")
     return TokenizedData(tokenizer_of(cfg), **{split: load_from_disk(path) for split, path in shared["paths"].items()},

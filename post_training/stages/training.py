@@ -315,6 +315,7 @@ def resume_point(
         path = config.site_path(w.cfg["resume_from"])
         if wrong := verify_manifest(path):
             raise UserError(f"resume_from={w.cfg['resume_from']} does not verify: {wrong[0]}.")
+        run.refuse_foreign_pickles(path, f"resume_from={w.cfg['resume_from']}", w.cfg["runs_dir"])
     if path is not None:
         manifest = json.loads((path/"manifest.json").read_text())
         run.check_topology(manifest, run.training_topology(w.cfg))

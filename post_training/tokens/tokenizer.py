@@ -8,13 +8,14 @@ __all__ = ['SPECIAL_TOKENS', 'SAMPLE_TEXT', 'SAMPLE_TOOL', 'RESERVED_ARGUMENTS',
            'check_pad', 'config_ids', 'template_of', 'sample_forms', 'render_sample', 'sample_messages',
            'check_written_tokens', 'check_bos', 'check_needs', 'set_end_token', 'set_bos', 'missing_marks',
            'set_template', 'arguments_fault', 'set_template_kwargs', 'load_tokenizer', 'read_tokenizer',
-           'plain_backend', 'tokenizer_fingerprint', 'template_fingerprint']
+           'tokenizer_revision', 'plain_backend', 'tokenizer_fingerprint', 'template_fingerprint']
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #f387f80d
 import hashlib, json, re, weakref
 from functools import lru_cache
 from pathlib import Path
 from ..core.files import UserError, did_you_mean
+from ..config.presets import site_path
 from ..data.swissai import to_structured
 from .templates import (
     TEMPLATE_RULES, named_templates, rule_stop_id, template_name, template_source, template_text, template_variables,
@@ -384,10 +385,11 @@ def load_tokenizer(
     model_eos_token_id:int|None=None, # the token that ends a turn; None: by the template's rule
     trust_remote_code:bool=False, # run code that comes with the tokenizer
     chat_template_kwargs:dict|None=None, # values of variables that the template reads, such as enable_thinking
+    revision:str="main", # of a name on the hub, from `tokenizer_revision`
 ):                                # a fast tokenizer; with `notices` and `chat_template_kwargs`
     "Load a tokenizer, attach its chat template, set and check its special tokens"
     if chat_template_name: template_text(chat_template_name) # a wrong name fails before anything is loaded
-    tokenizer = read_tokenizer(tokenizer_name_or_path, trust_remote_code)
+    tokenizer = read_tokenizer(tokenizer_name_or_path, trust_remote_code, revision)
     if padding_side not in ("left", "right"):
         raise UserError(f"tokenizer_args.padding_side={padding_side!r}: left or right.")
     tokenizer.padding_side = padding_side
@@ -405,6 +407,7 @@ def load_tokenizer(
 def read_tokenizer(
     name_or_path:str, # folder or hub name
     trust_remote_code:bool=False, # run code that comes with it
+    revision:str="main", # of a name on the hub: branch, tag or commit
 ):                                # a fast tokenizer
     "Read a fast tokenizer, with an error that says what to do if there is none"
     from transformers import AutoTokenizer
@@ -413,12 +416,26 @@ def read_tokenizer(
         raise UserError(f"There is no tokenizer at {name_or_path}: correct tokenizer_args.tokenizer_name_or_path.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path) if path.exists() else name_or_path,
-                                                  trust_remote_code=trust_remote_code)
+                                                  revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as e:
         raise UserError(f"Cannot load the tokenizer {name_or_path}: {str(e).splitlines()[0]}") from e
     if not tokenizer.is_fast:
         raise UserError(f"{name_or_path} has no fast tokenizer: masks need the character offsets that only those give.")
     return tokenizer
+
+# %% ../../nbs/25_tokens/2_tokenizer.ipynb #00652da5
+def tokenizer_revision(
+    cfg:dict, # composed
+)->str: # branch, tag or commit
+    "The revision at which a tokenizer is read; code of a repository whose commit is not named is refused"
+    args, model = cfg["tokenizer_args"], cfg.get("model_args") or {}
+    name = str(args.get("tokenizer_name_or_path"))
+    if name == str(model.get("model_name_or_path")): return model.get("model_revision") or "main"
+    if args.get("trust_remote_code") and not name.startswith("run:") and not site_path(name).exists():
+        raise UserError(f"tokenizer_args.trust_remote_code=true would run code of {name}, and "
+                        f"model_args.model_revision is a commit of {model.get('model_name_or_path')}. Copy the "
+                        "tokenizer to a folder and name the folder, or take the tokenizer of the model.")
+    return "main"
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #824b48ba
 _BACKENDS = weakref.WeakKeyDictionary() # tokenizer: its `plain_backend`

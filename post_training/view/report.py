@@ -17,7 +17,7 @@ import datetime, getpass, html, json, re, socket, yaml
 from pathlib import Path
 from statistics import median
 from ..core.files import (
-    UserError, atomic_dir, did_you_mean, find_secrets, read_json, redact, visible_text, write_json)
+    UserError, atomic_dir, did_you_mean, read_json, redact, visible_text, write_json)
 from ..config.schema import flatten
 from ..config.presets import project_root, site_path
 from ..config.batch import batch_arithmetic

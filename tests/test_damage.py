@@ -1,0 +1,283 @@
+"Damaged, lost and hostile files: a command ends with the same result, or with exit 2 and the name of what is damaged"
+import contextlib
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from post_training import cli, run
+from post_training.config.compose import compose
+from post_training.core.files import UserError, atomic_dir, leftovers, verify_once, write_atomic, write_json, write_manifest
+from post_training.launch.runs import gc_checkpoints, referenced_checkpoints
+from post_training.run.check import repair_run, verify_run
+from post_training.run.find import records_of
+
+CFG = compose("train_sft", ["job_subdir=attempts", "training_args.logging_steps=1", "training_args.max_steps=4"]).cfg
+SEED = int(os.environ.get("DAMAGE_SEED", 0))
+
+
+def config(top, **kw):
+    "A config with records and artifacts below a folder"
+    text = json.dumps({**CFG, "runs_dir": f"{top}/runs", "artifacts_dir": f"{top}/artifacts"})
+    return json.loads(text.replace(f'"{CFG["artifacts_dir"]}/', f'"{top}/artifacts/')) | kw
+
+
+def checkpoint(folder, step):
+    p = Path(folder)/f"checkpoint-{step}"
+    p.mkdir(parents=True)
+    (p/"model.safetensors").write_bytes(bytes(range(256))*step)
+    write_manifest(p, step=step)
+    return p
+
+
+def finished_run(cfg):
+    "A run as training leaves it, without the training"
+    task = run.open_run(cfg)
+    for step in (2, 4): checkpoint(task.checkpoints_dir, step)
+    for step in range(1, 5): run.append_metrics(task.run_dir, dict(step=step, loss=1/step))
+    write_json(task.checkpoints_dir/"evaluation-before.json", dict(accuracy=.5, samples=[]))
+    for name in ("stdout.log", "stderr.log"): write_atomic(task.attempt_dir/name, "a line\n"*9)
+    for folder in (task.attempt_dir, task.run_dir): write_json(folder/"train_sft.ipynb", dict(cells=[]))
+    run.update_record(task.run_dir, status="finished", final=dict(checkpoint="checkpoint-4", step=4), total_steps=4)
+    run.close_attempt(task.run_dir, 1, 0)
+    return task
+
+
+@pytest.fixture
+def finished(tmp_root):
+    return finished_run(config(tmp_root))
+
+
+def command(*argv):
+    "(exit code, what a command printed); an exception is a failure of the test"
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): code = cli.main(list(argv))
+    return code, out.getvalue() + err.getvalue()
+
+
+def files_of(task):
+    found = [p for top in (task.run_dir, task.checkpoints_dir) for p in top.rglob("*") if p.is_file() and p.stat().st_size]
+    return sorted(p for p in found if not p.name.startswith("."))
+
+
+def damaged(data, how, rng):
+    at = rng.randrange(len(data))
+    if how == "flipped": return data[:at] + bytes([data[at] ^ (1 << rng.randrange(8))]) + data[at + 1:]
+    return {"cut": data[:at], "empty": b"", "binary": b"\xff\xfe\x00"*9, "list": b"[]", "braces": b"{}",
+            "null": b"null", "deep": b"["*5000}[how]
+
+
+def test_verify_notices_every_damage(finished):
+    "Every file of a finished run, flipped, cut, emptied and removed"
+    assert verify_run(finished.run_dir) == []
+    rng, missed = random.Random(SEED), []
+    for path in files_of(finished):
+        data = path.read_bytes()
+        path.chmod(0o644)
+        for how in ("flipped", "cut", "empty", "gone"):
+            path.unlink() if how == "gone" else path.write_bytes(damaged(data, how, rng))
+            flips_a_number = path.name == "record.json" and how == "flipped" # valid JSON with another loss says nothing
+            if not verify_run(finished.run_dir) and not flips_a_number: missed.append((path.name, how))
+            path.write_bytes(data)
+    assert not missed and verify_run(finished.run_dir) == []
+
+
+@pytest.mark.parametrize("how", ["gone", "cut", "braces", "list", "null", "binary", "deep"])
+def test_a_lost_record_is_named_and_rebuilt(finished, how):
+    "Nothing begins anew next to whole checkpoints; `runs repair` takes them up"
+    path, cfg = finished.run_dir/"record.json", config(finished.run_dir.parents[3])
+    data = path.read_bytes()
+    path.unlink() if how == "gone" else path.write_bytes(damaged(data, how, random.Random(1)))
+    for start in (lambda: run.open_run(cfg), lambda: run.queue_run(cfg)):
+        with pytest.raises(UserError, match=f"record.json.*runs repair {finished.run_dir.name}"): start()
+    assert sorted(p.name for p in finished.checkpoints_dir.parent.iterdir()) == ["g1"]
+    code, said = command("runs", "verify")
+    assert code == 1 and finished.run_dir.name in said
+    code, said = command("runs", "repair", finished.run_dir.name)
+    assert code == 0 and "checkpoint-4 is the newest whole one" in said
+    task = run.open_run(cfg)
+    assert (task.status, task.number, task.checkpoints_dir) == ("resume", 2, finished.checkpoints_dir)
+    run.close_attempt(task.run_dir, 2, 1)
+
+
+def test_force_on_a_damaged_record_keeps_everything(finished):
+    cfg = config(finished.run_dir.parents[3])
+    (finished.run_dir/"record.json").write_text("{}")
+    task = run.open_run(cfg, force=True)
+    record = run.read_record(task.run_dir)
+    assert (task.number, record["generation"], record["earlier"][0]["generation"]) == (2, 2, 1)
+    assert (finished.checkpoints_dir/"checkpoint-4").is_dir() and (task.run_dir/"metrics-g1.jsonl").is_file()
+    run.close_attempt(task.run_dir, 2, 1)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"stage: train_sft\n", b"a: [", b"\xff\xfe", b"- 1\n", b"x\n"])
+def test_a_lost_config_is_named_and_restored(finished, content):
+    path, cfg = finished.run_dir/"config.yaml", config(finished.run_dir.parents[3])
+    before = path.read_bytes()
+    path.unlink() if content is None else path.write_bytes(content)
+    run.edit_record(finished.run_dir, lambda r: r.update(status="failed"))
+    with pytest.raises(UserError, match="config.*runs repair"): run.open_run(cfg)
+    assert "config.yaml restored" in repair_run(finished.run_dir)
+    assert path.read_bytes() == before
+
+
+def test_one_damaged_record_hides_no_other_run(tmp_root):
+    one, other = (finished_run(config(tmp_root, job_subdir=name)) for name in ("attempts", "b"))
+    (one.run_dir/"record.json").write_text('{"stage": "train_sft", "conf')
+    for argv in (["runs"], ["jobs"], ["jobs", "--all"], ["runs", "gc", "--failed", "--yes"], ["runs", "verify"]):
+        code, said = command(*argv)
+        assert code == (argv[-1] == "verify") and (other.run_dir.name in said or argv[1:2] != ["verify"])
+    assert "damaged" in command("runs")[1] and command("runs", "--status", "finished")[0] == 0
+    folders, notices = gc_checkpoints([str(other.run_dir)], all_checkpoints=True)
+    assert len(folders) == 2 and any("record.json" in n for n in notices)
+
+
+def test_runs_behind_links_and_under_any_name_are_found(tmp_root):
+    task = finished_run(config(tmp_root)) # job_subdir=attempts
+    assert run.all_runs() == [task.run_dir]
+    shutil.move(tmp_root/"runs/train_sft", tmp_root/"elsewhere")
+    (tmp_root/"runs/train_sft").symlink_to(tmp_root/"elsewhere")
+    (tmp_root/"elsewhere/loop").symlink_to(tmp_root/"elsewhere")
+    assert [p.name for p in run.all_runs()] == [task.run_dir.name]
+
+
+def test_moved_artifacts_are_found_by_all(tmp_root, monkeypatch):
+    "After the artifacts were moved, verify, run:RUN and the next start agree"
+    task = finished_run(config(tmp_root))
+    shutil.move(tmp_root/"artifacts", tmp_root/"b")
+    monkeypatch.setenv("POST_TRAINING_ARTIFACTS_DIR", str(tmp_root/"b"))
+    assert verify_run(task.run_dir) == []
+    path, _ = run.base_model(f"run:{task.run_dir.name}")
+    assert Path(path).is_relative_to(tmp_root/"b") and run.is_trained(task.run_dir)
+
+
+@pytest.mark.parametrize("key", ["checkpoints", "sources", "base", "ref_model_args"])
+def test_gc_keeps_what_a_starting_run_names(tmp_root, key):
+    "Checkpoints that an evaluation, a merge or preference training will read, by run:NAME and by path"
+    task, name = finished_run(config(tmp_root)), "other-01234567"
+    for value in (f"run:{task.run_dir.name}", str(task.checkpoints_dir/"checkpoint-4")):
+        named = dict(checkpoints=dict(checkpoints=[value]), base=dict(base_model=value),
+                     sources=dict(model_merging=dict(models=[dict(model=value)])),
+                     ref_model_args=dict(ref_model_args=dict(model_name_or_path=value)))[key]
+        write_json(tmp_root/f"runs/evaluate/{name}/record.json",
+                   dict(stage="evaluate", id=name, status="queued", config=named | dict(runs_dir=str(tmp_root/"runs"))))
+        folders, _ = gc_checkpoints([str(task.run_dir)], all_checkpoints=True)
+        assert {p.path.name: p.keep_reason for p in folders}["checkpoint-4"] == f"needed by {name}", value
+    assert referenced_checkpoints(records_of(run.all_runs())[0])
+
+
+KILL = """
+import sys, os, signal
+sys.path.insert(0, {tests!r})
+from test_damage import config, run
+from post_training.run import attempt
+calls = 0
+for name in ("write_atomic", "save_frozen", "edit_record", "_settle", "_claim_generation"):
+    def killed(*a, f=getattr(attempt, name), **k):
+        global calls
+        calls += 1
+        if calls == {at}: os.kill(os.getpid(), signal.SIGKILL)
+        return f(*a, **k)
+    setattr(attempt, name, killed)
+run.open_run(config({top!r}), force=True)
+"""
+
+
+@pytest.mark.parametrize("at", range(1, 7))
+def test_force_killed_at_its_start_loses_nothing(finished, at):
+    "At each step of the beginning of a generation: the finished run is whole, or the new one has its own clean files"
+    top = finished.run_dir.parents[3]
+    metrics = (finished.run_dir/"metrics.jsonl").read_bytes()
+    program = KILL.format(tests=str(ROOT/"tests"), at=at, top=str(top))
+    p = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert p.returncode == -signal.SIGKILL, p.stderr
+    if run.read_record(finished.run_dir)["generation"] == 1:
+        assert run.open_run(config(top)).status == "done" and verify_run(finished.run_dir) == []
+        assert (finished.run_dir/"metrics.jsonl").read_bytes() == metrics
+        return
+    task = run.open_run(config(top))
+    assert (task.checkpoints_dir.name, run.read_metrics(task.run_dir)) == ("g2", [])
+    assert (task.run_dir/"metrics-g1.jsonl").read_bytes() == metrics and not (task.run_dir/"train_sft.ipynb").exists()
+    run.close_attempt(task.run_dir, task.number, 1)
+
+
+def test_what_killed_writers_left_is_cleared(finished):
+    "Temporary files and folders, and an attempt's notebook that was cut"
+    program = ("import sys, time; from post_training.core.files import atomic_dir\n"
+               "with atomic_dir(sys.argv[1]) as tmp: print('ready', flush=True); time.sleep(60)")
+    p = subprocess.Popen([sys.executable, "-c", program, str(finished.run_dir/"export")], stdout=subprocess.PIPE, cwd=ROOT)
+    assert p.stdout.readline()
+    cut = finished.run_dir/".record.json.abcd1234"
+    cut.write_text("{")
+    os.utime(cut, (0, 0))
+    time.sleep(1.1)
+    assert leftovers(finished.run_dir) == [cut] # the other writer lives
+    p.kill()
+    p.wait()
+    assert len(leftovers(finished.run_dir)) == 2 and len(verify_run(finished.run_dir)) == 2
+    with atomic_dir(finished.run_dir/"export"): pass
+    run.edit_record(finished.run_dir, lambda r: (r.update(status="failed"), r["attempts"][0].pop("exit")))
+    (finished.attempt_dir/"train_sft.ipynb").write_text('{"cells": [')
+    task = run.open_run(config(finished.run_dir.parents[3]))
+    assert leftovers(finished.run_dir) == [] and not (finished.attempt_dir/"train_sft.ipynb").exists()
+    run.close_attempt(task.run_dir, task.number, 1)
+
+
+def test_changed_rows_are_noticed_before_training(tmp_path):
+    "A flipped bit in saved rows and in the tokenized cache, and a cache without its manifest"
+    from datasets import Dataset
+
+    from post_training.data.io import read_saved, save_rows
+
+    folder = Path(save_rows(Dataset.from_list([dict(a=1), dict(a=2)]), str(tmp_path/"rows")))
+    assert len(read_saved(folder)["train"]) == 2
+    arrow = next(folder.rglob("*.arrow"))
+    data = bytearray(arrow.read_bytes())
+    data[len(data)//2] ^= 1
+    arrow.write_bytes(data)
+    program = f"from post_training.core.files import verify_once; print(verify_once({str(folder)!r}))"
+    env = {k: v for k, v in os.environ.items() if k != "POST_TRAINING_VERIFIED"}
+    fresh = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=env)
+    assert "another SHA-256" in fresh.stdout
+    (folder/"manifest.json").unlink()
+    assert "has no manifest.json" in verify_once(folder)[0]
+
+
+def test_pickles_of_strangers_are_refused(tmp_root):
+    "A manifest of one's own making is no permission; a record of this checkout with matching checksums is"
+    import pickle
+
+    cfg, ran = config(tmp_root), tmp_root/"ran"
+
+    class Evil:
+        def __reduce__(self): return (os.system, (f"touch {ran}",))
+
+    def zero_checkpoint(parent):
+        folder = checkpoint(parent, 6)
+        write_atomic(folder/"global_step6/zero_pp_rank_0_mp_rank_00_optim_states.pt", pickle.dumps(Evil()))
+        shutil.copy(folder/"model.safetensors", folder/"config.json")
+        (folder/"model.safetensors").unlink()
+        write_manifest(folder, step=6, config_hash=run.config_hash(cfg))
+        return folder
+
+    stranger = zero_checkpoint(tmp_root/"stranger")
+    code, said = command("export", f"model_args.model_name_or_path={stranger}", f"runs_dir={tmp_root}/runs")
+    assert code != 0 and not ran.exists()
+    with pytest.raises(UserError, match="may run code"): run.refuse_foreign_pickles(stranger, "FOLDER")
+    task = finished_run(cfg)
+    own = zero_checkpoint(task.checkpoints_dir)
+    run.refuse_foreign_pickles(own, "FOLDER")
+    with pytest.raises(UserError, match="may run code"): # copied next to its own checkpoints by name alone
+        run.refuse_foreign_pickles(shutil.copytree(own, tmp_root/"g1"/own.name), "FOLDER")
+    (own/"config.json").write_text("changed")
+    with pytest.raises(UserError, match="may run code"): run.refuse_foreign_pickles(own, "FOLDER")
+    assert not ran.exists()
