@@ -695,6 +695,7 @@ class LineariseKeys(SharedKeys, WrittenKeys):
     dataset_args:OneDatasetKeys = None
     splits:list[str]|None = key()
     branches:Literal["first", "all"] = key()
+    as_published:bool = key()
     num_proc:int|None = key(1, site=True)
 
 # %% ../../nbs/10_config/2_schema.ipynb #4835e255

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['SYSTEM_PROMPTS', 'PARITY_TOLERANCES', 'visible_text', 'visible_message', 'plain_turns', 'own_bos', 'as_chat',
            'conversation_ids', 'pad_batch', 'read_scores', 'score_batch', 'pad_of', 'widen_head', 'check_parity',
-           'ScoringOptions', 'ModelScorer', 'load_reward_model', 'load_reward_tokenizer', 'model_scorer',
-           'after_thought', 'answer_of', 'check_verifier', 'VerifierScorer', 'verifier_scorer', 'reward_lengths',
-           'add_rewards', 'rewards_batch_fn']
+           'ScoringOptions', 'ModelScorer', 'load_reward_model', 'load_reward_tokenizer', 'model_scorer', 'answer_of',
+           'check_verifier', 'VerifierScorer', 'verifier_scorer', 'reward_lengths', 'add_rewards', 'rewards_batch_fn']
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #777a96b3
 import json, math, re
@@ -25,8 +24,8 @@ from ..tokens.templates import template_text
 from ..tokens.tokenizer import check_bos, template_fingerprint, tokenizer_fingerprint
 from ..tokens.masks import Refused, encoder_for, tokenize_chats
 from .rows import completion_message, row_prompt
-from ..models.load import default_device, flash_available, model_path, resolve_auto
-from ..models.verifiers import VERIFIERS, row_verifier, run_verifier
+from ..models.load import default_device, model_path, resolve_for_model
+from ..models.verifiers import VERIFIERS, answer_text, row_verifier, run_verifier
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #0ad42d97
 def visible_text(
@@ -403,19 +402,12 @@ def model_scorer(
     "Load a reward model as a scorer, with the precision and attention of its device"
     options = ScoringOptions(**options)
     device = device or default_device()
-    auto = resolve_auto(device, "inference", dtype, attn_implementation, flash_available(device))
+    auto = resolve_for_model(model_name_or_path, device, "inference", dtype, attn_implementation, model_revision,
+                             trust_remote_code)
     tokenizer = load_reward_tokenizer(model_name_or_path, chat_template_name, model_revision, trust_remote_code)
     model = load_reward_model(model_name_or_path, auto["dtype"], auto["attn_implementation"], model_revision,
                               trust_remote_code).to(device)
     return ModelScorer(model, tokenizer, options, str(model_name_or_path), model_revision)
-
-# %% ../../nbs/35_preferences/5_rewards.ipynb #0b2e58f9
-def after_thought(
-    text:str, # of a plain answer
-)->str: # empty if the thought has no end
-    "The text behind an inline thought"
-    if not text.lstrip().startswith("<think>"): return text
-    return text.partition("</think>")[2].lstrip("\n")
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #6d234b7f
 def answer_of(
@@ -428,7 +420,7 @@ def answer_of(
         if calls and tool_calls:
             found = [{c["function"]["name"]: c["function"]["arguments"]} for c in tool_calls]
             return json.dumps(found, ensure_ascii=False)
-        return after_thought(plain_text(content) or "")
+        return answer_text(plain_text(content) or "").lstrip("\n")
     blocks = content.get("blocks") or []
     if calls and (found := [b for b in blocks if b["type"] == "tool_calls"]):
         return json.dumps([{c["name"]: json.loads(c["arguments"] or "{}")} for c in found[-1]["calls"]],

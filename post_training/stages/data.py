@@ -166,7 +166,8 @@ def linearise(
         if name not in splits:
             raise UserError(f"{cfg['dataset_args']['dataset_name']} has no split {name!r}; it has "
                             f"{', '.join(splits)}.{did_you_mean(name, splits)}")
-    linear = {name: linearise_dataset(rows, cfg["branches"], cfg["on_malformed"], cfg["num_proc"])
+    linear = {name: linearise_dataset(rows, cfg["branches"], cfg["on_malformed"], cfg["num_proc"],
+                                      cfg["as_published"])
               for name, rows in splits.items() if name in (cfg["splits"] or splits)}
     for _, counts in linear.values(): check_dropped(counts, cfg["max_drop_fraction"])
     # where all branches are taken, `in` and `out` count branches

@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from .. import config, run
 from ..core import shards
+from ..core.fork_server import forked_command
 from ..core.files import MANIFEST, UserError, file_lock, write_json
 from ..core.processes import this_job
 from .output import check_output, write_rows
@@ -228,11 +229,12 @@ def annotation_model(
     tokenizer=None, # with its eos token; None: that of the config
 ): # a model in evaluation mode, on this worker's device
     "The model that samples or scores completions; it stops at the tokenizer's eos and at its own stop ids"
-    from post_training.models.load import default_device, flash_available, load_model, resolve_auto
+    from post_training.models.load import default_device, load_model, resolve_for_model
     m, device = cfg["model_args"], cfg["cluster"]["device"]
     device = default_device() if device == "auto" else device
-    auto = resolve_auto(device, "inference", m["dtype"], m["attn_implementation"], flash_available(device))
     path = run.base_model(m["model_name_or_path"], cfg["runs_dir"])[0]
+    auto = resolve_for_model(path, device, "inference", m["dtype"], m["attn_implementation"], m["model_revision"],
+                             m["trust_remote_code"])
     several = device == "cuda" and cfg.get("tensor_parallel_size", 1) > 1
     device_map = dict(device_map="auto") if several else {} # layer after layer over the GPUs that this worker sees
     model = load_model(path, auto["dtype"], auto["attn_implementation"], None if several else device,
@@ -521,7 +523,7 @@ def work_on_shards(
 )->dict: # `shards.shard_progress` at the end
     "Work on shards in processes of this machine"
     n, env = shard_worker_slots(cfg)
-    command = [sys.executable, "-m", "post_training.stages.preference_data", str(config_path)]
+    command = forked_command([sys.executable, "-m", "post_training.stages.preference_data", str(config_path)])
     return shards.run_workers(work_folder(cfg), command, n, only, env, tick, save_seconds=cfg["shards"]["save_seconds"])
 
 # %% ../../nbs/65_stages/4_preference_data.ipynb #0765f7b2

@@ -26,11 +26,7 @@ def lora_config(
                     if (k.startswith("lora_") or k in own) and v is not None and v is not False}
     for key, (fine, instead) in REFUSED_MODEL_ARGS.items():
         if m.get(key, fine[0]) not in fine: raise UserError(f"model_args.{key}={m[key]}: {instead}.")
-    if not m.get("use_peft"):
-        if adapter_args:
-            raise UserError(f"model_args.{min(adapter_args)} is set but model_args.use_peft is false: set "
-                            "model_args.use_peft=true, or leave it out.")
-        return None
+    if not m.get("use_peft"): return None # composing a config refuses typed adapter keys, and notices those of presets
     for key, is_valid, valid in (("lora_r", lambda x: x >= 1, "at least 1"), ("lora_alpha", lambda x: x > 0, "above 0"),
                                  ("lora_dropout", lambda x: 0 <= x < 1, "from 0 to below 1")):
         if key in m and not is_valid(m[key]): raise UserError(f"model_args.{key}={m[key]}: it must be {valid}.")
