@@ -319,12 +319,12 @@ def evaluate_config(
     "Evaluate a checkpoint with the settings of a configuration"
     from post_training.demo.data import ensure_demo
     from post_training.models.load import model_path
-    from post_training.tokens.tokenizer import load_tokenizer, tokenizer_revision
+    from post_training.tokens.tokenizer import load_tokenizer
     if checkpoint: model_path(checkpoint) # a wrong folder fails before anything is loaded
     ensure_demo(cfg)
     e = cfg["evaluation"]
     model = cfg["model_args"]
-    tokenizer_args = dict(cfg["tokenizer_args"], revision=tokenizer_revision(cfg))
+    tokenizer_args = dict(cfg["tokenizer_args"], revision=run.tokenizer_revision(cfg))
     tokenizer = load_tokenizer(run.base_model(tokenizer_args.pop("tokenizer_name_or_path"), cfg["runs_dir"])[0],
                                **tokenizer_args)
     device = cfg.get("cluster", {}).get("device", "auto")

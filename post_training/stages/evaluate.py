@@ -124,8 +124,8 @@ def candidate_tokenizer(
     path:str, # of a checkpoint
 ): # a fast tokenizer with its chat template
     "The tokenizer of a checkpoint: its own, unless the config names another one"
-    from post_training.tokens.tokenizer import load_tokenizer, tokenizer_revision
-    args = dict(cfg["tokenizer_args"], revision=tokenizer_revision(cfg))
+    from post_training.tokens.tokenizer import load_tokenizer
+    args = dict(cfg["tokenizer_args"], revision=run.tokenizer_revision(cfg))
     name = args.pop("tokenizer_name_or_path")
     own = name == cfg["model_args"]["model_name_or_path"]
     return load_tokenizer(path if own else run.base_model(name, cfg["runs_dir"])[0], **args)

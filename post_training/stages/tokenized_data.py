@@ -61,8 +61,8 @@ def tokenizer_of(
     cfg:dict, # composed
 ): # a fast tokenizer with its chat template; None where the config names none
     "The tokenizer of a config"
-    from post_training.tokens.tokenizer import load_tokenizer, tokenizer_revision
-    args = dict(cfg["tokenizer_args"], revision=tokenizer_revision(cfg))
+    from post_training.tokens.tokenizer import load_tokenizer
+    args = dict(cfg["tokenizer_args"], revision=run.tokenizer_revision(cfg))
     name = args.pop("tokenizer_name_or_path")
     return None if name is None else load_tokenizer(run.base_model(name, cfg["runs_dir"])[0], **args)
 

@@ -8,14 +8,13 @@ __all__ = ['SPECIAL_TOKENS', 'SAMPLE_TEXT', 'SAMPLE_TOOL', 'RESERVED_ARGUMENTS',
            'check_pad', 'config_ids', 'template_of', 'sample_forms', 'render_sample', 'sample_messages',
            'check_written_tokens', 'check_bos', 'check_needs', 'set_end_token', 'set_bos', 'missing_marks',
            'set_template', 'arguments_fault', 'set_template_kwargs', 'load_tokenizer', 'read_tokenizer',
-           'tokenizer_revision', 'plain_backend', 'tokenizer_fingerprint', 'template_fingerprint']
+           'plain_backend', 'tokenizer_fingerprint', 'template_fingerprint']
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #f387f80d
 import hashlib, json, re, weakref
 from functools import lru_cache
 from pathlib import Path
 from ..core.files import UserError, did_you_mean
-from ..config.presets import site_path
 from ..data.swissai import to_structured
 from .templates import (
     TEMPLATE_RULES, named_templates, rule_stop_id, template_name, template_source, template_text, template_variables,
@@ -385,7 +384,7 @@ def load_tokenizer(
     model_eos_token_id:int|None=None, # the token that ends a turn; None: by the template's rule
     trust_remote_code:bool=False, # run code that comes with the tokenizer
     chat_template_kwargs:dict|None=None, # values of variables that the template reads, such as enable_thinking
-    revision:str="main", # of a name on the hub, from `tokenizer_revision`
+    revision:str="main", # of a name on the hub, from `run.tokenizer_revision`
 ):                                # a fast tokenizer; with `notices` and `chat_template_kwargs`
     "Load a tokenizer, attach its chat template, set and check its special tokens"
     if chat_template_name: template_text(chat_template_name) # a wrong name fails before anything is loaded
@@ -422,20 +421,6 @@ def read_tokenizer(
     if not tokenizer.is_fast:
         raise UserError(f"{name_or_path} has no fast tokenizer: masks need the character offsets that only those give.")
     return tokenizer
-
-# %% ../../nbs/25_tokens/2_tokenizer.ipynb #00652da5
-def tokenizer_revision(
-    cfg:dict, # composed
-)->str: # branch, tag or commit
-    "The revision at which a tokenizer is read; code of a repository whose commit is not named is refused"
-    args, model = cfg["tokenizer_args"], cfg.get("model_args") or {}
-    name = str(args.get("tokenizer_name_or_path"))
-    if name == str(model.get("model_name_or_path")): return model.get("model_revision") or "main"
-    if args.get("trust_remote_code") and not name.startswith("run:") and not site_path(name).exists():
-        raise UserError(f"tokenizer_args.trust_remote_code=true would run code of {name}, and "
-                        f"model_args.model_revision is a commit of {model.get('model_name_or_path')}. Copy the "
-                        "tokenizer to a folder and name the folder, or take the tokenizer of the model.")
-    return "main"
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #824b48ba
 _BACKENDS = weakref.WeakKeyDictionary() # tokenizer: its `plain_backend`
