@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['FORMATS', 'PROMPT_COLUMNS', 'TURNS', 'INVERTED', 'PAIR_REFUSALS', 'MEDIA_ADVICE', 'MEDIA', 'ROW_KEYS', 'MESSAGE_KEYS',
            'WEIGHTS_OF_MESSAGES', 'PART_KEYS', 'CALL_KEYS', 'DROPPED', 'BRANCH_KEYS', 'NESTED_KEYS', 'SYSTEM_COLUMNS',
-           'ASIDE_COLUMNS', 'TEXT_COLUMNS', 'TOOL_COLUMNS', 'KNOWN_COLUMNS', 'JUDGEMENTS', 'HARMLESS', 'empty_value',
-           'row_format', 'KnownKey', 'key_table', 'known_spelling', 'column_class', 'usual_spelling', 'harmless',
-           'all_texts', 'has_weights', 'repeats', 'refused_columns', 'plain_array', 'has_value', 'is_list_type',
-           'format_index', 'key_masks', 'key_mask', 'message_key', 'no_value', 'nested_names', 'nested_masks',
-           'struct_masks', 'branch_masks', 'with_known_names', 'fold_masks', 'is_turn', 'json_key_masks', 'KeyUse',
-           'Account', 'Tally', 'formats_in_order', 'tally_batch', 'tally_column', 'tally_keys', 'plain_column',
-           'text_masks', 'form_columns', 'repeated_rows', 'account', 'check_account', 'ignored_notes', 'account_lines']
+           'ASIDE_COLUMNS', 'TEXT_COLUMNS', 'TOOL_COLUMNS', 'KNOWN_COLUMNS', 'ALIKE_WORDS', 'ALIKE', 'JUDGEMENTS',
+           'HARMLESS', 'QUIET', 'NO_CHANGE', 'empty_value', 'row_format', 'KnownKey', 'key_table', 'known_spelling',
+           'alike', 'only_alike', 'column_class', 'harmless_value', 'usual_spelling', 'harmless', 'all_texts',
+           'has_weights', 'repeats', 'refused_columns', 'plain_array', 'has_value', 'is_list_type', 'format_index',
+           'all_key_masks', 'key_masks', 'key_mask', 'loud_and_quiet', 'message_key', 'no_value', 'nested_names',
+           'nested_masks', 'struct_masks', 'branch_masks', 'with_known_names', 'fold_masks', 'is_turn',
+           'json_key_masks', 'KeyUse', 'Account', 'Tally', 'formats_in_order', 'tally_batch', 'tally_column',
+           'tally_keys', 'plain_column', 'text_masks', 'form_columns', 'repeated_rows', 'account', 'check_account',
+           'ignored_notes', 'account_lines']
 
 # %% ../../nbs/20_data/2_columns.ipynb #a498acfa
 import json, numpy as np, re
@@ -98,6 +100,10 @@ ROW_KEYS = key_table([
     ("input context", "conversation", "follows the prompt after an empty line", ("single", "pair")),
     ("contexts passage passages document documents evidence", "refused",
      "move the texts into the prompt, or rename the column to context", ()),
+    ("choices options answer_choices answer_options suffix definition task_definition demonstrations few_shot fewshot "
+     "few_shot_examples in_context_examples", "refused", "move the texts into the prompt", ()),
+    ("prefill assistant_prefix response_prefix", "refused",
+     "the answer continues a given text: write the whole answer, and mark what is trained by train_detail", ()),
     ("reasoning_content reasoning thinking think thinking_content reasoning_text", "conversation",
      "the thought before the answer", ("single",),
      "a thought belongs in reasoning_content of a message, a switch (on, true) in chat_template_kwargs"),
@@ -130,12 +136,14 @@ ROW_KEYS |= key_table([
 MESSAGE_KEYS = key_table([
     ("role from content value", "conversation", "speaker and text"),
     ("input output human assistant", "conversation", "a turn of the user and one of the assistant"),
+    ("system", "conversation", "the system message before a turn with input and output (xtuner)"),
     ("reasoning_content reasoning thinking thought think thinking_content reasoning_text thinking_blocks",
      "conversation", "the thought before the answer"),
     ("tool_calls tool_call function_call", "conversation", "calls; arguments as JSON text are read"),
     ("tool_call_id", "conversation", "which call a tool answers"),
     ("name", "conversation", "the speaker's or the tool's name, if the chat template writes it"),
-    ("weight loss_weight sample_weight importance_weight train training trainable is_trainable do_train loss", "weight",
+    ("weight loss_weight sample_weight importance_weight train training trainable is_trainable do_train loss "
+     "output_with_loss", "weight",
      "multiplies the loss of the message, also of a prompt message if the loss weighs prompts; false is 0"),
     (INVERTED, "weight", "the opposite of a weight: true is weight 0, false is weight 1"),
     ("train_detail training_detail", "weight", "weights of spans of characters (axolotl)"),
@@ -148,7 +156,15 @@ MESSAGE_KEYS = key_table([
      "rename it to reasoning_content where it is the thought before the answer"),
     ("channel recipient", "refused",
      "the channel analysis is reasoning_content, a recipient is the tool in tool_calls, the channel final is content"),
-    ("refusal", "refused", "move the text into content")])
+    ("refusal parts instruction instructions prompt context history question query", "refused",
+     "move the text into content"),
+    ("end_turn need_eos_token add_eos add_eos_token", "refused",
+     "a trained turn ends with its end token: leave rows out whose turns do not end"),
+    ("chat_template_kwargs template_kwargs enable_thinking reasoning_effort thinking_budget thinking_mode "
+     "add_generation_prompt continue_final_message", "refused", "move it into the column chat_template_kwargs"),
+    (" ".join(k for k, v in ROW_KEYS.items() if v.text == "the system message" and k != "system"), "refused",
+     "write it as a message of the role system, or as the column system"),
+    ("persona", "refused", "write it as a message of the role system")])
 
 # %% ../../nbs/20_data/2_columns.ipynb #0eeadcf8
 WEIGHTS_OF_MESSAGES = [k for k, v in MESSAGE_KEYS.items() if v.kind == "weight" and "detail" not in k]
@@ -217,6 +233,41 @@ def known_spelling(
     joined = {k.replace("_", ""): k for k in known}.get(other.replace("_", ""), name)
     return other if other in known else joined
 
+# %% ../../nbs/20_data/2_columns.ipynb #11bb371d
+# what a name means that has a word of the first group, and else only words of both groups
+ALIKE_WORDS = dict(
+    weight=("loss weight weights weighting mask masks masked train trained training trainable learn learned learnable "
+            "supervise supervised",
+            "output with has have use compute calculate calc include included in for on is be to should do no not "
+            "dont skip ignore exclude message messages turn turns row sample example instance token span response "
+            "assistant answer completion reply prompt input user flag factor scale multiplier coef coefficient value "
+            "per last only chosen rejected"),
+    thought=("cot reasoning thinking thought thoughts think rationale rationales scratchpad monologue",
+             "complex long short chain of process step steps trajectory trajectories trace traces path text content "
+             "raw full chosen rejected response assistant answer completion inner internal deepseek r1 qwq gemini"))
+ALIKE = dict( # what to do with such a name
+    weight="its name is that of a weight or mask, which is read as weight or train_detail only",
+    thought="its name is that of a thought: rename it to reasoning_content where it is the thought before the answer")
+
+# %% ../../nbs/20_data/2_columns.ipynb #cceedcd5
+@cache
+def alike(
+    name:str, # of a column or key
+)->str|None: # weight or thought; None if the name resembles neither
+    "What an unknown name resembles"
+    def words(text): return [w for w in re.split(r"[\W_]+", text.lower()) if w]
+    spellings = [words(name), words(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name))]
+    for what, groups in ALIKE_WORDS.items():
+        core, more = (g.split() for g in groups)
+        if any({*s} & {*core} and {*s} <= {*core, *more} for s in spellings): return what
+
+# %% ../../nbs/20_data/2_columns.ipynb #739df854
+def only_alike(
+    name:str, # of a column or key
+)->str|None: # as `alike`
+    "What a name resembles that is in none of the tables"
+    return None if name in KNOWN_COLUMNS or name in MESSAGE_KEYS else alike(name)
+
 # %% ../../nbs/20_data/2_columns.ipynb #4e957296
 @cache
 def column_class(
@@ -238,18 +289,30 @@ def column_class(
     if form and name in TEXT_COLUMNS:
         return "repeat", f"the conversation is read from {' + '.join(form)}, and does not hold these texts or weights"
     other = known_spelling(name)
+    what = alike(name) if form and other == name else None
+    if what: return "repeat" if what == "thought" else "refused", ALIKE[what]
     kind = column_class(other, form)[0] if other != name else "metadata"
     return (kind if kind in ("metadata", "repeat") else "refused",
             "not read" if kind == "metadata" else f"rename it to {other}")
 
 # %% ../../nbs/20_data/2_columns.ipynb #169cffc4
-JUDGEMENTS = ("true", "false", "desirable", "undesirable", "chosen", "rejected", "0", "1") # texts that judge an answer
+# texts that judge an answer
+JUDGEMENTS = tuple("true false desirable undesirable chosen rejected accepted accept reject preferred good bad "
+                   "positive negative correct incorrect right wrong yes no like dislike 0 1 -1 +1".split())
 
 # %% ../../nbs/20_data/2_columns.ipynb #95bbd344
 # refused key: its only value that changes nothing, where that is not false; None: there is none
 HARMLESS = dict(enable_thinking=None, mask=None, channel="final", recipient="all") | dict.fromkeys(
-    "mask_prompt mask_input mask_inputs loss_mask completion_mask assistant_mask assistant_masks response_mask "
+    "end_turn need_eos_token add_eos add_eos_token mask_prompt mask_input mask_inputs loss_mask completion_mask "
+    "assistant_mask assistant_masks response_mask "
     "train_mask loss_scale".split(), True) | dict.fromkeys({*WEIGHTS_OF_MESSAGES} - {*INVERTED.split()}, True)
+
+# %% ../../nbs/20_data/2_columns.ipynb #2d7c58ac
+def harmless_value(
+    name:str, # of a refused column or key
+):           # None: there is none
+    "The only value of a refused key that changes nothing"
+    return HARMLESS.get(name, None if only_alike(name) == "weight" else False)
 
 # %% ../../nbs/20_data/2_columns.ipynb #b2796f79
 def usual_spelling(
@@ -267,7 +330,9 @@ def harmless(
     name = usual_spelling(name)
     if name in ("label", "labels"):
         return empty_value(value) or isinstance(value, str) and value.strip().lower() not in JUDGEMENTS
-    return empty_value(value) or not isinstance(value, (list, dict)) and value == HARMLESS.get(name, False)
+    same = harmless_value(name)
+    if only_alike(name) == "thought" and isinstance(value, (bool, int, float)): return True # a switch or a length, no text
+    return empty_value(value) or same is not None and not isinstance(value, (list, dict)) and value == same
 
 # %% ../../nbs/20_data/2_columns.ipynb #420475a4
 def all_texts(
@@ -378,9 +443,9 @@ def format_index(
     return out
 
 # %% ../../nbs/20_data/2_columns.ipynb #2994eddd
-def key_masks(
+def all_key_masks(
     array, # Arrow array: a column of turns (lists of structs), of one turn, or of JSON
-)->dict[str, np.ndarray]: # key: [N] bool, rows in which some message holds a value
+)->dict[str, np.ndarray]: # key, or key + `QUIET` for values that change nothing: [N] bool
     "In which rows a key of the messages holds a value"
     import pyarrow as pa, pyarrow.compute as pc
     a, rows = plain_array(array), len(array)
@@ -394,9 +459,16 @@ def key_masks(
     if not pa.types.is_struct(turns.type): return {}
     found = {}
     for i, name in enumerate(f.name for f in turns.type):
-        found[name] = key_mask(name, turns.field(i), message_key(name).kind)
+        found |= loud_and_quiet(name, turns.field(i))
         found |= nested_masks(name, turns.field(i))
     return fold_masks(found, parents, rows)
+
+# %% ../../nbs/20_data/2_columns.ipynb #83362586
+def key_masks(
+    array, # as for `all_key_masks`
+)->dict[str, np.ndarray]: # key: [N] bool
+    "In which rows a key of the messages holds a value that counts"
+    return {k: m for k, m in all_key_masks(array).items() if not k.endswith(QUIET)}
 
 # %% ../../nbs/20_data/2_columns.ipynb #b020c762
 def key_mask(
@@ -411,15 +483,35 @@ def key_mask(
     is_thought = getattr(MESSAGE_KEYS.get(name), "text", "") == "the thought before the answer"
     if kind not in ("refused", "repeat") and not (is_thought and pa.types.is_boolean(a.type)): return mask
     is_text = pa.types.is_string(a.type) or pa.types.is_large_string(a.type)
-    if name in ("label", "labels"): return mask & isinstance(array.type, pa.BaseExtensionType) if is_text else mask
-    same = HARMLESS.get(name, False)
     is_number = pa.types.is_integer(a.type) or pa.types.is_floating(a.type)
+    if name in ("label", "labels"):
+        if not is_text or isinstance(array.type, pa.BaseExtensionType): return mask
+        judges = pc.is_in(pc.utf8_lower(pc.utf8_trim_whitespace(a)), pa.array(JUDGEMENTS, a.type))
+        return mask & judges.to_numpy(zero_copy_only=False)
+    if only_alike(name) == "thought" and (is_number or pa.types.is_boolean(a.type)): return np.zeros(len(a), bool)
+    same = harmless_value(name)
     if is_number and isinstance(same, bool): a, same = pc.cast(a, pa.float64()), float(same)
     elif not (is_text and isinstance(same, str) or pa.types.is_boolean(a.type) and isinstance(same, bool)): return mask
     unlike = pc.not_equal(a, same)
     return mask & pc.fill_null(unlike, False).to_numpy(zero_copy_only=False)
 
+# %% ../../nbs/20_data/2_columns.ipynb #55f19df4
+QUIET = ":quiet" # behind the name of a key: its values that change nothing
+NO_CHANGE = "a value that changes nothing" # of a key that is refused with other values
+
+# %% ../../nbs/20_data/2_columns.ipynb #37dd646f
+def loud_and_quiet(
+    name:str, # of a key of a message; KEY.NAME within its parts or calls
+    array, # Arrow array of its values
+)->dict[str, np.ndarray]: # name, and name + `QUIET`: [N] bool
+    "Which values of a key count, and which change nothing"
+    known = message_key(name)
+    mask = key_mask(name.split(".", 1)[-1], array, known.kind)
+    if known.kind != "refused" and known.text != "the thought before the answer": return {name: mask}
+    return {name: mask, name + QUIET: has_value(array) & ~mask}
+
 # %% ../../nbs/20_data/2_columns.ipynb #b69ad9e5
+@cache
 def message_key(
     name:str, # of a key of a message; KEY.NAME for a key of its parts or calls
 )->KnownKey:
@@ -429,6 +521,7 @@ def message_key(
     word = inner if known is not MESSAGE_KEYS else name
     if word in known: return known[word]
     other = known_spelling(word, key if word == inner else "message")
+    if other == word and rest.kind == "metadata" and (what := alike(word)): return KnownKey("refused", ALIKE[what])
     return rest if other == word else KnownKey("refused", f"rename it to {other}")
 
 # %% ../../nbs/20_data/2_columns.ipynb #82a3a693
@@ -455,7 +548,7 @@ def nested_names(
         if not isinstance(part, dict) or name in ("content", "value") and not {"type", "text"} & {*part}: continue
         inner = part.get("function") if name.startswith("tool_call") else None
         for k, v in (part | (inner if isinstance(inner, dict) else {})).items():
-            if not no_value(f"{name}.{k}", v): out.append(f"{name}.{k}")
+            if not empty_value(v): out.append(f"{name}.{k}" + QUIET*no_value(f"{name}.{k}", v))
     return out
 
 # %% ../../nbs/20_data/2_columns.ipynb #ca421cc2
@@ -496,7 +589,7 @@ def struct_masks(
         f.name for f in items.type}: return {}
     out = {}
     for i, key in enumerate(f.name for f in items.type):
-        out[f"{name}.{key}"] = key_mask(key, items.field(i), message_key(f"{name}.{key}").kind)
+        out |= loud_and_quiet(f"{name}.{key}", items.field(i))
         if key == "function" and name.startswith("tool_call"):
             for k, m in struct_masks(name, plain_array(items.field(i))).items(): out[k] = out.get(k, False) | m
     return out
@@ -568,7 +661,7 @@ def json_key_masks(
         except (ValueError, RecursionError): continue
         for turn in value if isinstance(value, list) else [value]:
             for k, v in turn.items() if is_turn(turn) else ():
-                for name in (*([] if no_value(k, v) else [k]), *nested_names(k, v)):
+                for name in (*([] if empty_value(v) else [k + QUIET*no_value(k, v)]), *nested_names(k, v)):
                     out.setdefault(name, np.zeros(len(texts), bool))[i] = True
     return out
 
@@ -632,7 +725,7 @@ def tally_batch(
 ):
     "Add the rows of a table to the counts"
     columns = {c: plain_column(table[c]) for c in table.column_names if c not in tally.ignore}
-    masks = {c: key_mask(c, a, getattr(ROW_KEYS.get(c), "kind", "")) for c, a in columns.items()}
+    masks = {c: has_value(a) for c, a in columns.items()}
     of_row = format_index(masks, text_masks(columns), tally.formats, len(table))
     for i in np.unique(of_row):
         form, rows = tally.formats[i] if i >= 0 else None, of_row == i
@@ -652,8 +745,10 @@ def tally_column(
     "Add one column of rows of one format"
     kind, text = column_class(name, form)
     if tally.pairs and name in PAIR_REFUSALS: kind, text = "refused", PAIR_REFUSALS[name]
-    if kind != "repeat": return tally.add("columns", name, kind, text, mask.sum())
-    mask = mask & key_mask(name, columns[name], kind)
+    used = mask & key_mask(name, columns[name], kind)
+    tally.add("columns", name, "metadata", NO_CHANGE, (mask & ~used).sum())
+    if kind != "repeat": return tally.add("columns", name, kind, text, used.sum())
+    mask = used
     repeated = sum(repeated_rows(columns, name, form, mask))
     tally.add("columns", name, "refused", text, mask.sum() - repeated)
     tally.add("columns", name, "metadata", "repeats the conversation", repeated)
@@ -668,11 +763,15 @@ def tally_keys(
     "Add the message keys of rows of one format"
     found = {}
     for c in form_columns(form, columns):
-        for k, m in key_masks(columns[c]).items(): found[k] = found.get(k, False) | m
+        for k, m in all_key_masks(columns[c]).items(): found[k] = found.get(k, False) | m
     if form and FORMATS[form] == "branches": found = branch_masks(columns["conversation_branches"])
     for k, m in found.items():
-        tally.seen.add(f"messages.{k}")
-        if f"messages.{k}" in tally.ignore: continue
+        name = k.removesuffix(QUIET)
+        tally.seen.add(f"messages.{name}")
+        if f"messages.{name}" in tally.ignore: continue
+        if name != k:
+            tally.add("message_keys", name, "metadata", NO_CHANGE, (m & rows).sum())
+            continue
         known = message_key(k)
         kind, text = known.kind, known.text
         if tally.pairs and kind == "weight":

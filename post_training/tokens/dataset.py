@@ -17,7 +17,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from ..core.files import (
-    ForkShared, UserError, atomic_dir, file_lock, verify_manifest, write_json, write_manifest)
+    ForkShared, UserError, atomic_dir, file_lock, verify_once, write_json, write_manifest)
 from ..data.columns import account, account_lines, check_account, ignored_notes
 from ..data.messages import (
     REASONING_KEYS, Conversation, MalformedRow, UnsupportedContent, check_dropped, check_messages, format_of,
@@ -171,7 +171,8 @@ def read_chats(
         except MalformedRow as e: chat = Refused(f"malformed: {e}", str(e))
         except UnsupportedContent as e:
             kind = "refused" if str(e).startswith("column ") else "unsupported_roles"
-            chat = Refused(f"{kind}: {e}", f"{e}, and the template has no form for it")
+            known = "cannot be honoured" in str(e) # whatever the template
+            chat = Refused(f"{kind}: {e}", str(e) if known else f"{e}, and the template has no form for it")
         except (KeyError, TypeError, AttributeError) as e:
             chat = Refused("malformed: unexpected fields", f"a field is missing or has another type ({e!r})")
         if isinstance(chat, TemplateChat) and chat.row_weight == 0: chat = Refused("weight: the row has weight 0", "")
@@ -590,7 +591,9 @@ def cached_tokenize(
     facts = tokenize_key(dataset, tokenizer, fingerprint, **parameters, **maker)
     out = Path(folder)/facts["key"][:16]
     with file_lock(out.with_name(f".{out.name}.lock")):
-        found = out.exists() and not verify_manifest(out, hashes=False)
+        faults = verify_once(out) if out.exists() else []
+        found = out.exists() and not faults
+        if faults: print(f"! the tokenized rows in {out} are damaged ({faults[0]}): they are made again")
         if not found:
             with tempfile.TemporaryDirectory(dir=folder, prefix=".work-") as work, atomic_dir(out, replace=True) as tmp:
                 data, counts = make(dataset, tokenizer, max_drop_fraction=max_drop_fraction, num_proc=num_proc,

@@ -330,8 +330,11 @@ def why_dropped(
     refused, # a `Refused`
 )->str: # one line
     "Reason and detail of a dropped row; the reason alone where it holds the detail"
-    once = refused.detail in refused.reason
-    return "dropped: " + printable_line(refused.reason if once else f"{refused.reason}: {refused.detail}", 500)
+    kind, _, what = refused.reason.partition(": ")
+    if refused.detail in refused.reason: text = refused.reason
+    elif what and refused.detail.startswith(what): text = f"{kind}: {refused.detail}"
+    else: text = f"{refused.reason}: {refused.detail}"
+    return "dropped: " + printable_line(text, 500)
 
 # %% ../../nbs/75_view/2_dataset.ipynb #5bc72455
 def view_row(
