@@ -139,7 +139,9 @@ def list_command(
     args, # stage, status, text, sort
 )->int: # exit code
     "`post-training runs list`"
+    from post_training.launch.runs import refresh_states
     from post_training.view.report import as_table, runs_table
+    refresh_states()
     options = {k: v for k in ("stage", "status", "text", "sort") if (v := getattr(args, k, None))}
     columns = ["run", "stage", "job_subdir", "status", "attempts", "started", "loss", "accuracy"]
     sort = options.get("sort", "").lstrip("-")

@@ -281,3 +281,90 @@ def test_pickles_of_strangers_are_refused(tmp_root):
     (own/"config.json").write_text("changed")
     with pytest.raises(UserError, match="may run code"): run.refuse_foreign_pickles(own, "FOLDER")
     assert not ran.exists()
+
+
+# -- a seeded random attack: exit 0 with the same result, or exit 2 with the thing named
+
+VALUES = ["-1", "0", "1e400", ".nan", "null", "true", "[1]", "{a: 1}", "''", "x", "99999999999999999999", "'${a}'",
+          "'${oc.env:HOME}'", "/proc/x", "'a" + "b"*300 + "'", "'\\x00'", "[[[1]]]", "-0.5", "'<img src=x>'", "../../x"]
+DOCUMENTS = ["a: &a [*a]\n", "- 1\n", "1\n", "a: b: c\n", "a: 1\na: 2\n", "\x00", "a: " + "["*500, "!!python/object:os.system x\n",
+             "x: &x [1,2]\n" + "".join(f"x{i}: &x{i} [*x{i-1 if i else ''},*x{i-1 if i else ''}]\n" for i in range(40)),
+             "stage: nothing\n", "stage: train_sft\n", "defaults: [x]\n", "dataset_args: {dataset_name: 3}\n"]
+DATA = [b"", b"null\n", b"[" * 3000, b'{"messages": null}\n', b'{"messages": [{"role": "user"}]}\n', b"\xff\xfe\n", b"{}\n",
+        b'{"messages": "x"}\n', b'{"a": 1}\n[1]\n', b'{"messages": [{"role": 1, "content": {}}]}\n', b"PAR1garbage", b'{"a": NaN}\n']
+
+
+@contextlib.contextmanager
+def time_limit(seconds):
+    "A case that takes longer hangs"
+    def hang(*_): raise AssertionError("it hangs")
+    signal.signal(signal.SIGALRM, hang)
+    signal.alarm(seconds)
+    try: yield
+    finally: signal.alarm(0)
+
+
+def attack_key(rng, top):
+    from post_training.config.schema import known_keys
+    stage = rng.choice(["train_sft", "train_preference", "evaluate", "export", "tokenize", "dataset_mixture"])
+    key, value = rng.choice(sorted(known_keys(stage))), rng.choice(VALUES)
+    return f"{stage} {key}={value}", lambda: cfg_of(stage, f"{key}={value}"), key.split(".")[-1]
+
+
+def cfg_of(stage, *overrides):
+    compose(stage, list(overrides))
+    return 0, ""
+
+
+def attack_yaml(rng, top):
+    path, document = top/"attack.yaml", rng.choice(DOCUMENTS)
+    path.write_text(document, newline="")
+    argv = rng.choice([["train_sft", f"dataset={path}"], ["train_sft", f"accelerate_config={path}"], ["train_sft", str(path)],
+                       ["dataset_mixture", f"mixture={path}"], ["model_merging", f"model_merging={path}"]])
+    return f"{argv} {document[:40]!r}", lambda: cfg_of(argv[0], argv[1]), "attack"
+
+
+def attack_data(rng, top):
+    from post_training.data.io import load_rows
+    path, content = top/f"attack.{rng.choice(['jsonl', 'json', 'parquet'])}", rng.choice(DATA)
+    path.write_bytes(content)
+    def read():
+        rows = load_rows(str(path))
+        for row in rows.select(range(min(3, len(rows)))) if hasattr(rows, "select") else (): row
+        return 0, ""
+    return f"{path.name} {content[:40]!r}", read, "attack"
+
+
+def attack_run(rng, top, tries=[0]):
+    tries[0] += 1
+    task = finished_run(config(top, job_subdir=f"n{tries[0]}"))
+    path, how = rng.choice(files_of(task)), rng.choice(["flipped", "cut", "empty", "binary", "list", "braces", "null", "deep", "gone"])
+    data = path.read_bytes()
+    path.chmod(0o644)
+    path.unlink() if how == "gone" else path.write_bytes(damaged(data, how, rng))
+    def look():
+        for argv in (["runs"], ["runs", "verify", str(task.run_dir)], ["jobs"], ["runs", "gc", "--failed", "--yes"]):
+            assert command(*argv)[0] in (0, 1, 2), argv
+        command("runs", "show", str(task.run_dir))
+        opened = run.open_run(config(top, job_subdir=task.run_dir.parent.name))
+        if opened.status != "done": run.close_attempt(opened.run_dir, opened.number, 1)
+        assert opened.checkpoints_dir == task.checkpoints_dir, "another generation was begun"
+        return 0, ""
+    return f"{path.name} {how}", look, None
+
+
+@pytest.mark.slow
+def test_a_random_attack(tmp_root):
+    "200 cases of keys, YAML, data files and damaged runs; DAMAGE_SEED gives others"
+    rng, faults = random.Random(SEED), []
+    attacks = [attack_key]*3 + [attack_yaml]*2 + [attack_data]*8 + [attack_run]*3
+    for n in range(200):
+        what, call, name = rng.choice(attacks)(rng, tmp_root)
+        try:
+            with time_limit(30), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()): call()
+        except UserError as e:
+            if name and name not in str(e): faults.append(f"{n} {what}: not named: {e}")
+        except (Exception, SystemExit) as e: # anything else is the fault that is looked for
+            faults.append(f"{n} {what}: {type(e).__name__}: {e}")
+        shutil.rmtree(tmp_root/"runs", ignore_errors=True)
+    assert not faults, "\n".join(faults)

@@ -313,11 +313,13 @@ def hold_shard(
     # a process of an earlier attempt on another node may take a while to end
     lock = try_lock(path, fcntl.LOCK_EX, 120. if this_job() else 1.)
     if not lock:
-        raise UserError(f"{path.read_text() or 'Another worker'} is at work on shard {path.stem}. Wait for it or stop "
+        raise UserError(f"{path.read_text() or 'Another worker'} is at work on shard {path.stem}. Another command has "
+                        "the same configuration and artifacts, perhaps from another checkout. Wait for it or stop "
                         "it: the results it has saved are kept.")
     with lock:
         lock.truncate(0)
-        lock.write(f"Process {os.getpid()} on {socket.gethostname()}")
+        config = next((f" of {Path(a).parent}" for a in sys.argv if a.endswith(("config.yaml", "submit.yaml"))), "")
+        lock.write(f"Process {os.getpid()} on {socket.gethostname()}{config}")
         lock.flush()
         yield
 

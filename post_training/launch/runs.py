@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['REASONS', 'why_waiting', 'log_tail', 'job_log', 'task_logs', 'log_files', 'ask_queue', 'blocked_by',
-           'array_progress_text', 'array_row', 'job_row', 'close_unstarted_run', 'shown_jobs', 'job_rows', 'job_tails',
-           'job_history', 'CheckpointFolder', 'folder_bytes', 'generations', 'own_folder', 'named_sources',
-           'referenced_checkpoints', 'state_for_gc', 'result_checkpoints', 'checkpoint_folders', 'gc_checkpoints',
-           'format_bytes', 'gc_rows', 'delete_checkpoints', 'freed_lines']
+           'array_progress_text', 'array_row', 'job_row', 'close_unstarted_run', 'refresh_states', 'shown_jobs',
+           'job_rows', 'job_tails', 'job_history', 'CheckpointFolder', 'folder_bytes', 'generations', 'own_folder',
+           'named_sources', 'referenced_checkpoints', 'state_for_gc', 'result_checkpoints', 'checkpoint_folders',
+           'gc_checkpoints', 'format_bytes', 'gc_rows', 'delete_checkpoints', 'freed_lines']
 
 # %% ../../nbs/70_launch/11_runs.ipynb #9b697129
 import datetime, os, re, shutil
@@ -230,6 +230,15 @@ def close_unstarted_run(
     def change(r):
         if r.get("status") == "queued": r.update(status="failed", stopped=why)
     return edit_record(run_dir, change)
+
+# %% ../../nbs/70_launch/11_runs.ipynb #63739ab2
+def refresh_states():
+    "Mark queued runs as failed if the scheduler says that their jobs are over; nothing where it cannot be asked"
+    every = [(p, r) for p, r in records_of(all_runs())[0] if "damaged" not in r]
+    queued = [(p, r) for p, r in every if r.get("jobs") and r.get("status") == "queued"]
+    known, _ = ask_queue([r for _, r in queued]) if queued else (None, "")
+    if known is None: return
+    for p, r in queued: close_unstarted_run(p, r, known, [(f, o) for f, o in every if f != p])
 
 # %% ../../nbs/70_launch/11_runs.ipynb #2fc87137
 def shown_jobs(
