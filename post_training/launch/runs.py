@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from ..core import shards
 from . import slurm
-from ..core.files import UserError, redact, verify_manifest
+from ..core.files import UserError, leftovers, redact, verify_manifest
 from ..config.presets import site_path
 from ..run.locks import hold_run, is_live, release_run
 from ..run.record import edit_record, final_checkpoint, list_checkpoints, read_record
@@ -460,6 +460,8 @@ def gc_checkpoints(
                       if failed and "damaged" not in r and run_status(p, r) in ("failed", "killed")]
     needed = referenced_checkpoints(everything)
     for p in dict.fromkeys(chosen):
+        if not is_live(p): notices += [f"{p.name}: {f.name} was left by a killed writer; the next attempt removes it"
+                                       for f in leftovers(p)]
         try: folders, more = checkpoint_folders(p, needed, all_checkpoints)
         except UserError as e:
             if p in named: raise
