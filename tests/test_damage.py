@@ -335,9 +335,14 @@ def attack_data(rng, top):
     return f"{path.name} {content[:40]!r}", read, "attack"
 
 
-def attack_run(rng, top, tries=[0]):
-    tries[0] += 1
-    task = finished_run(config(top, job_subdir=f"n{tries[0]}"))
+def attack_run(rng, top, made={}):
+    if top not in made:
+        made[top] = finished_run(config(top))
+        for name in ("runs", "artifacts"): shutil.copytree(top/name, top/"kept"/name)
+    for name in ("runs", "artifacts"):
+        shutil.rmtree(top/name, ignore_errors=True)
+        shutil.copytree(top/"kept"/name, top/name)
+    task = made[top]
     path, how = rng.choice(files_of(task)), rng.choice(["flipped", "cut", "empty", "binary", "list", "braces", "null", "deep", "gone"])
     data = path.read_bytes()
     path.chmod(0o644)
@@ -346,7 +351,7 @@ def attack_run(rng, top, tries=[0]):
         for argv in (["runs"], ["runs", "verify", str(task.run_dir)], ["jobs"], ["runs", "gc", "--failed", "--yes"]):
             assert command(*argv)[0] in (0, 1, 2), argv
         command("runs", "show", str(task.run_dir))
-        opened = run.open_run(config(top, job_subdir=task.run_dir.parent.name))
+        opened = run.open_run(config(top))
         if opened.status != "done": run.close_attempt(opened.run_dir, opened.number, 1)
         assert opened.checkpoints_dir == task.checkpoints_dir, "another generation was begun"
         return 0, ""
@@ -366,5 +371,4 @@ def test_a_random_attack(tmp_root):
             if name and name not in str(e): faults.append(f"{n} {what}: not named: {e}")
         except (Exception, SystemExit) as e: # anything else is the fault that is looked for
             faults.append(f"{n} {what}: {type(e).__name__}: {e}")
-        shutil.rmtree(tmp_root/"runs", ignore_errors=True)
     assert not faults, "\n".join(faults)

@@ -503,7 +503,8 @@ def load_frozen(
     except UserError as e: raise UserError(f"{e} Give a frozen config.yaml or overrides key=value.") from None
     if "stage" not in cfg:
         raise UserError(f"{path} is not a frozen configuration: it names no stage.")
-    keys = known_keys(stage_name(str(cfg["stage"])))
+    try: keys = known_keys(stage_name(str(cfg["stage"])))
+    except UserError as e: raise UserError(f"{path}: {e}") from None
     cfg = check_config(cfg, keys, lambda key: f" ({path})")
     _check_values(cfg, keys, lambda key: f" ({path})")
     return cfg

@@ -351,5 +351,6 @@ def _close_at_exit(attempt:Attempt, pid:int):
     "At process exit, close an attempt that is still open: with exit 0 if the run is finished, else with 130"
     try: record = read_record(attempt.run_dir) if os.getpid() == pid else {}
     except UserError: return # damaged meanwhile: the next start names it
-    if record and "exit" not in record["attempts"][attempt.number - 1]:
+    attempts = record.get("attempts") or []
+    if len(attempts) >= attempt.number and "exit" not in attempts[attempt.number - 1]:
         close_attempt(attempt.run_dir, attempt.number, 0 if record["status"] == "finished" else 130)
