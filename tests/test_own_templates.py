@@ -241,3 +241,18 @@ def test_against_the_marks_of_published_templates(path):
         beyond = re.sub(names + r"|assistant|model|</?think>|\s", "", t.decode(chat.input_ids[marked & ~mine]))
         assert not beyond or "deepseekv3" in path.stem and set(beyond.split("function")) == {""}  # it opens the answer in the first round of calls only
     assert kept
+
+
+def test_apertus_takes_plain_contents():
+    "Text, a list of parts and structured contents are one conversation; the developer block is there in each"
+    from post_training.data.swissai import to_structured
+    from post_training.tokens.templates import template_text
+
+    plain = [dict(role="system", content="Be brief."), dict(role="user", content="2+2?"), dict(role="assistant", content="4")]
+    parts = [dict(m, content=[dict(type="text", text=m["content"])]) for m in plain]
+    bare = [m for m in to_structured(plain) if m["role"] != "developer"]
+    texts = {render_template(template_text("apertus"), talk, bos_token="<s>") for talk in (plain, parts, bare, to_structured(plain))}
+    assert texts == {"<s><SPECIAL_61>Be brief.<SPECIAL_62><SPECIAL_63>Deliberation: disabled\nTool Capabilities: disabled<SPECIAL_64>"
+                     "<SPECIAL_65>2+2?<SPECIAL_66><SPECIAL_67>4<SPECIAL_68>"}
+    with pytest.raises(Exception, match="a content of a user is text or has parts"):
+        render_template(template_text("apertus"), [dict(role="user", content=dict(text="2+2?"))], bos_token="<s>")
