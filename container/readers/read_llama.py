@@ -1,4 +1,7 @@
-"""Reads a folder with llama.cpp: converted to GGUF in float32 by llama.cpp's own converter, then opened by llama-cpp-python. A question as JSON on the standard input, an answer on the standard output."""
+"""Reads a folder with llama.cpp: its own converter writes a GGUF file, and llama-cpp-python opens it.
+
+A question comes as JSON on the standard input, and the answer goes to the standard output.
+"""
 import importlib
 import json
 import math
@@ -10,7 +13,8 @@ from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 CONVERTER = Path(sys.executable).parent.parent / "llama.cpp"  # from the source package, see llama.cpp.sh
-# The converter knows pre-tokenizers by a hash. Of one that it does not know the ids are not asked: weights and template still are.
+# The converter knows pre-tokenizers by a hash. Where it does not know one, the ids are not compared; weights and
+# template are.
 CONVERT = """
 import sys
 sys.path[:0] = [{here!r}, {here!r} + "/gguf-py"]
@@ -31,16 +35,20 @@ def convert(folder, out, dtype):
     "Write the GGUF; whether the converter knows the pre-tokenizer"
     code = CONVERT.format(here=str(CONVERTER), folder=folder, out=out, dtype=OUTTYPES[dtype])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    if not Path(out).is_file(): raise SystemExit("llama.cpp's converter: " + (done.stderr.strip().splitlines() or ["no file was written"])[-1])
+    if not Path(out).is_file():
+        said = done.stderr.strip().splitlines() or ["no file was written"]
+        raise SystemExit("llama.cpp's converter: " + said[-1])
     return "UNKNOWN PRE-TOKENIZER" not in done.stdout
 
 
 def log_softmax(row):
+    "The log-probability of each token, from the logits of one position"
     top = float(row.max())
     return row - (top + math.log(float(sum(math.exp(float(x) - top) for x in row))))
 
 
 def main():
+    "Answer the question on the standard input"
     asked = json.load(sys.stdin)
     answers, sys.stdout = sys.stdout, sys.stderr
     llama_cpp = importlib.import_module("llama_cpp")
@@ -48,13 +56,15 @@ def main():
     with tempfile.TemporaryDirectory() as tmp:
         knows_ids = convert(asked["folder"], f"{tmp}/model.gguf", asked["dtype"])
         longest = max(max(len(d["ids"]), len(d["prompt"])) for d in asked["dialogues"]) + asked["max_new_tokens"] + 8
-        model = llama_cpp.Llama(model_path=f"{tmp}/model.gguf", logits_all=True, n_ctx=longest, n_batch=longest, n_threads=1,
-                                verbose=False, **(dict(type_k=0, type_v=0) if asked["dtype"] == "float32" else {}))  # the cache in float32 too
+        cache = dict(type_k=0, type_v=0) if asked["dtype"] == "float32" else {}  # the cache in float32 too
+        model = llama_cpp.Llama(model_path=f"{tmp}/model.gguf", logits_all=True, n_ctx=longest, n_batch=longest,
+                                n_threads=1, verbose=False, **cache)
         vocab = llama_cpp.llama_model_get_vocab(model.model)
         ends = {i for i in range(model.n_vocab()) if llama_cpp.llama_vocab_is_eog(vocab, i)}
         template = model.metadata.get("tokenizer.chat_template")
         token = lambda i: llama_cpp.llama_vocab_get_text(vocab, i).decode() if i >= 0 else ""
-        form = template and Jinja2ChatFormatter(template, token(model.token_eos()), token(model.token_bos()), add_generation_prompt=False)
+        form = template and Jinja2ChatFormatter(template, token(model.token_eos()), token(model.token_bos()),
+                                                add_generation_prompt=False)
 
         def logps(ids):
             model.reset()
@@ -77,7 +87,9 @@ def main():
             try: out["text"] = form(messages=d["messages"], tools=d["tools"], **d["kwargs"]).prompt
             except Exception as e: out["why"] = f"{type(e).__name__}: {e}"[:300]
             return out
-        told = dict(versions={"llama-cpp-python": llama_cpp.__version__}, dtype=asked["dtype"], dialogues=[dialogue(d) for d in asked["dialogues"]],
+
+        told = dict(versions={"llama-cpp-python": llama_cpp.__version__}, dtype=asked["dtype"],
+                    dialogues=[dialogue(d) for d in asked["dialogues"]],
                     stopped={str(i): i in ends for i in asked["stops"]})
         json.dump(told, answers)
 
