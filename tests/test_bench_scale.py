@@ -4,7 +4,7 @@ import math
 import pytest
 
 from post_training.core.files import UserError
-from post_training.bench.scale import zero_communication, expected_memory, fits_in_memory, bisect_largest, project_training, project_table, apertus_config, ProjectionAssumptions
+from post_training.bench.scale import zero_communication, expected_memory, training_fits, bisect_largest, project_training, project_table, apertus_config, ProjectionAssumptions
 from post_training.launch.model_sizes import flops_per_token, parameter_counts
 
 EIGHT, SEVENTY = "swiss-ai/Apertus-8B-2509", "swiss-ai/Apertus-70B-2509"
@@ -19,8 +19,8 @@ def test_the_largest_batch_is_found_in_few_tries(bound):
 
 def test_only_a_lack_of_memory_is_no_fit():
     for text in ("OutOfMemoryError: CUDA out of memory. Tried to allocate", "RuntimeError: [enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory", "MemoryError: "):
-        assert not fits_in_memory(dict(failed=text))
-    with pytest.raises(RuntimeError, match="no such loss"): fits_in_memory(dict(failed="UserError: no such loss"))
+        assert not training_fits(dict(failed=text))
+    with pytest.raises(RuntimeError, match="no such loss"): training_fits(dict(failed="UserError: no such loss"))
 
 
 def test_expected_memory_grows():

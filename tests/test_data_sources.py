@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from post_training.core.files import UserError
-from post_training.data.io import load_rows, load_splits, read_json, save_rows
+from post_training.data.io import load_rows, load_splits, read_json_exactly, save_rows
 from post_training.data.messages import ROLE_CHECKS, MalformedRow, UnsupportedContent, to_messages
 from post_training.data.swissai import (
     as_messages, format_tools, linearise_branch, linearise_dataset, plain_messages, to_structured, texts_only, tool_list)
@@ -39,7 +39,7 @@ def saved(data, folder, kind):
 @pytest.mark.parametrize("kind", ["folder", "jsonl", "parquet"])
 def test_linearised_rows_survive_saving(kind, tmp_path):
     "The messages of every golden row, through Arrow and a file, are the golden messages"
-    data, counts = as_messages(read_json([str(lines(tmp_path / "rows.jsonl", ROWS.values()))]))
+    data, counts = as_messages(read_json_exactly([str(lines(tmp_path / "rows.jsonl", ROWS.values()))]))
     assert counts["in"] == len(ROWS) and counts["out"] == len(GOOD)
     assert counts["dropped"] == {v["malformed"]: 1 for v in EXPECTED.values() if "malformed" in v}
     assert counts["examples"] == {v["malformed"]: ROWS[k]["conversation_id"] for k, v in EXPECTED.items() if "malformed" in v}
@@ -57,7 +57,7 @@ def test_fields_that_are_always_null(rows, tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     data = load_rows(tmp_path / "rows.json")
     assert data.to_list() == rows and saved(data, tmp_path, "folder").to_list() == rows
-    assert read_json([str(lines(tmp_path / "rows.jsonl", rows))]).to_list() == rows
+    assert read_json_exactly([str(lines(tmp_path / "rows.jsonl", rows))]).to_list() == rows
 
 
 @pytest.mark.parametrize("kind", ["folder", "jsonl", "parquet"])

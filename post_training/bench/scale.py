@@ -6,7 +6,7 @@
 __all__ = ['SCALE_LOSSES', 'TRAIN_CASE', 'OUT_OF_MEMORY_WORDS', 'apertus_config', 'ScaleModel', 'StepRows', 'StepRun',
            'scale_case', 'build_bench_model', 'scale_rows', 'scale_trainer', 'limit_memory', 'expected_memory',
            'train_steps', 'train_case', 'top_operations', 'measure_case', 'memory_table', 'plot_memory_fit',
-           'fits_in_memory', 'bisect_largest', 'largest_batch', 'distributed_train_steps', 'run_bench_rank',
+           'training_fits', 'bisect_largest', 'largest_batch', 'distributed_train_steps', 'run_bench_rank',
            'scaling_table', 'cost_of_length', 'fit_length', 'plot_length', 'attention_backends', 'attention_table',
            'chosen_backend', 'cost_of_compiling', 'best_matmul', 'peak_flops', 'measure_utilization',
            'ProjectionAssumptions', 'zero_communication', 'project_training', 'project_table', 'plot_projection']
@@ -303,7 +303,7 @@ OUT_OF_MEMORY_WORDS = ("out of memory", "not enough memory", "can't allocate mem
                        "bad_alloc", "memoryerror", "unable to mmap") # in lower case
 
 # %% ../../nbs/90_bench/11_scale.ipynb #db67c5f7
-def fits_in_memory(
+def training_fits(
     outcome:dict, # of `try_fresh`
 )->bool:
     "Whether the training ended well; any error but a lack of memory raises"
@@ -339,7 +339,7 @@ def largest_batch(
                                dtype=model.dtype, device=run.device)["total"]
     def attempt(n):
         outcome = try_fresh(TRAIN_CASE, args | dict(rows=n, limit_gib=gib, steps=1))
-        tries.append(dict(rows=n, fits=fits_in_memory(outcome), estimated_gib=expect(n),
+        tries.append(dict(rows=n, fits=training_fits(outcome), estimated_gib=expect(n),
                           measured_gib=outcome.get("result", {}).get("peak_gib", math.nan)))
         return tries[-1]["fits"]
     # one by one: the estimate decreases where a tensor leaves the heap

@@ -7,12 +7,13 @@ __all__ = ['FILE_FORMATS', 'METADATA_FILES', 'TYPE_FAMILIES', 'COPY_VERSION', 'F
            'NULL_LINE', 'DEEP_VALUE', 'OTHER_DATA', 'split_files', 'type_family', 'is_json', 'simple_type',
            'merge_types', 'json_value', 'storage_type', 'as_json', 'converted', 'file_stamps', 'write_arrow', 'copy_of',
            'decode_json_exactly', 'needs_exact', 'unique_keys', 'check_surrogates', 'parse_line', 'spread_values',
-           'json_rows', 'add_shape', 'feature_of', 'shape_notes', 'as_stored', 'write_exact', 'read_json', 'OtherTypes',
-           'json_pieces', 'has_large_number', 'merged_columns', 'write_quick', 'write_json_rows', 'part_schemas',
-           'known_features', 'bytes_as_text', 'column_options', 'UnfitColumn', 'parquet_tables', 'column_notes',
-           'write_parquet', 'read_parquet', 'unreadable_files', 'reading_notes', 'say_note', 'check_one_kind',
-           'read_files', 'pick_split', 'read_saved', 'from_hub', 'other_data_files', 'local_splits', 'load_rows',
-           'load_splits', 'split_names', 'save_folder', 'write_jsonl', 'save_file', 'save_hub', 'save_rows']
+           'json_rows', 'add_shape', 'feature_of', 'shape_notes', 'as_stored', 'write_exact', 'read_json_exactly',
+           'OtherTypes', 'json_pieces', 'has_large_number', 'merged_columns', 'write_quick', 'write_json_rows',
+           'part_schemas', 'known_features', 'bytes_as_text', 'column_options', 'UnfitColumn', 'parquet_tables',
+           'column_notes', 'write_parquet', 'read_parquet', 'unreadable_files', 'reading_notes', 'say_note',
+           'check_one_kind', 'read_files', 'pick_split', 'read_saved', 'from_hub', 'other_data_files', 'local_splits',
+           'load_rows', 'load_splits', 'split_names', 'save_folder', 'write_jsonl', 'save_file', 'save_hub',
+           'save_rows']
 
 # %% ../../nbs/20_data/1_io.ipynb #a1989855
 import glob, hashlib, json, os, re, sys, tempfile
@@ -428,7 +429,7 @@ def write_exact(
     return [*shape_notes(shape)]
 
 # %% ../../nbs/20_data/1_io.ipynb #9b096caf
-def read_json(
+def read_json_exactly(
     files:list[str], # paths of JSON files
     batch_size:int=1000, # rows put into Arrow at a time
 ):                   # `datasets.Dataset`

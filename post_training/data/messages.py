@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REASONING_KEYS', 'THOUGHT_KEYS', 'THOUGHT_COLUMNS', 'TEXT_PARTS', 'THOUGHT_PARTS', 'ARGUMENT_KEYS', 'WEIGHT_KEYS',
-           'ROW_WEIGHTS', 'SPEAKERS', 'PAIR_KEYS', 'INPUT_COLUMNS', 'ROW_FORMATS', 'OPTIONAL_COLUMNS', 'ROLES',
+           'ROW_WEIGHTS', 'SPEAKERS', 'PAIR_KEYS', 'INPUT_COLUMNS', 'ROW_FORMATS', 'OPTIONAL_COLUMNS', 'KNOWN_ROLES',
            'STRUCTURED_KEYS', 'ROLE_CHECKS', 'VAGUE_REASONS', 'DROP_HINTS', 'MalformedRow', 'UnsupportedContent',
            'Conversation', 'content_text', 'plain_text', 'without_none', 'as_written', 'thinking_parts',
            'split_inline_thought', 'open_thought', 'with_thought_field', 'parse_json', 'may_be_null', 'drop_filled',
@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from ..core.files import UserError, did_you_mean
 from .columns import (
     CALL_KEYS, DROPPED, FORMATS, INVERTED, MESSAGE_KEYS, PROMPT_COLUMNS, ROW_KEYS, SYSTEM_COLUMNS, TOOL_COLUMNS,
-    WEIGHTS_OF_MESSAGES, empty_value, harmless, known_spelling, message_key, refused_columns, repeats, row_format)
+    WEIGHTS_OF_MESSAGES, empty_value, harmless, message_key, refused_columns, repeats, row_format)
 
 # %% ../../nbs/20_data/3_messages.ipynb #cfbb05f5
 class MalformedRow(UserError):
@@ -868,7 +868,7 @@ def keeps_nulls(
     return not any(has_struct(f, c) for c, f in dataset.features.items())
 
 # %% ../../nbs/20_data/3_messages.ipynb #8017ac41
-ROLES = ("system", "developer", "user", "assistant", "tool")
+KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 # %% ../../nbs/20_data/3_messages.ipynb #693bbae1
 # role: the key of its structured content
@@ -881,7 +881,7 @@ def message_fault(
     "The first fault of one message"
     if not isinstance(m, dict): return "a message is not a mapping"
     role, content = m.get("role"), m.get("content")
-    if role not in ROLES: return f"unknown role {role!r:.40}"
+    if role not in KNOWN_ROLES: return f"unknown role {role!r:.40}"
     if isinstance(content, dict):
         if STRUCTURED_KEYS.get(role) not in content:
             key = STRUCTURED_KEYS.get(role)
