@@ -394,8 +394,8 @@ def _plain_presets(raw:dict, keys:dict, origin)->dict:
 # %% ../../nbs/10_config/7_compose.ipynb #df97730f
 def compose(
     stage:str, # a stage; hyphens are accepted for underscores
-    overrides=(), # texts in Hydra's grammar: "model=tiny", "training_args.max_steps=8"; or a frozen file alone
-    config_dir=None, # an additional folder of presets, laid out like `configs`
+    overrides=(), # in Hydra's grammar: "model=tiny", "training_args.max_steps=8"; or a frozen file alone
+    config_dir=None, # another folder of presets, laid out like `configs`
 )->ComposedConfig:
     "Compose a stage with presets and overrides into one checked configuration"
     stage = stage_name(stage)
@@ -410,7 +410,7 @@ def compose(
     others = _without_others(raw, origins, keys)
     typed = {} # dotted key -> the override that set it
     def origin(key):
-        "Where a key comes from, as the end of a message"
+        "Where a key comes from"
         if text := typed.get(key): return "" if text.lstrip("+").startswith(f"{key}=") else f" (typed: {text})"
         where = next((w for k,w in origins.items() if k == key or k.startswith(key + ".")), "default")
         return "" if where == "default" else f" ({where})"

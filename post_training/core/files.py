@@ -327,14 +327,14 @@ _PLACEHOLDER = re.compile(r"<.*>|\[.*\]|\$.*|%.*|none|null|true|false|str|bytes|
 # %% ../../nbs/00_core/1_files.ipynb #d21353fb
 def _is_assigned_secret(m:re.Match)->bool:
     "Whether the value that stands after a name is a secret"
-    name, sep, value = m["name"], m["sep"], m["value"]
+    name, value = m["name"], m["value"]
     if not is_secret_name(name.strip("-")) or _PLACEHOLDER.fullmatch(value) or value == name: return False
     if m["quote"]: return True
     if m["next"]: return False # a call
-    operator = sep.strip(" \\\"'],\n\t")
+    operator = m["sep"].strip(" \\\"'],\n\t")
     if not operator: return not value.startswith("-") # after an option
     shaped = len(value) > 5 and re.search(r"\d", value) or len(value) > 19
-    return bool(shaped or operator == "=" and " " not in sep) # else prose, or the type of a parameter
+    return bool(shaped or operator == "=" and " " not in m["sep"]) # else prose, or the type of a parameter
 
 # %% ../../nbs/00_core/1_files.ipynb #5daadf4e
 def _redact_assigned(text:str)->str:

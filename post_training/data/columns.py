@@ -148,7 +148,10 @@ MESSAGE_KEYS = key_table([
     (INVERTED, "weight", "the opposite of a weight: true is weight 0, false is weight 1"),
     ("train_detail training_detail", "weight", "weights of spans of characters (axolotl)"),
     ("loss_mask completion_mask mask label labels train_mask loss_scale weights loss_weights token_weights skip ignore",
-     "refused", "say what is trained by weight or train_detail"),
+     "refused", "say what is trained by weight or train_detail")])
+
+# %% ../../nbs/20_data/2_columns.ipynb #f6df033a
+MESSAGE_KEYS |= key_table([
     ("prefix partial", "refused", "the answer continues a given text: mark what is trained by train_detail"),
     (MEDIA, "refused", MEDIA_ADVICE),
     ("tools functions function function_calls", "refused", "move tools into the column tools, calls into tool_calls"),
@@ -331,7 +334,7 @@ def harmless(
     if name in ("label", "labels"):
         return empty_value(value) or isinstance(value, str) and value.strip().lower() not in JUDGEMENTS
     same = harmless_value(name)
-    if only_alike(name) == "thought" and isinstance(value, (bool, int, float)): return True # a switch or a length, no text
+    if only_alike(name) == "thought" and isinstance(value, (bool, int, float)): return True # a switch or a length
     return empty_value(value) or same is not None and not isinstance(value, (list, dict)) and value == same
 
 # %% ../../nbs/20_data/2_columns.ipynb #420475a4

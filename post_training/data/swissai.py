@@ -640,7 +640,8 @@ def unpacked_conversation(
     "A conversation with plain messages, which keep thoughts, calls and outputs of tools"
     c = conversation
     if not is_structured(c.messages): return c
-    messages, weights, spans = [], [], {}
+    messages, weights = [], []
+    spans = {}
     tools, calls = c.tools, 0
     for i, m in enumerate(c.messages):
         if m["role"] == "developer":
@@ -854,6 +855,16 @@ def empty_dataset(
     from datasets import Dataset, Features
     return Dataset.from_dict({k: [] for k in features}, features=Features(features))
 
+# %% ../../nbs/20_data/4_swissai.ipynb #60b151a5
+def _made_features(blocks:bool, branches):
+    "The types of the columns that a conversion makes"
+    from datasets import Features, Value
+    text = Value("string")
+    features = Features(messages=message_features(blocks, message_fields(blocks)), tools=text,
+                        chat_template_kwargs=text, weight=Value("float64"), _fault=text, _row=text)
+    if branches: features["conversation_id"] = text
+    return features
+
 # %% ../../nbs/20_data/4_swissai.ipynb #cd74da9a
 def convert_dataset(
     dataset, # `datasets.Dataset`
@@ -867,13 +878,10 @@ def convert_dataset(
     published:bool=False, # texts of Swiss-AI rows as in the data of the published runs
 )->tuple: # (`datasets.Dataset`, counts)
     "A dataset with a column of messages in place of the columns that they were made from"
-    from datasets import Features, Value, concatenate_datasets
+    from datasets import concatenate_datasets
     if on_malformed not in ("drop", "error"): raise UserError(f"on_malformed={on_malformed!r}: drop or error.")
     role_fault([dict(role="assistant")], checks) # an unknown name raises before the work starts
-    text = Value("string")
-    features = Features(messages=message_features(blocks, message_fields(blocks)), tools=text,
-                        chat_template_kwargs=text, weight=Value("float64"), _fault=text, _row=text)
-    if branches: features["conversation_id"] = text
+    features = _made_features(blocks, branches)
     if not len(dataset):
         kept = kept_columns(dataset, columns, blocks, (), branches, ignore).features
         features = {k: f for k, f in features.items() if k not in CARRIED_COLUMNS}
