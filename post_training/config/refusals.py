@@ -39,7 +39,9 @@ def run_facts(
     cluster, engine = cfg.get("cluster") or {}, engine_of(cfg)
     elsewhere = any(cluster.get(k) for k in ("python", "environment", "container_image"))
     preset = accelerate_preset(cfg["accelerate_config"]) if engine == "deepspeed" else {}
-    return RunFacts(engine, planned_device(cfg), get_key(preset, "deepspeed_config.zero_stage"), cluster.get("launcher") == "local" or not elsewhere)
+    zero = get_key(preset, "deepspeed_config.zero_stage")
+    here = cluster.get("launcher") == "local" or not elsewhere
+    return RunFacts(engine, planned_device(cfg), zero, here)
 
 # %% ../../nbs/10_config/6_refusals.ipynb #fbd26570
 def _is_deepspeed_on_cpu(c)->bool:

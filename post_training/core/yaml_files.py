@@ -74,7 +74,8 @@ def check_events(
     name:str, # of the file, for messages
 ):
     "Refuse YAML that is too deep, too large with its aliases, refers to itself, or has a key twice"
-    stack, sizes, total = [], {}, 0 # open collections; anchor -> nodes
+    stack, sizes = [], {} # open collections; anchor -> nodes
+    total = 0 # nodes
     def add(nodes, event):
         nonlocal total
         total += nodes
