@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['SERVER_VARIABLE', 'FORK_VARIABLE', 'LIBRARIES', 'LOAD_TIME', 'LOAD_TIME_NAMES', 'WITHOUT_EFFECT', 'SERVER_SETTINGS',
            'load_time_variables', 'refusal', 'send_request', 'receive_request', 'die_with', 'become', 'run_module_here',
-           'end_fork', 'unfit', 'serve', 'request_of', 'run_forked', 'forked_command', 'fork_server', 'main']
+           'end_fork', 'unfit', 'ServerState', 'server_state', 'tell', 'answer_command', 'report_ends', 'handle_event',
+           'serve', 'request_of', 'run_forked', 'own_file', 'forked_command', 'fork_server', 'main']
 
 # %% ../../nbs/00_core/7_fork_server.ipynb #092babff
-import array, atexit, contextlib, ctypes, gc, importlib, json, os, resource, select, signal, socket, subprocess, sys
-import tempfile, threading
+import array, atexit, contextlib, ctypes, gc, importlib.util, json, os, resource, select, signal, socket, subprocess
+import sys, tempfile, threading
+from dataclasses import dataclass, field
 
 # %% ../../nbs/00_core/7_fork_server.ipynb #1f722dca
 SERVER_VARIABLE = "POST_TRAINING_FORK_SERVER" # the path of a server's socket
@@ -162,55 +164,79 @@ def unfit()->str: # why; "" if it can
     torch = sys.modules.get("torch")
     return "the server uses a GPU" if torch and torch.cuda.is_initialized() else ""
 
-# %% ../../nbs/00_core/7_fork_server.ipynb #8073daf1
-class _Server:
-    "The state of a server: its socket, and a connection for each fork"
+# %% ../../nbs/00_core/7_fork_server.ipynb #5752fa35
+@dataclass
+class ServerState:
+    "What a server knows"
+    listener:socket.socket
+    wake:int # file descriptor that can be read when a child has ended
+    env:dict # its own environment
+    pid:int # its own process id
+    forks:dict = field(default_factory=dict) # connection of a command -> process id of its fork
 
-    def __init__(self, listener):
-        self.listener, self.env, self.forks, self.pid = listener, dict(os.environ), {}, os.getpid()
-        self.wake, write = os.pipe()
-        os.set_blocking(write, False)
-        os.set_blocking(self.wake, False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+# %% ../../nbs/00_core/7_fork_server.ipynb #a9080e79
+def server_state(
+    listener:socket.socket, # that listens
+)->ServerState:
+    "The state of this process as a server"
+    wake, write = os.pipe()
+    for f in (wake, write): os.set_blocking(f, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    return ServerState(listener, wake, dict(os.environ), os.getpid())
 
-    def answer(self, connection)->list[str]|None: # in a fork: the module and its arguments; None in the server
-        "Fork for a new connection, or say why not"
-        connection.settimeout(10)
-        try: request, files = receive_request(connection)
-        except (OSError, ValueError): connection.close(); return None
-        try: why = unfit() or refusal(request, self.env, sys.modules["torch"].get_num_threads())
-        except (KeyError, TypeError, ValueError, AttributeError): why = "the request is incomplete"
-        pid = 0 if why else os.fork()
-        if not why and pid == 0: return self.leave(connection, request, files)
-        for f in files: os.close(f)
-        with contextlib.suppress(OSError): connection.sendall(f"no {why}\n".encode() if why else f"pid {pid}\n".encode())
-        if why: connection.close()
-        else: self.forks[connection] = pid
-        return None
+# %% ../../nbs/00_core/7_fork_server.ipynb #e0635d4c
+def tell(
+    connection:socket.socket,
+    line:str,
+):
+    "Send a line to a command, which may have ended"
+    with contextlib.suppress(OSError): connection.sendall(f"{line}\n".encode())
 
-    def leave(self, connection, request, files)->list[str]:
-        "In a fork: close what is the server's"
-        for c in (self.listener, connection, *self.forks): c.close()
-        return become(request, files, self.pid)
+# %% ../../nbs/00_core/7_fork_server.ipynb #bf53855f
+def answer_command(
+    server:ServerState,
+    connection:socket.socket, # of a new command
+)->list[str]|None: # in a fork: the module and its arguments; None in the server
+    "Fork for a command, or tell it why not"
+    connection.settimeout(10)
+    try: request, files = receive_request(connection)
+    except (OSError, ValueError): connection.close(); return None
+    try: why = unfit() or refusal(request, server.env, sys.modules["torch"].get_num_threads())
+    except (KeyError, TypeError, ValueError, AttributeError): why = "the request is incomplete"
+    pid = 0 if why else os.fork()
+    if not why and pid == 0:
+        for c in (server.listener, connection, *server.forks): c.close() # these are the server's
+        return become(request, files, server.pid)
+    for f in files: os.close(f)
+    tell(connection, f"no {why}" if why else f"pid {pid}")
+    if why: connection.close()
+    else: server.forks[connection] = pid
+    return None
 
-    def reap(self):
-        "Report the exit codes of forks that have ended"
-        for connection, pid in list(self.forks.items()):
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if not ended: continue
-            with contextlib.suppress(OSError): connection.sendall(f"exit {os.waitstatus_to_exitcode(status)}\n".encode())
-            connection.close()
-            del self.forks[connection]
+# %% ../../nbs/00_core/7_fork_server.ipynb #d67c9506
+def report_ends(
+    server:ServerState,
+):
+    "Tell commands the exit codes of their forks"
+    for connection, pid in list(server.forks.items()):
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if not ended: continue
+        tell(connection, f"exit {os.waitstatus_to_exitcode(status)}")
+        connection.close()
+        del server.forks[connection]
 
-    def step(self)->list[str]|None: # in a fork: the module and its arguments
-        "Wait for an event, and handle it"
-        ready, _, _ = select.select([self.listener, self.wake, *self.forks], [], [])
-        with contextlib.suppress(BlockingIOError): os.read(self.wake, 4096)
-        for connection in [c for c in ready if c in self.forks]: # its command has ended
-            with contextlib.suppress(ProcessLookupError): os.killpg(self.forks[connection], signal.SIGKILL)
-        self.reap()
-        return self.answer(self.listener.accept()[0]) if self.listener in ready else None
+# %% ../../nbs/00_core/7_fork_server.ipynb #5644a77b
+def handle_event(
+    server:ServerState,
+)->list[str]|None: # in a fork: the module and its arguments
+    "Wait for a command, its end or the end of a fork, and handle it"
+    ready, _, _ = select.select([server.listener, server.wake, *server.forks], [], [])
+    with contextlib.suppress(BlockingIOError): os.read(server.wake, 4096)
+    for connection in [c for c in ready if c in server.forks]: # its command has ended
+        with contextlib.suppress(ProcessLookupError): os.killpg(server.forks[connection], signal.SIGKILL)
+    report_ends(server)
+    return answer_command(server, server.listener.accept()[0]) if server.listener in ready else None
 
 # %% ../../nbs/00_core/7_fork_server.ipynb #a4fe36a2
 def serve(
@@ -218,11 +244,11 @@ def serve(
     libraries=LIBRARIES, # modules
 )->list[str]: # in a fork: the module and its arguments; the server itself never returns
     "Import libraries, then fork for each connection"
-    server = _Server(listener)
+    server = server_state(listener)
     for name in libraries: importlib.import_module(name)
     gc.collect()
     gc.freeze() # no collection of a fork touches the pages of the libraries, so that they stay shared
-    while (argv := server.step()) is None: pass
+    while (argv := handle_event(server)) is None: pass
     return argv
 
 # %% ../../nbs/00_core/7_fork_server.ipynb #486b4864
@@ -237,7 +263,8 @@ def request_of(
     env = {k: v for k, v in os.environ.items() if k != FORK_VARIABLE}
     return dict(argv=list(argv), executable=sys.executable, cwd=os.getcwd(), env=env, umask=umask,
                 limits={kind: resource.getrlimit(kind) for kind in kinds}, niceness=os.nice(0),
-                cpus=list(os.sched_getaffinity(0)), ignored=[s for s in signals if signal.getsignal(s) == signal.SIG_IGN])
+                cpus=list(os.sched_getaffinity(0)),
+                ignored=[s for s in signals if signal.getsignal(s) == signal.SIG_IGN])
 
 # %% ../../nbs/00_core/7_fork_server.ipynb #a162707e
 def run_forked(
@@ -265,13 +292,18 @@ def run_forked(
     os.kill(os.getpid(), -code)
     os._exit(1)
 
+# %% ../../nbs/00_core/7_fork_server.ipynb #7beca9b3
+def own_file()->str: # a path
+    "The file of this module"
+    return globals().get("__file__") or importlib.util.find_spec("post_training.core.fork_server").origin
+
 # %% ../../nbs/00_core/7_fork_server.ipynb #39efe64e
 def forked_command(
     argv:list[str], # a command
 )->list[str]: # a command with the same effect
     "The command as a fork of the server where it is `python -m MODULE` and there is a server"
     if [*argv[:2]] != [sys.executable, "-m"] or os.environ.get(SERVER_VARIABLE, "off") == "off": return argv
-    return [sys.executable, "-I", "-S", __file__, "run", str(os.getpid()), *argv[2:]]
+    return [sys.executable, "-I", "-S", own_file(), "run", str(os.getpid()), *argv[2:]]
 
 # %% ../../nbs/00_core/7_fork_server.ipynb #1602e708
 @contextlib.contextmanager
@@ -285,9 +317,10 @@ def fork_server(
         path = os.path.join(folder, "socket")
         listener.bind(path)
         listener.listen(64)
-        argv = [sys.executable, __file__, "serve", str(os.getpid()), str(listener.fileno()), ",".join(libraries)]
-        process = subprocess.Popen(argv, env=SERVER_SETTINGS | os.environ, pass_fds=[listener.fileno()], stdin=subprocess.DEVNULL,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        argv = [sys.executable, own_file(), "serve", str(os.getpid()), str(listener.fileno()), ",".join(libraries)]
+        none = subprocess.DEVNULL
+        process = subprocess.Popen(argv, env=SERVER_SETTINGS | os.environ, pass_fds=[listener.fileno()], stdin=none,
+                                   stdout=none, stderr=none)
         listener.close() # so that a command is refused at once when the server has ended
         os.environ[SERVER_VARIABLE] = path
         try: yield
