@@ -12,6 +12,7 @@ import contextlib, json, os, subprocess, sys
 from pathlib import Path
 from .. import config
 from ..core.files import UserError, did_you_mean, redact
+from ..core.yaml_files import read_yaml
 from .serving import free_port, running_server
 from ..preferences.completions import (
     KEY_VARIABLE, base_url, in_threads, request_with_retries, served_model, server_logprobs)
@@ -29,7 +30,7 @@ READER_KEYS = {"script": str, "serve": list, "python": str, "environment": dict,
 
 # %% ../../nbs/55_export/5_readers.ipynb #e58dd729
 def known_readers()->dict[str, Path]: # name -> file
-    "The readers of this project and of this site; a site's file of the same name counts"
+    "The readers of this project and of this site; a site's file of the same name wins"
     return {p.stem: p for root in (READER_FILES, readers_root()) for p in sorted(root.glob("*.yaml"))}
 
 # %% ../../nbs/55_export/5_readers.ipynb #3f3e9455
@@ -37,13 +38,11 @@ def reader_spec(
     name:str, # of a reader
 )->dict: # the keys of `READER_KEYS`, and file
     "A reader's file, checked"
-    import yaml
     files = known_readers()
     if name not in files:
         raise UserError(f"There is no reader {name!r}.{did_you_mean(name, files)} Known: library, "
                         f"{', '.join(files)}, and the address of a server, such as http://HOST:8000.")
-    spec = yaml.safe_load(files[name].read_text()) or {}
-    if not isinstance(spec, dict): raise UserError(f"{files[name].name}: it must be a mapping.")
+    spec = read_yaml(files[name], files[name].name, empty=True)
     for k, v in spec.items():
         if k not in READER_KEYS:
             raise UserError(f"{files[name].name}: there is no key {k!r}.{did_you_mean(str(k), READER_KEYS)}")
