@@ -343,4 +343,4 @@ def main():
 
 # %% ../../nbs/00_core/7_fork_server.ipynb #ac8120a0
 #| eval: false
-if __name__ == "__main__": main()
+if __name__ == "__main__" and sys.argv[1:2] in (["run"], ["serve"]): main()
