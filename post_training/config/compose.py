@@ -395,7 +395,7 @@ def _plain_presets(raw:dict, keys:dict, origin)->dict:
 def compose(
     stage:str, # a stage; hyphens are accepted for underscores
     overrides=(), # in Hydra's grammar: "model=tiny", "training_args.max_steps=8"; or a frozen file alone
-    config_dir=None, # another folder of presets, laid out like `configs`
+    config_dir=None, # another folder of presets, like `configs`
 )->ComposedConfig:
     "Compose a stage with presets and overrides into one checked configuration"
     stage = stage_name(stage)
