@@ -88,6 +88,7 @@ def test_no_import_by_string(module):
     forbidden = {name for c in CONTRACTS for name in c.get("forbidden_modules", [])}
     found = [name for n in ast.walk(tree(module)) if (name := imported_by_string(n))]
     if module.name == "tracking.py": found = [n for n in found if n.split(".")[0] != "wandb"]  # the one place that imports it
+    if module.name == "fork_server.py": found = [n for n in found if n != "?"]  # it imports the libraries of a constant list
     if module.parent.name == "bench": found = [n for n in found if n != "?"]  # a child process of a benchmark imports what it is asked to measure
     assert not [n for n in found if n == "?" or n.startswith("post_training.") or n.split(".")[0] in forbidden]
 

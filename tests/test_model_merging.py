@@ -248,7 +248,7 @@ def spoil(models, tmp_path, how):
     elif how == "tensor":
         save_file({k: t for k, t in tensors.items() if "layers.3.mlp.up_proj" not in k}, weights)
     elif how == "rope":
-        write_json(folder / "config.json", settings | dict(rope_parameters=dict(rope_type="default", rope_theta=5e5)))
+        write_json(folder / "config.json", settings | dict(rope_theta=5e5, rope_parameters=dict(rope_type="default", rope_theta=5e5)))
     elif how == "template":
         (folder / "chat_template.jinja").write_text("{{ messages }}")
     elif how == "stop":
@@ -300,7 +300,7 @@ def test_faulty_documents_are_refused(models, tmp_path, document, said):
 
 @pytest.mark.parametrize("overrides, said", [
     (["model_merging=ties", "sources=[A,B]"], "set base=MODEL"), (["model_merging=task-arithmetic", "sources=[A,B]"], "set base=MODEL"),
-    (["model_merging=ties", "sources=[A,A]", "base=C"], "names A twice"), (["sources=[A,B]", "weights=[1,x]"], "weights has 'x'"),
+    (["model_merging=ties", "sources=[A,A]", "base=C"], "names A twice"), (["sources=[A,B]", "weights=[1,x]"], "weights takes a list of numbers"),
     (["sources=[A,B]", "weights=[1,2,3]"], "3 numbers for 2 sources"), (["model_merging.dtype=int8"], "dtype=int8 is not a dtype of weights")])
 def test_short_forms_that_cannot_mean_a_merge_are_refused(overrides, said):
     with pytest.raises(UserError, match=said):

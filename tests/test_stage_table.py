@@ -57,9 +57,9 @@ def test_a_new_stage_takes_its_keys_from_its_properties(monkeypatch):
 
 @pytest.mark.parametrize("override, text", [
     ("training_args.adam_beta2=1.0", "it must be at least 0 and below 1."),
-    ("training_args.learning_rate=-1", "it must be at least 0."),
+    ("training_args.learning_rate=-1", "it must be between 0 and 100."),
     ("plw_args.prompt_loss_weight=2", "it must be between 0 and 1."),
-    ("training_args.num_train_epochs=0", "it must be above 0.")])
+    ("training_args.num_train_epochs=0", "it must be above 0 and at most 1000000.")])
 def test_a_range_error_states_the_range_as_a_requirement(override, text):
     with pytest.raises(UserError) as e: compose("train_sft", [override])
     assert text in str(e.value)

@@ -6,7 +6,7 @@
 __all__ = ['SERVER_VARIABLE', 'FORK_VARIABLE', 'LIBRARIES', 'LOAD_TIME', 'LOAD_TIME_NAMES', 'WITHOUT_EFFECT', 'SERVER_SETTINGS',
            'load_time_variables', 'refusal', 'send_request', 'receive_request', 'die_with', 'become', 'run_module_here',
            'end_fork', 'unfit', 'ServerState', 'server_state', 'tell', 'answer_command', 'report_ends', 'handle_event',
-           'serve', 'request_of', 'run_forked', 'own_file', 'forked_command', 'fork_server', 'main']
+           'serve', 'request_of', 'run_forked', 'own_file', 'forked_command', 'fork_server', 'fork_server_main']
 
 # %% ../../nbs/00_core/7_fork_server.ipynb #092babff
 import array, atexit, contextlib, ctypes, gc, importlib.util, json, os, resource, select, signal, socket, subprocess
@@ -330,7 +330,7 @@ def fork_server(
             process.wait()
 
 # %% ../../nbs/00_core/7_fork_server.ipynb #791d885c
-def main():
+def fork_server_main():
     "`run PARENT MODULE ARGUMENT...`, or `serve PARENT SOCKET MODULES`"
     what, parent, *rest = sys.argv[1:]
     die_with(int(parent))
@@ -343,4 +343,4 @@ def main():
 
 # %% ../../nbs/00_core/7_fork_server.ipynb #ac8120a0
 #| eval: false
-if __name__ == "__main__" and sys.argv[1:2] in (["run"], ["serve"]): main()
+if __name__ == "__main__" and sys.argv[1:2] in (["run"], ["serve"]): fork_server_main()
