@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from .. import config, run
 from ..core.files import UserError, atomic_dir, file_lock, write_manifest
+from ..core.model_folders import older_rope
 from ..demo.data import DEMO_VERSION, ensure_demo, is_current_demo, texts_of
 from .document import LEVEL_KEYS, document_parts, refuse_key
 from ..training.checkpoint import tensor_header
@@ -214,7 +215,7 @@ def read_source(
 # %% ../../nbs/50_merging/2_sources.ipynb #31d2aabc
 # keys of config.json that do not change the computation
 COSMETIC_KEYS = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache", "architectures",
-                 "_attn_implementation")
+                 "_attn_implementation", "attn_implementation")
 # keys of config.json that follow the tokenizer
 SPECIAL_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # keys of config.json that may differ if layers are picked
@@ -252,9 +253,12 @@ def config_differences(
     ignore:tuple=(), # keys that may differ
 )->list[str]: # sentences
     "The differences between two configs that change what the models compute"
-    keys = [k for k in {**a.config, **b.config} if k not in COSMETIC_KEYS and k not in ignore]
-    return [f"{k} is {a.config.get(k)} in {a.name} and {b.config.get(k)} in {b.name}" for k in keys
-            if a.config.get(k) != b.config.get(k)]
+    x, y = dict(a.config), dict(b.config)
+    for c in (x, y): c |= {k: v for k, v in older_rope(c)[0].items() if c.get(k) is None}
+    # of a folder that transformers 4 has written only the older names can be compared
+    if not x.get("rope_parameters") or not y.get("rope_parameters"): ignore = (*ignore, "rope_parameters")
+    keys = [k for k in {**x, **y} if k not in COSMETIC_KEYS and k not in ignore]
+    return [f"{k} is {x.get(k)} in {a.name} and {y.get(k)} in {b.name}" for k in keys if x.get(k) != y.get(k)]
 
 # %% ../../nbs/50_merging/2_sources.ipynb #8bb25e80
 def _first_few(sentences:list, n:int=3)->str:
