@@ -219,7 +219,7 @@ def test_plain_dpo_in_two_commands(demo, tmp_root, monkeypatch):
     assert cli.main(["pairs", "mode=offline", f"dataset_args.dataset_name={data}", where]) == 0
     record, = (run.read_record(p.parent) for p in (tmp_root / "runs/pairs").rglob("record.json"))
     assert record["status"] == "finished" and record["counts"]["out"] == 8
-    source, dpo = record["final"]["output"], ["training_args.loss_type=sigmoid", "training_args.ref_logprobs_from_dataset=false", "training_args.max_steps=2", "global_batch_size=4"]
+    source, dpo = record["final"]["output"], ["training_args.loss_type=sigmoid", "training_args.ref_logprobs_from_dataset=false", "training_args.max_steps=2", "global_batch_size=4", "training_args.per_device_train_batch_size=4"]
     command = lambda path: ["preference=tiny", "dataset=local", f"dataset_args.dataset_name={path}", where, *dpo]
     assert cli.main(["train_preference", *command(source)]) == 0
     losses, = ([json.loads(line)["loss"] for line in p.read_text().splitlines()] for p in (tmp_root / "runs/train_preference").rglob("metrics.jsonl"))
