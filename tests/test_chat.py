@@ -51,7 +51,7 @@ def read_until(fd, text, seconds=90):
 def test_terminal_and_ctrl_c(tiny):
     "Ctrl-C stops an answer and clears a prompt, and the program goes on; Ctrl-D ends it"
     master, slave = pty.openpty()
-    words = [BIN / "post-training", "chat", tiny, "--max-new-tokens", "1900", "--temperature", "9", "--seed", "3"]
+    words = [BIN / "post-training", "chat", tiny, "--max-new-tokens", "1900"]  # greedy, the untrained model repeats itself
     p = subprocess.Popen(words, stdin=slave, stdout=slave, stderr=slave, cwd=ROOT, start_new_session=True)
     os.close(slave)
     try:
