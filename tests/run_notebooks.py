@@ -7,12 +7,17 @@ which a process for each notebook would spend anew.
 """
 import argparse
 import atexit
+import contextlib
+import faulthandler
 import gc
 import importlib
 import os
+import signal
 import sys
 import time
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ["torch", "transformers", "datasets", "accelerate", "trl", "peft", "matplotlib.pyplot", "IPython", "pandas", "nbdev.test",
@@ -29,6 +34,7 @@ def run_forked(notebook, flags):
         from nbdev.config import get_config
         from nbdev.test import test_nb
         sys.argv[1:] = []
+        faulthandler.register(signal.SIGUSR1)
         config = get_config()
         passed, _ = test_nb(notebook, skip_flags=config.tst_flags.split(), force_flags=flags.split(), basepath=config.config_path)
         code = 0 if passed else 1
@@ -39,16 +45,34 @@ def run_forked(notebook, flags):
         os._exit(code)
 
 
-def run_all(notebooks, workers, flags):
-    "Test all notebooks, at most `workers` at a time; returns those that failed"
+def stop_late(running, limit):
+    "Print where each notebook stands that runs for more than `limit` seconds, and end it with what it started"
+    for pid, (notebook, start, late) in running.items():
+        if late or time.monotonic() - start < limit: continue
+        print(f"{notebook.parent.name}/{notebook.name}: not at its end after {limit:.0f} s; it stands here:", flush=True)
+        os.kill(pid, signal.SIGUSR1)  # faulthandler
+        time.sleep(1)
+        tree = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+        for process in tree[1:]:
+            with contextlib.suppress(psutil.NoSuchProcess): print(f"  started: {' '.join(process.cmdline())[:200]}", flush=True)
+        for process in tree:
+            with contextlib.suppress(psutil.NoSuchProcess): process.kill()
+        running[pid] = notebook, start, True
+
+
+def run_all(notebooks, workers, flags, limit):
+    "Test all notebooks, at most `workers` at a time, each within `limit` seconds; returns those that failed"
     waiting, running, failed = list(notebooks), {}, []
     while waiting or running:
         while waiting and len(running) < workers:
             notebook = waiting.pop(0)
-            running[run_forked(notebook, flags)] = notebook, time.monotonic()
-        pid, status = os.wait()
-        if pid not in running: continue
-        notebook, start = running.pop(pid)
+            running[run_forked(notebook, flags)] = notebook, time.monotonic(), False
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid not in running:
+            stop_late(running, limit)
+            time.sleep(0.05)
+            continue
+        notebook, start, _ = running.pop(pid)
         print(f"{notebook.parent.name}/{notebook.name}: {time.monotonic() - start:.0f} s{' FAILED' if status else ''}", flush=True)
         if status: failed.append(notebook)
     return failed
@@ -58,6 +82,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--flags", default="", help="flags of cells to run that are left out otherwise, as nbdev_test has them")
+    parser.add_argument("--limit", type=float, default=900, help="seconds after which a notebook has failed")
     args = parser.parse_args()
     notebooks = [Path(line.strip()).absolute() for line in sys.stdin if line.strip()]
     if not notebooks: sys.exit("no notebooks: write their paths to the standard input, one to a line")
@@ -67,7 +92,7 @@ def main():
         for name in LIBRARIES: importlib.import_module(name)
         gc.collect()
         gc.freeze()  # pages of the libraries stay shared: no collection of a fork touches them
-        failed = run_all(notebooks, args.workers, args.flags)
+        failed = run_all(notebooks, args.workers, args.flags, args.limit)
     if failed: sys.exit("notebooks that failed:\n" + "\n".join(f"  {path}" for path in failed))
 
 

@@ -9,6 +9,7 @@ __all__ = ['FIXED_TRAINING_ARGS', 'sft_config', 'field_types', 'trl_keys', 'writ
 import dataclasses, enum, trl, typing
 from pathlib import Path
 from ..core.files import UserError, write_json
+from ..core.processes import remove_stale_build_locks
 from ..config.schema import CONFIGS, REFUSED_TRAINING_ARGS
 
 # %% ../../nbs/40_training/5_arguments.ipynb #73f20ade
@@ -32,6 +33,7 @@ def sft_config(
     if not args.get("dataloader_num_workers"): args.pop("dataloader_prefetch_factor", None) # transformers would raise
     if args.get("ddp_find_unused_parameters") is None:
         args["ddp_find_unused_parameters"] = False # every parameter gets a gradient in every micro-batch
+    if deepspeed: remove_stale_build_locks() # `SFTConfig` starts DeepSpeed, which would wait for them without an end
     if cpu:
         # with use_cpu, accelerate would leave DeepSpeed out
         args |= dict(ddp_backend="gloo") if deepspeed else dict(use_cpu=True)
