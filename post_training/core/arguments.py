@@ -24,7 +24,7 @@ class CommandParser(argparse.ArgumentParser):
     "An argument parser for commands with Hydra overrides; mistakes raise `UserError`"
     def __init__(self,
         words:str="", # which words are taken, as in a usage line
-        setup=None, # function of this parser that adds its options, called at the first use
+        setup=None, # function that takes this parser and adds its options, called at the first use
         help_text=None, # function that returns the whole help; None: argparse's
         noun:str="command", # what the first word names, where there are subcommands
         **kwargs, # of `argparse.ArgumentParser`
@@ -47,7 +47,7 @@ def known_options(self:CommandParser)->list[str]:
 def join_values(self:CommandParser,
     argv:list[str], # as typed
 )->list[str]: # `--sort -loss` as `--sort=-loss`
-    "Attach the value of each option, which may begin with a dash"
+    "Join each option with its value, because a value may begin with a dash"
     valued = {o for a in self._actions if a.option_strings and a.nargs is None for o in a.option_strings}
     out, rest = [], list(argv)
     while rest:
@@ -60,7 +60,7 @@ def join_values(self:CommandParser,
 def parse_known_args(self:CommandParser,
     args=None, # as typed; None: this process' arguments
     namespace=None, # to fill
-)->tuple: # namespace with `words`, and an empty list: what is not known raises
+)->tuple: # namespace with `words`, and an empty list, because unknown options raise an error
     "Parse options and words in any order"
     if self.setup: setup, self.setup = self.setup, None; setup(self)
     argv = list(sys.argv[1:] if args is None else args)
@@ -100,13 +100,13 @@ def explain(self:CommandParser,
 def error(self:CommandParser,
     message:str, # argparse's
 ):
-    "Raise what argparse would print"
+    "Raise the error that argparse would print"
     raise UserError(message)
 
 # %% ../../nbs/00_core/4_arguments.ipynb #6845dba8
 @patch
 def _check_value(self:CommandParser, action, value):
-    "Refuse a value that is no choice, naming the nearest"
+    "Refuse a value that is not one of the choices, and name the nearest choice"
     if action.choices is None or value in action.choices: return
     near = did_you_mean(str(value).replace("-", "_"), action.choices) or did_you_mean(str(value), action.choices)
     if not action.option_strings:
@@ -155,7 +155,7 @@ MACHINE_ERRORS = {errno.ENOSPC: _ROOM, errno.EDQUOT: _ROOM, errno.EROFS: "Choose
 def exit_code_of(
     call, # function without arguments that returns an exit code
 )->int:
-    "Call a command; mistakes and failed jobs end in a line or two, without a traceback"
+    "Call a command; user errors and failed jobs print a line or two, without a traceback"
     try: return call()
     except UserError as e: code, text = 2, str(e)
     except KeyboardInterrupt: code, text = 130, "interrupted; what was saved stays, the same command continues"

@@ -43,7 +43,7 @@ def refusal(
     env:dict, # the server's own environment
     threads:int, # that PyTorch uses in the server
 )->str: # why a fork would differ from a new process; "" if it would not
-    "The first difference between a server and a request that a fork would not see"
+    "The first setting of a request that a fork of the server could not take over"
     if request["executable"] != sys.executable: return f"the interpreter is {request['executable']}"
     for kind, (_, hard) in request["limits"].items():
         mine = resource.getrlimit(int(kind))[1]
@@ -99,7 +99,7 @@ def become(
     files, # standard input, output, error
     parent:int, # process id of the server
 )->list[str]: # the module and its arguments
-    "Turn a fork into what a new process with these settings would be"
+    "Give a fork the settings that a new process would have"
     die_with(parent)
     os.setsid()
     for n, f in enumerate(files): os.dup2(f, n)
@@ -136,7 +136,7 @@ def run_module_here(
 def end_fork(
     error:BaseException|None=None, # what the module raised
 ):
-    "End this process as Python would, without taking its libraries apart"
+    "End this process as Python would, but without destroying the objects of its libraries"
     code = 0
     if isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -168,7 +168,7 @@ def unfit()->str: # why; "" if it can
 # %% ../../nbs/00_core/7_fork_server.ipynb #5752fa35
 @dataclass
 class ServerState:
-    "What a server knows"
+    "The state of a server"
     listener:socket.socket
     wake:int # file descriptor that can be read when a child has ended
     env:dict # its own environment
@@ -199,7 +199,7 @@ def answer_command(
     server:ServerState,
     connection:socket.socket, # of a new command
 )->list[str]|None: # in a fork: the module and its arguments; None in the server
-    "Fork for a command, or tell it why not"
+    "Fork for a command, or send it the reason for a refusal"
     connection.settimeout(10)
     try: request, files = receive_request(connection)
     except (OSError, ValueError): connection.close(); return None
@@ -219,7 +219,7 @@ def answer_command(
 def report_ends(
     server:ServerState,
 ):
-    "Tell commands the exit codes of their forks"
+    "Send commands the exit codes of their forks"
     for connection, pid in list(server.forks.items()):
         ended, status = os.waitpid(pid, os.WNOHANG)
         if not ended: continue
@@ -231,7 +231,7 @@ def report_ends(
 def handle_event(
     server:ServerState,
 )->list[str]|None: # in a fork: the module and its arguments
-    "Wait for a command, its end or the end of a fork, and handle it"
+    "Wait for one event and handle it: a new command, the end of a command, or the end of a fork"
     ready, _, _ = select.select([server.listener, server.wake, *server.forks], [], [])
     with contextlib.suppress(BlockingIOError): os.read(server.wake, 4096)
     for connection in [c for c in ready if c in server.forks]: # its command has ended
@@ -256,7 +256,7 @@ def serve(
 def request_of(
     argv:list[str], # a module and its arguments
 )->dict:
-    "What this process hands on to a fork"
+    "The settings of this process that a fork takes over"
     kinds = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     umask = os.umask(0)
@@ -302,7 +302,7 @@ def own_file()->str: # a path
 def forked_command(
     argv:list[str], # a command
 )->list[str]: # a command with the same effect
-    "The command as a fork of the server where it is `python -m MODULE` and there is a server"
+    "Turn `python -m MODULE` into a fork of the server, if there is a server; other commands stay as they are"
     if [*argv[:2]] != [sys.executable, "-m"] or os.environ.get(SERVER_VARIABLE, "off") == "off": return argv
     return [sys.executable, "-I", "-S", own_file(), "run", str(os.getpid()), *argv[2:]]
 
@@ -311,7 +311,7 @@ def forked_command(
 def fork_server(
     libraries=LIBRARIES, # modules
 ):
-    "During the block, the environment names a server; a server that it names already is kept"
+    "Start a server for the block and name it in the environment, unless the environment already names one"
     given = os.environ.get(SERVER_VARIABLE)
     if given and (given == "off" or os.path.exists(given)): yield; return
     with tempfile.TemporaryDirectory(prefix="fork-server-") as folder, socket.socket(socket.AF_UNIX) as listener:

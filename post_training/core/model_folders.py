@@ -97,7 +97,7 @@ SPECIAL_TOKEN_KEYS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_t
 # %% ../../nbs/00_core/5_model_folders.ipynb #3fb68d21
 def complete_tokenizer_config(
     settings:dict, # of `tokenizer_config.json`
-    tokenizer=None, # loaded, for what its class takes for granted
+    tokenizer=None, # the loaded tokenizer, for the defaults of its class
     bpe:bool=True, # its model is a BPE
 )->tuple[dict, dict]: # (settings that both generations read, content of `special_tokens_map.json`)
     "The settings of a tokenizer, with a class and names that transformers 4 and 5 know"
@@ -119,7 +119,7 @@ def complete_tokenizer_config(
 # %% ../../nbs/00_core/5_model_folders.ipynb #0d005d6e
 def write_portable(
     folder, # with a saved model, a saved tokenizer, or both
-    tokenizer=None, # that was saved, for what its class takes for granted
+    tokenizer=None, # the tokenizer that was saved, for the defaults of its class
 )->list[str]: # notices: what transformers 4 cannot express
     "Complete the files of a model folder for readers of both generations of transformers"
     folder, notices = Path(folder), []

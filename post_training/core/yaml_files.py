@@ -11,7 +11,7 @@ from pathlib import Path
 from .files import UserError
 
 # %% ../../nbs/00_core/6_yaml_files.ipynb #05ccce21
-YAML_LIMITS = dict(bytes=2**22, depth=50, nodes=100_000) # of a file; nodes are counted with its aliases written out
+YAML_LIMITS = dict(bytes=2**22, depth=50, nodes=100_000) # of a file; nodes are counted with aliases expanded
 
 # %% ../../nbs/00_core/6_yaml_files.ipynb #5a8ba766
 def read_text_file(
@@ -59,7 +59,7 @@ class _Open:
 
 # %% ../../nbs/00_core/6_yaml_files.ipynb #9c740153
 def _count_key(parent:_Open, event, name:str):
-    "Note a key of a mapping; refuse a second one of the same name, and a key that is no text"
+    "Record a key of a mapping; refuse a key that occurs twice, and a key that is not text"
     line = event.start_mark.line + 1
     if not isinstance(event, yaml.ScalarEvent):
         raise UserError(f"{name}, line {line}: a key of a mapping must be a text, not a list, a mapping or an alias.")
