@@ -152,7 +152,7 @@ def pair_losses(
     weights_P:torch.Tensor|None=None, # weight of each pair in the data; None: 1
     **kwargs, # of `pair_scores`
 )->tuple: # (list of LossTerm, one for each loss; number of betas that a bound changed)
-    "Sum and count of each loss over the pairs of a micro-batch"
+    "The sum and the count of each loss over the pairs of a micro-batch"
     used_N = used_answers(lengths_S) if used_N is None else used_N
     logps, plain, ref, n = (None if x is None else x.index_select(0, used_N)
                             for x in (logps_S, plain_logps_S, ref_logps_S, lengths_S))

@@ -33,7 +33,7 @@ def value_mask(
     weights_BT:torch.Tensor, # weight of each token
     sequence_BT:torch.Tensor, # sequence number, -1 on padding
 )->torch.Tensor: # bool, a superset of weights_BT > 0
-    "Tokens with a weight, and the successor of each"
+    "True for the tokens with a weight above 0 and for the successor of each"
     weighted_BT = weights_BT > 0
     followed_BT = weighted_BT & has_successor(sequence_BT)
     return weighted_BT | torch.cat([torch.zeros_like(followed_BT[:, :1]), followed_BT[:, :-1]], 1)

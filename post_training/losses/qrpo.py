@@ -134,7 +134,7 @@ def tied_atoms(
     mask_SR:torch.Tensor|None=None, # true for a reference; None: all
     among_S:torch.Tensor|bool=False, # true if the completion is one of these references
 )->tuple: # quantiles_SK and weights_SK, with K = R + 1
-    "The quantile that each of a completion and its references has among the others, all equally probable"
+    "The atoms of a pool of a completion and its references: the quantile of each member among the others"
     mask_SR, among_S, n_S = compared_references(reward_S, ref_rewards_SR, mask_SR, among_S)
     pool_SK = torch.cat([ref_rewards_SR, reward_S[..., None]], -1)
     mask_SK = torch.cat([mask_SR, ~among_S[..., None]], -1) # once in the pool

@@ -92,7 +92,7 @@ def loss_denominators(
 
 # %% ../../nbs/05_losses/2_sft.ipynb #10bbd994
 class LossTerm(NamedTuple):
-    "One fraction of a loss"
+    "One term of a loss: weight * numerator / denominator"
     numerator: torch.Tensor # scalar with gradient, of this micro-batch
     denominator: torch.Tensor # fp64 scalar, of this micro-batch
     weight: float # factor of the fraction in the loss
