@@ -398,7 +398,8 @@ def rehearse_save(
     model = weightless_model(run.base_model(m["model_name_or_path"], w.cfg["runs_dir"])[0], data.tokenizer,
                              auto["dtype"], m.get("model_revision") or "main", trust)
     plan = SavePlan(t.get("optim") or "adamw_torch", w.zero_stage, bool(m.get("use_peft")), t.get("save_total_limit"),
-                    saves_to_come(w.cfg, len(data.train), done), len(complete_checkpoints(w.checkpoints_dir)))
+                    saves_to_come(w.cfg, len(data.train), done), len(complete_checkpoints(w.checkpoints_dir)),
+                    w.world_size)
     result = rehearse(w.checkpoints_dir, model, data.tokenizer, plan, trust)
     rows = model.config.get_text_config().vocab_size
     padded = padded_rows(max(data.tokenizer.get_vocab().values()) + 1, rows)
