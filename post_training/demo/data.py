@@ -65,7 +65,7 @@ def problem_key(
     skill:str, # one of `SKILLS`
     operands:tuple, # as `draw_operands` gives them
 )->tuple: # equal for equal problems
-    "A key that is equal for equal problems, whatever the order of two operands"
+    "A key that is equal for equal problems; the order of two operands does not matter"
     return tuple(sorted(operands)) if skill in ("sum", "worked", "compare") else operands
 
 # %% ../../nbs/45_demo/1_data.ipynb #b9619c60

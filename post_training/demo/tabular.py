@@ -269,7 +269,7 @@ def space_qrpo(
 # %% ../../nbs/45_demo/3_tabular.ipynb #cc9514a6
 def length_neutral(
     log_ref_S:torch.Tensor, # reference
-    merit_S:torch.Tensor, # anything
+    merit_S:torch.Tensor, # any number for each completion; larger is better
     lengths_S:torch.Tensor, # tokens
 )->torch.Tensor: # reward_S between 0 and 1
     "The mid-rank of the merit among completions of the same length"

@@ -147,7 +147,7 @@ def flops_per_token(
     family:str=None, # see `dense_shape`
     trained:int|None=None, # parameters of adapters, the model being frozen; None: all is trained; 0: a forward alone
 )->float: # FLOP of forward and backward
-    "Matrix arithmetic of training on one token"
+    "The FLOP of the matrix products for training on one token"
     s, n = dense_shape(model, family), parameter_counts(model, family)
     weights = 2*(n["attention"] + n["mlp"] + scored*s["vocab"]*s["hidden"])
     scores = 2*s["layers"]*s["query"]*seq_len
@@ -209,7 +209,7 @@ def lora_parameters(
     if s["gated"]: sizes["mlp.gate_proj"] = (H, F)
     targets = [targets] if isinstance(targets, str) else list(targets)
     def is_target(name):
-        "As peft matches: a name is the end of a module's name, an expression all of it"
+        "Match as peft does: a name matches the end of a module's name, an expression the whole name"
         if len(targets) == 1 and re.search(r"[^\w.-]", targets[0]): return re.fullmatch(targets[0], name)
         return targets == ["all-linear"] or any(name.endswith(f".{t}") for t in targets)
     adapters = sum(r*(a + b) + dora*b for i in range(s["layers"]) for name, (a, b) in sizes.items()

@@ -58,7 +58,7 @@ class JobNode:
     def seconds_left(self,
         share:float=1., # of the whole time
     )->float: # until that share is over
-        "The time that is left"
+        "The remaining time, in seconds"
         return self.start + share*self.seconds - time.monotonic()
 
 # %% ../../nbs/70_launch/5_preflight.ipynb #52f4eeb2
@@ -139,7 +139,7 @@ def model_source(
 
 # %% ../../nbs/70_launch/5_preflight.ipynb #5e1f6fb3
 def checkpoint_gib(cfg:dict)->float|None:
-    "The size of a checkpoint at most; None if the model's files are not on this machine"
+    "An upper bound on the size of a checkpoint; None if the model's files are not on this machine"
     folder = Path(model_source(cfg["model_args"]["model_name_or_path"], cfg.get("runs_dir")))
     files = sorted(folder.glob("*.safetensors"))
     try: numbers = sum(map(tensor_numbers, files))
@@ -404,7 +404,7 @@ def close_store(
     store, # of `open_store`
     n:JobNode,
 ):
-    "End together: node 0 reports before the first node ends, and ends last, because it serves the store"
+    "Wait until all nodes have finished; node 0, which serves the store, ends last"
     end = min(n.seconds_left(), 5.) + time.monotonic()
     try:
         if n.rank: read_key(store, "reported", n.seconds_left())
@@ -462,7 +462,7 @@ def all_reduce(
     backend:str, # gloo or nccl
     time_share:float=0.9, # of the time, until which it must be over
 )->str: # backend and number of nodes
-    "The sum of all ranks' numbers, over the network that training will use"
+    "Sum the ranks' numbers over the network that training will use"
     import torch
     import torch.distributed as dist
     left = n.seconds_left(time_share)
@@ -485,7 +485,7 @@ def all_reduce(
 # %% ../../nbs/70_launch/5_preflight.ipynb #281d2e8a
 def sum_report(
     n:JobNode,
-    reports:list[dict], # of the roll call
+    reports:list[dict], # of all nodes, from `exchange_reports`
 )->dict: # rank, name, seconds, results, problems
     "Run the all-reduce; a failure becomes a report"
     gpus_everywhere = all(not r["results"].get("gpus", "0").startswith(("0", "none")) for r in reports)
@@ -567,7 +567,7 @@ def collective_rounds(
     store, # of `open_store`
     report:dict, # of `local_report`
 )->list[list[dict]]: # reports of each round; the last one holds the problems
-    "The rounds in which nodes meet; each begins only if the round before had no problem"
+    "Run the rounds in which nodes communicate; each begins only if the round before had no problem"
     markers, rounds = {}, []
     try:
         if not report["problems"]: markers = write_markers(n)
@@ -590,8 +590,8 @@ def collective_rounds(
 def finish_preflight(
     n:JobNode,
     report:dict, # of `local_report`
-)->tuple[list[list[dict]], bool]: # reports of each round, and whether the nodes have met
-    "Meet the other nodes, if there are any and this node can"
+)->tuple[list[list[dict]], bool]: # reports of each round, and whether the nodes have communicated
+    "Run the collective rounds, if there are other nodes and this node can reach them"
     if n.nodes == 1 or {p["check"] for p in report["problems"]} & {"address", "port"}:
         write_preflight_error(n.folder, [report], n.nodes)
         return [[report]], False

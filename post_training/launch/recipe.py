@@ -70,7 +70,7 @@ def recipe_path(
 # %% ../../nbs/70_launch/7_recipe.ipynb #3f6ab4f6
 @contextlib.contextmanager
 def own_kernel():
-    "During the block, `python3` is a kernel on this interpreter, and a kernel knows its parent process"
+    "During the block, the kernel `python3` runs on this interpreter and is given the id of its parent process"
     with tempfile.TemporaryDirectory() as d:
         argv = forked_command([sys.executable, "-m", "ipykernel_launcher", "--log-level=50", "-f", "{connection_file}"])
         write_json(Path(d)/"kernels/python3/kernel.json",
