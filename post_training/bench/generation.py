@@ -20,7 +20,7 @@ GENERATION_MODEL_SIZES = { # name: what differs from the tiny model of the demo
 def bench_generation_model(
     size:str="tiny", # a key of `GENERATION_MODEL_SIZES`
     vocab:int=1024, # ids
-    mean_new:int=32, # tokens after which a completion ends, in the mean
+    mean_new:int=32, # tokens after which a completion ends, on average
     device:str="cpu",
     dtype:str="float32",
     seed:int=0, # of the weights
@@ -98,7 +98,7 @@ def planned_backend(
 
 # %% ../../nbs/90_bench/5_generation.ipynb #ad35cf1c
 def unshared_backend(*args, **kwargs)->list[int]: # new tokens of each completion
-    "`planned_backend`, each sample reading its prompt again"
+    "`planned_backend`, but the prompt is read again for each sample"
     return planned_backend(*args, **kwargs, share_prompts=False)
 
 # %% ../../nbs/90_bench/5_generation.ipynb #e339c694

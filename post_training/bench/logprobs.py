@@ -70,7 +70,7 @@ def prompts_once(
     pieces:list, # `ScoringPiece`s
     tokens:int=16384, # of a forward at most
 )->list: # of each piece: an fp32 array
-    "As the stage does it: a prompt is read once where that pays"
+    "As in the stage: a prompt is read once for all its completions if that is faster"
     from post_training.preferences.reference_logprobs import forward_tokens, score_pieces
     return score_pieces(model, pieces, forward_tokens(tokens, model.device), True)
 

@@ -24,7 +24,7 @@ def prefix_by_prefix(
     tokenizer, # with a chat template
     chats:list[list[dict]], # conversations
 )->list[tuple]: # (ids, completion mask) of each
-    "Masks by rendering and encoding each prefix: the lengths of two prefixes are the edges of an answer"
+    "Masks by rendering and encoding each prefix: the lengths of two prefixes are the boundaries of an answer"
     out = []
     for messages in chats:
         ids = tokenizer.apply_chat_template(messages, return_dict=False)
@@ -124,7 +124,7 @@ def one_pass(
     checked:bool=True, # check the turns of every conversation, as training does
     weights:list|None=None, # of each conversation, as for `tokenize_chats`
 )->list: # tokenized conversations
-    "Masks of a batch, and the checks of its turns: what training does"
+    "Masks of a batch and the checks of its turns, as in training"
     out = tokenize_chats(tokenizer, chats, weights=weights)
     if not checked: return out
     encoder, stops = encoder_for(tokenizer), frozenset(turn_end_tokens(out[0]))
@@ -137,7 +137,7 @@ def cost_of_checks(
     chats:list[list[dict]], # conversations
     repeats:int=5, # of each; the median counts
 )->dict: # variant: conversations per second, as a share of those without checks and weights
-    "What the checks of every turn cost, and weights of messages, in CPU seconds on one thread"
+    "The cost of checking every turn, and of weights of messages, in CPU seconds on one thread"
     weights = [([0. if i % 4 == 1 else 1. for i, _ in enumerate(c)], None) for c in chats] # every second answer
     variants = {"no checks": lambda: one_pass(tokenizer, chats, False), "checked": lambda: one_pass(tokenizer, chats),
                 "weights": lambda: one_pass(tokenizer, chats, False, weights),

@@ -97,7 +97,7 @@ def step_meter(
 def step_seconds(
     meter, # of `step_meter`, after training
 )->list[tuple]: # (wall time, CPU time) of each step, in seconds
-    "What each step took"
+    "The duration of each step"
     return [tuple(b - a for a, b in zip(*step)) for step in zip(meter.starts, meter.ends)]
 
 # %% ../../nbs/90_bench/2_measure.ipynb #63aacb01
@@ -112,7 +112,7 @@ def bench_training_args(
     per_device:int, # rows, pairs or packs of a micro-batch
     accumulation:int, # micro-batches of an optimizer step
     bf16:bool, # bf16 autocast
-    **more, # what this benchmark adds: steps or epochs, learning rate, optimizer
+    **more, # the benchmark's own arguments: steps or epochs, learning rate, optimizer
 )->dict: # arguments that this repository's trainers and TRL's know
     "Training arguments of a measurement: constant learning rate, no warm-up, every step logged, nothing saved"
     return dict(per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulation, bf16=bf16,
@@ -125,7 +125,7 @@ PRELOADED_MODULES = ("datasets", "deepspeed", "trl.trainer.sft_trainer", "trl.tr
 
 # %% ../../nbs/90_bench/2_measure.ipynb #68a16ecd
 def start_forkserver(): # a context of multiprocessing
-    "The server that measurements on a CPU are forked from; one per process, it ends with it"
+    "The fork server for measurements on a CPU; each process has one, which ends with the process"
     from multiprocessing import forkserver
     from unittest.mock import patch
     context = multiprocessing.get_context("forkserver")
@@ -139,7 +139,7 @@ def run_quietly(
     function:str, # module:name
     args:dict, # of the function
 )->dict: # result, or failed: the error as text
-    "What `try_fresh` runs in the new process"
+    "The part of `try_fresh` that runs in the new process"
     with open(log, "ab", buffering=0) as f:
         for fd in (1, 2): os.dup2(f.fileno(), fd)
         module, name = function.split(":")
@@ -166,7 +166,7 @@ def call_fresh(
     function:str, # module:name; the new process imports it
     **args, # of the function; `device` says where it runs
 ): # what it returned
-    "A function's result from a process of its own; an error there is an error here"
+    "A function's result from a process of its own; an error in that process is raised in this one"
     outcome = try_fresh(function, args)
     if "failed" in outcome:
         shown = {k: v for k, v in args.items() if isinstance(v, (str, int, float, type(None)))}

@@ -96,7 +96,7 @@ def our_preference_trainer(
     cpu:bool=True,
     loss:str="qrpo", # loss_type
 ): # `SFTTrainer` with a `PreferenceObjective`
-    "This repository's trainer with reference log-probabilities that are computed before"
+    "This repository's trainer, with reference log-probabilities that are computed before training"
     from datasets import Dataset
     from post_training.tokens.collate import PadCollator, PairCollator
     from post_training.training.preference import (

@@ -135,7 +135,7 @@ def newest_records(
 def plot_targets(
     table, # from `load_records`
 ): # a matplotlib figure
-    "How far each number is from its target; above 1 passes"
+    "The ratio of each number to its target, as a bar; above 1 passes"
     import matplotlib.pyplot as plt
     shown = table[(table.target != "") & table.measured.notna()]
     margin = [row.measured/TARGETS[name][2] if TARGETS[name][1] == ">=" else TARGETS[name][2]/max(row.measured, 1e-9)

@@ -68,14 +68,14 @@ def rewards_row_by_row(
     return out
 
 # %% ../../nbs/90_bench/7_rewards.ipynb #c37e3668
-PLANNED_BATCH_FACTOR = 16 # a planned batch holds so many times the tokens of a batch of the model
+PLANNED_BATCH_FACTOR = 16 # tokens of a planned batch, as a multiple of the tokens of a batch of the model
 
 # %% ../../nbs/90_bench/7_rewards.ipynb #eb20d5a8
 def rewards_in_planned_batches(
     scorer, # from `bench_scorer`
     rows:list[dict], # in row form
 )->list[list[float]]: # scores of each row
-    "As the stage does it: batches planned over all rows, each sorted by length"
+    "As in the stage: batches are planned over all rows, and each is sorted by length"
     out = [None]*len(rows)
     for batch in token_batches(scorer.lengths(rows), PLANNED_BATCH_FACTOR*scorer.options.batch_tokens):
         for i, scores in zip(batch, scorer.score([rows[i] for i in batch])): out[i] = scores

@@ -196,7 +196,7 @@ def expected_memory(
     zero_stage:int=0, # 0: no DeepSpeed
     world_size:int=1,
 )->dict: # of `memory_per_gpu`, GiB
-    "The memory estimate, without the reserve for what lies around the trainer"
+    "The memory estimate, without the reserve for memory outside of the trainer"
     sequences = rows*(1 + (loss == "qrpo"))
     policy = "bf16" if dtype == "bfloat16" else "float32" if device == "cpu" else "autocast"
     train = TrainShape(zero_stage, world_size, sequences, tokens, accumulation, policy, recompute=checkpointing,
@@ -246,7 +246,7 @@ def train_case(
 
 # %% ../../nbs/90_bench/11_scale.ipynb #4d9fc92f
 def top_operations(
-    profiler, # that held a step
+    profiler, # that recorded a step
     top:int=12, # how many
 )->list[dict]: # operation, share, calls; the largest first
     "The operations that took the most time, without the operations that they call"
@@ -315,7 +315,7 @@ def training_fits(
 def bisect_largest(
     fit, # rows -> whether they fit
     max_rows:int=1024, # rows to stop at
-)->int: # rows; 0 where one does not fit
+)->int: # rows; 0 if a single row does not fit
     "The largest batch that fits, provided that every smaller one fits as well"
     good, bad = 0, 1
     while bad <= max_rows and fit(bad): good, bad = bad, 2*bad
@@ -447,7 +447,7 @@ def plot_length(
 def attention_backends(
     device:str="cpu", # cpu or cuda
 )->list[str]: # names of attn_implementation
-    "What can be compared here"
+    "The attention backends that this machine can compare"
     from post_training.models.load import flash_available
     return ["eager", "sdpa", *["flex_attention"]*(device != "cpu"), *["flash_attention_2"]*flash_available(device)]
 

@@ -87,7 +87,7 @@ MODEL_8B = dict(linear=32*(2*4096*4096 + 2*4096*1024 + 2*4096*21504), layers=32,
 def model_numbers(
     model, # a causal language model
 )->dict: # linear: weights of the backbone's products; layers, query, hidden, vocab
-    "What the cost of a step depends on"
+    "The sizes of a model that determine the cost of a step"
     import torch
     c = model.config
     linear = sum(m.weight.numel() for m in model.base_model.modules() if isinstance(m, torch.nn.Linear))
@@ -120,7 +120,7 @@ def step_shape(
     layout:str, # of `BATCH_LAYOUTS`
     **sizes, # of `micro_batches`
 )->dict: # real: tokens; positions: with padding; attended: pairs of positions; scored: positions through the head
-    "What one step over all rows sends through the backbone, the attention and the head"
+    "The positions that the backbone, the attention and the head process in one step over all rows"
     from post_training.tokens.collate import PackCollator
     from post_training.training.objective import SFTObjective
     batches = micro_batches(rows, layout, **sizes)
@@ -200,7 +200,7 @@ def our_sft_trainer(
     device:str="cpu", # cpu or cuda
     loss:str="plw 0", # a key of `BENCH_SFT_LOSSES`
 ): # `post_training.training.trainer.SFTTrainer`
-    "This repository's trainer; layouts that lack an improvement have it switched off"
+    "This repository's trainer; in a layout without an improvement, the improvement is switched off"
     from datasets import Dataset
     from post_training.tokens.collate import PackCollator, PadCollator
     from post_training.training.data_order import PackingPlan
@@ -363,7 +363,7 @@ def machine_rates(
     positions:int=1024, # N
     repeats:int=5, # of each measurement
 )->dict: # seconds per FLOP of a product, per number of a pass in the cache, per number of a pass in memory
-    "How fast this machine multiplies, and passes over tiles of both sizes"
+    "The speed of this machine: of a matrix product, and of a pass over tiles of both sizes"
     import torch
     from post_training.models.score import tile_columns
     def seconds(f): return statistics.median(f() for _ in range(repeats))
