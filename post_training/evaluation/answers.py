@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from .. import config, run
 from ..core.files import UserError, exit_fast, gc_paused, redact, write_json
-from .statistics import bootstrap, by_skill, evenly_spaced_indices
+from .statistics import by_skill, evenly_spaced_indices, mean_interval
 from ..models.verifiers import answer_text, row_verifier, run_verifier, thought_marks
 from ..preferences.completions import ServedModel
 
@@ -145,12 +145,12 @@ def read_answers(
 def row_scores(
     answers:list[dict], # from `read_answers`
     n:int, # rows
-)->list[float|None]: # for each row: the mean over its checked samples; None where nothing was checked
+)->list[list[float]|None]: # for each row: the scores of its checked samples; None where nothing was checked
     "Scores of rows"
     scores = {}
     for a in answers:
         if a["right"] is not None: scores.setdefault(a["row"], []).append(a["right"])
-    return [float(np.mean(scores[i])) if i in scores else None for i in range(n)]
+    return [scores.get(i) for i in range(n)]
 
 # %% ../../nbs/60_evaluation/2_answers.ipynb #ab90c919
 def evaluation_result(
@@ -160,7 +160,7 @@ def evaluation_result(
     generated:list[dict|None], # what was generated; None where there was no prompt
     num_samples:int=8, # to keep for reading
     answers:list[dict]|None=None, # from `read_answers`, where they were read already
-)->dict: # accuracy, interval, n (prompts), skills, not_checked, no_prompt with their reasons, cut, samples
+)->dict: # accuracy, interval, its method, n (prompts), skills, not_checked, no_prompt and reasons, cut, samples
     "Scores and samples of generated answers"
     answers = read_answers(tokenizer, rows, prompts, generated) if answers is None else answers
     scores, answered = row_scores(answers, len(rows)), {a["row"] for a in answers}
@@ -168,8 +168,9 @@ def evaluation_result(
     keys = ("prompt", "asked", "expected", "got", "right", "finish_reason", "skill")
     samples = [{k: a[k] for k in keys} | dict(right=None if a["right"] is None else bool(a["right"]))
                for a in (first[i] for i in evenly_spaced_indices(len(first), num_samples))]
-    return dict(accuracy=round(sum(checked)/len(checked), 4) if checked else None,
-                interval=bootstrap(checked) if checked else None, n=len(checked), skills=by_skill(rows, scores),
+    accuracy = round(float(np.mean([np.mean(s) for s in checked])), 4) if checked else None
+    sure = mean_interval(checked) if checked else dict(interval=None)
+    return dict(accuracy=accuracy, **sure, n=len(checked), skills=by_skill(rows, scores),
                 not_checked=len(answered) - len(checked), not_checked_why=count_reasons(a["why"] for a in first),
                 no_prompt=len(rows) - len(answered),
                 no_prompt_why=count_reasons(p for p in prompts if isinstance(p, str)),
@@ -401,8 +402,9 @@ def evaluate_command(
         return 2 if kind == "user" else 1
     if result["accuracy"] is None: print(f"{result['not_checked']} answers written; the rows name no answers to check")
     else:
-        print(f"accuracy {100*result['accuracy']:.1f} % on {result['n']} prompts, 95 % interval "
-              f"{100*result['interval'][0]:.1f} to {100*result['interval'][1]:.1f} %")
+        low, high = (f"{100*x:.1f}" for x in result["interval"])
+        print(f"accuracy {100*result['accuracy']:.1f} % on {result['n']} prompts, 95 % interval {low} to {high} % "
+              f"({result['interval_method']})")
     return 0
 
 # %% ../../nbs/60_evaluation/2_answers.ipynb #61956696

@@ -18,7 +18,7 @@ from ..core.files import (
 from ..evaluation import answers as evaluation_answers
 from ..evaluation.answers import Sampling, verdict_text
 from ..evaluation.perplexity import completion_likelihoods, perplexity_of, resampled_rates, tokenized_rows
-from ..evaluation.statistics import bootstrap, evenly_spaced_indices, paired_bootstrap
+from ..evaluation.statistics import evenly_spaced_indices, paired_difference
 from ..models.verifiers import row_verifier
 from ..preferences.completions import ServedModel, open_server
 
@@ -199,7 +199,7 @@ def measure_accuracy(
     rows:list[dict], # of the evaluation
     path:str, # of the checkpoint
     answers_file:Path, # of saved answers
-)->tuple[dict, list[dict], list]: # numbers, answers, score of each row
+)->tuple[dict, list[dict], list]: # numbers, answers, scores of the samples of each row
     "Answer the prompts and count the right answers"
     e = cfg["evaluation"]
     prompts = evaluation_answers.prompts_that_fit(model, evaluation_answers.prompts_of(tokenizer, rows),
@@ -216,10 +216,6 @@ def measure_accuracy(
     answers = evaluation_answers.read_answers(tokenizer, rows, prompts, by_row, e["verifier"])
     result = evaluation_answers.evaluation_result(tokenizer, rows, prompts, by_row, e["num_samples_shown"], answers)
     scores = evaluation_answers.row_scores(answers, len(rows))
-    groups = {}
-    for r, s in zip(rows, scores):
-        if s is not None: groups.setdefault(r.get("skill") or r.get("source") or "all", []).append(s)
-    for k in result["skills"]: result["skills"][k]["interval"] = bootstrap(groups[k])
     new_tokens = sum(len(a["ids"]) for samples in generated.values() for a in samples)
     return result | dict(answers=len(answers), new_tokens=new_tokens), answers, scores
 
@@ -264,7 +260,7 @@ def measure_checkpoint(
 # %% ../../nbs/65_stages/6_evaluate.ipynb #63d14b8a
 def paired_differences(
     row_scores:dict, # name -> details by row, from `measure_checkpoint`; the first is the baseline
-)->dict: # name -> accuracy (as `paired_bootstrap` reports it), bits_per_byte
+)->dict: # name -> accuracy (as `paired_difference` reports it), bits_per_byte
     "Paired differences to the first checkpoint"
     (_, baseline), *candidates = row_scores.items()
     return {name: accuracy_difference(baseline, c) | bits_difference(baseline, c) for name, c in candidates}
@@ -273,10 +269,10 @@ def paired_differences(
 def accuracy_difference(
     a:dict, # details by row, of the baseline
     b:dict, # of another checkpoint
-)->dict: # accuracy, as `paired_bootstrap` reports it; empty if no row was checked for both
+)->dict: # accuracy, as `paired_difference` reports it; empty if no row was checked for both
     "The difference of accuracy on rows that were checked for both"
     pairs = [(x, y) for x, y in zip(a.get("scores", []), b.get("scores", [])) if x is not None and y is not None]
-    return dict(accuracy=paired_bootstrap(*zip(*pairs))) if pairs else {}
+    return dict(accuracy=paired_difference(*zip(*pairs))) if pairs else {}
 
 # %% ../../nbs/65_stages/6_evaluate.ipynb #821ae5f9
 def bits_difference(
@@ -292,7 +288,7 @@ def bits_difference(
     before, after = (float(s["nats"][at].sum()/math.log(2)/s["bytes"][at].sum()) for s in sides)
     interval = [round(float(q), 5) for q in np.quantile(resampled[1] - resampled[0], [.025, .975])]
     return dict(bits_per_byte=dict(before=round(before, 5), after=round(after, 5), difference=round(after - before, 5),
-                                   interval=interval, n=len(at)))
+                                   interval=interval, interval_method="bootstrap", n=len(at)))
 
 # %% ../../nbs/65_stages/6_evaluate.ipynb #cfe84ee2
 def read_results(
@@ -342,8 +338,8 @@ def summary_line(
     for name, c in results["checkpoints"].items():
         parts = []
         if c.get("accuracy") is not None:
-            low, high = c["interval"]
-            parts.append(f"accuracy {100*c['accuracy']:.1f} % ({100*low:.1f} to {100*high:.1f}) on {c['n']} prompts")
+            low, high = (f"{100*x:.1f}" for x in c["interval"])
+            parts.append(f"accuracy {100*c['accuracy']:.1f} % (95 %: {low} to {high}) on {c['n']} prompts")
         if (c.get("perplexity") or {}).get("perplexity"):
             parts.append(f"perplexity {c['perplexity']['perplexity']:.4g}")
         for task, metrics in list((c.get("lm_eval") or {}).items())[:2]:
@@ -409,7 +405,7 @@ def summary_rows(
         if "accuracy" in c:
             gain = d.get("accuracy")
             row |= {"accuracy %": None if c["accuracy"] is None else percent(c["accuracy"]),
-                    "95 %": span(c["interval"], percent),
+                    "95 %": span(c["interval"], percent), "interval by": c.get("interval_method"),
                     "against the first": gain and f"{100*gain['difference']:+.1f} ({span(gain['interval'], percent)})",
                     "prompts": c["n"], "not checked": c["not_checked"], "no prompt": c["no_prompt"], "cut": c["cut"]}
         if p:
@@ -432,9 +428,10 @@ def group_rows(
     skills = lambda c: c.get("skills") or {}
     sources = lambda c: (c.get("perplexity") or {}).get("sources") or {}
     tasks = lambda c: c.get("lm_eval") or {}
-    percent = lambda v: f"{100*v['accuracy']:.1f}" if v else None
+    ends = lambda v: " ({:.1f} to {:.1f})".format(*(100*x for x in v["interval"])) if v.get("interval") else ""
+    percent = lambda v: f"{100*v['accuracy']:.1f}{ends(v)}" if v else None
     prompts = lambda k: next(skills(c)[k]["n"] for c in cs.values() if k in skills(c))
-    out["accuracy by skill or source, %"] = [
+    out["accuracy by skill or source, % (95 %)"] = [
         dict(what=k, prompts=prompts(k)) | {n: percent(skills(c).get(k)) for n, c in cs.items()} for k in names(skills)]
     out["perplexity by source"] = [dict(what=k) | {n: sources(c).get(k, {}).get("perplexity") for n, c in cs.items()}
                                    for k in names(sources)]

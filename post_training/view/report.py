@@ -8,9 +8,9 @@ __all__ = ['STATES', 'PANELS', 'PAIR_PANELS', 'MODEL_STAGES', 'LABELLED_STAGES',
            'diff_runs', 'plot_curves', 'show_config', 'show_counts', 'show_rows', 'show_account', 'plot_bars',
            'estimate_text', 'show_arithmetic', 'show_evaluation', 'estimate_vs_measured', 'show_record',
            'show_identity', 'plot_row_lengths', 'short_path', 'loss_text', 'headline_setup', 'accuracy_text',
-           'checkpoint_text', 'rows_text', 'training_results', 'headline_results', 'run_minutes', 'headline_rows',
-           'headline_bundle', 'headline', 'update_headline', 'anonymise', 'machine_names', 'downsample',
-           'shrink_notebook', 'keep_run']
+           'method_text', 'checkpoint_text', 'rows_text', 'training_results', 'headline_results', 'run_minutes',
+           'headline_rows', 'headline_bundle', 'headline', 'update_headline', 'anonymise', 'machine_names',
+           'downsample', 'shrink_notebook', 'keep_run']
 
 # %% ../../nbs/75_view/1_report.ipynb #b36a113d
 import datetime, getpass, html, json, re, socket, yaml
@@ -438,16 +438,25 @@ def accuracy_text(
     interval = "" if not e.get("interval") else " ({:.1f} to {:.1f})".format(*(100*x for x in e["interval"]))
     return f"{100*e['accuracy']:.1f} %{interval}"
 
+# %% ../../nbs/75_view/1_report.ipynb #b9e5a73a
+def method_text(
+    numbers:dict|None, # with an interval, as an evaluation records it
+)->str: # empty where the record names no method
+    "How an interval was computed"
+    method = (numbers or {}).get("interval_method")
+    return f" ({method})" if method else ""
+
 # %% ../../nbs/75_view/1_report.ipynb #38f84c25
 def checkpoint_text(
     numbers:dict, # of one checkpoint, as the stage `evaluate` records them
     difference:dict, # from the first checkpoint; empty for the first itself
 )->str:
     "The results of an evaluation for one checkpoint"
-    parts = [f"accuracy {accuracy_text(numbers)} on {numbers.get('n', 0):,} prompts"] if accuracy_text(numbers) else []
+    checked = f"{numbers.get('n', 0):,} prompts{method_text(numbers)}"
+    parts = [f"accuracy {accuracy_text(numbers)} on {checked}"] if accuracy_text(numbers) else []
     if d := difference.get("accuracy"):
         low, high = (100*x for x in d["interval"])
-        parts.append(f"{100*d['difference']:+.1f} ({low:+.1f} to {high:+.1f}) compared with the first")
+        parts.append(f"{100*d['difference']:+.1f} ({low:+.1f} to {high:+.1f}) compared with the first{method_text(d)}")
     if (p := numbers.get("perplexity") or {}).get("perplexity"): parts.append(f"perplexity {p['perplexity']:.4g}")
     return ", ".join(parts) or "nothing could be checked"
 
@@ -480,7 +489,7 @@ def training_results(
     parts = [f"{text} {k}" for k in ("before", "after") if (text := accuracy_text(evaluation.get(k)))]
     if parts:
         last = evaluation.get("after") or evaluation["before"]
-        facts["accuracy"] = f"{', '.join(parts)}; 95 % intervals, {last.get('n', 0):,} prompts"
+        facts["accuracy"] = f"{', '.join(parts)}; 95 % intervals{method_text(last)}, {last.get('n', 0):,} prompts"
         if "notice" in last: facts["accuracy"] += ", which are training rows"
     return facts
 
