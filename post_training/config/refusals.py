@@ -375,6 +375,10 @@ STAGE_REFUSALS |= {
     "a checkpoint twice": Refusal(_duplicates,
         "<checkpoints>: each checkpoint has a name of its own and stands there once.",
         ("evaluate", "checkpoints=[a,b,a]")),
+    "a format without its source": Refusal(
+        lambda c: c("stage") == "export" and "transformers" not in (c("to") or []),
+        "<to>: a GGUF is written from the folder of transformers and compared with it: set to=[transformers,gguf].",
+        ("export", "to=[gguf]")),
     "memory of a merge": Refusal(lambda c: bool(c("options.low_cpu_memory")) and not c("options.gpu"),
         "<options.low_cpu_memory> keeps the weights on a GPU: set options.gpu=true, or leave it out.",
         ("model_merging", "options.low_cpu_memory=true")),

@@ -910,6 +910,7 @@ class ExportKeys(SharedKeys, WithTokenizerKeys):
     dtype:Literal["auto", "float32", "bfloat16", "float16"] = key()
     max_shard_size:str = key(pattern=r"(?i)[1-9]\d*([KMG]I?B)", instead="a whole number and a unit, such as 5GB")
     plain_messages:bool = key()
+    to:list[Literal["transformers", "gguf"]] = key()
     readers:list[str] = key()
     dataset_args:ComparedDataKeys = None
     parity:ParityKeys = None

@@ -251,7 +251,7 @@ def model_card(
     source:CheckpointSource, # what was exported
     name:str, # of the folder
     facts:dict, # of the export: architecture, dtype, parameters, stops, plain, max_difference, dialogues; perhaps
-    # certificate (Markdown) and notices
+    # certificate (Markdown), notices and gguf (a file)
     runs_dir=None, # where records are
 )->str: # Markdown with its front matter
     "A model card from the record of the run that trained the model"
@@ -260,7 +260,8 @@ def model_card(
     training = card_table(training_facts(record, source.path))
     if not record:
         training = f"No record of a training run was found for this checkpoint.\n\n{training}".rstrip() + "\n"
-    sections = {"Use": usage_text(name, facts["stops"], facts["plain"]), "Merge": merge,
+    served = f"\nllama.cpp reads `{facts['gguf']}`: `llama-server -m {facts['gguf']}`.\n" if facts.get("gguf") else ""
+    sections = {"Use": usage_text(name, facts["stops"], facts["plain"]) + served, "Merge": merge,
                 "Training": "" if merge else training,
                 "Data": data_text(record, runs_dir) if record else "", "Evaluation": evaluation_text(record),
                 "Export": export_text(source, facts) + "".join(f"\n{n}\n" for n in facts.get("notices", [])),

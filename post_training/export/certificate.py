@@ -241,7 +241,7 @@ def answer_items(
     if not fine and folder and all(a.get("logps") for a in answer["dialogues"]):
         told += ". Likely cause: " + likely_cause(str(folder), [d["ids"] for d in rows], [d["logps"] for d in rows],
                                                   [a["logps"] for a in answer["dialogues"]], **load_args)
-    items.append(dict(item="log-probabilities", ok=fine, told=told, errors=errors))
+    items.append(dict(item="log-probabilities", ok=fine, told=told, errors=errors, dtype=dtype))
     items.append(_of_dialogues(
         "continuation", certificate, answer,
         lambda d, a: continuation_fault(d, a["written"], certificate["stops"], 2*bound["max"]),
@@ -255,7 +255,7 @@ def answer_items(
 def certify(
     folder, # of an export
     reader:str="library", # library, a name of `known_readers`, or the address of a server
-    dtype:str|None=None, # that the reader computes in; None: as certified, and of a server as stored
+    dtype:str|None=None, # that the reader computes in; None: as certified, and as stored of a server or a GGUF file
     **load_args, # of `load_model`, for the library
 )->list[dict]: # item, ok, told
     "Ask a reader whether it reads a folder as certified"
@@ -264,7 +264,8 @@ def certify(
         raise UserError(f"{folder} has no {CERTIFICATE}: it is written by `post-training export`.")
     if not (Path(folder)/"config.json").is_file(): raise UserError(f"{folder} is not a model: it has no config.json.")
     computed_in = certificate.get("computed_in", "float32")
-    dtype = dtype or (certificate["dtype"] if reader.startswith("http") else computed_in)
+    as_stored = reader.startswith("http") or reader == "llama.cpp" and any(Path(folder).glob("gguf/*.gguf"))
+    dtype = dtype or (certificate["dtype"] if as_stored else computed_in)
     cause = folder if computed_in == "float32" else None # to look for a cause takes the model in float32
     question = reader_question(folder, certificate["dialogues"], certificate["stops"], dtype,
                                certificate["max_new_tokens"])
@@ -316,7 +317,7 @@ def write_certificate(
             raise UserError(f"The reader {reader} does not read the export as it was written. {'; '.join(wrong)}. "
                             "Nothing was written.")
         told, of = ({i["item"]: i for i in items}[k] for k in ("reader", "log-probabilities"))
-        certificate["readers"].append(dict(reader=reader, told=told["told"], dtype=certificate["computed_in"],
+        certificate["readers"].append(dict(reader=reader, told=told["told"], dtype=of["dtype"],
                                            **{k: of["errors"][k] for k in ("mean", "max", "tokens")}))
     write_json(folder/CERTIFICATE, certificate)
     plot_certificate(certificate).savefig(folder/"certificate.png", dpi=110)
