@@ -12,8 +12,10 @@ import faulthandler
 import gc
 import importlib
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -23,6 +25,31 @@ ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ["torch", "transformers", "datasets", "accelerate", "trl", "peft", "matplotlib.pyplot", "IPython", "pandas", "nbdev.test",
              "transformers.models.auto.modeling_auto", "transformers.models.apertus.modeling_apertus",
              "transformers.models.llama.modeling_llama", "transformers.trainer", "papermill"]
+# Parameters of benchmarks and of an experiment under test: their processes, rows and repetitions are fewer than those of the defaults. What is left out here
+# (several processes, the largest batch, two vocabularies) runs in the chapters of nbs/90_bench.
+FEWER = {
+    "bench_data": dict(sizes=[100, 200, 400], repeats=1, processes=[], vocabulary="bpe"),
+    "bench_generation": dict(sizes=["tiny"]),
+    "bench_logprobs": dict(vocabularies=[1024], rows=[4]),
+    "bench_masks": dict(turns=[2], rows=20, repeats=1, vocabulary="bpe"),
+    "bench_preference": dict(tokens=64, steps=1),
+    "bench_rewards": dict(rows=8, completions=[4], longest=60, repeats=1, hidden=64),
+    "bench_scale": dict(memory={"hidden": [64], "tokens": [64], "loss": ["plw"]}, batches={}, processes=[], lengths={"cost": [64, 128], "attention": [128]}),
+    "bench_training": dict(commands=["post-training --help"]),
+    "merge-of-experts": dict(base_steps=60, skill_steps=8, prompts=16),  # the kept notebook has the full ones
+}
+
+
+def with_parameters(notebook, parameters, folder):
+    "A copy of a notebook in `folder` with other values of its parameters"
+    import nbformat
+    nb = nbformat.read(notebook, 4)
+    at = next(i for i, cell in enumerate(nb.cells) if "parameters" in cell.metadata.get("tags", []))
+    if unknown := [name for name in parameters if f"\n{name}:" not in f"\n{nb.cells[at].source}"]: sys.exit(f"{notebook} has no {unknown}")
+    nb.cells.insert(at + 1, nbformat.v4.new_code_cell("\n".join(f"{name} = {value!r}" for name, value in parameters.items())))
+    copy = Path(folder) / notebook.name
+    nbformat.write(nb, copy)
+    return copy
 
 
 def run_forked(notebook, flags):
@@ -36,8 +63,11 @@ def run_forked(notebook, flags):
         sys.argv[1:] = []
         faulthandler.register(signal.SIGUSR1)
         config = get_config()
+        folder = tempfile.mkdtemp()
+        if notebook.stem in FEWER: notebook = with_parameters(notebook, FEWER[notebook.stem], folder)
         passed, _ = test_nb(notebook, skip_flags=config.tst_flags.split(), force_flags=flags.split(), basepath=config.config_path)
         code = 0 if passed else 1
+        shutil.rmtree(folder)
     finally:
         atexit._run_exitfuncs()
         sys.stdout.flush()
@@ -67,13 +97,14 @@ def run_all(notebooks, workers, flags, limit):
         while waiting and len(running) < workers:
             notebook = waiting.pop(0)
             running[run_forked(notebook, flags)] = notebook, time.monotonic(), False
-        pid, status = os.waitpid(-1, os.WNOHANG)
+        pid, status, used = os.wait4(-1, os.WNOHANG)
         if pid not in running:
             stop_late(running, limit)
             time.sleep(0.05)
             continue
         notebook, start, _ = running.pop(pid)
-        print(f"{notebook.parent.name}/{notebook.name}: {time.monotonic() - start:.0f} s{' FAILED' if status else ''}", flush=True)
+        seconds, cpu = time.monotonic() - start, used.ru_utime + used.ru_stime
+        print(f"{notebook.parent.name}/{notebook.name}: {seconds:.0f} s, processor {cpu:.0f} s{' FAILED' if status else ''}", flush=True)
         if status: failed.append(notebook)
     return failed
 
@@ -82,7 +113,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--flags", default="", help="flags of cells to run that are left out otherwise, as nbdev_test has them")
-    parser.add_argument("--limit", type=float, default=900, help="seconds after which a notebook has failed")
+    parser.add_argument("--limit", type=float, default=1200, help="seconds after which a notebook has failed")
     args = parser.parse_args()
     notebooks = [Path(line.strip()).absolute() for line in sys.stdin if line.strip()]
     if not notebooks: sys.exit("no notebooks: write their paths to the standard input, one to a line")

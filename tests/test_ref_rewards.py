@@ -1,6 +1,7 @@
 "Rewards: the same bytes for any number of shards, one BOS in templates as models ship them, models that bring code, verifiers on rows with thoughts and tools, presets"
 from pathlib import Path
 
+import json
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
@@ -178,3 +179,5 @@ def test_the_tiny_reward_model_is_trained(tmp_path):
     scorer = model_scorer(folder, device="cpu")
     table = pair_accuracy(scorer, demo_pairs(demo_rows()["eval"], per_row=2, seed=1))
     assert table["all"]["accuracy"] > .7, table
+    written = json.loads((folder / "manifest.json").read_text())["accuracy"]
+    assert written["all"]["accuracy"] > .7 and written["other"]["accuracy"] > written["near"]["accuracy"] - .05, written

@@ -13,6 +13,7 @@ import torch
 from oracle import oracle
 from trainer_worker import GLOBAL_BATCH, ROWS, make_model, make_rows, rate
 
+from post_training.core.fork_server import forked_command
 from post_training.training.data_order import row_order
 
 HERE = Path(__file__).parent
@@ -73,7 +74,8 @@ def start_ranks(world, args, env=None, script="trainer_worker.py"):
     base = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")} | dict(
         WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
     base |= env or dict(ACCELERATE_USE_CPU="true")
-    ranks = [subprocess.Popen([sys.executable, str(HERE / script), *map(str, args)], env=base | dict(RANK=str(r), LOCAL_RANK=str(r)), cwd=HERE,
+    command = forked_command([sys.executable, "-m", script.removesuffix(".py"), *map(str, args)])
+    ranks = [subprocess.Popen(command, env=base | dict(RANK=str(r), LOCAL_RANK=str(r)), cwd=HERE,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(world)]
     try:
         for r, p in enumerate(ranks):
