@@ -196,7 +196,7 @@ def expected_memory(
     zero_stage:int=0, # 0: no DeepSpeed
     world_size:int=1,
 )->dict: # of `memory_per_gpu`, GiB
-    "The memory estimate, without the reserve for memory outside of the trainer"
+    "The memory estimate, on a GPU without the reserve for memory outside of the trainer"
     sequences = rows*(1 + (loss == "qrpo"))
     policy = "bf16" if dtype == "bfloat16" else "float32" if device == "cpu" else "autocast"
     train = TrainShape(zero_stage, world_size, sequences, tokens, accumulation, policy, recompute=checkpointing,

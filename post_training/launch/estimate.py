@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PRECISION_POLICIES', 'OPTIMIZERS', 'GRADIENT_BUCKET', 'ZERO3_LIVE_PARAMETERS', 'HEAD_TILE', 'MEMORY_PARTS',
-           'model_states', 'layer_activations', 'head_memory', 'TrainShape', 'MemoryOptions', 'layer_work',
-           'peak_moments', 'memory_per_gpu', 'estimate', 'estimate_rows', 'config_of', 'precision_policy_of',
-           'adapters_of', 'reference_of', 'assumptions_text', 'with_reference_pass', 'cpu_memory_options',
-           'cpu_optimizer', 'estimate_of', 'plot_memory']
+           'MEMORY_MARGIN', 'CPU_RESERVE', 'CPU_SCATTER', 'model_states', 'layer_activations', 'head_memory',
+           'TrainShape', 'MemoryOptions', 'layer_work', 'peak_moments', 'memory_per_gpu', 'estimate', 'estimate_rows',
+           'config_of', 'precision_policy_of', 'adapters_of', 'reference_of', 'assumptions_text', 'with_reference_pass',
+           'cpu_memory_options', 'cpu_optimizer', 'estimate_of', 'plot_memory']
 
 # %% ../../nbs/70_launch/3_estimate.ipynb #487204d3
 from dataclasses import dataclass, replace
@@ -149,6 +149,7 @@ class MemoryOptions:
     xielu_kernel: bool = False # the package xielu is installed
     reserve: float = 2. # GiB for CUDA's context, NCCL, workspaces and fragmentation
     heap: int = 0 # bytes of the largest block that stays with the process when it is freed: glibc's 32 MiB on a CPU
+    scatter: float = 0. # share of the activations on that heap that is lost between blocks of other sizes
 
 # %% ../../nbs/70_launch/3_estimate.ipynb #dc64ef77
 def layer_work(
@@ -223,8 +224,13 @@ def memory_per_gpu(
     moments = peak_moments(shape, counts, states, train, head, options)
     if train.trained == 0: moments = {"the head's forward": moments["the head's forward"]}
     moment, worst = max(moments.items(), key=lambda kv: sum(kv[1].values()))
-    size = {k: v/2**30 for k, v in (states | worst).items()} | dict(reserve=options.reserve)
+    on_heap = train.positions*shape["mlp"]*PRECISION_POLICIES[train.precision]["work"] < options.heap
+    reserve = options.reserve + options.scatter*worst["activations"]/2**30*on_heap
+    size = {k: v/2**30 for k, v in (states | worst).items()} | dict(reserve=reserve)
     return {k: size[k] for k in MEMORY_PARTS} | dict(total=sum(size[k] for k in MEMORY_PARTS), moment=moment)
+
+# %% ../../nbs/70_launch/3_estimate.ipynb #34d51bb0
+MEMORY_MARGIN = 0.15 # share of the estimate that has to be free on top of it where "fits" is said
 
 # %% ../../nbs/70_launch/3_estimate.ipynb #4db899dc
 def estimate(
@@ -249,7 +255,7 @@ def estimate(
     limit = table_entry(DEVICES, device, "device")["gib"]
     rate = tokens_per_second(model, device, world, utilization, length, train.recompute, train.scored, family,
                              train.trained)
-    out |= dict(limit_gib=limit, fits=m["total"] <= limit, utilization=utilization, tokens_per_second=rate,
+    out |= dict(limit_gib=limit, fits=m["total"]*(1 + MEMORY_MARGIN) <= limit, utilization=utilization, tokens_per_second=rate,
                 step_seconds=world*train.per_device_batch*train.accumulation*length/rate)
     if not tokens: return out
     return out | dict(tokens=tokens, hours=training_hours(tokens, rate), node_hours=node_hours(tokens, rate, nodes))
@@ -262,7 +268,8 @@ def estimate_rows(
     m, row = e.get("memory"), lambda what, value, unit="": dict(what=what, value=value, unit=unit)
     if "reason" in e: return [row("no estimate", "", e["reason"])]
     scale, gib = (1, "GiB") if m["total"] >= 1 else (1024, "MiB")
-    verdict = "fits" if e.get("fits") else "does not fit"
+    verdict = (f"fits, with {MEMORY_MARGIN:.0%} to spare" if e.get("fits") else "does not fit"
+               if m["total"] > e.get("limit_gib", 0) else f"within {MEMORY_MARGIN:.0%} of the limit, may not fit")
     n, million = (e["parameters"]/1e9, "billion") if e["parameters"] >= 1e8 else (e["parameters"]/1e6, "million")
     parts = [row(f"memory: {'at work' if k == 'work' else k}", f"{m[k]*scale:.1f}", gib) for k in MEMORY_PARTS
              if m[k]*scale >= 0.05]
@@ -348,9 +355,10 @@ def assumptions_text(
         text += ", the reference's forward over all rows before training" + "; its model is freed before training"*(
             not cfg["model_args"].get("use_peft"))
     if e["device"] == "cpu":
-        return text + ("; on a CPU the memory of the interpreter and its libraries is not included, and no speed is "
-                       "estimated.")
+        return text + (f"; {CPU_RESERVE:g} GiB and {CPU_SCATTER:.0%} of small activations for the allocator of a CPU, as "
+                       "measured; the interpreter and its libraries are not included, and no speed is estimated.")
     text += f", {e['memory']['reserve']:g} GiB for CUDA and NCCL"
+    text += ", a GPU's peak not measured"
     if e["device"] is None: return text + f". cluster.gpu is not set ({', '.join(DEVICES)}): no limit and no speed."
     return text + f", {e['utilization']:.0%} of the peak reached without counting communication or padding."
 
@@ -371,19 +379,24 @@ def with_reference_pass(
     m = memory_per_gpu(model, forward, options)
     if m["total"] > out["memory"]["total"]:
         out = out | dict(memory=dict(m, moment="the reference's forward")) | (
-            dict(fits=m["total"] <= out["limit_gib"]) if "limit_gib" in out else {})
+            dict(fits=m["total"]*(1 + MEMORY_MARGIN) <= out["limit_gib"]) if "limit_gib" in out else {})
     if "hours" not in out: return out
     rate = tokens_per_second(model, out["device"], train.world_size, out["utilization"], length, False, trained=0)
     extra = training_hours(reference_tokens, rate)
     total = out["hours"] + extra
     return out | dict(reference_hours=extra, hours=total, node_hours=total*cfg["num_nodes"])
 
+# %% ../../nbs/70_launch/3_estimate.ipynb #168f753f
+# GiB that a process on a CPU holds besides its tensors, and the share of small activations that is lost on the heap
+CPU_RESERVE, CPU_SCATTER = 0.1, 0.7
+
 # %% ../../nbs/70_launch/3_estimate.ipynb #cc7eb8cb
 def cpu_memory_options(
     positions:int, # tokens of a micro-batch, padding included
 )->MemoryOptions:
     "The options for a CPU, apart from the optimizer"
-    return MemoryOptions(reserve=0., tile=(positions, min(32768, max(512, 2**20//positions))), heap=2**25)
+    return MemoryOptions(reserve=CPU_RESERVE, scatter=CPU_SCATTER, heap=2**25,
+                         tile=(positions, min(32768, max(512, 2**20//positions))))
 
 # %% ../../nbs/70_launch/3_estimate.ipynb #1c8bcd4e
 def cpu_optimizer(
