@@ -6,8 +6,8 @@
 __all__ = ['COMMANDS', 'PREVIEWED', 'stage_line', 'help_text', 'stage_help_text', 'keys_text', 'preview_of', 'dry_run',
            'stage_command', 'list_command', 'show_command', 'diff_command', 'verify_command', 'repair_command',
            'keep_command', 'gc_command', 'add_list_options', 'add_gc_options', 'add_runs_options', 'jobs_command',
-           'add_jobs_options', 'plan_command', 'add_dry_run', 'add_stage_options', 'add_inspect', 'add_chat',
-           'certify_quietly', 'add_certify', 'sync_command', 'build_parser', 'main']
+           'add_jobs_options', 'plan_command', 'add_dry_run', 'add_stage_options', 'add_inspect', 'add_board',
+           'add_chat', 'certify_quietly', 'add_certify', 'sync_command', 'build_parser', 'main']
 
 # %% ../nbs/80_entry/3_cli.ipynb #3dc7a4a7
 import os, sys
@@ -21,6 +21,7 @@ COMMANDS = { # name: what it does, and how it is typed
     "jobs": "waiting and running jobs of the cluster, with reasons: jobs [RUN ...] [--all] [--lines N]",
     "runs": "list runs: --stage, --status, --text, --sort NUMBER; show RUN, diff A B, verify [RUN ...], "
             "repair RUN, keep RUN [NAME], gc [RUN ...] [--failed] [--all-checkpoints] [--yes]",
+    "board": "a page of all runs, with their curves, configs and answers side by side: board [--out DIR] [--serve [PORT]]",
     "inspect": "look at a dataset as the model will see it: "
                "inspect DATASET [--rows N] [--row ID] [--split S] [key=value ...]",
     "chat": "talk to a checkpoint: chat CHECKPOINT [--system TEXT] [--temperature T] [--template NAME] ...",
@@ -339,6 +340,14 @@ def add_inspect(
     from post_training.view.dataset import add_inspect_options
     add_inspect_options(parser)
 
+# %% ../nbs/80_entry/3_cli.ipynb #39599e3c
+def add_board(
+    parser:CommandParser,
+):
+    "`post-training board`"
+    from post_training.view.board import add_board_options
+    add_board_options(parser)
+
 # %% ../nbs/80_entry/3_cli.ipynb #1a213341
 def add_chat(
     parser:CommandParser,
@@ -395,6 +404,7 @@ def build_parser()->CommandParser:
     add("jobs", "[RUN ...]", jobs_command, add_jobs_options, description=COMMANDS["jobs"])
     add("runs", "", list_command, add_runs_options, noun="`runs` action", description=COMMANDS["runs"])
     add("wandb-sync", "[RUN ...]", sync_command, description=COMMANDS["wandb-sync"])
+    add("board", "", setup=add_board)
     add("inspect", "[DATASET] [key=value ...]", setup=add_inspect)
     add("chat", "[CHECKPOINT]", setup=add_chat)
     add("certify", "FOLDER", setup=add_certify)
