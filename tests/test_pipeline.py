@@ -32,12 +32,13 @@ def test_the_road_in_small(tmp_path):
     told = subprocess.run(["post-training", "plan", str(path)], capture_output=True, text=True, timeout=900, env=env, cwd=ROOT)
     assert told.returncode == 0, told.stdout[-3000:] + told.stderr[-3000:]
     report = tmp_path / "report.ipynb"
-    words = [sys.executable, "-m", "papermill", "--no-progress-bar", "--cwd", str(ROOT / "nbs/explore"), str(ROOT / "nbs/explore/pipeline.ipynb"), str(report), "-p", "prompts", "60"]
+    words = [sys.executable, "-m", "papermill", "--no-progress-bar", "--cwd", str(ROOT / "nbs/explore"), str(ROOT / "nbs/explore/pipeline.ipynb"), str(report), "-p", "prompts", "60", "-p", "seeds", "2"]
     told = subprocess.run(words, capture_output=True, text=True, timeout=600, env=env, cwd=ROOT)
     assert told.returncode == 0, told.stderr[-3000:]
     cells = [c for c in nbformat.read(report, 4).cells if c.cell_type == "code"]
     answer = "".join(o["text"] for o in cells[-1].outputs if o.output_type == "stream")
-    assert answer.count("gain") == 2 and "qrpo: 0." in answer and "dpo: 0." in answer, answer
+    assert answer.count("95 %") == 4 and "qrpo: sampled 0." in answer and "dpo: sampled 0." in answer, answer
+    assert "one training seed, 2 sampling seeds" in answer, answer
     assert [o.data for c in cells for o in c.outputs if "image/png" in o.get("data", {})]
     records = [json.loads(p.read_text()) for p in (tmp_path / "runs/train_preference/pipeline").glob("*/record.json")]
     assert sorted(r["config"]["training_args"]["loss_type"] for r in records) == ["qrpo", "sigmoid"] and {r["status"] for r in records} == {"finished"}

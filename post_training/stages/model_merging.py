@@ -168,13 +168,13 @@ def model_merging(
 # %% ../../nbs/65_stages/8_model_merging.ipynb #f10d14a3
 def merging_conclusion(
     table:list[dict], # a row for each model: model, kind (base, expert, merge), accuracy of each skill, mean
+    chosen:list[str], # the best merge and the best expert, chosen on other prompts than those of the table
     skills:list[str], # columns; the expert of a skill has its name
-    gaps:dict, # model -> interval of the mean of the best merge minus its own mean
+    gaps:dict, # model -> interval of the mean of the chosen merge minus its own mean
 )->str: # one sentence
-    "How the best merge compares with the experts and the base; an interval around 0 is reported as no difference"
-    best = {kind: max((t for t in table if t["kind"] == kind), key=lambda t: t["mean"])
-            for kind in ("merge", "expert", "base")}
-    merge, expert, base = best.values()
+    "How the chosen merge compares with the experts and the base; an interval around 0 is reported as no difference"
+    merge, expert = ({t["model"]: t for t in table}[name] for name in chosen)
+    base = next(t for t in table if t["kind"] == "base")
     own = {t["model"]: t[t["model"]] for t in table if t["kind"] == "expert"}
     def comparison(t):
         low, high = gaps[t["model"]]
