@@ -8,7 +8,7 @@ __all__ = ['OTHER_NAMES', 'EXPERIMENT_GROUPS', 'evaluate_arithmetic', 'project_r
            'own_layers', 'own_notices', 'own_defaults', 'first_error_line', 'compose_presets', 'resolve_interpolations']
 
 # %% ../../nbs/10_config/4_presets.ipynb #9de09f9d
-import ast, contextlib, functools, math, operator, os, re, tempfile, threading, yaml
+import ast, contextlib, functools, math, operator, os, pickle, re, tempfile, threading, yaml
 from pathlib import Path
 from ..core.files import UserError, did_you_mean, is_secret_name, write_atomic
 from ..core.yaml_files import error_line, read_documents, read_text_file, read_yaml
@@ -372,12 +372,8 @@ def _origins(config, dirs:list)->dict: # dotted key -> "default" or "preset mode
     return out
 
 # %% ../../nbs/10_config/4_presets.ipynb #a5bb8689
-def compose_presets(
-    stage:str, # a stage
-    choices:dict, # group -> preset, as typed
-    config_dir=None, # an additional folder of presets
-)->tuple: # (raw nested dict with interpolations, dotted key -> origin)
-    "Compose the stage and its presets, your own first, with Hydra; no global state is left behind"
+def _compose_with_hydra(stage:str, choices:dict, config_dir=None)->tuple:
+    "What `compose_presets` returns, composed anew; no global state is left behind"
     from hydra import compose as hydra_compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
@@ -388,7 +384,6 @@ def compose_presets(
                  if not isinstance(c, Path) and g not in EXPERIMENT_GROUPS]
     experiments = {g: c for g,c in choices.items() if g in EXPERIMENT_GROUPS}
     shown = f"{stage} {choices or ''}".strip()
-    for group, name in (preset_groups(stage) | choices).items(): _check_files(group, name, config_dir)
     try:
         with (_isolated_hydra(), tempfile.TemporaryDirectory() as own,
               initialize_config_dir(own, version_base="1.3")):
@@ -406,6 +401,37 @@ def compose_presets(
             return raw, _origins(defaults, dirs)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as e:
         raise UserError(f"The presets do not compose ({shown}): {first_error_line(e)}") from None
+
+# %% ../../nbs/10_config/4_presets.ipynb #3e1ffc33
+def _files_state(config_dir=None)->tuple|None: # None: unknown
+    "What is in the folders of presets: the times and sizes of the shipped files, the text of your own"
+    *own, shipped = _folders(config_dir)
+    files = [p for d in own for p in sorted([*d.rglob("*.yaml"), *d.rglob("*.yml")]) if p.is_file()]
+    if sum(p.stat().st_size for p in files) > 2**20: return None
+    texts = tuple((str(p), p.read_bytes()) for p in files)
+    if any(b"${oc.env" in text for _, text in texts): return None # a defaults list may depend on the environment
+    stats = ((p, p.stat()) for p in shipped.rglob("*.yaml"))
+    return texts, tuple(sorted((str(p), s.st_mtime_ns, s.st_size) for p, s in stats))
+
+
+# %% ../../nbs/10_config/4_presets.ipynb #f29afd3e
+_COMPOSED = {} # stage, choices and files -> what Hydra composed of them in this process
+
+def compose_presets(
+    stage:str, # a stage
+    choices:dict, # group -> preset, as typed
+    config_dir=None, # an additional folder of presets
+)->tuple: # (raw nested dict with interpolations, dotted key -> origin)
+    "Compose the stage and its presets, your own first, with Hydra; a second time with the same files it is remembered"
+    for group, name in (preset_groups(stage) | choices).items(): _check_files(group, name, config_dir)
+    state = None if any(isinstance(c, Path) for c in choices.values()) else _files_state(config_dir)
+    if state is None: return _compose_with_hydra(stage, choices, config_dir)
+    key = stage, tuple((g, str(c)) for g,c in choices.items()), state
+    if key not in _COMPOSED:
+        if len(_COMPOSED) >= 256: _COMPOSED.clear()
+        _COMPOSED[key] = pickle.dumps(_compose_with_hydra(stage, choices, config_dir))
+    return pickle.loads(_COMPOSED[key])
+
 
 # %% ../../nbs/10_config/4_presets.ipynb #b7cdacab
 def _env(name:str, *default):
