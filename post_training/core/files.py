@@ -272,9 +272,10 @@ def exit_fast(
     os._exit(code)
 
 # %% ../../nbs/00_core/1_files.ipynb #7323cbab
-_SEQUENCE = re.compile(r"\x1b\[[0-9;?<=>]*[ -/]*[@-~]|(?:\x1b[\]P_^X]|[\x90\x9d\x9e\x9f])[^\x07\x1b\x9c]*"
-                       r"(?:\x07|\x1b\\|\x9c)?|\x9b[0-9;?]*[ -/]*[@-~]")
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_SEQUENCE = re.compile(r"\x1b\[[0-9;?<=>]*[ -/]*[@-~]|(?:\x1b[\]P_^X]|[\x90\x9d\x9e\x9f])[^\x07\x1b\x9c\n]*"
+                       r"(?:\x07|\x1b\\|\x9c)|\x9b[0-9;?]*[ -/]*[@-~]")
+# control characters, marks that change the direction of writing, separators of lines, halves of characters
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 # %% ../../nbs/00_core/1_files.ipynb #ed1499c3
 def visible_text(

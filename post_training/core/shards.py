@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from fastcore.basics import patch
-from .files import (
-    MANIFEST, UserError, did_you_mean, redact, file_sha256, verify_manifest, write_atomic, write_json, write_manifest)
+from post_training.core.files import (
+    MANIFEST, UserError, did_you_mean, redact, file_sha256, verify_manifest, visible_text, write_atomic, write_json,
+    write_manifest)
 from .processes import try_lock, die_with_parent, this_job
 
 # %% ../../nbs/00_core/3_shards.ipynb #61dd1ec1
@@ -563,7 +564,7 @@ def run_shard_worker(
                 print(f"shard {shard}: {n} batches made, the shard is finished", flush=True)
             return 0
         except UserError as e:
-            print(f"error: {e}", file=sys.stderr)
+            print(visible_text(f"error: {e}"), file=sys.stderr)
             return 2
 
 # %% ../../nbs/00_core/3_shards.ipynb #1f14073b

@@ -11,7 +11,7 @@ __all__ = ['DIE_WITH_PARENT_CODE', 'check_launch', 'launch_settings', 'rank_env'
 # %% ../../nbs/70_launch/4_accelerate.ipynb #3ee476e0
 import contextlib, json, os, signal, subprocess, sys, threading, time, yaml
 from pathlib import Path
-from ..core.files import UserError, read_json, redact, write_atomic
+from ..core.files import UserError, read_json, redact, visible_text, write_atomic
 from ..core.fork_server import SERVER_VARIABLE, forked_command
 from ..core.processes import this_job
 from ..config.schema import SHARD_STAGES, TRAINING_STAGES
@@ -200,12 +200,13 @@ class HandedOver(RuntimeError):
 def last_lines(
     path, # a log
     n:int=20, # how many
-)->str: # secrets removed
+)->str: # without secrets and control sequences
     "The end of a log, up to the line where the launcher reports a failed rank"
-    lines = Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else []
+    lines = Path(path).read_text(errors="replace").split("\n") if Path(path).exists() else []
+    while lines and not lines[-1].strip(): lines.pop()
     reported = next((i for i, line in enumerate(lines)
                      if "elastic/multiprocessing/api.py" in line and "failed (exitcode" in line), len(lines))
-    return redact("\n".join(lines[:reported + 1][-n:]))
+    return redact(visible_text("\n".join(line.rpartition("\r")[2] for line in lines[:reported + 1][-n:])))
 
 # %% ../../nbs/70_launch/4_accelerate.ipynb #0b0b0cd8
 def raise_for_exit(

@@ -10,7 +10,7 @@ __all__ = ['FAULT_EXIT_CODES', 'attempts_without_progress', 'last_error', 'next_
 # %% ../../nbs/70_launch/8_job.ipynb #244c2f88
 import argparse, json, sys, time
 from pathlib import Path
-from ..core.files import UserError, write_atomic
+from ..core.files import UserError, visible_text, write_atomic
 from ..core.processes import this_job
 from ..config.schema import SHARD_STAGES
 from ..config.compose import compose, load_frozen
@@ -224,7 +224,7 @@ def job_main(
         return 0
     except HandedOver as e: print(e); return HANDED_OVER
     except (UserError, JobFailed) as e:
-        print(f"error: {e}", file=sys.stderr); return 2 if isinstance(e, UserError) else 1
+        print(visible_text(f"error: {e}"), file=sys.stderr); return 2 if isinstance(e, UserError) else 1
 
 # %% ../../nbs/70_launch/8_job.ipynb #0cdb94f5
 #| eval: false

@@ -11,7 +11,7 @@ __all__ = ['recipe_parameters', 'check_parameters', 'recipe_path', 'own_kernel',
 import ast, contextlib, json, logging, os, shlex, sys, tempfile, threading
 from pathlib import Path
 from . import slurm
-from ..core.files import UserError, gc_paused, did_you_mean, write_atomic, write_json
+from ..core.files import UserError, gc_paused, did_you_mean, visible_text, write_atomic, write_json
 from ..core.fork_server import fork_server, forked_command
 from ..core.processes import this_job
 from ..config.overrides import parse_override, quote_value
@@ -135,7 +135,7 @@ def closing_line(
 )->str: # one line
     "Loss and accuracy before and after training, or the summary of another stage, from the record"
     record = read_record(run_dir)
-    if summary := record.get("summary"): return f"{record['stage']}: {summary}"
+    if summary := record.get("summary"): return visible_text(f"{record['stage']}: {summary}")
     losses = [r["loss"] for r in read_metrics(run_dir) if "loss" in r]
     final, parts = record.get("final") or {}, []
     if losses: parts.append(f"loss {losses[0]:.4g} at the first step, {losses[-1]:.4g} at the last")

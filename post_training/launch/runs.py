@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from ..core import shards
 from . import slurm
-from ..core.files import UserError, leftovers, redact, verify_manifest
+from ..core.files import UserError, leftovers, redact, verify_manifest, visible_text
 from ..config.presets import site_path
 from ..run.locks import hold_run, is_live, release_run
 from ..run.record import edit_record, final_checkpoint, list_checkpoints, read_record
@@ -68,9 +68,6 @@ def why_waiting(
              if word == k or word.startswith(k) and k.startswith(("QOS", "Assoc", "ReqNode", "JobHeld"))]
     return f"{word}: {REASONS[max(known, key=len)]}" if known else reason
 
-# %% ../../nbs/70_launch/11_runs.ipynb #43c33bc6
-_CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
 # %% ../../nbs/70_launch/11_runs.ipynb #a02475c4
 def log_tail(
     path, # a log
@@ -86,7 +83,7 @@ def log_tail(
     except OSError: return []
     if max_lines <= 0: return []
     lines = text.split("\n")[size > max_bytes:] # the first line of a part may be incomplete
-    lines = [_CONTROL.sub("", line.rstrip("\r").rpartition("\r")[2]).rstrip() for line in lines]
+    lines = [visible_text(line.rstrip("\r").rpartition("\r")[2]).rstrip() for line in lines]
     return [redact(line)[:500] for line in lines if line.strip()][-max_lines:]
 
 # %% ../../nbs/70_launch/11_runs.ipynb #3b786fb6
@@ -184,7 +181,7 @@ def array_row(
     line = next((t[-1] for p in task_logs(run_dir, array, 1) if (t := log_tail(p, 1))), "")
     return dict(run=run_dir.name, job=f"{array['id']}_[0-{array['tasks'] - 1}]",
                 state=shown or f"gone: {len(ends)} of {array['tasks']} not done", nodes=dict(counts).get("RUNNING"),
-                elapsed=None, restarts=None, step=array_progress_text(record), why=why, line=line)
+                elapsed=None, restarts=None, step=array_progress_text(record), why=visible_text(why), line=line)
 
 # %% ../../nbs/70_launch/11_runs.ipynb #671a3486
 def job_row(
@@ -209,7 +206,7 @@ def job_row(
     line = next((t[-1] for p in reversed(log_files(run_dir, record)) if (t := log_tail(p, 1))), "")
     return dict(run=run_dir.name, job=key, state=state, nodes=(in_queue or {}).get("nodes"),
                 elapsed=(in_queue or {}).get("elapsed"), restarts=max(restarts, default=0),
-                step=f"{step}/{total}" if total else step or None, why=why, line=line)
+                step=f"{step}/{total}" if total else step or None, why=visible_text(why), line=line)
 
 # %% ../../nbs/70_launch/11_runs.ipynb #82be04b6
 def close_unstarted_run(
@@ -268,7 +265,7 @@ def job_rows(
     if known is not None:
         runs = [(p, close_unstarted_run(p, r, known, [(f, o) for f, o in every_run if f != p])) for p, r in runs]
     rows = [job_row(p, r, j, known, every_run) for p, r in runs for j in (r["jobs"] if names else shown_jobs(r, known))]
-    return rows, "\n".join([notice]*bool(notice) + damaged*(not names))
+    return rows, visible_text("\n".join([notice]*bool(notice) + damaged*(not names)))
 
 # %% ../../nbs/70_launch/11_runs.ipynb #a726fdac
 def job_tails(
@@ -294,7 +291,8 @@ def job_history(
     failed = (record.get("array") or {}).get("failed") or []
     out += [f"task {e['task']}      ended with {e['exit']}: {e['why']}, log {e['log']}" for e in failed[:8]]
     if len(failed) > 8: out.append(f"and {len(failed) - 8} more tasks")
-    return out + ([f"stopped     {record['stopped']}"] if record.get("stopped") else [])
+    out += [f"stopped     {record['stopped']}"] if record.get("stopped") else []
+    return [visible_text(line) for line in out]
 
 # %% ../../nbs/70_launch/11_runs.ipynb #83206993
 @dataclass

@@ -15,7 +15,7 @@ import contextlib, datetime, io, itertools, json, os, re, shlex, shutil, statist
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from ..core.files import UserError, did_you_mean, redact, write_atomic, write_json
+from ..core.files import UserError, did_you_mean, redact, visible_text, write_atomic, write_json
 from ..config.schema import SHARD_STAGES
 from ..config.overrides import parse_override, quote_value
 from ..config.presets import project_root, resolve_interpolations, site_path
@@ -699,8 +699,8 @@ def sweep_main(
         if path == "--record": record_submitted(words[0]); return 0
         print(shown_path(run_experiment(path, **typed_parameters(path, words))))
         return 0
-    except JobFailed as e: print(f"error: {e}", file=sys.stderr); return 1
-    except UserError as e: print(f"error: {e}", file=sys.stderr); return 2
+    except JobFailed as e: print(visible_text(f"error: {e}"), file=sys.stderr); return 1
+    except UserError as e: print(visible_text(f"error: {e}"), file=sys.stderr); return 2
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #0cdb94f5
 #| eval: false

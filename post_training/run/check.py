@@ -8,7 +8,7 @@ __all__ = ['config_faults', 'file_faults', 'training_faults', 'checkpoint_faults
 # %% ../../nbs/15_run/9_check.ipynb #c079817c
 import hashlib, os
 from pathlib import Path
-from ..core.files import UserError, clear_leftovers, leftovers, read_json, verify_manifest
+from ..core.files import UserError, clear_leftovers, leftovers, read_json, verify_manifest, visible_text
 from ..core.yaml_files import read_yaml
 from ..config.compose import save_frozen
 from ..config.schema import TRAINING_STAGES, flatten
@@ -113,7 +113,7 @@ def verify_run(
     wrong = config_faults(run_dir, record) + file_faults(run_dir, record) + training_faults(run_dir, record)
     wrong += checkpoint_faults(record)
     if not is_live(run_dir): wrong += [f"{p.name} was left by a killed writer" for p in leftovers(run_dir)]
-    return wrong
+    return [visible_text(w) for w in wrong]
 
 # %% ../../nbs/15_run/9_check.ipynb #c8dd6984
 def whole_config(

@@ -11,6 +11,7 @@ __all__ = ['KIND_COLOURS', 'plain_meaning_chats', 'structured_meaning_chats', 'p
 import html, json, numpy as np, re, weakref
 from collections import defaultdict
 from itertools import groupby
+from ..core.files import visible_text
 from ..data.messages import REASONING_KEYS
 from ..data.swissai import developer_message, make_block, user_message
 from .masks import ChatEncoder, encoder_for
@@ -237,7 +238,7 @@ def colour_ansi(
     for kind, special, ids, w in split_runs(tokenizer, input_ids, completion_mask, prompt_mask, max_tokens, weights):
         text = ("".join(shown for shown, _ in shown_tokens(tokenizer, ids)) if special
                 else tokenizer.decode(ids.tolist(), skip_special_tokens=False))
-        text = re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda m: repr(m[0])[1:-1], text)
+        text = visible_text(re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda m: repr(m[0])[1:-1], text))
         code = depth_code(w) if kind == "completion" else KIND_COLOURS[kind][1]
         if special: code += f";{KIND_COLOURS['special'][1]};4"
         out.append(f"\x1b[{code}m{text}\x1b[0m")

@@ -17,7 +17,8 @@ from pathlib import Path
 from ..core.files import UserError, did_you_mean
 from ..data.swissai import to_structured
 from .templates import (
-    TEMPLATE_RULES, named_templates, rule_stop_id, template_name, template_source, template_text, template_variables,
+    TEMPLATE_RULES, TemplateLimit, limit_templates, named_templates, rule_stop_id, template_name, template_place,
+    template_source, template_text, template_variables,
     wants_blocks,
     with_defaults, with_each_source)
 
@@ -197,6 +198,7 @@ def render_sample(
     error = None
     for messages in sample_forms(tokenizer, system):
         try: text = tokenizer.apply_chat_template(messages, tools=[SAMPLE_TOOL] if tools else None, tokenize=False)
+        except TemplateLimit: raise
         except Exception as e: error = error or e; continue # templates may raise anything
         if "Bern." in text: return messages, text, None
     return None, None, error or ValueError("the answer is missing from the rendering")
@@ -219,9 +221,9 @@ def check_written_tokens(
         if getattr(tokenizer, f"{role}_token") is None and f"{role}_token" in str(error):
             raise UserError(f"The chat template writes {role}_token, and the tokenizer has no {role.upper()} token: "
                             "choose a template that needs none with tokenizer_args.chat_template_name.") from error
-    raise UserError("The chat template cannot render a question and an answer "
-                    f"({type(error).__name__}: {error}): choose another one with tokenizer_args.chat_template_name."
-                    ) from error
+    raise UserError(f"The chat template {template_place(template_of(tokenizer))} cannot render a question and an "
+                    f"answer ({type(error).__name__}: {error}): choose another one with "
+                    "tokenizer_args.chat_template_name.") from error
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #b813d847
 def check_bos(
@@ -420,6 +422,7 @@ def read_tokenizer(
         raise UserError(f"Cannot load the tokenizer {name_or_path}: {str(e).splitlines()[0]}") from e
     if not tokenizer.is_fast:
         raise UserError(f"{name_or_path} has no fast tokenizer: masks need the character offsets that only those give.")
+    limit_templates(tokenizer)
     return tokenizer
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #824b48ba

@@ -8,14 +8,14 @@ __all__ = ['THOUGHT', 'CHAT_COMMANDS', 'FINISH_NOTES', 'find_checkpoint', 'turn_
            'send_message', 'save_chat', 'run_command', 'chat_loop', 'chat_usage', 'run_chat', 'add_chat_options']
 
 # %% ../../nbs/75_view/3_chat.ipynb #63d35a42
-import contextlib, importlib, json, os, re, sys
+import contextlib, importlib, json, os, sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from .. import config, run
 from ..evaluation.answers import CALL, THOUGHT_END
 from ..core.arguments import CommandParser, number_between
-from ..core.files import UserError, did_you_mean, write_atomic
+from ..core.files import UserError, did_you_mean, visible_text, write_atomic
 from ..preferences.completions import ServedModel, base_url, open_server, served_model
 from ..stages.tokenized_data import quiet_libraries
 
@@ -44,8 +44,10 @@ def turn_end(
     "The control token that ends an answer in the template"
     from post_training.tokens.masks import encoder_for, tokenize_chat
     from post_training.tokens.gates import turn_end_tokens
+    from post_training.tokens.templates import TemplateLimit
     from post_training.tokens.tokenizer import sample_messages
     try: last = turn_end_tokens(tokenize_chat(tokenizer, sample_messages(tokenizer)))
+    except TemplateLimit: raise
     except UserError: return []
     return [i for i in last[:1] if encoder_for(tokenizer).is_special[i]]
 
@@ -148,7 +150,7 @@ def stream_text(
         text = tokenizer.decode(piece_ids, skip_special_tokens=True)
         if text.endswith("\ufffd") and len(text) - sent < 8: continue # a part of a character
         if len(text) > sent:
-            yield kind, re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda m: repr(m[0])[1:-1], text[sent:])
+            yield kind, text[sent:]
         sent = len(text)
 
 # %% ../../nbs/75_view/3_chat.ipynb #193f1992
@@ -284,10 +286,11 @@ def chat_loop(
     colour:bool=False, # dim thoughts and tool calls
 ):
     "Read messages and write answers until the input ends"
-    note = lambda text: print(text, file=sys.stderr, flush=True)
+    note = lambda text: print(visible_text(text), file=sys.stderr, flush=True)
     terminal = inputs is None and sys.stdin.isatty()
     read = (lambda: input("> " if terminal else "")) if inputs is None else iter(inputs).__next__
     def write(kind, text):
+        text = visible_text(text) # the conversation keeps the text as the model wrote it
         print(f"\x1b[2m{text}\x1b[0m" if colour and kind != "answer" else text if kind == "answer" or colour else "",
               end="", flush=True)
     while True:
@@ -336,12 +339,12 @@ def run_chat(
         with contextlib.suppress(ImportError):
             importlib.import_module("readline") # what was typed can be edited and called again
     model, tokenizer = load_chat_model(name, args.template, args.device, folder=args.folder)
-    for notice in tokenizer.notices: print(f"! {notice}", file=sys.stderr)
+    for notice in tokenizer.notices: print(f"! {visible_text(notice)}", file=sys.stderr)
     stops = " ".join(tokenizer.convert_ids_to_tokens(chat_stops(model)))
     size = f"{model.name} on a server" if isinstance(model, ServedModel) else f"{model.num_parameters():,} parameters"
     how = f"temperature {args.temperature:g}" if args.temperature else "greedy"
-    print(f"{name}: {size}, {how}, an answer ends with {stops}; "
-          "/help lists the commands", file=sys.stderr, flush=True)
+    print(visible_text(f"{name}: {size}, {how}, an answer ends with {stops}; /help lists the commands"),
+          file=sys.stderr, flush=True)
     keys = ("system", "temperature", "top_p", "max_new_tokens", "seed", "thinking")
     options = {k: v for k in keys if (v := getattr(args, k)) is not None}
     chat = Chat(model, tokenizer, name=Path(name).name if Path(name).is_absolute() else name, **options)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from .. import config, run
 from ..core.arguments import CommandParser, exit_code_of, whole_number
-from ..core.files import ForkShared, UserError, did_you_mean
+from ..core.files import ForkShared, UserError, did_you_mean, visible_text
 from ..data.columns import account, account_lines, check_account, ignored_notes
 from ..data.io import reading_notes
 from ..data.messages import keeps_nulls
@@ -251,7 +251,7 @@ def printable_line(
     max_chars:int=60, # characters; longer texts are cut
 )->str: # one line
     "A text of a dataset as one harmless line"
-    text = _CONTROL_CHARACTERS.sub(lambda m: m[0].encode("unicode_escape").decode(), str(text))
+    text = visible_text(_CONTROL_CHARACTERS.sub(lambda m: m[0].encode("unicode_escape").decode(), str(text)))
     return text if len(text) <= max_chars else text[:max_chars - 1] + "…"
 
 # %% ../../nbs/75_view/2_dataset.ipynb #93c29a50
@@ -384,7 +384,7 @@ def _marked(tokenizer, ids, completion, prompt, max_tokens:int, weights=None)->s
         now = (weight or [1.])[0] if kind == "completion" else None
         if now != was:
             out += "⟧"*(was is not None) + ("" if now is None else "⟦" if now == 1 else f"⟦×{now:g} ")
-        out += re.sub(r"[^\S\n ]|[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda m: repr(m[0])[1:-1], text)
+        out += visible_text(re.sub(r"[^\S\n ]|[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda m: repr(m[0])[1:-1], text))
         was = now
     return out + "⟧"*(was is not None)
 
@@ -587,7 +587,7 @@ INSPECT_USAGE = """post-training inspect DATASET [--rows N] [--row ID] [--split 
   --split NAME which split
   --tokens N   tokens of a row to show (800)
   key=value    overrides of train_sft: model=..., tokenizer_args.chat_template_name=..., training_args.max_length=...,
-               dataset_args.debug_subsample.train=1000 looks at the first thousand rows only
+               dataset_args.debug_subsample.train=1000 looks at a thousand rows, drawn at random
 
 NO_COLOR=1 puts trained tokens in brackets instead of colours.
 The exit code is 1 if training would stop at these rows."""
@@ -663,7 +663,7 @@ def print_inspection(
     notices=(), # from `training_notices`
 ):
     "Everything about a dataset, for a terminal"
-    print("\n".join(head_lines(i)))
+    print(visible_text("\n".join(head_lines(i))))
     for n in notices: print(f"! {printable_line(n, 1000)}")
     for title, table in (("columns and message keys", account_table(i)), ("dropped", drop_table(i)),
                          ("sources", source_table(i)),
