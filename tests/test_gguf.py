@@ -25,12 +25,12 @@ def test_llama_cpp_reads_what_was_trained(tmp_path):
     tokenizer.eos_token, tokenizer.pad_token = "<SPECIAL_68>", "<pad>"
     config = tiny_config(len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
                          rope_parameters=dict(rope_type="llama3", rope_theta=12e6, factor=8., low_freq_factor=1., high_freq_factor=4., original_max_position_embeddings=32))
-    with pytest.raises(UserError, match="with other ids"): check_gguf(config, tokenizer, own_dialogues())
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    assert check_gguf(config, tokenizer, own_dialogues()) > 6
     torch.manual_seed(0)
     with quiet_activation(): model = ApertusForCausalLM(config).float()
     for p in model.parameters(): torch.nn.init.normal_(p, std=.2)
+    with pytest.raises(UserError, match="with other ids"): check_gguf(model, tokenizer, own_dialogues())
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    assert check_gguf(model, tokenizer, own_dialogues()) > 6
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=[68], pad_token_id=10)
     folder = tmp_path / "x"
     folder.mkdir()

@@ -6,7 +6,7 @@
 __all__ = ['GGUF_READER', 'GGUF_TYPES', 'ask_converter', 'check_gguf', 'write_gguf']
 
 # %% ../../nbs/55_export/8_gguf.ipynb #f828ecae
-import tempfile
+import json, tempfile
 from pathlib import Path
 from ..core.files import UserError
 from ..core.model_folders import write_portable
@@ -31,7 +31,7 @@ def ask_converter(
 
 # %% ../../nbs/55_export/8_gguf.ipynb #5eaa46f7
 def check_gguf(
-    config, # of the model, of transformers
+    model, # of transformers, with or without weights
     tokenizer, # with its final template
     dialogues:list[tuple], # (name, messages, tools, perhaps arguments)
     dtype:str="float32", # of the file
@@ -40,7 +40,8 @@ def check_gguf(
     rows = certified_dialogues(tokenizer, dialogues, per_feature=len(dialogues))
     rows += [dict(name=t[:40], text=t, ids=tokenizer(t, add_special_tokens=False)["input_ids"]) for t in PROBE_TEXTS]
     with tempfile.TemporaryDirectory() as tmp:
-        config.save_pretrained(tmp)
+        (Path(tmp)/"config.json").write_text(json.dumps(model.config.to_dict()
+                                                        | dict(architectures=[type(model).__name__])))
         tokenizer.save_pretrained(tmp)
         write_portable(tmp, tokenizer)
         answer = ask_converter(dict(folder=tmp, dtype=dtype, vocabulary=True, dialogues=[dict(text=r["text"])

@@ -33,6 +33,9 @@ def weightless_model(
     try:
         repaired, notices = repaired_settings(path, **more)
         config = repaired.get("config") or AutoConfig.from_pretrained(path, **more)
+        if quantised := getattr(config, "quantization_config", None):
+            raise ValueError(f"its weights are quantised ({quantised.get('quant_method', 'unknown method')}), and "
+                             "training needs plain ones. Name the model that it was made from.")
         with torch.device("meta"), quiet_activation():
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype),
                                                      trust_remote_code=trust_remote_code)

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['DTYPE_CHOICES', 'ENGINES', 'ATTENTION_FLAGS', 'SAMPLING_DEFAULTS', 'MODE_KEYS', 'TINY_SHAPE', 'PRETOKENIZE_PATTERN',
-           'resolve_auto', 'flash_available', 'default_device', 'model_path', 'attention_kinds', 'resolve_for_model',
-           'quiet_activation', 'generation_fault', 'repaired_generation', 'repaired_settings', 'repair_generation',
-           'load_error', 'load_model', 'padded_rows', 'set_special_ids', 'tiny_config', 'train_bpe', 'rendered_texts',
+           'resolve_auto', 'flash_available', 'default_device', 'folder_fault', 'pointer_file', 'model_path',
+           'attention_kinds', 'resolve_for_model', 'quiet_activation', 'generation_fault', 'repaired_generation',
+           'rope_of_older_names', 'rope_notices', 'repaired_settings', 'repair_generation', 'load_error',
+           'check_loaded', 'load_model', 'padded_rows', 'set_special_ids', 'tiny_config', 'train_bpe', 'rendered_texts',
            'build_tiny']
 
 # %% ../../nbs/30_models/1_load.ipynb #e9017cea
-import contextlib, importlib.util, json, logging, os, re, sys
+import contextlib, copy, importlib.util, json, logging, os, re, sys
 from pathlib import Path
 from ..core.files import UserError, atomic_dir, write_manifest
-from ..core.model_folders import write_portable
+from ..core.model_folders import older_rope, write_portable
 from ..data.swissai import linearise_branch
 from ..tokens.templates import render_template, template_text
 from ..tokens.tokenizer import fast_tokenizer, special_tokens
@@ -65,15 +66,44 @@ def default_device()->str: # cuda or cpu
     import torch
     return "cuda" if torch.cuda.is_available() else "cpu"
 
+# %% ../../nbs/30_models/1_load.ipynb #df0554c7
+def folder_fault(
+    path:Path, # that a user named
+)->str: # the rest of a sentence that begins with its name; empty: none, or no folder
+    "Why a folder or file is no model that can be read in one way only"
+    if path.suffix == ".gguf" or path.is_dir() and not (path/"config.json").is_file() and [*path.glob("*.gguf")]:
+        return "is a GGUF, which is not trained or read here: name the folder of safetensors that it was made from."
+    if not path.is_dir(): return ""
+    if (adapter := path/"adapter_config.json").is_file():
+        try: base = json.loads(adapter.read_text()).get("base_model_name_or_path")
+        except ValueError: base = None
+        return (f"holds an adapter of {base or 'another model'}, and is no model by itself. Merge it first: `post-training "
+                "export model_args.model_name_or_path=FOLDER`, and name that export; or remove the adapter's files.")
+    if not (path/"config.json").is_file(): return "is not a model: it has no config.json."
+    index = path/"model.safetensors.index.json"
+    if index.is_file() and (path/"model.safetensors").is_file() and '"model.safetensors"' not in index.read_text():
+        return ("has its weights twice: model.safetensors, which transformers reads, and the files of "
+                "model.safetensors.index.json, which others read. Remove one of them.")
+    return ""
+
+# %% ../../nbs/30_models/1_load.ipynb #b46aa12d
+def pointer_file(
+    path:str, # folder of a model, or hub name
+)->str: # a sentence; empty: none
+    "Whether a file of weights is a pointer of Git LFS instead"
+    for file in Path(path).glob("*.safetensors"):
+        with open(file, "rb") as f:
+            if f.read(24) == b"version https://git-lfs.": return f"{file.name} is a pointer of Git LFS: `git lfs pull`."
+    return ""
+
 # %% ../../nbs/30_models/1_load.ipynb #343bacba
 def model_path(
     name:str, # folder or hub name
 )->str: # for the library's `from_pretrained`
     "The folder if it exists, the hub name if it looks like one, else a `UserError`"
     path, name = Path(name).expanduser(), str(name)
-    if path.is_dir():
-        if (path/"config.json").is_file(): return str(path)
-        raise UserError(f"{name} is not a model: it has no config.json.")
+    if fault := folder_fault(path): raise UserError(f"{name} {fault}")
+    if path.is_dir(): return str(path)
     looks_local = name.startswith((".", "~", "/", "artifacts", "runs")) or name.count("/") != 1
     if looks_local or path.parent.is_dir():
         raise UserError(f"There is no model at {name}: correct model_args.model_name_or_path (a folder, a hub name as "
@@ -165,6 +195,58 @@ def repaired_generation(
                        f"left out ({reason[:200]})")
     return out, notices
 
+# %% ../../nbs/30_models/1_load.ipynb #2f4d238a
+def rope_of_older_names(
+    raw:dict, # of config.json, without rope_parameters
+    used:dict, # rope_parameters that transformers 5 made of it
+)->dict: # rope_parameters as written; `used` where that is the same
+    "The rotary positions of a config that has `rope_theta` or `rope_scaling` only"
+    if not used or any(isinstance(v, dict) for v in used.values()): return used
+    wanted = dict(used)
+    scaling = raw.get("rope_scaling")
+    if "rope_scaling" in raw and not isinstance(scaling, dict) and used.get("rope_type") != "default":
+        wanted = {k: v for k, v in used.items() if k in ("rope_theta", "partial_rotary_factor")}
+        wanted["rope_type"] = "default"
+    if isinstance(raw.get("rope_theta"), (int, float)): wanted["rope_theta"] = raw["rope_theta"]
+    return wanted
+
+# %% ../../nbs/30_models/1_load.ipynb #be7b071d
+def rope_notices(
+    path:str, # folder or hub name
+    config, # of transformers, as it was read from there; repaired in place where the file has older names only
+    revision:str="main", # of a hub model
+)->list[str]: # notices
+    "Values of the rotary positions that a config.json has under the names of both generations, and that differ"
+    from transformers.utils import cached_file
+    file = cached_file(path, "config.json", revision=revision)
+    raw = json.loads(Path(file).read_text(encoding="utf-8"))
+    raw = next((raw[k] for k in ("text_config", "llm_config") if isinstance(raw.get(k), dict)), raw)
+    text = config.get_text_config()
+    used = text.to_dict()
+    if not raw.get("rope_parameters"):
+        wanted = rope_of_older_names(raw, used.get("rope_parameters") or {})
+        if wanted == used.get("rope_parameters"): return []
+        text.rope_parameters = wanted
+        return [f"config.json has {', '.join(f'{k}={raw[k]}' for k in ('rope_theta', 'rope_scaling') if k in raw)}, "
+                f"which transformers 5 would read as {used['rope_parameters']}. It is read as written, as by "
+                f"transformers 4: {wanted}."]
+    def plain(value): # a scaling without the words that say nothing
+        if not isinstance(value, dict): return value
+        kind = value.get("rope_type", value.get("type", "default"))
+        return None if kind == "default" else {k: v for k, v in value.items() if k != "type"} | dict(rope_type=kind)
+    def differ(a, b):
+        if isinstance(a, dict) and isinstance(b, dict): return any(differ(a[k], b[k]) for k in a.keys() & b.keys())
+        return a != b
+    older = {k: raw[k] for k in older_rope(used)[0] if k in raw}
+    differs = differ(raw["rope_parameters"], used.get("rope_parameters")) or any(
+        differ(plain(v), plain(older_rope(used)[0][k])) for k, v in older.items())
+    if not differs: return []
+    shown = ", ".join(f"{k}={v}" for k, v in older.items())
+    return [f"config.json has rope_parameters={raw['rope_parameters']} and {shown}, which are different models. "
+            f"transformers 5, and training here, takes {used['rope_parameters']}; transformers 4 and readers that do "
+            f"not know rope_parameters take {shown}. Correct the wrong one: a checkpoint has the first under both "
+            "names."]
+
 # %% ../../nbs/30_models/1_load.ipynb #3c2761f5
 def repaired_settings(
     path:str, # folder or hub name
@@ -191,6 +273,14 @@ def repaired_settings(
     if isinstance(pad, int) and rows and not 0 <= pad < rows:
         notices.append(f"config.json has pad_token_id={pad} and {rows} rows of embeddings: it is left out.")
         text.pad_token_id = None
+        out["config"] = config
+    before = copy.deepcopy(config.get_text_config().to_dict().get("rope_parameters"))
+    notices += rope_notices(path, config, revision)
+    if before != config.get_text_config().to_dict().get("rope_parameters"): out["config"] = config
+    if not trust_remote_code and getattr(config, "auto_map", None):
+        notices.append(f"config.json names code of its own ({', '.join(map(str, config.auto_map.values()))}), which "
+                       "is not run: the library's class is used, and checkpoints do not name that code.")
+        del config.auto_map
         out["config"] = config
     return out, notices
 
@@ -220,6 +310,27 @@ def load_error(
     if "validation error" in lines[0].lower() and len(lines) > 1: return f"its config.json is not valid: {lines[1]}"
     return lines[0] if isinstance(e, (OSError, ValueError, RuntimeError)) else f"{type(e).__name__}: {lines[0]}"
 
+# %% ../../nbs/30_models/1_load.ipynb #1790c162
+def check_loaded(
+    model, # loaded
+    info:dict, # of `from_pretrained` with output_loading_info=True
+    name:str, # for the message
+)->list[str]: # notices
+    "Refuse a model with parameters that its files lack; tensors without a place in the model give a notice"
+    parameters = dict(model.named_parameters())
+    missing, extra = (sorted(map(str, info.get(k) or ())) for k in ("missing_keys", "unexpected_keys"))
+    if lacking := [k for k in missing if k in parameters]:
+        raise UserError(f"{name} lacks {len(lacking)} tensors of {type(model).__name__}, such as {lacking[0]}: they "
+                        "would be random numbers. Name a whole checkpoint of a causal language model, or correct its "
+                        "config.json (num_hidden_layers, tie_word_embeddings, architectures).")
+    ends = [m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
+    if model.config.get_text_config().tie_word_embeddings and len(ends) == 2 and ends[0] is not ends[1]:
+        raise UserError(f"{name} has tie_word_embeddings=true in its config.json and two different matrices in its "
+                        "files. Readers would take one or both of them. Set tie_word_embeddings=false if both were "
+                        "trained, or remove lm_head.weight from the files.")
+    return [f"{len(extra)} tensors of its files have no place in {type(model).__name__} and are left out, such as "
+            f"{extra[0]}."] if extra else []
+
 # %% ../../nbs/30_models/1_load.ipynb #545921d1
 def load_model(
     name:str, # folder or hub name
@@ -235,24 +346,25 @@ def load_model(
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
-    path = model_path(name)
+    path, with_info = model_path(name), kwargs.pop("output_loading_info", False)
     if attn_implementation: kwargs["attn_implementation"] = attn_implementation
     try:
         repaired, notices = repaired_settings(path, revision, trust_remote_code)
         with quiet_activation():
-            out = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), revision=revision,
-                                                       trust_remote_code=trust_remote_code, **repaired, **kwargs)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path, dtype=getattr(torch, dtype), revision=revision, trust_remote_code=trust_remote_code,
+                **(kwargs | repaired | dict(output_loading_info=True)))
     # truncated weights, weights of other shapes, settings that do not fit together
     except (OSError, ValueError, ImportError, SafetensorError, RuntimeError, AssertionError, KeyError, TypeError,
             StrictDataclassError) as e:
-        raise UserError(f"Cannot load the model {name}: {load_error(e)}") from e
-    model = out[0] if isinstance(out, tuple) else out
+        raise UserError(f"Cannot load the model {name}: {pointer_file(path) or load_error(e)}") from e
     shown = Path(name).name if Path(name).is_dir() else name # a record must not contain a path of this machine
+    notices += check_loaded(model, info, shown)
     model.notices = [f"{shown}: {n}" for n in [*notices, *repair_generation(model)]]
     if os.environ.get("RANK", "0") == "0":
         for notice in model.notices: print(f"! {notice}", file=sys.stderr)
     if device: model.to(device)
-    return out
+    return (model, info) if with_info else model
 
 # %% ../../nbs/30_models/1_load.ipynb #98f7d542
 def padded_rows(

@@ -130,7 +130,7 @@ def export_checkpoint(
     dtype = saved_dtype if cfg["dtype"] == "auto" else cfg["dtype"]
     exported = _with_template(tokenizer, cfg["plain_messages"])
     compared = compare_ids(tokenizer, exported, dialogues)
-    if "gguf" in cfg["to"]: check_gguf(model.config, exported, own_dialogues(), dtype)
+    if "gguf" in cfg["to"]: check_gguf(model, exported, own_dialogues(), dtype)
     stop_notice = check_stop_tokens(tokenizer, [r["chat"] for r in compared if r["chat"]], stops,
                                     cfg["parity"]["on_missing_stop"])
     ids = [r["ids"] for r in compared if r["ids"]]
