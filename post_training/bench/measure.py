@@ -28,7 +28,7 @@ def process_memory(
 def reset_peak(
     device:str="cpu", # cpu or cuda
 )->int: # bytes held now
-    "Set the peak back to the memory held now"
+    "Reset the peak to the present memory"
     if device != "cpu":
         import torch
         torch.cuda.reset_peak_memory_stats()
@@ -151,7 +151,7 @@ def try_fresh(
     function:str, # module:name; the new process imports it
     args:dict, # of the function; `device` says where it runs
 )->dict: # result, or failed: the error as text
-    "A function's result from a process of its own, or why there is none"
+    "A function's result from a process of its own, or the reason why there is none"
     from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
     from post_training.bench.measure import run_quietly # by the module's name, which the new process knows

@@ -26,7 +26,7 @@ class CommandParser(argparse.ArgumentParser):
         words:str="", # which words are taken, as in a usage line
         setup=None, # function that takes this parser and adds its options, called at the first use
         help_text=None, # function that returns the whole help; None: argparse's
-        noun:str="command", # what the first word names, where there are subcommands
+        noun:str="command", # the kind of thing that the first word names, if there are subcommands
         **kwargs, # of `argparse.ArgumentParser`
     ):
         options = dict(allow_abbrev=False, exit_on_error=False, formatter_class=argparse.RawDescriptionHelpFormatter)

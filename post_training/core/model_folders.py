@@ -33,7 +33,7 @@ THETA_NAMES = (dict.fromkeys(("gemma3", "gemma3_text", "gemma3n", "gemma3n_text"
 def older_scaling(
     model_type:str, # of the config
     parameters:dict, # `rope_parameters`, of one kind of layer
-)->tuple[dict|None, str]: # (`rope_scaling`, what transformers 4 cannot express; empty if it can)
+)->tuple[dict|None, str]: # (`rope_scaling`, the setting that transformers 4 does not support; empty if there is none)
     "The value of `rope_scaling` for transformers 4"
     kind, outside = parameters.get("rope_type", "default"), ("rope_type", "type", "rope_theta", "partial_rotary_factor")
     values = {k: v for k, v in parameters.items() if k not in outside}
@@ -49,7 +49,7 @@ def older_scaling(
 # %% ../../nbs/00_core/5_model_folders.ipynb #90aea13a
 def older_rope(
     config:dict, # of `config.json`, or a part of it
-)->tuple[dict, str]: # (keys for transformers 4, what it cannot express)
+)->tuple[dict, str]: # (keys for transformers 4, the setting that it does not support)
     "The rotary positions of a config under the names of transformers 4"
     parameters, kind = config.get("rope_parameters"), config.get("model_type", "")
     if not isinstance(parameters, dict) or not parameters: return {}, ""
@@ -120,7 +120,7 @@ def complete_tokenizer_config(
 def write_portable(
     folder, # with a saved model, a saved tokenizer, or both
     tokenizer=None, # the tokenizer that was saved, for the defaults of its class
-)->list[str]: # notices: what transformers 4 cannot express
+)->list[str]: # notices: settings that transformers 4 does not support
     "Complete the files of a model folder for readers of both generations of transformers"
     folder, notices = Path(folder), []
     read = lambda name: json.loads((folder/name).read_text()) if (folder/name).is_file() else None

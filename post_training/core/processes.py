@@ -76,7 +76,7 @@ def remove_stale_build_locks(
 def die_with_parent(
     parent:int|None=None, # process id that the parent must have; None: any
 ):
-    "Be killed when the parent process dies, however it dies (Linux only; elsewhere nothing happens)"
+    "Be killed when the parent process ends for any reason (Linux only; elsewhere nothing happens)"
     if not sys.platform.startswith("linux"): return
     if os.environ.get("POST_TRAINING_FORK") == str(os.getpid()): return # `core.fork_server` sees to it for its forks
     ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL) # 1 is PR_SET_PDEATHSIG
@@ -86,7 +86,7 @@ def die_with_parent(
 def this_job(
     env:dict=None, # environment to read; None: that of this process
 )->dict: # id, task (of an array), restart, nodes, num_nodes; empty outside a job
-    "The scheduler's job that this process was started in by one of our batch scripts"
+    "The scheduler's job in which one of our batch scripts started this process"
     env = os.environ if env is None else env
     if "POST_TRAINING_JOB" not in env or "SLURM_JOB_ID" not in env: return {}
     task = env.get("SLURM_ARRAY_TASK_ID")

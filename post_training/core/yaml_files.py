@@ -41,7 +41,7 @@ def error_line(
     e:yaml.YAMLError,
     text:str="", # that was read; needed for the line of a character that YAML does not allow
 )->str: # "line 3: found ..."
-    "Where and why YAML cannot be read, on one line"
+    "The line of a YAML error and its reason, on one line"
     if (mark := getattr(e, "problem_mark", None)) is not None: return f"line {mark.line + 1}: {e.problem or e.context}"
     if isinstance(e, yaml.reader.ReaderError) and isinstance(e.position, int):
         odd = next((i for i,c in enumerate(text) if yaml.reader.Reader.NON_PRINTABLE.match(c)), e.position)

@@ -27,7 +27,7 @@ DEVICES = {
 def table_entry(
     table:dict, # name -> anything
     name:str, # the choice
-    kind:str, # what the table holds, for the message
+    kind:str, # the kind of the table's entries, for the message
 ): # the table's entry
     "An entry of one of the tables below, or a `UserError` with the nearest name"
     if name in table: return table[name]

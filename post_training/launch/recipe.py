@@ -21,8 +21,8 @@ from ..config.compose import ComposedConfig, compose
 from ..run.record import final_checkpoint, read_metrics, read_record
 from ..run.attempt import HANDED_OVER, Attempt, close_attempt, open_run
 from .device import device_of, visible_gpus
-from .accelerate import (HandedOver, JobFailed, check_launch, show_progress, raise_on_sigterm,
-                                             stop_tree)
+from .accelerate import (
+    HandedOver, JobFailed, check_launch, killed_cause, machine_cause, raise_on_sigterm, show_progress, stop_tree)
 
 # %% ../../nbs/70_launch/7_recipe.ipynb #b9feddda
 def recipe_parameters(
@@ -120,8 +120,12 @@ def execute_notebook(
         except PapermillExecutionError as e:
             known = dict(UserError=UserError, JobFailed=JobFailed, HandedOver=HandedOver).get(e.ename)
             if known: raise known(e.evalue) from None
-            raise JobFailed(f"{e.ename}: {e.evalue}\nThe traceback is in {out}") from None
-        except BaseException: _stop_children(); raise
+            cause = machine_cause(1, Path(out).parent, e.evalue)
+            raise JobFailed(cause or f"{e.ename}: {e.evalue}\nThe traceback is in {out}") from None
+        except BaseException as e:
+            _stop_children()
+            if type(e).__name__ != "DeadKernelError": raise
+            raise JobFailed(killed_cause("The process of the notebook")) from None
 
 # %% ../../nbs/70_launch/7_recipe.ipynb #be5250b5
 def _stop_children():
@@ -157,7 +161,7 @@ def print_done(
     run_dir:Path, # a run folder
     checkpoints_dir:Path, # of its generation
 ):
-    "Print that a run is finished, and where its record and its checkpoint are"
+    "Print that a run is finished, and the paths of its record and its checkpoint"
     print(f"done already: record {shown_path(run_dir/'record.json')}")
     record = read_record(run_dir)
     if output := (record.get("final") or {}).get("output"): print(f"verified output {shown_path(output)}")

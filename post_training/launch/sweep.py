@@ -71,7 +71,7 @@ def fill_settings(
     settings:dict, # of a job
     kind:str="", # the location of the text, for the message
 ):
-    "Put settings into a text; `{name}` alone is the setting itself, whatever its type"
+    "Put settings into a text; `{name}` alone is the setting itself, with its type"
     if not isinstance(value, str): return value
     alone = re.fullmatch(r"\{(\w+)\}", value)
     if alone and alone[1] in settings: return settings[alone[1]]
