@@ -128,7 +128,7 @@ def model_source(
     name:str, # model_args.model_name_or_path
     runs_dir=None, # where records are kept
 )->str: # path or hub name
-    "The location of a model; for `run:RUN` the newest checkpoint with files of the right size (hashes are not compared)"
+    "The location of a model; for `run:RUN` the newest checkpoint with files of the right size (no hash is compared)"
     if not name.startswith("run:"): return run.local_path_or_name(name)
     record = run.read_record(run.find_run(name[4:], runs_dir, parts=False))
     whole = [p for p in run.list_checkpoints(record["checkpoints_dir"]) if not verify_manifest(p, hashes=False)]
