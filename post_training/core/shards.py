@@ -594,7 +594,7 @@ def _start(folder, plan:ShardPlan, shard:int, command:list, env:dict, options:li
     # the plotting backend of a notebook does not apply to a worker
     env = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"} | dict(PYTHONUNBUFFERED="1") | env
     argv = [*map(str, [*command, folder, "--shard", shard, "--parent", os.getpid(), *options])]
-    with open(log, "ab") as f:
+    with open(log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as f:
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.STDOUT, env=env)
         return _ShardWorker(shard, process, log, f.tell())
 

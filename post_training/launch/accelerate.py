@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['DIE_WITH_PARENT_CODE', 'check_launch', 'launch_settings', 'rank_env', 'launch_env', 'launch_command', 'forked_rank',
            'stop_tree', 'raise_on_sigterm', 'run_supervised', 'run_progress', 'show_progress', 'JobFailed',
-           'HandedOver', 'last_lines', 'raise_for_exit', 'run_module', 'raise_if_handed_over', 'launch_ranks',
-           'follow_job', 'launch_evaluation']
+           'HandedOver', 'last_lines', 'memory_limit', 'killed_cause', 'machine_cause', 'raise_for_exit', 'run_module',
+           'raise_if_handed_over', 'launch_ranks', 'follow_job', 'launch_evaluation']
 
 # %% ../../nbs/70_launch/4_accelerate.ipynb #3ee476e0
-import contextlib, json, os, signal, subprocess, sys, threading, time, yaml
+import contextlib, json, os, re, shutil, signal, subprocess, sys, threading, time, yaml
 from pathlib import Path
 from ..core.files import UserError, read_json, redact, visible_text, write_atomic
 from ..core.fork_server import SERVER_VARIABLE, forked_command
@@ -146,7 +146,8 @@ def run_supervised(
     tick=lambda: None, # called now and then while it runs
 )->int: # exit code
     "Run a command to its end; on any exception here, Ctrl-C and SIGTERM included, end it and its descendants first"
-    with open(stdout, "ab") as out, open(stderr, "ab") as err, raise_on_sigterm():
+    own = lambda path, flags: os.open(path, flags, 0o600) # a log may quote what others must not read
+    with open(stdout, "ab", opener=own) as out, open(stderr, "ab", opener=own) as err, raise_on_sigterm():
         p = subprocess.Popen([sys.executable, "-c", DIE_WITH_PARENT_CODE, str(os.getpid()), *argv], env=env,
                              stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=project_root(),
                              start_new_session=True)
@@ -208,6 +209,52 @@ def last_lines(
                      if "elastic/multiprocessing/api.py" in line and "failed (exitcode" in line), len(lines))
     return redact(visible_text("\n".join(line.rpartition("\r")[2] for line in lines[:reported + 1][-n:])))
 
+# %% ../../nbs/70_launch/4_accelerate.ipynb #a5ddbf5c
+def memory_limit()->str: # "16 GiB (of this cgroup)"; empty if it is unknown
+    "The memory that the processes of this command may use together"
+    found = []
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        own = Path("/sys/fs/cgroup" + Path("/proc/self/cgroup").read_text().strip().split("::")[1])
+        for folder in (own, *own.parents):
+            with contextlib.suppress(OSError, ValueError):
+                found.append((int((folder/"memory.max").read_text()), "of this cgroup"))
+    with contextlib.suppress(OSError, ValueError):
+        found.append((int(Path("/sys/fs/cgroup/memory/memory.limit_in_bytes").read_text()), "of this cgroup"))
+    with contextlib.suppress(OSError, ValueError):
+        found.append((int(Path("/proc/meminfo").read_text().split()[1])*1024, "of this machine"))
+    return f"{min(found)[0]/2**30:.1f} GiB, {min(found)[1]}" if found else ""
+
+# %% ../../nbs/70_launch/4_accelerate.ipynb #a335761e
+def killed_cause(
+    what:str, # that was killed
+)->str: # one line
+    "The likely cause of signal 9, and what to do"
+    limit = f" (the limit is {known})" if (known := memory_limit()) else ""
+    return (f"{what} was killed from outside (signal 9): most likely there was too little memory{limit}. Use fewer rows "
+            "per process or shorter rows, or ask for more memory. What was saved stays, and the same command continues.")
+
+# %% ../../nbs/70_launch/4_accelerate.ipynb #b567a762
+_DISK = {r"No space left on device|os error 28\b": "The disk is full", r"Disk quota exceeded": "The disk quota is used up",
+         r"Read-only file system": "The disk is read-only"}
+
+# %% ../../nbs/70_launch/4_accelerate.ipynb #a2728665
+def machine_cause(
+    code:int, # exit code of a job
+    folder, # that it writes to
+    text:str, # the end of its log
+)->str: # one line; empty for any other cause
+    "The cause of an exit if it is the machine: memory or disk"
+    end = "\n".join(text.split("\n")[-8:])
+    cause = next((said for pattern, said in _DISK.items() if re.search(pattern, end)), "")
+    with contextlib.suppress(OSError):
+        if not cause and shutil.disk_usage(folder).free < 2**16: cause = "The disk is full" # the log could not say it
+        if not cause and os.statvfs(folder).f_flag & os.ST_RDONLY: cause = "The disk is read-only"
+    if cause:
+        return (f"{cause} where the job writes ({folder}, or a cache or temporary folder). Make room or name another "
+                "folder; what was saved stays, and the same command continues.")
+    ranks = re.search(r"exitcode\s*: -9\b|SIGKILL", text)
+    return killed_cause("A process of the job") if code in (-9, 137) or ranks else ""
+
 # %% ../../nbs/70_launch/4_accelerate.ipynb #0b0b0cd8
 def raise_for_exit(
     code:int, # of the job
@@ -219,6 +266,7 @@ def raise_for_exit(
     try: error = json.loads((Path(folder)/"error.json").read_text())
     except (OSError, ValueError): error = {}
     if error.get("kind") == "user": raise UserError(error["message"])
+    if cause := machine_cause(code, folder, last_lines(stderr, 60)): raise JobFailed(f"{cause} The log: {stderr}")
     how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
     raise JobFailed(f"The job {how}. The last lines of its errors:\n{last_lines(stderr)}\nThe whole log: {stderr}")
 
@@ -271,7 +319,8 @@ def launch_ranks(
             if this_job(): code = follow_job(folder, tick)
             else: code = run_supervised(*forked_rank(argv, launch_env(cfg, attempt.number), settings), out, err, tick)
         if code == 0: raise_if_handed_over(folder)
-        raise_for_exit(code, folder, err if err.exists() else folder/"preflight.log")
+        silent = (folder/"preflight.log").exists() and not (err.exists() and err.stat().st_size)
+        raise_for_exit(code, folder, folder/"preflight.log" if silent else err)
     except BaseException as e:
         code = HANDED_OVER if isinstance(e, HandedOver) else 2 if isinstance(e, UserError) else 1
         if not attempt.attached: close_attempt(attempt.run_dir, attempt.number, code)
