@@ -21,7 +21,7 @@ COMMANDS = { # name: what it does, and how it is typed
     "jobs": "waiting and running jobs of the cluster, with reasons: jobs [RUN ...] [--all] [--lines N]",
     "runs": "list runs: --stage, --status, --text, --sort NUMBER; show RUN, diff A B, verify [RUN ...], "
             "repair RUN, keep RUN [NAME], gc [RUN ...] [--failed] [--all-checkpoints] [--yes]",
-    "board": "a page of all runs, with their curves, configs and answers side by side: board [--out DIR] [--serve [PORT]]",
+    "board": "a page of all runs with curves, configs and answers side by side: board [--out DIR] [--serve [PORT]]",
     "inspect": "look at a dataset as the model will see it: "
                "inspect DATASET [--rows N] [--row ID] [--split S] [key=value ...]",
     "chat": "talk to a checkpoint: chat CHECKPOINT [--system TEXT] [--temperature T] [--template NAME] ...",

@@ -10,7 +10,7 @@ __all__ = ['SHOWN', 'NOT_COLUMNS', 'CURVE_POINTS', 'KEPT_ANSWERS', 'INLINE_BYTES
            'render_notebook', 'BoardHandler', 'BoardServer', 'start_server', 'serve_board', 'board_command',
            'add_board_options', 'BoardTable', 'board_table', 'progress_line', 'follow']
 
-# %% ../../nbs/75_view/4_board.ipynb #4ed8a43e
+# %% ../../nbs/75_view/4_board.ipynb #bfded8aa
 import base64, datetime, hashlib, html, json, math, os, re, socket, threading, time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,13 +28,13 @@ from ..run.record import moved_path, read_metrics, to_json_types
 from ..run.state import generation_folder, run_status
 from .report import STATES, headline_evaluation, headline_rows, plot_curves, run_minutes
 
-# %% ../../nbs/75_view/4_board.ipynb #41bc12b6
+# %% ../../nbs/75_view/4_board.ipynb #e5c56875
 SHOWN = ("stage", "job_subdir", "status", "accuracy", "eval_loss", "loss", "step", "minutes", "started") # at first
 # parts of a record that are no columns: long, or about files
 NOT_COLUMNS = ("attempts", "earlier", "origins", "inputs", "overrides", "jobs", "array", "checkpoints", "parents",
                "columns", "examples", "notices", "freed", "stage", "status", "sources")
 
-# %% ../../nbs/75_view/4_board.ipynb #5a717492
+# %% ../../nbs/75_view/4_board.ipynb #858ea2a0
 def recorded_keys(
     record:dict, # of a run
 )->dict: # dotted key -> number, text, truth value or short list
@@ -43,7 +43,7 @@ def recorded_keys(
     return {k: v for k, v in flat.items()
             if v not in (None, {}, []) and not (isinstance(v, list) and any(isinstance(x, dict) for x in v))}
 
-# %% ../../nbs/75_view/4_board.ipynb #9bcee043
+# %% ../../nbs/75_view/4_board.ipynb #fbd31ee1
 def run_row(
     path:Path, # a run folder
     record:dict, # its record, from `records_of`
@@ -66,7 +66,7 @@ def run_row(
     row = rest | {f"last.{k}": v for k, v in last.items()} | named
     return {k: v for k, v in row.items() if v not in (None, "")}
 
-# %% ../../nbs/75_view/4_board.ipynb #7e5dfed3
+# %% ../../nbs/75_view/4_board.ipynb #3fb42842
 def damaged_row(
     path:Path, # a run folder
     root:Path, # of the runs
@@ -76,7 +76,7 @@ def damaged_row(
     return dict(name=path.name, path=path.relative_to(root).as_posix(), stage=path.relative_to(root).parts[0],
                 status="damaged", damage=str(why))
 
-# %% ../../nbs/75_view/4_board.ipynb #5cba32f6
+# %% ../../nbs/75_view/4_board.ipynb #e5345111
 def tolerant_row(
     path:Path, # a run folder
     record:dict, # its record
@@ -89,11 +89,11 @@ def tolerant_row(
                            f"{path.name}/record.json holds a value that cannot be used ({e}). `post-training runs "
                            f"repair {path.name}` rebuilds it.")
 
-# %% ../../nbs/75_view/4_board.ipynb #0becb041
+# %% ../../nbs/75_view/4_board.ipynb #97eec8ee
 CURVE_POINTS = 400 # of a curve
 KEPT_ANSWERS = 100 # of each evaluation
 
-# %% ../../nbs/75_view/4_board.ipynb #635924ed
+# %% ../../nbs/75_view/4_board.ipynb #607a39da
 def thin_curve(
     points:list[tuple], # (step, value)
     most:int=CURVE_POINTS, # points
@@ -108,7 +108,7 @@ def thin_curve(
         kept |= {min(at, key=lambda i: points[i][1]), max(at, key=lambda i: points[i][1])}
     return [points[i] for i in sorted(kept)]
 
-# %% ../../nbs/75_view/4_board.ipynb #7b53ddeb
+# %% ../../nbs/75_view/4_board.ipynb #4c631e22
 def run_curves(
     run_dir, # a run folder
 )->dict: # metric -> [steps, values]
@@ -121,7 +121,7 @@ def run_curves(
             if k != "step" and number(v): found.setdefault(k, []).append((r["step"], v))
     return {k: [list(x) for x in zip(*thin_curve(points))] for k, points in found.items()}
 
-# %% ../../nbs/75_view/4_board.ipynb #a90533e6
+# %% ../../nbs/75_view/4_board.ipynb #ec9812b3
 def run_answers(
     record:dict, # of a run
 )->dict[str, list[dict]]: # before, after, or the name of a checkpoint -> prompt, expected, got, right
@@ -142,7 +142,7 @@ def run_answers(
     keys = ("prompt", "expected", "got", "right", "finish_reason")
     return {name: [{k: a.get(k) for k in keys} for a in kept] for name, kept in out.items()}
 
-# %% ../../nbs/75_view/4_board.ipynb #4f60d388
+# %% ../../nbs/75_view/4_board.ipynb #47099c1d
 def count_tables(
     record:dict, # of a run
 )->dict[str, list[dict]]: # title -> rows
@@ -162,7 +162,7 @@ def count_tables(
     if record.get("sources"): tables["Sources"] = record["sources"]
     return tables
 
-# %% ../../nbs/75_view/4_board.ipynb #59f9c286
+# %% ../../nbs/75_view/4_board.ipynb #3e0e4db7
 def run_links(
     run_dir:Path, # a run folder
     stage, # its stage
@@ -173,7 +173,7 @@ def run_links(
              "config.yaml": run_dir/"config.yaml", "metrics.jsonl": run_dir/"metrics.jsonl"}
     return {k: quote(os.path.relpath(p, out)) for k, p in files.items() if p.is_file()}
 
-# %% ../../nbs/75_view/4_board.ipynb #d915eb0f
+# %% ../../nbs/75_view/4_board.ipynb #53eed187
 def run_details(
     run_dir:Path, # a run folder
     record:dict, # its record
@@ -199,7 +199,7 @@ def run_details(
         logs=part("The logs", lambda: job_tails(run_dir, 12), {}) if ok else {},
         links=run_links(run_dir, record.get("stage"), out), problems=problems)
 
-# %% ../../nbs/75_view/4_board.ipynb #2e60dd65
+# %% ../../nbs/75_view/4_board.ipynb #7706fb45
 def clean_text(
     obj, # of JSON types
 ):
@@ -208,7 +208,7 @@ def clean_text(
     if isinstance(obj, dict): return {visible_text(str(k)): clean_text(v) for k, v in obj.items()}
     return [clean_text(v) for v in obj] if isinstance(obj, list) else obj
 
-# %% ../../nbs/75_view/4_board.ipynb #abd1c2ca
+# %% ../../nbs/75_view/4_board.ipynb #990086de
 def as_page_json(
     obj, # anything that a record may hold
 )->str: # JSON, which is JavaScript too
@@ -216,7 +216,7 @@ def as_page_json(
     text = json.dumps(clean_text(to_json_types(obj)), allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
-# %% ../../nbs/75_view/4_board.ipynb #6fe2c23f
+# %% ../../nbs/75_view/4_board.ipynb #731785dd
 def as_columns(
     rows:list[dict], # one for each run
 )->dict[str, dict]: # key -> v: distinct values; i: for each run the position of its value, or -1
@@ -232,7 +232,7 @@ def as_columns(
             column["i"][n] = column["at"][mark]
     return {k: dict(v=c["v"], i=c["i"]) for k, c in found.items()}
 
-# %% ../../nbs/75_view/4_board.ipynb #9791390e
+# %% ../../nbs/75_view/4_board.ipynb #9fc286c3
 def page_html(
     data:str, # JSON of the table
     details:str, # JSON: id of a run -> its details
@@ -247,12 +247,12 @@ def page_html(
     parts |= dict(policy=policy, board=data, details=details)
     return re.sub(r"\{(policy|style|script|board|details)\}", lambda m: parts[m[1]], (folder/"board.html").read_text())
 
-# %% ../../nbs/75_view/4_board.ipynb #696a2977
-INLINE_BYTES = 3_000_000 # of details in the page itself
+# %% ../../nbs/75_view/4_board.ipynb #77b7b76e
+INLINE_BYTES = 6_000_000 # of details in the page itself
 READ_FILES = ("record.json", "config.yaml", "metrics.jsonl", "examples.json") # of a run
 ENDED = ("finished", "failed", "damaged") # states in which only a changed file changes what is shown
 
-# %% ../../nbs/75_view/4_board.ipynb #d0e7ac65
+# %% ../../nbs/75_view/4_board.ipynb #d9f7a5fd
 @dataclass
 class Board:
     "The folder of a board, and what is known of its runs"
@@ -260,27 +260,30 @@ class Board:
     out:Path # of the page
     known:dict = field(default_factory=dict) # run folder -> (file times, row)
     notice:str = "" # why the scheduler was not asked
+    changed:bool = True # something was read that is not in the page
+    page:str = "" # as a server shows it
 
-# %% ../../nbs/75_view/4_board.ipynb #028cf578
+# %% ../../nbs/75_view/4_board.ipynb #9e5deca7
 def run_key(
     path:str, # of a run, below the root
 )->str: # a name for a file and for an address
     "The name of a run's data file"
     return hashlib.sha256(path.encode(errors="surrogateescape")).hexdigest()[:16]
 
-# %% ../../nbs/75_view/4_board.ipynb #e49ba7c4
+# %% ../../nbs/75_view/4_board.ipynb #6872ae0b
 def put_file(
     path:Path, # of a file that can be made again
     text:str, # its content
-):
+)->bool: # whether it was written
     "Write a file at once, if its content is new"
     data = text.encode()
-    if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data: return
+    if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data: return False
     tmp = path.with_name(f".{path.name}.{os.getpid()}")
     tmp.write_bytes(data)
     os.replace(tmp, path)
+    return True
 
-# %% ../../nbs/75_view/4_board.ipynb #ffcb0467
+# %% ../../nbs/75_view/4_board.ipynb #093f75db
 def file_times(
     run_dir:Path, # a run folder
 )->tuple: # changes when a file of the run changes
@@ -292,7 +295,7 @@ def file_times(
         out.append((s.st_size, s.st_mtime_ns))
     return (*out, any(run_dir.glob("*.ipynb")))
 
-# %% ../../nbs/75_view/4_board.ipynb #7c00a401
+# %% ../../nbs/75_view/4_board.ipynb #b141ee70
 def read_runs(
     board:Board,
 )->list[dict]: # a row for each run, the last started first
@@ -304,15 +307,18 @@ def read_runs(
         if times == before and row["status"] in ENDED: continue
         (_, record), = records_of([path])[0]
         row = tolerant_row(path, record, board.root)
+        board.changed |= (times, row) != board.known.get(path)
         board.known[path] = times, row
         data = as_page_json(run_details(path, record, board.out))
-        put_file(board.out/f"data/{run_key(row['path'])}.js", f"boardDetails(\"{run_key(row['path'])}\",{data})\n")
+        key = run_key(row["path"])
+        board.changed |= put_file(board.out/f"data/{key}.js", f"boardDetails(\"{key}\",{data})\n")
         if record.get("jobs") and row["status"] not in ENDED: waiting.append((path, record))
+    board.changed |= board.known.keys() != set(runs)
     board.known = {p: board.known[p] for p in runs}
     add_jobs(board, waiting)
     return sorted((row for _, row in board.known.values()), key=lambda r: r.get("started", ""), reverse=True)
 
-# %% ../../nbs/75_view/4_board.ipynb #7138383e
+# %% ../../nbs/75_view/4_board.ipynb #20faa7f5
 def add_jobs(
     board:Board,
     waiting:list[tuple], # (folder, record) of runs with a job that have not ended
@@ -325,7 +331,7 @@ def add_jobs(
             job = dict(state=f"cannot be shown: {e}")
         board.known[path][1].update({f"job.{k}": v for k, v in job.items() if k != "run" and v not in (None, "")})
 
-# %% ../../nbs/75_view/4_board.ipynb #23408e99
+# %% ../../nbs/75_view/4_board.ipynb #498fc049
 def inlined_details(
     board:Board,
     rows:list[dict], # the last started first
@@ -340,7 +346,7 @@ def inlined_details(
         parts.append(f'"{key}":{path.read_text().partition(",")[2].rstrip()[:-1]}')
     return "{" + ",".join(parts) + "}"
 
-# %% ../../nbs/75_view/4_board.ipynb #724be8c5
+# %% ../../nbs/75_view/4_board.ipynb #c206f905
 def open_board(
     out=None, # folder of the page; None: `board` below the runs
     root=None, # of the runs; None: `runs_root`
@@ -357,13 +363,13 @@ def open_board(
     except OSError as e: raise UserError(f"{out} cannot be written: {e.strerror}. Give --out another folder.") from None
     return Board(root, out)
 
-# %% ../../nbs/75_view/4_board.ipynb #f1a8c34e
+# %% ../../nbs/75_view/4_board.ipynb #9ef72902
 def write_board(
     board:Board, # from `open_board`
-    live:bool=False, # return the page as a server shows it
-)->str: # the page
-    "Write the page of all runs; the files of runs that are gone are deleted"
+)->str: # the page as a server shows it
+    "Write the page of all runs if something has changed; the files of runs that are gone are deleted"
     rows = read_runs(board)
+    if not board.changed: return board.page
     keys, gone = [run_key(r["path"]) for r in rows], set(os.listdir(board.out/"data"))
     for name in gone - {f"{k}.js" for k in keys}:
         if re.fullmatch(r"[0-9a-f]{16}\.js", name): (board.out/"data"/name).unlink(missing_ok=True)
@@ -374,13 +380,15 @@ def write_board(
                              root=str(shown), written=now, notice=board.notice))
     details = inlined_details(board, rows)
     put_file(board.out/"index.html", page_html(data, details))
-    return page_html(f'{data[:-1]},"live":true}}', details) if live else ""
+    board.page = page_html(f'{data[:-1]},"live":true}}', details)
+    board.changed = False
+    return board.page
 
-# %% ../../nbs/75_view/4_board.ipynb #6a386c33
+# %% ../../nbs/75_view/4_board.ipynb #cdec62ed
 NOTEBOOK_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; img-src data:; font-src data:; base-uri 'none'; "
                    "form-action 'none'; sandbox")
 
-# %% ../../nbs/75_view/4_board.ipynb #b4c5e042
+# %% ../../nbs/75_view/4_board.ipynb #302e79de
 def render_notebook(
     path:Path, # of an executed notebook
     out:Path, # HTML
@@ -398,10 +406,10 @@ def render_notebook(
     os.utime(out)
     return out
 
-# %% ../../nbs/75_view/4_board.ipynb #6365024c
+# %% ../../nbs/75_view/4_board.ipynb #8e11b77c
 PORT = 8765 # or a free one, if another program has it
 
-# %% ../../nbs/75_view/4_board.ipynb #e25c1ce9
+# %% ../../nbs/75_view/4_board.ipynb #6b5aef6d
 class BoardHandler(BaseHTTPRequestHandler):
     "Answers for the page, the data files and the notebooks of a board"
     def log_message(self, *args): "Requests are not printed"
@@ -424,7 +432,7 @@ class BoardHandler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-# %% ../../nbs/75_view/4_board.ipynb #ad1a03c1
+# %% ../../nbs/75_view/4_board.ipynb #26e266df
 class BoardServer(ThreadingHTTPServer):
     "Serves one board on this machine"
     daemon_threads = True
@@ -442,7 +450,7 @@ class BoardServer(ThreadingHTTPServer):
         if name not in ("127.0.0.1", "localhost", "::1"): return 403, "text/plain", "This board answers to 127.0.0.1."
         path = path.partition("?")[0]
         if path in ("/", "/index.html"):
-            with self.lock: return 200, "text/html", write_board(self.board, live=True)
+            with self.lock: return 200, "text/html", write_board(self.board)
         folder, _, key = path[1:].partition("/")
         if folder == "data" and re.fullmatch(r"[0-9a-f]{16}\.js", key) and (self.board.out/path[1:]).is_file():
             return 200, "text/javascript", (self.board.out/path[1:]).read_text()
@@ -452,7 +460,7 @@ class BoardServer(ThreadingHTTPServer):
         with self.lock: shown = render_notebook(notebook, self.board.out/f"notebooks/{key}.html")
         return 200, "text/html", shown.read_text()
 
-# %% ../../nbs/75_view/4_board.ipynb #49834b6c
+# %% ../../nbs/75_view/4_board.ipynb #e9c1c592
 def start_server(
     board:Board, # from `open_board`
     port:int=0, # 0: `PORT`, or a free one
@@ -463,13 +471,14 @@ def start_server(
         except OSError as e: why = e.strerror
     raise UserError(f"Port {port} cannot be used: {why}. Give another one, or --serve without a number.")
 
-# %% ../../nbs/75_view/4_board.ipynb #d718bca3
+# %% ../../nbs/75_view/4_board.ipynb #5a2c121b
 def serve_board(
     board:Board, # from `open_board`
     port:int=0, # 0: `PORT`, or a free one
 ):
     "Serve a board until Ctrl-C"
     server = start_server(board, port)
+    write_board(board) # the first reading takes longest
     port = server.server_port
     print(f"http://127.0.0.1:{port}/\nFrom another machine: ssh -L {port}:127.0.0.1:{port} {socket.gethostname()}\n"
           "Ctrl-C ends it.", flush=True)
@@ -477,7 +486,7 @@ def serve_board(
     except KeyboardInterrupt: print()
     finally: server.server_close()
 
-# %% ../../nbs/75_view/4_board.ipynb #891d20df
+# %% ../../nbs/75_view/4_board.ipynb #88828fe1
 def board_command(
     args, # out, serve
 )->int: # exit code
@@ -490,7 +499,7 @@ def board_command(
     else: serve_board(board, args.serve)
     return 0
 
-# %% ../../nbs/75_view/4_board.ipynb #eb03d529
+# %% ../../nbs/75_view/4_board.ipynb #ad562362
 def add_board_options(
     parser:CommandParser, # of `board`
 ):
@@ -500,7 +509,7 @@ def add_board_options(
                         help=f"show it on 127.0.0.1, read the runs again at each reload; PORT: {PORT}, or a free one")
     parser.set_defaults(call=board_command)
 
-# %% ../../nbs/75_view/4_board.ipynb #252b92c8
+# %% ../../nbs/75_view/4_board.ipynb #008c01a8
 class BoardTable(pd.DataFrame):
     "A DataFrame of runs; a notebook shows its names as links"
     @property
@@ -517,7 +526,7 @@ class BoardTable(pd.DataFrame):
             view["name"] = [f'<a href="{quote(str(p))}">{n}</a>' for p, n in zip(files, view["name"])]
         return view.to_html(escape=False, na_rep="", max_rows=60, index=False, float_format=lambda v: f"{v:.4g}")
 
-# %% ../../nbs/75_view/4_board.ipynb #6b716186
+# %% ../../nbs/75_view/4_board.ipynb #84f42c8a
 def board_table(
     runs_dir=None, # of the runs; None: `runs_root`
 )->BoardTable: # a row for each run, a column for each recorded key
@@ -528,7 +537,7 @@ def board_table(
     keys = dict.fromkeys([*first, *sorted({k for r in rows for k in r})])
     return BoardTable(sorted(rows, key=lambda r: r.get("started", ""), reverse=True), columns=list(keys))
 
-# %% ../../nbs/75_view/4_board.ipynb #16d2e181
+# %% ../../nbs/75_view/4_board.ipynb #dbe79c2d
 def progress_line(
     run_dir, # a run folder
 )->tuple[str, str]: # status; status, bar, steps and loss as text
@@ -541,7 +550,7 @@ def progress_line(
     told = f"step {step}" + f" of {total}"*bool(total) + f", {text}"*bool(text)
     return status, f"{Path(run_dir).name} {status}  {bar}{told}"
 
-# %% ../../nbs/75_view/4_board.ipynb #e0cbc3a7
+# %% ../../nbs/75_view/4_board.ipynb #f56b0d57
 def follow(
     run, # a run's folder, name or hash
     every:float=2., # seconds between two looks
