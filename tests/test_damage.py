@@ -16,8 +16,8 @@ from conftest import ROOT
 
 from post_training import cli, run
 from post_training.config.compose import compose
-from post_training.core.files import UserError, atomic_dir, leftovers, verify_once, write_atomic, write_json, write_manifest
-from post_training.launch.runs import gc_checkpoints, referenced_checkpoints
+from post_training.core.files import UserError, atomic_dir, leftovers, temporary_dir, verify_once, write_atomic, write_json, write_manifest
+from post_training.launch.runs import delete_checkpoints, gc_checkpoints, referenced_checkpoints
 from post_training.run.check import repair_run, verify_run
 from post_training.run.find import records_of
 
@@ -230,6 +230,34 @@ def test_what_killed_writers_left_is_cleared(finished):
     task = run.open_run(config(finished.run_dir.parents[3]))
     assert leftovers(finished.run_dir) == [] and not (finished.attempt_dir/"train_sft.ipynb").exists()
     run.close_attempt(task.run_dir, task.number, 1)
+
+
+def test_gc_removes_what_killed_processes_left(finished):
+    "Listed first; removed with the checkpoints, in the folders of the run and among the artifacts; a living writer keeps its folder"
+    top = finished.run_dir.parents[3]
+    (top/"artifacts/datasets").mkdir(exist_ok=True)
+    dead = [top/"artifacts/datasets/.tmp-rows-abcd1234", finished.run_dir/".record.json.abcd1234", finished.attempt_dir/".tmp-x-abcd1234"]
+    for p in dead: p.write_text("{") if "record" in p.name else p.mkdir()
+    for p in dead: os.utime(p, (0, 0))
+    with temporary_dir(top/"artifacts/datasets") as living:
+        os.utime(living, (0, 0))
+        run.edit_record(finished.run_dir, lambda r: (r.update(status="failed"), r["attempts"][0].update(exit=1)))
+        folders = [f for f in gc_checkpoints(failed=True)[0] if f.kind == "leftover"]
+        assert {f.path for f in folders} == {*dead} and all(p.exists() for p in dead)
+        delete_checkpoints(folders)
+        assert living.exists() and not any(p.exists() for p in dead)
+
+
+def test_an_output_is_finished_when_its_command_is(tmp_root):
+    "A cell that fails after the output was recorded: record, exit and state say failed, and the same command goes on"
+    cfg = config(tmp_root)
+    task = run.open_run(cfg)
+    joined = run.open_run(cfg, attempt=1)
+    write_manifest(tmp_root)
+    run.finish_output(joined, tmp_root)
+    run.close_attempt(task.run_dir, 1, 1, error="the last cell")
+    record = run.read_record(task.run_dir)
+    assert (record["status"], run.run_status(task.run_dir), run.locate_run(cfg).status) == ("failed", "failed", "resume")
 
 
 def test_changed_rows_are_noticed_before_training(tmp_path):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'UserError', 'did_you_mean', 'write_atomic', 'write_json', 'read_json', 'sync_tree', 'leftovers',
-           'clear_leftovers', 'atomic_dir', 'file_sha256', 'write_manifest', 'verify_manifest', 'verify_once',
-           'file_lock', 'ForkShared', 'fork_shared_object', 'gc_paused', 'exit_fast', 'visible_text', 'is_secret_name',
-           'redact', 'find_secrets', 'refuse_secrets']
+           'clear_leftovers', 'atomic_dir', 'temporary_dir', 'file_sha256', 'write_manifest', 'verify_manifest',
+           'verify_once', 'file_lock', 'ForkShared', 'fork_shared_object', 'gc_paused', 'exit_fast', 'visible_text',
+           'is_secret_name', 'redact', 'find_secrets', 'refuse_secrets']
 
 # %% ../../nbs/00_core/1_files.ipynb #bf81c515
 import atexit, contextlib, copy, fcntl, functools, gc, hashlib, json, os, re, shutil, sys, tempfile, threading, time
@@ -150,6 +150,24 @@ def atomic_dir(
         shutil.rmtree(tmp, ignore_errors=True)
         raise
     finally: os.close(alive)
+
+# %% ../../nbs/00_core/1_files.ipynb #ad7a06cf
+@contextlib.contextmanager
+def temporary_dir(
+    folder, # to make it in; made if missing
+    name:str="work", # what it is for
+):
+    "Yield a temporary folder, removed at the end; those of killed processes go first"
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    clear_leftovers(folder, name)
+    tmp = Path(tempfile.mkdtemp(dir=folder, prefix=f".tmp-{name}-"))
+    alive = os.open(tmp, os.O_RDONLY)
+    try:
+        _mark_alive(alive)
+        yield tmp
+    finally:
+        os.close(alive)
+        shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../../nbs/00_core/1_files.ipynb #ebcc195c
 MANIFEST = "manifest.json"

@@ -7,7 +7,8 @@ __all__ = ['REASONS', 'why_waiting', 'log_tail', 'job_log', 'task_logs', 'log_fi
            'array_progress_text', 'array_row', 'job_row', 'close_unstarted_run', 'refresh_states', 'shown_jobs',
            'job_rows', 'job_tails', 'job_history', 'CheckpointFolder', 'folder_bytes', 'generations', 'own_folder',
            'named_sources', 'referenced_checkpoints', 'state_for_gc', 'result_checkpoints', 'checkpoint_folders',
-           'gc_checkpoints', 'format_bytes', 'gc_rows', 'delete_checkpoints', 'freed_lines']
+           'leftover_folders', 'artifact_leftovers', 'gc_checkpoints', 'format_bytes', 'gc_rows', 'delete_checkpoints',
+           'freed_lines']
 
 # %% ../../nbs/70_launch/11_runs.ipynb #9b697129
 import datetime, os, re, shutil
@@ -302,7 +303,7 @@ class CheckpointFolder:
     generation:int # of that run
     path:Path
     bytes:int
-    kind:str # checkpoint, unfinished save
+    kind:str # checkpoint, unfinished save, leftover of a killed process
     keep_reason:str = "" # why it is kept; empty: it is deleted
 
 # %% ../../nbs/70_launch/11_runs.ipynb #f145956b
@@ -441,6 +442,32 @@ def checkpoint_folders(
             out.append(CheckpointFolder(run_dir, generation.get("generation", 1), p, folder_bytes(p), kind, keep))
     return out, notices
 
+# %% ../../nbs/70_launch/11_runs.ipynb #7829b44b
+def leftover_folders(
+    run_dir:Path, # a run folder
+)->list[CheckpointFolder]:
+    "What killed processes left in the folders of a run; nothing while the run is at work"
+    if is_live(run_dir): return []
+    try: record = read_record(run_dir)
+    except UserError: record = {}
+    places = [run_dir, *run_dir.glob("attempts/*"), generation_folder(record.get("config") or {}, record)]
+    size = lambda p: folder_bytes(p) if p.is_dir() else p.stat().st_size
+    return [CheckpointFolder(run_dir, record.get("generation", 1), p, size(p), "leftover")
+            for place in places for p in leftovers(place) if not p.name.startswith(_UNFINISHED)]
+
+# %% ../../nbs/70_launch/11_runs.ipynb #398a669c
+def artifact_leftovers(
+    records:list[dict], # of all runs
+)->list[CheckpointFolder]:
+    "What killed processes left among datasets, models and tokenized rows"
+    out = []
+    for root in {site_path((r.get("config") or {}).get("artifacts_dir") or "artifacts") for r in records}:
+        for place in [root, *(p for depth in ("*", "*/*", "*/*/*") for p in root.glob(depth) if p.is_dir())]:
+            if (place/"owner").exists(): continue # the checkpoints of a run
+            out += [CheckpointFolder(place, 0, p, folder_bytes(p) if p.is_dir() else p.stat().st_size, "leftover")
+                    for p in leftovers(place)]
+    return out
+
 # %% ../../nbs/70_launch/11_runs.ipynb #64026139
 def gc_checkpoints(
     names=(), # runs
@@ -458,14 +485,14 @@ def gc_checkpoints(
                       if failed and "damaged" not in r and run_status(p, r) in ("failed", "killed")]
     needed = referenced_checkpoints(everything)
     for p in dict.fromkeys(chosen):
-        if not is_live(p): notices += [f"{p.name}: {f.name} was left by a killed writer; the next attempt removes it"
-                                       for f in leftovers(p)]
+        out += leftover_folders(p)
         try: folders, more = checkpoint_folders(p, needed, all_checkpoints)
         except UserError as e:
             if p in named: raise
             folders, more = [], [f"passed over: {e}"]
         out += folders
         notices += more
+    if failed: out += artifact_leftovers([r for _, r in everything])
     return out, notices
 
 # %% ../../nbs/70_launch/11_runs.ipynb #76e22a82
@@ -503,8 +530,12 @@ def delete_checkpoints(
 )->int: # bytes
     "Delete checkpoints, run by run; no other process can open the run meanwhile"
     freed, when = 0, datetime.datetime.now().astimezone().isoformat(timespec="microseconds")
+    for p in folders:
+        if p.kind != "leftover" or p.path not in leftovers(p.path.parent): continue
+        freed += p.bytes
+        shutil.rmtree(p.path) if p.path.is_dir() else p.path.unlink()
     for run_dir in dict.fromkeys(p.run_dir for p in folders):
-        going = [p for p in folders if p.run_dir == run_dir and not p.keep_reason]
+        going = [p for p in folders if p.run_dir == run_dir and p.kind != "leftover" and not p.keep_reason]
         if not going: continue
         state_for_gc(run_dir, read_record(run_dir))
         hold_run(run_dir)

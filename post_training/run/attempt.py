@@ -322,7 +322,9 @@ def close_attempt(
         attempt = r["attempts"][number - 1]
         attempt.update(to_json_types(facts), exit=exit, ended=_now())
         if exit == 0: attempt["files"] = attempt_files(run_dir, number, r.get("checkpoints_dir"))
-        if exit and r["status"] == "running": r["status"] = "queued" if exit == HANDED_OVER else "failed"
+        # an output is finished when the whole notebook is; checkpoints are a result even if a later evaluation fails
+        open_ = r["status"] == "running" or r["status"] == "finished" and (r.get("final") or {}).get("output")
+        if exit and open_: r["status"] = "queued" if exit == HANDED_OVER else "failed"
         _write_exit(Path(run_dir), attempt)
     edit_record(run_dir, change)
     release_run(run_dir)

@@ -12,12 +12,12 @@ __all__ = ['ROW_POLICIES', 'TemplateChat', 'with_thought_fields', 'without_wrapp
            'cached_tokenize']
 
 # %% ../../nbs/25_tokens/7_dataset.ipynb #ef516a8a
-import hashlib, json, numpy as np, os, re, tempfile
+import hashlib, json, numpy as np, os, re
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from ..core.files import (
-    ForkShared, UserError, atomic_dir, file_lock, verify_once, write_json, write_manifest)
+    ForkShared, UserError, atomic_dir, file_lock, temporary_dir, verify_once, write_json, write_manifest)
 from ..data.columns import account, account_lines, check_account, ignored_notes
 from ..data.messages import (
     REASONING_KEYS, Conversation, MalformedRow, UnsupportedContent, check_dropped, check_messages, format_of,
@@ -595,9 +595,9 @@ def cached_tokenize(
         found = out.exists() and not faults
         if faults: print(f"! the tokenized rows in {out} are damaged ({faults[0]}): they are made again")
         if not found:
-            with tempfile.TemporaryDirectory(dir=folder, prefix=".work-") as work, atomic_dir(out, replace=True) as tmp:
+            with temporary_dir(folder) as work, atomic_dir(out, replace=True) as tmp:
                 data, counts = make(dataset, tokenizer, max_drop_fraction=max_drop_fraction, num_proc=num_proc,
-                                    work=work, **parameters)
+                                    work=str(work), **parameters)
                 data.save_to_disk(str(tmp))
                 write_json(tmp/"counts.json", counts)
                 write_manifest(tmp, **facts)
