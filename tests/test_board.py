@@ -112,6 +112,25 @@ def test_hostile_texts_stay_texts(runs):
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", source)
 
 
+@pytest.mark.parametrize("name, content", [
+    ("examples.json", '[{"runs": [["prompt"]]}]'), ("examples.json", '["row"]'), ("examples.json", "[" * 5000 + "]" * 5000),
+    ("metrics.jsonl", '{"step": [1], "loss": 2}\n{"step": 1, "loss": 1' + "0" * 400 + '}\n[]\n\x00'), ("metrics.jsonl", None), ("config.yaml", "stage: ["),
+    ("record.json", '{"stage": "train_sft", "config": {}, "attempts": [{"started": 7}]}'), ("record.json", '{"stage": 5, "status": [1], "config": {"job_subdir": {}}}'),
+    ("record.json", '{"stage": "train_sft", "counts": {"train": {"in": 1, "columns": ["a"]}}, "sources": [null], "final": {"output": 3}}'), ("record.json", None)])
+def test_any_damage_is_one_run_s_own(runs, name, content):
+    "A file that holds something else costs its own part of its own run: the board is written, and its other rows are whole"
+    path = runs / "train_sft/demo/demo-0000000a" / name
+    path.unlink(missing_ok=True)
+    path.write_text(content) if content is not None else path.mkdir()
+    board = b.open_board(root=runs)
+    b.write_board(board)
+    rows = {p.name: row for p, (_, row) in board.known.items()}
+    assert rows["demo-0000000b"]["accuracy"] == .75
+    details = json.loads((board.out / f"data/{b.run_key('train_sft/demo/demo-0000000a')}.js").read_text().partition(",")[2].rstrip()[:-1])
+    told = "demo-0000000a" not in rows or rows["demo-0000000a"]["status"] == "damaged" or details["problems"]
+    assert told or name in ("config.yaml", "metrics.jsonl"), "the record holds the config; lines of metrics that are none are left out"
+
+
 def test_command_and_follow(runs, monkeypatch, capsys):
     "The command names the page and the damaged runs and refuses a folder of somebody else; `follow` ends with the run"
     from post_training.cli import main
@@ -247,9 +266,12 @@ def test_in_a_browser(runs, tmp_path, browser, monkeypatch):
     browser.js("document.querySelector('#compare').scrollIntoView()")
     browser.shot(tmp_path / "compared.png")
     evil = next(i for i, r in enumerate(b.read_runs(board)) if r["name"].startswith("x<"))
-    browser.js(f"location.hash = '#' + new URLSearchParams({{run: value('path', {evil})}})")
+    browser.js(f"location.hash = '#' + new URLSearchParams({{run: value('path', {evil}), runs: value('path', {evil})}})")
     browser.until("document.querySelectorAll('.row-text').length >= 2")
     assert browser.js("[window.bad === undefined, document.querySelectorAll('img, iframe, script[src^=http]').length, document.title.includes('<img')]") == [True, 0, True]
+    assert browser.js("new URLSearchParams(location.hash.slice(1)).get('run')"), "a run's page has an address"
+    browser.js("document.querySelector('main a').click()")
+    browser.until("document.querySelectorAll('td.name').length > 0")
     browser.open(page, width=390, height=800, dark=True)
     assert browser.js("document.documentElement.scrollWidth <= window.innerWidth"), "nothing but tables is wider than a phone"
     assert browser.js("Number(getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0])") < 64, "dark where the reader prefers it"

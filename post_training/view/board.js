@@ -130,8 +130,10 @@ function readAddress() {
   return p.get("run");
 }
 
-function writeAddress() {
+let open = null; // path of the run whose page is shown
+function address() {
   const p = new URLSearchParams();
+  if (open !== null) p.set("run", open);
   for (const k of ["q", "stage", "status", "set"]) if (state[k]) p.set(k, state[k]);
   if (state.sort !== "-started") p.set("sort", state.sort);
   if (state.axis !== "step") p.set("axis", state.axis);
@@ -140,11 +142,15 @@ function writeAddress() {
   if (state.columns.join() !== board.shown.join()) for (const k of state.columns) p.append("columns", k);
   for (const k of state.curves) p.append("curves", k);
   for (const i of state.runs) p.append("runs", value("path", i));
-  try { history.replaceState(null, "", "#" + p); } catch { /* a frame without an address of its own */ }
+  return "#" + p;
+}
+
+function writeAddress() {
+  try { history.replaceState(null, "", address()); } catch { /* a frame without an address of its own */ }
 }
 
 function link(i, ...children) { // to the page of a run
-  const hash = "#" + new URLSearchParams({run: value("path", i)});
+  const hash = "#" + new URLSearchParams([["run", value("path", i)], ...state.runs.map(j => ["runs", value("path", j)])]);
   return el("a", {href: hash, click: e => { if (!e.ctrlKey && !e.metaKey) { e.preventDefault(); location.hash = hash; } }}, children);
 }
 
@@ -488,7 +494,7 @@ async function drawRun(path) {
   document.title = value("name", i);
   main.replaceChildren(back, el("p", {class: "quiet"}, "Loading …"));
   const d = await loadDetails(i);
-  if (new URLSearchParams(location.hash.slice(1)).get("run") !== path) return;
+  if (open !== path) return;
   const parts = [back, el("h1", {}, value("name", i), " ", badge(value("status", i))), el("p", {class: "quiet"}, path)];
   if (value("summary", i)) parts.push(el("p", {}, value("summary", i)));
   if (value("damage", i)) parts.push(el("p", {class: "notice"}, value("damage", i)));
@@ -519,16 +525,15 @@ async function drawRun(path) {
 }
 
 function goBack() {
-  const p = new URLSearchParams();
-  for (const i of state.runs) p.append("runs", value("path", i));
-  location.hash = p.size ? "#" + p : "#board";
+  open = null;
+  const before = location.hash;
+  location.hash = address() === "#" ? "#board" : address();
+  if (location.hash === before) draw();
 }
 
 function draw() {
-  const run = new URLSearchParams(location.hash.slice(1)).get("run");
-  if (run !== null) return drawRun(run);
-  readAddress();
-  return drawBoard();
+  open = readAddress();
+  return open === null ? drawBoard() : drawRun(open);
 }
 
 document.getElementById("written").textContent = `${board.count.toLocaleString("en")} runs of ${board.root}, ${board.live ? "read" : "written"} ${board.written}` +
