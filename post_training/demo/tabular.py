@@ -7,7 +7,7 @@ __all__ = ['LENGTH_LOSSES', 'by_quadrature', 'mass_below', 'closed_form', 'kl', 
            'minimise', 'fit_world', 'reference_run', 'CompletionSpace', 'enumerate_completions', 'space_logps',
            'table_logps', 'model_logps', 'train_policy', 'space_qrpo', 'length_neutral', 'rank_correlation',
            'bigram_merit', 'length_loss', 'draw_pairs', 'length_report', 'length_run', 'claim_row', 'average_runs',
-           'claims_conclusion']
+           'mean_and_half', 'with_error', 'columns_text', 'column_verdict', 'claims_conclusion']
 
 # %% ../../nbs/45_demo/3_tabular.ipynb #26845bf7
 from itertools import product
@@ -403,6 +403,47 @@ def average_runs(
     columns = {k: torch.tensor([r[k] for r in runs], dtype=torch.float64) for k in runs[0]}
     return {k: (v.mean().item(), (v.std()/len(v)**0.5).item() if len(v) > 1 else float("nan"))
             for k, v in columns.items()}
+
+# %% ../../nbs/45_demo/3_tabular.ipynb #6a7911e8
+def mean_and_half(
+    values:list, # of some quantity, one for each world
+)->tuple: # mean, half-width of its 95 % interval; infinite for a single world
+    "The mean over worlds and how sure it is"
+    from scipy.special import stdtrit
+    v = torch.as_tensor(values, dtype=torch.float64)
+    if len(v) < 2: return v.mean().item(), float("inf")
+    return v.mean().item(), float(stdtrit(len(v) - 1, .975))*v.std().item()/len(v)**0.5
+
+# %% ../../nbs/45_demo/3_tabular.ipynb #757415cd
+def with_error(
+    values:list, # of some quantity, one for each world
+    form:str="+.3f", # format of the numbers
+)->str: # mean ± half-width
+    "A mean with its error as text"
+    mean, half = mean_and_half(values)
+    return f"{mean:{form}} ± {half:{form.lstrip('+')}}" if len(values) > 1 else f"{mean:{form}} (one world)"
+
+# %% ../../nbs/45_demo/3_tabular.ipynb #87e4aa1b
+def columns_text(
+    columns:dict, # name -> a number for each world
+    form:str="+.3f", # format of the numbers
+)->str: # names with means and errors
+    "The columns that a claim speaks of"
+    return ", ".join(f"{name} {with_error(values, form)}" for name, values in columns.items())
+
+# %% ../../nbs/45_demo/3_tabular.ipynb #b827600d
+def column_verdict(
+    columns:dict, # name -> what has to be above the threshold, one number for each world
+    least:float=0., # the threshold
+)->bool|str: # True: in all columns; False: the opposite in all; else the columns by their result
+    "Whether a claim holds in all the columns that it speaks of, where their intervals decide it"
+    ends = {name: mean_and_half(values) for name, values in columns.items()}
+    groups = {"holds": [n for n, (m, h) in ends.items() if m - h > least],
+              "does not hold": [n for n, (m, h) in ends.items() if m + h < least],
+              "undecided": [n for n, (m, h) in ends.items() if m - h <= least <= m + h]}
+    if len(groups["holds"]) == len(ends): return True
+    if len(groups["does not hold"]) == len(ends): return False
+    return ", ".join(f"{what} ({'; '.join(names)})" for what, names in groups.items() if names)
 
 # %% ../../nbs/45_demo/3_tabular.ipynb #d87932c5
 def claims_conclusion(

@@ -92,7 +92,9 @@ def mean_interval(
     "The interval of a mean score"
     samples = prompt_samples(scores)
     means = np.array([s.mean() for s in samples])
-    kind, n, mean = score_kind(samples, means), len(means), float(means.mean())
+    kind = score_kind(samples, means)
+    n = len(means)
+    mean = float(means.mean())
     if kind == "sampled": n = effective_number(means, mean*(1 - mean), sum(map(len, samples)), level)
     ends = bootstrap(means, level=level) if kind == "graded" else clopper_pearson(min(n*mean, n), n, level)
     method = {"once": "Clopper-Pearson", "sampled": "Clopper-Pearson" + EFFECTIVE, "graded": "bootstrap"}[kind]
@@ -138,7 +140,8 @@ def paired_difference(
     a, b = prompt_samples(before), prompt_samples(after)
     means = [np.array([s.mean() for s in side]) for side in (a, b)]
     d, n = means[1] - means[0], len(a)
-    gained, lost, kind = np.maximum(d, 0).mean(), np.maximum(-d, 0).mean(), score_kind(a + b, d)
+    gained, lost = np.maximum(d, 0).mean(), np.maximum(-d, 0).mean()
+    kind = score_kind(a + b, d)
     if kind == "sampled":
         samples = sum(min(len(x), len(y)) for x, y in zip(a, b))
         n = effective_number(d, gained + lost - (gained - lost)**2, samples, level)

@@ -255,7 +255,8 @@ def estimate(
     limit = table_entry(DEVICES, device, "device")["gib"]
     rate = tokens_per_second(model, device, world, utilization, length, train.recompute, train.scored, family,
                              train.trained)
-    out |= dict(limit_gib=limit, fits=m["total"]*(1 + MEMORY_MARGIN) <= limit, utilization=utilization, tokens_per_second=rate,
+    out |= dict(limit_gib=limit, fits=m["total"]*(1 + MEMORY_MARGIN) <= limit, utilization=utilization,
+                tokens_per_second=rate,
                 step_seconds=world*train.per_device_batch*train.accumulation*length/rate)
     if not tokens: return out
     return out | dict(tokens=tokens, hours=training_hours(tokens, rate), node_hours=node_hours(tokens, rate, nodes))
@@ -355,7 +356,7 @@ def assumptions_text(
         text += ", the reference's forward over all rows before training" + "; its model is freed before training"*(
             not cfg["model_args"].get("use_peft"))
     if e["device"] == "cpu":
-        return text + (f"; {CPU_RESERVE:g} GiB and {CPU_SCATTER:.0%} of small activations for the allocator of a CPU, as "
+        return text + (f"; {CPU_RESERVE:g} GiB and {CPU_SCATTER:.0%} of small activations for a CPU's allocator, as "
                        "measured; the interpreter and its libraries are not included, and no speed is estimated.")
     text += f", {e['memory']['reserve']:g} GiB for CUDA and NCCL"
     text += ", a GPU's peak not measured"
