@@ -75,6 +75,7 @@ def check(case, folder, tol=3e-5):
     last, base = folder / f"checkpoint-{len(losses)}", make_model().state_dict()
     saved, adapter = load_file(last / "model.safetensors"), load_file(last / "adapter/adapter_model.safetensors")
     assert set(saved) == set(base) and {n.removeprefix("base_model.model.") for n in adapter} == set(adapters)
+    assert json.loads((last / "manifest.json").read_text())["merged"]["largest_difference"] < 1e-4, "compared with the adapters' model before it was written, under each engine"
     moved = {n for n in saved if not torch.equal(saved[n], base[n])}
     assert moved == {n.replace(".lora_A", "") for n in adapters if ".lora_B" not in n}, "trained: the layers with adapters, and what is trained whole"
     for n, w in weights.items(): torch.testing.assert_close(saved[n].double(), w, rtol=0, atol=tol, msg=lambda m: f"{case['name']}: {n}: {m}")

@@ -220,7 +220,8 @@ def test_pickled_weights_and_adapters_are_sources_too(models, tmp_path):
     assert all(torch.equal(t, (read[0][k] + read[1][k]) / 2) for k, t in got.items())
     lora = get_peft_model(AutoModelForCausalLM.from_pretrained(m["a"]), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     lora.save_pretrained(tmp_path / "adapter")
-    folder, _ = merge(tmp_path, dict(merge_method="linear", models=of([f"{m['a']}+{tmp_path}/adapter"], weight=1)))
+    folder, facts = merge(tmp_path, dict(merge_method="linear", models=of([f"{m['a']}+{tmp_path}/adapter"], weight=1)))
+    assert [c["largest_difference"] < 1e-4 for c in facts["merge"]["result"]["adapters"].values()] == [True]
     want = lora.merge_and_unload().state_dict()
     assert all(torch.allclose(t, want[k], atol=1e-6) for k, t in load_file(folder / "model.safetensors").items())
 

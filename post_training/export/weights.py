@@ -13,7 +13,7 @@ from pathlib import Path
 from .. import config, run
 from ..core.files import MANIFEST, UserError, verify_manifest
 from ..training.checkpoint import tensor_header
-from ..training.lora import compare_merged, row_log_probs
+from ..training.lora import compare_merged, probe_rows, row_log_probs
 
 # %% ../../nbs/55_export/1_weights.ipynb #7373b4e9
 @dataclass
@@ -149,7 +149,7 @@ def load_adapter(
     except UserError as e:
         raise UserError(f"The base of the adapter {Path(path).name}: {e} Set base_model to the model that it "
                         "was trained on.") from e
-    rows = [[(7*i*i + 13*k) % base.config.get_text_config().vocab_size for i in range(1, 33)] for k in range(2)]
+    rows = probe_rows(base.config.get_text_config().vocab_size)
     try:
         adapted = PeftModel.from_pretrained(base, path)
         before, dtype = row_log_probs(adapted, rows), str(base.dtype)

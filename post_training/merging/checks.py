@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHOD_DEFINITIONS', 'linear_mean', 'task_arithmetic', 'trim_task_vector', 'ties', 'expected_tensor',
-           'sample_tensors', 'compare_with_definition', 'check_finite', 'check_result', 'inner_products', 'layer_of',
-           'product_distances', 'model_distances', 'plot_distances']
+           'sample_tensors', 'compare_with_definition', 'check_finite', 'check_adapter_source', 'check_result',
+           'inner_products', 'layer_of', 'product_distances', 'model_distances', 'plot_distances']
 
 # %% ../../nbs/50_merging/4_checks.ipynb #69ac5378
 import math, re
@@ -156,6 +156,30 @@ def check_finite(
     for tensor in loader.index.tensor_paths:
         bad = (~loader.get_tensor(tensor).isfinite()).sum().item()
         if bad: raise UserError(f"{name} has {bad:,} weights that are not finite, in {tensor}.")
+
+# %% ../../nbs/50_merging/4_checks.ipynb #ab9c8717
+def check_adapter_source(
+    reference, # mergekit's, of a model with an adapter
+    name:str, # for the message
+    trust_remote_code:bool=False,
+)->dict|None: # from `compare_merged`; None without an adapter
+    "Compare a source that mergekit merged from a model and an adapter with the model and the adapter apart"
+    from mergekit.io.tasks import LoaderCache
+    from peft import PeftModel
+    from post_training.models.load import load_model
+    from post_training.training.lora import compare_merged, probe_rows, row_log_probs
+    if not reference.lora: return None
+    folder = reference.merged(LoaderCache().lora_cache_dir, trust_remote_code).model.path # made already
+    merged = load_model(folder, trust_remote_code=trust_remote_code)
+    rows = probe_rows(merged.config.get_text_config().vocab_size)
+    after = row_log_probs(merged, rows)
+    del merged
+    base = load_model(reference.model.path, trust_remote_code=trust_remote_code)
+    adapted = PeftModel.from_pretrained(base, reference.lora.path)
+    stored = {"BF16": "torch.bfloat16", "F16": "torch.float16"}
+    dtype = next((stored[d] for d, _ in read_headers(folder).values() if d in stored), "torch.float32")
+    try: return compare_merged(row_log_probs(adapted, rows), after, dtype)
+    except UserError as e: raise UserError(f"The source {name}: {e}") from e
 
 # %% ../../nbs/50_merging/4_checks.ipynb #6fd823f2
 def check_result(

@@ -10,8 +10,9 @@ __all__ = ['check_sources', 'merge_document', 'merge_summary', 'merge_rows', 're
 import contextlib, json, shutil, yaml
 from pathlib import Path
 from .. import run
-from ..core.files import UserError, atomic_dir, did_you_mean, file_lock, write_manifest
-from ..merging.checks import check_finite, check_result, compare_with_definition, model_distances
+from ..core.files import (
+    UserError, atomic_dir, did_you_mean, file_lock, temporary_dir, write_manifest)
+from ..merging.checks import check_adapter_source, check_finite, check_result, compare_with_definition, model_distances
 from ..merging.document import (
     check_document, check_merge_config, document_parts, mentioned_models, replace_models)
 from ..merging.merge import (
@@ -68,17 +69,19 @@ def merge_document(
     with_folders, sources, donor = check_sources(doc, resolve, folders, cfg["donor"], cfg["options"])
     notices += padding_notices(sources, doc)
     with mergekit_session(cfg["options"], scratch) as options:
-        steps = merge_plan(with_folders, options)
+        steps, adapters = merge_plan(with_folders, options), {}
         check_merge_weights(steps)
         for s in sources:
             parsed = parse_document(dict(merge_method="linear", models=[dict(model=resolve(s.name))]))
             check_finite(LoaderCache().get(parsed.models[0].model), s.name)
+            adapters[s.name] = check_adapter_source(parsed.models[0].model, s.name, trust)
         merge_weights(with_folders, folder, options)
         write_model_files(folder, donor, with_folders, sources, trust)
         facts = check_result(folder, steps, cfg["checks"]["reload"], trust)
         compared = compare_with_definition(folder, steps, doc.get("dtype"), cfg["checks"]["max_elements"])
         distances = model_distances(folder, steps, {s.folder: s.name for s in sources})
     record = dict(result=facts, compared=compared, distances=distances, donor=donor.name, notices=notices)
+    if any(adapters.values()): record["adapters"] = {k: v for k, v in adapters.items() if v}
     return record, {s.name: s.folder for s in sources}, parents
 
 # %% ../../nbs/65_stages/8_model_merging.ipynb #9588cd50
@@ -127,9 +130,7 @@ def scratch_dir(
     parent, # with enough disk space
 ):
     "A folder for intermediate results, removed afterwards"
-    import tempfile
-    Path(parent).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=".tmp-steps-") as d: yield Path(d)
+    with temporary_dir(parent, "steps") as d: yield d
 
 # %% ../../nbs/65_stages/8_model_merging.ipynb #ac83144f
 def model_merging(

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MERGE_BOUNDS', 'lora_config', 'module_names', 'shared_modules', 'check_module_names', 'config_for_targets',
-           'add_adapters', 'has_adapters', 'adapter_facts', 'gathered_parameters', 'plain_name', 'merge_layer',
-           'merged_weights', 'row_log_probs', 'compare_merged', 'merged_in_place', 'check_merge', 'adapter_parameters',
-           'expected_files', 'save_adapters', 'check_adapter_resume', 'load_adapters']
+           'add_adapters', 'has_adapters', 'adapter_facts', 'gathered_parameters', 'is_partitioned', 'plain_name',
+           'merge_layer', 'merged_weights', 'row_log_probs', 'probe_rows', 'compare_merged', 'merged_in_place',
+           'check_merge', 'adapter_parameters', 'expected_files', 'save_adapters', 'check_adapter_resume',
+           'load_adapters']
 
 # %% ../../nbs/40_training/4_lora.ipynb #20c524d9
 import contextlib, json, re
@@ -143,12 +144,20 @@ def adapter_facts(
 
 # %% ../../nbs/40_training/4_lora.ipynb #b8905fc9
 @contextlib.contextmanager
-def gathered_parameters(params):
+def gathered_parameters(
+    params, # of a model
+    change:bool=False, # what rank 0 makes of them is kept, on every rank
+):
     "Gather parameters on every rank if ZeRO-3 has partitioned them"
     params = [p for p in params if hasattr(p, "ds_id")]
     if not params: yield; return
     import deepspeed
-    with deepspeed.zero.GatheredParameters(params): yield
+    with deepspeed.zero.GatheredParameters(params, modifier_rank=0 if change else None): yield
+
+# %% ../../nbs/40_training/4_lora.ipynb #896ea5e7
+def is_partitioned(model)->bool:
+    "Whether ZeRO-3 holds a part of each weight on each rank"
+    return any(hasattr(p, "ds_id") for p in model.parameters())
 
 # %% ../../nbs/40_training/4_lora.ipynb #848413ea
 def plain_name(
@@ -219,6 +228,14 @@ def row_log_probs(
     model.train(was_training)
     return out
 
+# %% ../../nbs/40_training/4_lora.ipynb #fd4173ff
+def probe_rows(
+    vocab_size:int, # ids below it
+    n:int=2, # rows
+)->list[list[int]]: # of 32 ids each
+    "Rows for a comparison where no data is known"
+    return [[(7*i*i + 13*k) % vocab_size for i in range(1, 33)] for k in range(n)]
+
 # %% ../../nbs/40_training/4_lora.ipynb #2e1643d1
 def compare_merged(
     before:list, # log-probabilities of the model with its adapters, from `row_log_probs`
@@ -241,32 +258,37 @@ def compare_merged(
 # %% ../../nbs/40_training/4_lora.ipynb #364bc548
 @contextlib.contextmanager
 def merged_in_place(
-    model, # with adapters
+    model, # with adapters; under ZeRO-3 all ranks call it
+    keep:bool=True, # this rank keeps the weights from before; under ZeRO-3 rank 0 alone has to
 ):
     "The model with its adapters merged; the weights are restored afterwards, bit for bit"
     from peft.tuners.tuners_utils import BaseTunerLayer
     layers, before = [m for m in model.modules() if isinstance(m, BaseTunerLayer)], []
     try:
         for layer in layers:
-            before.append((layer, {n: p.detach().to("cpu", copy=True)
-                                   for n, p in layer.get_base_layer().named_parameters()}))
-            layer.merge()
+            with gathered_parameters(layer.parameters(), change=True):
+                base = layer.get_base_layer().named_parameters()
+                before.append((layer, {n: p.detach().to("cpu", copy=True) for n, p in base} if keep else {}))
+                layer.merge()
         yield model
     finally:
         for layer, weights in before:
-            for n, p in layer.get_base_layer().named_parameters(): p.data.copy_(weights[n])
+            with gathered_parameters(layer.get_base_layer().parameters(), change=True):
+                for n, p in layer.get_base_layer().named_parameters():
+                    if keep: p.data.copy_(weights[n])
             layer.merged_adapters.clear()
 
 # %% ../../nbs/40_training/4_lora.ipynb #7805b63e
 def check_merge(
     model, # with adapters, unwrapped
-    rows:list[list[int]], # ids of a few rows
-)->dict|None: # from `compare_merged`; None without rows, and under ZeRO-3, which holds a part of each weight only
-    "Compare the model with its adapters and with merged weights on a few rows"
-    rows = [ids for ids in rows if len(ids) > 1]
-    if not rows or any(hasattr(p, "ds_id") for p in model.parameters()): return None
+    rows:list[list[int]], # ids of a few rows, the same on every rank
+    main:bool=True, # this rank writes
+)->dict|None: # from `compare_merged`; None without rows, and on ranks that need not take part
+    "Compare the model with its adapters and with merged weights; under ZeRO-3 all ranks take part"
+    rows, partitioned = [ids for ids in rows if len(ids) > 1], is_partitioned(model)
+    if not rows or not (main or partitioned): return None
     before = row_log_probs(model, rows)
-    with merged_in_place(model): after = row_log_probs(model, rows)
+    with merged_in_place(model, main): after = row_log_probs(model, rows)
     return compare_merged(before, after, str(next(model.get_base_model().parameters()).dtype))
 
 # %% ../../nbs/40_training/4_lora.ipynb #378b5ce5
@@ -302,8 +324,8 @@ def save_adapters(
     for name, p in adapter_parameters(model).items():
         with gathered_parameters([p]):
             if main: tensors[name] = p.detach().to("cpu", copy=True).contiguous()
+    compared = check_merge(model, rows, main)
     if not main: return None
-    compared = check_merge(model, rows)
     model.get_base_model().save_pretrained(folder, state_dict=merged)
     write_portable(folder)
     (folder/"adapter").mkdir(exist_ok=True)
