@@ -470,9 +470,9 @@ function samplesSection(runs, loaded) {
     const differ = ([p]) => new Set(columns.map(c => shown(c.by.get(p)?.got))).size > 1;
     if (state.differ && columns.length > 1) rows = rows.filter(differ);
     area.replaceChildren(rows.length ? table([column("prompt"), column("expected"), ...columns.map(c => el("th", {scope: "col"}, mark(c.at), " ", value("name", runs[c.at]), el("span", {class: "quiet"}, ` ${c.set}`)))],
-      rows.slice(0, 200).map(([p, s]) => el("tr", {}, el("td", {class: "said"}, p), el("td", {class: "text"}, shown(s.expected)), columns.map(c => {
+      rows.slice(0, 200).map(([p, s]) => el("tr", {}, el("td", {class: "said", title: p.slice(0, 2000)}, shown(s.asked || p)), el("td", {class: "text"}, shown(s.expected)), columns.map(c => {
         const own = c.by.get(p);
-        return own ? el("td", {class: "said"}, verdict(own), "\n", shown(own.got)) : el("td", {class: "quiet"}, "not among its kept answers");
+        return own ? el("td", {class: "said"}, verdict(own), "\n", shown(own.got) || el("span", {class: "quiet"}, "(an empty answer)")) : el("td", {class: "quiet"}, "not among its kept answers");
       }))), {low: true, label: "answers"}) : el("p", {class: "quiet"}, "All answers are equal."));
   };
   draw();
@@ -510,7 +510,7 @@ async function drawRun(path) {
       d.history.length ? el("pre", {tabindex: "0"}, d.history.join("\n")) : ""));
     if (Object.keys(d.curves).length) parts.push(curvesSection([i], [d]));
     if (Object.keys(d.samples).length) parts.push(samplesSection([i], [d]));
-    if (d.examples.length) parts.push(section("Rows as the model sees them", el("p", {class: "quiet"}, el("span", {class: "row-text"}, el("span", {}, "prompt "), el("span", {class: "completion"}, "trained"), " ", el("span", {class: "control"}, "control token"))),
+    if (d.examples.length) parts.push(section("Rows as the model sees them", el("p", {class: "quiet"}, el("span", {class: "row-text legend"}, el("span", {}, "prompt "), el("span", {class: "completion"}, "trained"), " ", el("span", {class: "control"}, "control token"))),
       d.examples.map(row => el("div", {}, el("p", {class: "quiet"}, [row.row_id, row.source].filter(Boolean).join(", ")), el("div", {class: "row-text"}, row.runs.map(([kind, control, text]) =>
         el("span", {class: (kind === "prompt" ? "" : "completion") + (control ? " control" : "")}, text)))))));
     for (const [title, rows] of Object.entries(d.tables)) parts.push(section(title, rowsTable(rows, title)));

@@ -11,7 +11,7 @@ __all__ = ['SHOWN', 'NOT_COLUMNS', 'FAULTS', 'CURVE_POINTS', 'KEPT_ANSWERS', 'IN
            'BoardServer', 'start_server', 'serve_board', 'board_command', 'add_board_options', 'BoardTable',
            'board_table', 'progress_line', 'follow']
 
-# %% ../../nbs/75_view/4_board.ipynb #e39c3e50
+# %% ../../nbs/75_view/4_board.ipynb #aa16c911
 import base64, datetime, hashlib, html, json, math, os, re, socket, threading, time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,7 +29,7 @@ from ..run.record import moved_path, read_metrics, to_json_types
 from ..run.state import generation_folder, run_status
 from .report import STATES, headline_evaluation, headline_rows, plot_curves, run_minutes
 
-# %% ../../nbs/75_view/4_board.ipynb #86ea3f76
+# %% ../../nbs/75_view/4_board.ipynb #15aeff0a
 SHOWN = ("stage", "job_subdir", "status", "accuracy", "eval_loss", "loss", "step", "minutes", "started") # at first
 # parts of a record that are no columns: long, or about files
 NOT_COLUMNS = ("attempts", "earlier", "origins", "inputs", "overrides", "jobs", "array", "checkpoints", "parents",
@@ -37,7 +37,7 @@ NOT_COLUMNS = ("attempts", "earlier", "origins", "inputs", "overrides", "jobs", 
 # what a value of a wrong kind may cause where it is used
 FAULTS = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, OSError, RecursionError, UserError)
 
-# %% ../../nbs/75_view/4_board.ipynb #3290f6c1
+# %% ../../nbs/75_view/4_board.ipynb #6ade37d1
 def recorded_keys(
     record:dict, # of a run
 )->dict: # dotted key -> number, text, truth value or short list
@@ -46,7 +46,7 @@ def recorded_keys(
     return {k: v for k, v in flat.items()
             if v not in (None, {}, []) and not (isinstance(v, list) and any(isinstance(x, dict) for x in v))}
 
-# %% ../../nbs/75_view/4_board.ipynb #d995382d
+# %% ../../nbs/75_view/4_board.ipynb #75488d84
 def run_row(
     path:Path, # a run folder
     record:dict, # its record, from `records_of`
@@ -70,7 +70,7 @@ def run_row(
     row = rest | {f"last.{k}": v for k, v in last.items()} | named
     return {k: v for k, v in row.items() if v not in (None, "")}
 
-# %% ../../nbs/75_view/4_board.ipynb #3ebfa9f0
+# %% ../../nbs/75_view/4_board.ipynb #b93b2908
 def damaged_row(
     path:Path, # a run folder
     root:Path, # of the runs
@@ -80,7 +80,7 @@ def damaged_row(
     return dict(name=path.name, path=path.relative_to(root).as_posix(), stage=path.relative_to(root).parts[0],
                 status="damaged", damage=str(why))
 
-# %% ../../nbs/75_view/4_board.ipynb #d31debb3
+# %% ../../nbs/75_view/4_board.ipynb #0943560a
 def tolerant_row(
     path:Path, # a run folder
     record:dict, # its record
@@ -93,11 +93,11 @@ def tolerant_row(
                            f"{path.name}/record.json holds a value that cannot be used ({e}). `post-training runs "
                            f"repair {path.name}` rebuilds it.")
 
-# %% ../../nbs/75_view/4_board.ipynb #94934586
+# %% ../../nbs/75_view/4_board.ipynb #ff891709
 CURVE_POINTS = 400 # of a curve
 KEPT_ANSWERS = 100 # of each evaluation
 
-# %% ../../nbs/75_view/4_board.ipynb #6360f1a6
+# %% ../../nbs/75_view/4_board.ipynb #5c51ae19
 def thin_curve(
     points:list[tuple], # (step, value)
     most:int=CURVE_POINTS, # points
@@ -112,7 +112,7 @@ def thin_curve(
         kept |= {min(at, key=lambda i: points[i][1]), max(at, key=lambda i: points[i][1])}
     return [points[i] for i in sorted(kept)]
 
-# %% ../../nbs/75_view/4_board.ipynb #870f333c
+# %% ../../nbs/75_view/4_board.ipynb #b0dd8b79
 def run_curves(
     run_dir, # a run folder
 )->dict: # metric -> [steps, values]
@@ -125,7 +125,7 @@ def run_curves(
             if k != "step" and number(v): found.setdefault(k, []).append((r["step"], v))
     return {k: [list(x) for x in zip(*thin_curve(points))] for k, points in found.items()}
 
-# %% ../../nbs/75_view/4_board.ipynb #3fcb1641
+# %% ../../nbs/75_view/4_board.ipynb #4325003d
 def run_answers(
     record:dict, # of a run
 )->dict[str, list[dict]]: # before, after, or the name of a checkpoint -> prompt, expected, got, right
@@ -143,10 +143,10 @@ def run_answers(
                 answer = json.loads(line)
                 kept = out.setdefault(str(answer.get("checkpoint")), [])
                 if len(kept) < KEPT_ANSWERS: kept.append(answer)
-    keys = ("prompt", "expected", "got", "right", "finish_reason")
-    return {name: [{k: a.get(k) for k in keys} for a in kept] for name, kept in out.items()}
+    keys = ("prompt", "asked", "expected", "got", "right", "finish_reason")
+    return {name: [{k: a[k] for k in keys if k in a} for a in kept] for name, kept in out.items()}
 
-# %% ../../nbs/75_view/4_board.ipynb #80a68d50
+# %% ../../nbs/75_view/4_board.ipynb #9977196d
 def count_tables(
     record:dict, # of a run
 )->dict[str, list[dict]]: # title -> rows
@@ -166,7 +166,7 @@ def count_tables(
     if record.get("sources"): tables["Sources"] = [dict(line) for line in record["sources"]]
     return tables
 
-# %% ../../nbs/75_view/4_board.ipynb #4f6702b3
+# %% ../../nbs/75_view/4_board.ipynb #e3202a3c
 def run_examples(
     run_dir:Path, # a run folder
 )->list[dict]: # row_id, source, runs: (prompt or completion, whether a control token, text)
@@ -175,7 +175,7 @@ def run_examples(
     return [dict(row_id=str(r.get("row_id") or ""), source=str(r.get("source") or ""),
                  runs=[(str(kind), bool(control), str(text)) for kind, control, text in r["runs"]]) for r in rows]
 
-# %% ../../nbs/75_view/4_board.ipynb #78d1a920
+# %% ../../nbs/75_view/4_board.ipynb #9583858b
 def run_links(
     run_dir:Path, # a run folder
     stage, # its stage
@@ -186,7 +186,7 @@ def run_links(
              "config.yaml": run_dir/"config.yaml", "metrics.jsonl": run_dir/"metrics.jsonl"}
     return {k: quote(os.path.relpath(p, out)) for k, p in files.items() if p.is_file()}
 
-# %% ../../nbs/75_view/4_board.ipynb #270de186
+# %% ../../nbs/75_view/4_board.ipynb #810e39f0
 def run_details(
     run_dir:Path, # a run folder
     record:dict, # its record
@@ -212,7 +212,7 @@ def run_details(
         logs=part("The logs", lambda: job_tails(run_dir, 12), {}) if ok else {},
         links=part("The links", lambda: run_links(run_dir, record.get("stage"), out), {}), problems=problems)
 
-# %% ../../nbs/75_view/4_board.ipynb #f9fab003
+# %% ../../nbs/75_view/4_board.ipynb #38c4a8c7
 def clean_text(
     obj, # of JSON types
 ):
@@ -221,7 +221,7 @@ def clean_text(
     if isinstance(obj, dict): return {visible_text(str(k)): clean_text(v) for k, v in obj.items()}
     return [clean_text(v) for v in obj] if isinstance(obj, list) else obj
 
-# %% ../../nbs/75_view/4_board.ipynb #f1b04b87
+# %% ../../nbs/75_view/4_board.ipynb #d1e2f7dc
 def as_page_json(
     obj, # anything that a record may hold
 )->str: # JSON, which is JavaScript too
@@ -229,7 +229,7 @@ def as_page_json(
     text = json.dumps(clean_text(to_json_types(obj)), allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
-# %% ../../nbs/75_view/4_board.ipynb #e369326c
+# %% ../../nbs/75_view/4_board.ipynb #1c436ff9
 def details_json(
     run_dir:Path, # a run folder
     record:dict, # its record
@@ -241,7 +241,7 @@ def details_json(
     empty = {k: {} for k in ("curves", "tables", "samples", "logs", "links")}
     return as_page_json(empty | dict(headline=[], examples=[], history=[], problems=[why]))
 
-# %% ../../nbs/75_view/4_board.ipynb #117fd6a8
+# %% ../../nbs/75_view/4_board.ipynb #9413ac8e
 def as_columns(
     rows:list[dict], # one for each run
 )->dict[str, dict]: # key -> v: distinct values; i: for each run the position of its value, or -1
@@ -257,7 +257,7 @@ def as_columns(
             column["i"][n] = column["at"][mark]
     return {k: dict(v=c["v"], i=c["i"]) for k, c in found.items()}
 
-# %% ../../nbs/75_view/4_board.ipynb #908bbbf0
+# %% ../../nbs/75_view/4_board.ipynb #80adde6c
 def page_html(
     data:str, # JSON of the table
     details:str, # JSON: id of a run -> its details
@@ -272,12 +272,12 @@ def page_html(
     parts |= dict(policy=policy, board=data, details=details)
     return re.sub(r"\{(policy|style|script|board|details)\}", lambda m: parts[m[1]], (folder/"board.html").read_text())
 
-# %% ../../nbs/75_view/4_board.ipynb #7bfd4cda
+# %% ../../nbs/75_view/4_board.ipynb #2a86c893
 INLINE_BYTES = 6_000_000 # of details in the page itself
 READ_FILES = ("record.json", "config.yaml", "metrics.jsonl", "examples.json") # of a run
 ENDED = ("finished", "failed", "damaged") # states in which only a changed file changes what is shown
 
-# %% ../../nbs/75_view/4_board.ipynb #e69be0e4
+# %% ../../nbs/75_view/4_board.ipynb #3858de0e
 @dataclass
 class Board:
     "The folder of a board, and what is known of its runs"
@@ -288,14 +288,14 @@ class Board:
     changed:bool = True # something was read that is not in the page
     page:str = "" # as a server shows it
 
-# %% ../../nbs/75_view/4_board.ipynb #fc0dbfff
+# %% ../../nbs/75_view/4_board.ipynb #0b37db8d
 def run_key(
     path:str, # of a run, below the root
 )->str: # a name for a file and for an address
     "The name of a run's data file"
     return hashlib.sha256(path.encode(errors="surrogateescape")).hexdigest()[:16]
 
-# %% ../../nbs/75_view/4_board.ipynb #f46f252c
+# %% ../../nbs/75_view/4_board.ipynb #dec09916
 def put_file(
     path:Path, # of a file that can be made again
     text:str, # its content
@@ -308,7 +308,7 @@ def put_file(
     os.replace(tmp, path)
     return True
 
-# %% ../../nbs/75_view/4_board.ipynb #217a2244
+# %% ../../nbs/75_view/4_board.ipynb #8efe601f
 def file_times(
     run_dir:Path, # a run folder
 )->tuple: # changes when a file of the run changes
@@ -320,7 +320,7 @@ def file_times(
         out.append((s.st_size, s.st_mtime_ns))
     return (*out, any(run_dir.glob("*.ipynb")))
 
-# %% ../../nbs/75_view/4_board.ipynb #1151480b
+# %% ../../nbs/75_view/4_board.ipynb #645dfbe6
 def read_runs(
     board:Board,
 )->list[dict]: # a row for each run, the last started first
@@ -343,7 +343,7 @@ def read_runs(
     add_jobs(board, waiting)
     return sorted((row for _, row in board.known.values()), key=lambda r: r.get("started", ""), reverse=True)
 
-# %% ../../nbs/75_view/4_board.ipynb #15fda7d5
+# %% ../../nbs/75_view/4_board.ipynb #ec20fce9
 def add_jobs(
     board:Board,
     waiting:list[tuple], # (folder, record) of runs with a job that have not ended
@@ -356,7 +356,7 @@ def add_jobs(
             job = dict(state=f"cannot be shown: {e}")
         board.known[path][1].update({f"job.{k}": v for k, v in job.items() if k != "run" and v not in (None, "")})
 
-# %% ../../nbs/75_view/4_board.ipynb #66a4283d
+# %% ../../nbs/75_view/4_board.ipynb #ebfcf4cf
 def inlined_details(
     board:Board,
     rows:list[dict], # the last started first
@@ -371,7 +371,7 @@ def inlined_details(
         parts.append(f'"{key}":{path.read_text().partition(",")[2].rstrip()[:-1]}')
     return "{" + ",".join(parts) + "}"
 
-# %% ../../nbs/75_view/4_board.ipynb #4f481063
+# %% ../../nbs/75_view/4_board.ipynb #4d2bb703
 def open_board(
     out=None, # folder of the page; None: `board` below the runs
     root=None, # of the runs; None: `runs_root`
@@ -388,7 +388,7 @@ def open_board(
     except OSError as e: raise UserError(f"{out} cannot be written: {e.strerror}. Give --out another folder.") from None
     return Board(root, out)
 
-# %% ../../nbs/75_view/4_board.ipynb #7a87bc57
+# %% ../../nbs/75_view/4_board.ipynb #98fd38e8
 def write_board(
     board:Board, # from `open_board`
 )->str: # the page as a server shows it
@@ -409,11 +409,11 @@ def write_board(
     board.changed = False
     return board.page
 
-# %% ../../nbs/75_view/4_board.ipynb #18aebbe8
+# %% ../../nbs/75_view/4_board.ipynb #d9512969
 NOTEBOOK_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; img-src data:; font-src data:; base-uri 'none'; "
                    "form-action 'none'; sandbox")
 
-# %% ../../nbs/75_view/4_board.ipynb #6b10b5fa
+# %% ../../nbs/75_view/4_board.ipynb #d80d4cc5
 def render_notebook(
     path:Path, # of an executed notebook
     out:Path, # HTML
@@ -431,10 +431,10 @@ def render_notebook(
     os.utime(out)
     return out
 
-# %% ../../nbs/75_view/4_board.ipynb #bc891898
+# %% ../../nbs/75_view/4_board.ipynb #ae5114bb
 PORT = 8765 # or a free one, if another program has it
 
-# %% ../../nbs/75_view/4_board.ipynb #5d948c92
+# %% ../../nbs/75_view/4_board.ipynb #c3b10c6f
 class BoardHandler(BaseHTTPRequestHandler):
     "Answers for the page, the data files and the notebooks of a board"
     def log_message(self, *args): "Requests are not printed"
@@ -457,7 +457,7 @@ class BoardHandler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-# %% ../../nbs/75_view/4_board.ipynb #b3d61fd9
+# %% ../../nbs/75_view/4_board.ipynb #ca7a2098
 class BoardServer(ThreadingHTTPServer):
     "Serves one board on this machine"
     daemon_threads = True
@@ -485,7 +485,7 @@ class BoardServer(ThreadingHTTPServer):
         with self.lock: shown = render_notebook(notebook, self.board.out/f"notebooks/{key}.html")
         return 200, "text/html", shown.read_text()
 
-# %% ../../nbs/75_view/4_board.ipynb #452e9f55
+# %% ../../nbs/75_view/4_board.ipynb #aecbfaf6
 def start_server(
     board:Board, # from `open_board`
     port:int=0, # 0: `PORT`, or a free one
@@ -496,7 +496,7 @@ def start_server(
         except OSError as e: why = e.strerror
     raise UserError(f"Port {port} cannot be used: {why}. Give another one, or --serve without a number.")
 
-# %% ../../nbs/75_view/4_board.ipynb #c3ab4a48
+# %% ../../nbs/75_view/4_board.ipynb #a5bd0811
 def serve_board(
     board:Board, # from `open_board`
     port:int=0, # 0: `PORT`, or a free one
@@ -511,7 +511,7 @@ def serve_board(
     except KeyboardInterrupt: print()
     finally: server.server_close()
 
-# %% ../../nbs/75_view/4_board.ipynb #e69181e5
+# %% ../../nbs/75_view/4_board.ipynb #a497305e
 def board_command(
     args, # out, serve
 )->int: # exit code
@@ -524,7 +524,7 @@ def board_command(
     else: serve_board(board, args.serve)
     return 0
 
-# %% ../../nbs/75_view/4_board.ipynb #3164a48d
+# %% ../../nbs/75_view/4_board.ipynb #99f13bec
 def add_board_options(
     parser:CommandParser, # of `board`
 ):
@@ -534,7 +534,7 @@ def add_board_options(
                         help=f"show it on 127.0.0.1, read the runs again at each reload; PORT: {PORT}, or a free one")
     parser.set_defaults(call=board_command)
 
-# %% ../../nbs/75_view/4_board.ipynb #7d7cc5f1
+# %% ../../nbs/75_view/4_board.ipynb #daeeb98b
 class BoardTable(pd.DataFrame):
     "A DataFrame of runs; a notebook shows its names as links"
     @property
@@ -551,7 +551,7 @@ class BoardTable(pd.DataFrame):
             view["name"] = [f'<a href="{quote(str(p))}">{n}</a>' for p, n in zip(files, view["name"])]
         return view.to_html(escape=False, na_rep="", max_rows=60, index=False, float_format=lambda v: f"{v:.4g}")
 
-# %% ../../nbs/75_view/4_board.ipynb #2b3708f8
+# %% ../../nbs/75_view/4_board.ipynb #01cef9b6
 def board_table(
     runs_dir=None, # of the runs; None: `runs_root`
 )->BoardTable: # a row for each run, a column for each recorded key
@@ -562,7 +562,7 @@ def board_table(
     keys = dict.fromkeys([*first, *sorted({k for r in rows for k in r})])
     return BoardTable(sorted(rows, key=lambda r: r.get("started", ""), reverse=True), columns=list(keys))
 
-# %% ../../nbs/75_view/4_board.ipynb #326b569a
+# %% ../../nbs/75_view/4_board.ipynb #d0cb9570
 def progress_line(
     run_dir, # a run folder
 )->tuple[str, str]: # status; status, bar, steps and loss as text
@@ -575,7 +575,7 @@ def progress_line(
     told = f"step {step}" + f" of {total}"*bool(total) + f", {text}"*bool(text)
     return status, f"{Path(run_dir).name} {status}  {bar}{told}"
 
-# %% ../../nbs/75_view/4_board.ipynb #b912133a
+# %% ../../nbs/75_view/4_board.ipynb #863baa67
 def follow(
     run, # a run's folder, name or hash
     every:float=2., # seconds between two looks
