@@ -218,6 +218,7 @@ def test_preset_composes(preset, tmp_root):
     engine = ["accelerate_config=ds-zero2"] if group == "cluster" else []
     asked = ["dataset_args.dataset_name=rows.jsonl"] if "  dataset_name: ???" in preset.read_text() else []
     if "sources: ???" in preset.read_text(): asked = ["dataset_name=mine", "sources=[{dataset_name: a, dataset_path: a.jsonl}]"]
+    if group == "cluster": users = ["train_sft", "ref_completions", "export"]  # all stages have one, with the same keys
     for stage in users or ["train_sft"]:
         cfg = config.compose(stage, [choice, *engine, *asked]).cfg
         assert cfg["stage"] == stage
