@@ -154,9 +154,10 @@ def show_command(
     args, # words: a run
 )->int: # exit code
     "`post-training runs show`: the run, then its jobs"
-    from post_training.launch.runs import freed_lines, job_history
+    from post_training.launch.runs import freed_lines, job_history, refresh_states
     from post_training.run.find import find_run
     from post_training.view.report import show_run
+    refresh_states()
     run_dir = find_run(args.words[0])
     print("\n".join([show_run(run_dir), *job_history(run_dir), *freed_lines(run_dir)]))
     return 0

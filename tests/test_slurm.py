@@ -288,6 +288,9 @@ def test_cancelled(job, slurm, uncut):
     job.end("CANCELLED")
     time.sleep(8)  # longer than a requeue takes here
     assert slurm.state(job.id) == "CANCELLED" and len(job.record["attempts"]) == 1
+    shown = job.command("runs", "show", job.run_dir.name).stdout  # whoever looks makes the record say what the scheduler says
+    assert job.record["status"] == "failed" and "failed" in shown.splitlines()[0]
+    assert "queued" not in job.command("runs", "list").stdout and "CANCELLED" in job.command("jobs", "--all").stdout
     job.submit()
     record = job.end("COMPLETED")
     assert [a["exit"] for a in record["attempts"]][-1] == 0 and record["resumed_from"]["2"] in SAVED

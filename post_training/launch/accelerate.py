@@ -230,12 +230,13 @@ def killed_cause(
 )->str: # one line
     "The likely cause of signal 9, and what to do"
     limit = f" (the limit is {known})" if (known := memory_limit()) else ""
-    return (f"{what} was killed from outside (signal 9): most likely there was too little memory{limit}. Use fewer rows "
-            "per process or shorter rows, or ask for more memory. What was saved stays, and the same command continues.")
+    return (f"{what} was killed from outside (signal 9): most likely there was too little memory{limit}. Use fewer "
+            "rows per process or shorter rows, or ask for more memory. What was saved stays, and the same command "
+            "continues.")
 
 # %% ../../nbs/70_launch/4_accelerate.ipynb #b567a762
-_DISK = {r"No space left on device|os error 28\b": "The disk is full", r"Disk quota exceeded": "The disk quota is used up",
-         r"Read-only file system": "The disk is read-only"}
+_DISK = {r"No space left on device|os error 28\b": "The disk is full",
+         r"Disk quota exceeded": "The disk quota is used up", r"Read-only file system": "The disk is read-only"}
 
 # %% ../../nbs/70_launch/4_accelerate.ipynb #a2728665
 def machine_cause(

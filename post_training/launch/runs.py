@@ -11,7 +11,7 @@ __all__ = ['REASONS', 'why_waiting', 'log_tail', 'job_log', 'task_logs', 'log_fi
            'freed_lines']
 
 # %% ../../nbs/70_launch/11_runs.ipynb #9b697129
-import datetime, os, re, shutil
+import datetime, os, shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,24 +216,26 @@ def close_unstarted_run(
     known:dict, # the scheduler's answer
     runs:list[tuple]=(), # (folder, record) of all runs
 )->dict: # the record as it is now
-    "Mark a queued record as failed if its last job is over"
+    "Mark a record that waits or runs as failed if the scheduler says that its last job is over"
     key = slurm.job_key(record["jobs"][-1])
     state = known.get(key, {}).get("state")
-    if record.get("status") != "queued" or state is None or state in slurm.ACTIVE_STATES or is_live(run_dir):
+    if record.get("status") not in ("queued", "running") or state in slurm.ACTIVE_STATES or is_live(run_dir):
         return record
+    job, last = record["jobs"][-1], (record.get("attempts") or [{}])[-1].get("job") or {}
+    if record["status"] == "running" and str(last.get("id")) != str(job["id"]): return record # begun on this machine
     if slurm.active_job(record): return record
-    job = record["jobs"][-1]
-    why = (blocked_by(job, list(runs))
-           or f"job {key} ended as {state} before it could continue; its log, if any: {job_log(run_dir, job).name}")
+    how = (f"ended as {state} before it could continue" if state
+           else "is not known to the scheduler any more, which forgets jobs that have ended")
+    why = blocked_by(job, list(runs)) or f"job {key} {how}; its log, if any: {job_log(run_dir, job).name}"
     def change(r):
-        if r.get("status") == "queued": r.update(status="failed", stopped=why)
+        if r.get("status") in ("queued", "running"): r.update(status="failed", stopped=why)
     return edit_record(run_dir, change)
 
 # %% ../../nbs/70_launch/11_runs.ipynb #63739ab2
 def refresh_states():
-    "Mark queued runs as failed if the scheduler says that their jobs are over; nothing where it cannot be asked"
+    "Mark runs that wait or run as failed if their jobs are over; nothing where the scheduler cannot be asked"
     every = [(p, r) for p, r in records_of(all_runs())[0] if "damaged" not in r]
-    queued = [(p, r) for p, r in every if r.get("jobs") and r.get("status") == "queued"]
+    queued = [(p, r) for p, r in every if r.get("jobs") and r.get("status") in ("queued", "running")]
     known, _ = ask_queue([r for _, r in queued]) if queued else (None, "")
     if known is None: return
     for p, r in queued: close_unstarted_run(p, r, known, [(f, o) for f, o in every if f != p])
