@@ -65,7 +65,10 @@ def changed(demo, folder, change):
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name, demo, tmp_path):
     change, words = REFUSED[name]
-    with pytest.raises(UserError, match=words): load_model(changed(demo, tmp_path / "base", change))
+    folder = changed(demo, tmp_path / "base", change)
+    with pytest.raises(UserError, match=words): load_model(folder)
+    if name in ("a GGUF", "weights twice", "an adapter beside weights"):  # known without the weights
+        with pytest.raises(UserError, match=words): weightless_model(folder, load_tokenizer(str(demo / "models/tiny"), model_eos_token_id=68))
 
 
 @pytest.mark.parametrize("name", READ)

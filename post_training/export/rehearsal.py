@@ -27,9 +27,10 @@ def weightless_model(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from post_training.models.load import (
-        load_error, quiet_activation, repair_generation, repaired_settings, set_special_ids)
+        load_error, model_path, quiet_activation, repair_generation, repaired_settings, set_special_ids)
     from post_training.tokens.tokenizer import config_ids
     more = dict(revision=revision, trust_remote_code=trust_remote_code)
+    path = model_path(path)
     try:
         repaired, notices = repaired_settings(path, **more)
         config = repaired.get("config") or AutoConfig.from_pretrained(path, **more)
