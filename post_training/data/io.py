@@ -20,7 +20,8 @@ import glob, hashlib, json, os, re, sys, tempfile
 from functools import partial, reduce
 from itertools import chain, islice
 from pathlib import Path
-from ..core.files import MANIFEST, UserError, atomic_dir, did_you_mean, verify_once, write_manifest
+from ..core.files import (
+    MANIFEST, UserError, atomic_dir, did_you_mean, verify_once, visible_text, write_manifest)
 
 # %% ../../nbs/20_data/1_io.ipynb #6f60e6ae
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"} # file ending: reader of the datasets library
@@ -694,7 +695,7 @@ def say_note(
     note:str, # a sentence
 ):
     "Print what was noticed while reading, once in a process"
-    if note not in _NOTES_SAID: print(f"! {note}", file=sys.stderr)
+    if note not in _NOTES_SAID: print(f"! {visible_text(note)}", file=sys.stderr)
     _NOTES_SAID.add(note)
 
 # %% ../../nbs/20_data/1_io.ipynb #b42a2674

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from ..core.files import UserError
 from ..data.messages import REASONING_KEYS, without_none
 from ..data.swissai import make_block, developer_message, to_structured, user_message
-from .templates import CHAT_TEMPLATES, template_text, wants_blocks
+from .templates import CHAT_TEMPLATES, TemplateLimit, limit_templates, template_text, wants_blocks
 from .tokenizer import byte_letters, plain_backend, template_of
 from post_training.tokens.template_shapes import (
     ID_SLOT, TEXT_SLOT, end_of_turn, fill_with_probes, find_probes, is_needed, is_written, shape_of, slot_paths,
@@ -143,6 +143,7 @@ class ChatEncoder:
     def __init__(self, tokenizer):
         if not tokenizer.chat_template:
             raise UserError("The tokenizer has no chat template: set tokenizer_args.chat_template_name.")
+        limit_templates(tokenizer)
         self.backend, self.tokenizer = plain_backend(tokenizer), tokenizer
         self.state = encoder_state(tokenizer)
         special = {i: t.content for i, t in self.backend.get_added_tokens_decoder().items()
@@ -193,6 +194,7 @@ def render(
     "Render a batch of conversations with transformers' own call; a bad row affects no other row"
     kwargs = {**(getattr(self.tokenizer, "chat_template_kwargs", None) or {}), **{k: json.loads(v) for k, v in options}}
     try: return self.tokenizer.apply_chat_template(chats, tokenize=False, **kwargs) if chats else []
+    except TemplateLimit: raise
     except Exception as e: # templates may raise anything
         if len(chats) == 1: return [Refused("template", f"the chat template {self.name} refuses the conversation: {e}")]
     return [t for c in chats for t in self.render([c], options)]
