@@ -118,7 +118,8 @@ def execute_notebook(
                                        language="python", cwd=str(project_root()), progress_bar=sys.stderr.isatty(),
                                        request_save_on_cell_execute=True, start_timeout=120, config=encrypted)
         except PapermillExecutionError as e:
-            known = dict(UserError=UserError, JobFailed=JobFailed, HandedOver=HandedOver).get(e.ename)
+            known = dict(UserError=UserError, TemplateLimit=UserError, JobFailed=JobFailed,
+                         HandedOver=HandedOver).get(e.ename)
             if known: raise known(e.evalue) from None
             cause = machine_cause(1, Path(out).parent, e.evalue)
             raise JobFailed(cause or f"{e.ename}: {e.evalue}\nThe traceback is in {out}") from None
