@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ["torch", "transformers", "datasets", "accelerate", "trl", "peft", "matplotlib.pyplot", "IPython", "pandas", "nbdev.test",
              "transformers.models.auto.modeling_auto", "transformers.models.apertus.modeling_apertus",
              "transformers.models.llama.modeling_llama", "transformers.trainer", "papermill"]
-# Parameters of benchmarks and of an experiment under test: their processes, rows and repetitions are fewer than those of the defaults. What is left out here
+# Parameters of benchmarks and experiments under test: processes, rows and repetitions are fewer than those of the kept notebooks. What is left out here
 # (several processes, the largest batch, two vocabularies) runs in the chapters of nbs/90_bench.
 FEWER = {
     "bench_data": dict(sizes=[100, 200, 400], repeats=1, processes=[], vocabulary="bpe"),
@@ -36,7 +36,8 @@ FEWER = {
     "bench_rewards": dict(rows=8, completions=[4], longest=60, repeats=1, hidden=64),
     "bench_scale": dict(memory={"hidden": [64], "tokens": [64], "loss": ["plw"]}, batches={}, processes=[], lengths={"cost": [64, 128], "attention": [128]}),
     "bench_training": dict(commands=["post-training --help"]),
-    "merge-of-experts": dict(base_steps=60, skill_steps=8, prompts=16),  # the kept notebook has the full ones
+    "qrpo-claims": dict(seeds=3, prompts=30, length_seeds=3, pairs=300),
+    "merge-of-experts": dict(base_steps=60, skill_steps=8, prompts=16),
 }
 
 

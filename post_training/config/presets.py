@@ -414,9 +414,11 @@ def _files_state(config_dir=None)->tuple|None: # None: unknown
     return texts, tuple(sorted((str(p), s.st_mtime_ns, s.st_size) for p, s in stats))
 
 
-# %% ../../nbs/10_config/4_presets.ipynb #f29afd3e
+# %% ../../nbs/10_config/4_presets.ipynb #a7a8e33e
 _COMPOSED = {} # stage, choices and files -> what Hydra composed of them in this process
 
+
+# %% ../../nbs/10_config/4_presets.ipynb #f29afd3e
 def compose_presets(
     stage:str, # a stage
     choices:dict, # group -> preset, as typed
