@@ -235,7 +235,7 @@ def weight_differences(
     sliced:bool=False, # layers are picked: their number may differ
     new_vocabulary:bool=False, # tokens are aligned: their number may differ
 )->list[str]: # sentences
-    "Why the weights of two sources cannot be merged"
+    "The reasons why the weights of two sources cannot be merged"
     key = tensor_family if sliced else lambda name: name
     rows = lambda s: {s.config.get("vocab_size"),
                       (s.config.get("text_config") or {}).get("vocab_size")} if new_vocabulary else ()
@@ -337,7 +337,7 @@ def padding_notices(
     sources:list[MergeSource],
     doc:dict, # the mergekit document
 )->list[str]: # notices
-    "What becomes of rows of embeddings above the ids of the tokenizers"
+    "Notices about rows of embeddings above the ids of the tokenizers"
     aligned, out = bool(doc.get("tokenizer") or doc.get("tokenizer_source")), []
     for s in sources:
         rows = (s.config.get("text_config") or s.config).get("vocab_size") or 0

@@ -60,7 +60,7 @@ def error_bound(
     own:dict|None=None, # mean and max of this package's error in that dtype; None: `HALF_BOUND`
     factor:float=3., # of the own error
 )->dict: # mean and max
-    "How far another reader may be from the log-probabilities in float32"
+    "The largest allowed differences of another reader from the log-probabilities in float32"
     if dtype == "float32": return dict(FLOAT32_BOUND)
     if not own: return dict(HALF_BOUND)
     return {k: max(factor*own[k], FLOAT32_BOUND[k]) for k in FLOAT32_BOUND}
@@ -84,7 +84,7 @@ def _with_rope(rope:dict, **changes)->dict:
 def reader_faults(
     config, # of transformers
 )->list[tuple]: # (sentence, changed config)
-    "What a reader may do with a config that it does not fully know"
+    "The known faults of readers that do not know all keys of a config"
     text = config.get_text_config()
     rope = copy.deepcopy(getattr(text, "rope_parameters", None) or {})
     thetas = sorted({v["rope_theta"] for v in (rope, *rope.values()) if isinstance(v, dict) and "rope_theta" in v})
@@ -142,7 +142,7 @@ def likely_cause(
     got:Sequence[Sequence[float]], # of the reader
     **load_args, # of `load_model`, such as trust_remote_code
 )->str: # a sentence without a full stop
-    "Why a reader gives other log-probabilities, by trying the known faults of readers"
+    "The likely reason why a reader gives other log-probabilities, found by testing the known faults"
     from transformers import AutoConfig
     from post_training.models.load import load_model
     def numbers(dtype="float32", **kwargs):

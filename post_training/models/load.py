@@ -70,15 +70,16 @@ def default_device()->str: # cuda or cpu
 def folder_fault(
     path:Path, # that a user named
 )->str: # the rest of a sentence that begins with its name; empty: none, or no folder
-    "Why a folder or file is no model that can be read in one way only"
+    "The reason why a folder or file is not a model, or could be read in several ways"
     if path.suffix == ".gguf" or path.is_dir() and not (path/"config.json").is_file() and [*path.glob("*.gguf")]:
         return "is a GGUF, which is not trained or read here: name the folder of safetensors that it was made from."
     if not path.is_dir(): return ""
     if (adapter := path/"adapter_config.json").is_file():
         try: base = json.loads(adapter.read_text()).get("base_model_name_or_path")
         except ValueError: base = None
-        return (f"holds an adapter of {base or 'another model'}, and is no model by itself. Merge it first: `post-training "
-                "export model_args.model_name_or_path=FOLDER`, and name that export; or remove the adapter's files.")
+        return (f"holds an adapter of {base or 'another model'}, and is no model by itself. Merge it first: "
+                "`post-training export model_args.model_name_or_path=FOLDER`, and name that export; or remove the "
+                "adapter's files.")
     if not (path/"config.json").is_file(): return "is not a model: it has no config.json."
     index = path/"model.safetensors.index.json"
     if index.is_file() and (path/"model.safetensors").is_file() and '"model.safetensors"' not in index.read_text():
@@ -161,7 +162,7 @@ MODE_KEYS = ("do_sample", "num_beams", "return_dict_in_generate", "use_cache")
 def generation_fault(
     settings:dict, # of generation_config.json
 )->str: # empty if they can be saved
-    "Why transformers would refuse to save generation settings"
+    "The reason why transformers would refuse to save generation settings"
     from transformers import GenerationConfig, logging
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error() # a fault is returned
@@ -371,7 +372,7 @@ def padded_rows(
     ids:int, # that the tokenizer has: its largest id plus one
     rows:int, # of the model's embedding
 )->str: # a notice; empty if there are no more rows than ids
-    "What becomes of the rows of embeddings above the tokenizer's ids"
+    "A notice about rows of the embedding above the tokenizer's ids"
     if rows <= ids: return ""
     return (f"The model has {rows - ids} rows of embeddings above the tokenizer's {ids} ids. They are kept in every "
             "checkpoint and export: no text has these ids, and their logits only take part in the softmax.")

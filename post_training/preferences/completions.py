@@ -533,7 +533,7 @@ def open_server(
     stops:Sequence[int], # ids at which an answer ends
     **load_args, # of `models.load.load_model`, such as trust_remote_code
 )->ServedModel:
-    "A server in the place of a model, compared with its folder first"
+    "A server to use instead of a model; it is compared with its folder first"
     url = base_url(url)
     name = served_model(url)
     check = check_server_model(url, name, path, prompts, **load_args)

@@ -74,7 +74,7 @@ def check_weights(
 def write_failure(
     error:BaseException, # what a save raised
 )->bool:
-    "Whether a save failed because the file system did not take the data"
+    "Whether a save failed because the file system could not store the data"
     refusals = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
     if isinstance(error, OSError) and error.errno in refusals: return True
     phrases = ("No space left", "os error 28", "os error 27", "os error 122", "inline_container", "PytorchStreamWriter")

@@ -90,7 +90,7 @@ def row_lengths(
     dataset, # tokenized rows with a column `length`
     packs=None, # lists of row indices packed together; None: each row by itself
 )->np.ndarray: # int64: tokens of each row, or of each pack
-    "How long the rows or packs are, from the column alone"
+    "The lengths of rows or packs, from the column `length`"
     lengths = dataset.select_columns("length").with_format("arrow")[:]["length"].to_numpy().astype(np.int64)
     return lengths if packs is None else np.array([sum(lengths[i] for i in b) for b in packs], np.int64)
 

@@ -242,7 +242,7 @@ def compare_merged(
     after:list, # of the merged weights
     dtype:str, # of the weights: torch.float32
 )->dict: # tokens, mean and largest difference
-    "Refuse merged weights that are another model than the adapters' model"
+    "Refuse merged weights that compute other log-probabilities than the model with its adapters"
     import torch
     gaps = (torch.cat(before) - torch.cat(after)).abs()
     facts = dict(tokens=len(gaps), mean_difference=gaps.mean().item(), largest_difference=gaps.max().item())

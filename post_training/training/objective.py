@@ -20,7 +20,7 @@ from ..models.score import find_scored_positions, packed_seqlens
 # %% ../../nbs/40_training/6_objective.ipynb #protocol
 @runtime_checkable
 class Objective(Protocol):
-    "What the trainer asks of a loss"
+    "The methods of a loss that the trainer calls"
     COUNTS: tuple # names of what a step counts, with trained_tokens, tokens, rows and positions among them
     SUMS: tuple # names of the sums behind the metrics
     def filler(self)->dict:

@@ -72,7 +72,7 @@ class SFTTrainer(trl.SFTTrainer):
 # %% ../../nbs/40_training/7_trainer.ipynb #0934dd05
 @patch
 def start_line(self:SFTTrainer):
-    "Reset what the next log line is computed from"
+    "Reset the attributes from which the next log line is computed"
     # this rank's share of the loss, then SUMS
     self.sums = torch.zeros(1 + len(self.objective.SUMS), dtype=torch.float64, device=self.args.device)
     self.counts = torch.zeros(len(self.objective.COUNTS), dtype=torch.float64)
@@ -81,7 +81,7 @@ def start_line(self:SFTTrainer):
 
 # %% ../../nbs/40_training/7_trainer.ipynb #9099c90c
 class StepEndCallback(TrainerCallback):
-    "What is due after a step: the end of an epoch, the end of the run, a request to stop"
+    "Work after a step: at the end of an epoch, at the end of the run, after a request to stop"
     def __init__(self, trainer): self.trainer = trainer
     def on_step_end(self, args, state, control, **kwargs):
         last, epoch_ends = state.global_step >= state.max_steps, float(state.epoch).is_integer()
