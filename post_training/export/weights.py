@@ -78,7 +78,7 @@ def weights_kind(
 def weight_faults(
     folder, # of a checkpoint
 )->list[str]: # what is wrong, one sentence each; empty means whole
-    "Compare the weight files of a folder with their own headers and their index"
+    "Compare the weight files of a folder with their headers and their index"
     folder, faults = Path(folder), []
     index = folder/"model.safetensors.index.json"
     try: file_of = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
