@@ -296,7 +296,7 @@ def shard_faults(
     at, # folder of a shard
     plan:ShardPlan,
 )->list[str]: # one sentence per fault; empty: the shard is finished
-    "What is wrong with a shard"
+    "The faults of a shard"
     at = Path(at)
     if not (at/MANIFEST).exists(): return [f"it is not finished: {read_progress(at).get('rows', 0)} rows are saved"]
     if faults := verify_manifest(at): return faults

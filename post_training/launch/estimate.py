@@ -54,7 +54,7 @@ def model_states(
     optimizer:str="adamw_torch", # a key of `OPTIMIZERS`
     trained:int|None=None, # parameters of adapters, on top of n frozen ones; None: all n are trained
 )->dict: # bytes per GPU: parameters, gradients, optimizer, buffers, step
-    "Memory that does not depend on the batch; `step` is that of the temporaries of the optimizer's step"
+    "Memory that does not depend on the batch; `step` is the memory of the temporaries of the optimizer's step"
     p, o = table_entry(PRECISION_POLICIES, policy, "policy"), table_entry(OPTIMIZERS, optimizer, "optimizer")
     if zero_stage not in (0, 1, 2, 3) or world_size < 1:
         raise UserError(f"estimate: zero_stage is 0 to 3 and world_size at least 1, not {zero_stage} and {world_size}.")
@@ -230,7 +230,7 @@ def memory_per_gpu(
     return {k: size[k] for k in MEMORY_PARTS} | dict(total=sum(size[k] for k in MEMORY_PARTS), moment=moment)
 
 # %% ../../nbs/70_launch/3_estimate.ipynb #34d51bb0
-MEMORY_MARGIN = 0.15 # share of the estimate that has to be free on top of it where "fits" is said
+MEMORY_MARGIN = 0.15 # share of the estimate that must be free in addition, for `fits` to be true
 
 # %% ../../nbs/70_launch/3_estimate.ipynb #4db899dc
 def estimate(

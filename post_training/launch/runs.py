@@ -126,7 +126,7 @@ def log_files(
 def ask_queue(
     records:list[dict], # of runs that have jobs
 )->tuple[dict, str]: # the scheduler's answer by job, None if it cannot be asked; why not
-    "The scheduler's answer about the newest job of each run"
+    "The scheduler's answer for the newest job of each run"
     if not shutil.which("squeue"):
         return None, "There is no squeue on this machine: the table is from the records alone."
     try:

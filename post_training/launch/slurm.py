@@ -417,7 +417,7 @@ def run_slurm(
     *argv:str, # program and arguments
     timeout:float=60., # seconds
 )->str: # what it printed
-    "Run a command of the scheduler, or say why it cannot be run"
+    "Run a command of the scheduler, or raise an error that says why it cannot be run"
     if not shutil.which(argv[0]):
         raise UserError(f"{argv[0]} is not on this machine: log in to a machine with Slurm, or set cluster=local.")
     try: done = subprocess.run(list(map(str, argv)), env=clean_env(), capture_output=True, text=True, timeout=timeout)

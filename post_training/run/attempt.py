@@ -197,7 +197,7 @@ def _refuse_existing(cfg:dict, run_dir:Path):
 
 # %% ../../nbs/15_run/6_attempt.ipynb #b10254ec
 def _refuse_lost_record(cfg:dict, run_dir:Path):
-    "Refuse to begin anew next to whole checkpoints whose record is lost"
+    "Refuse to begin a run again if it has complete checkpoints whose record is lost"
     if (run_dir/"record.json").exists() or not (best := orphaned_checkpoint(cfg)): return
     if not any((run_dir/n).exists() for n in ("config.yaml", "metrics.jsonl", "attempts")): # removed on purpose
         print(f"! {best.parent.name}/{best.name} of an earlier run of this config stands in {best.parent.parent}; this "
@@ -235,7 +235,7 @@ def _open_held(cfg:dict, state:RunState, origins:dict, overrides:list, force:boo
 
 # %% ../../nbs/15_run/6_attempt.ipynb #24978189
 def _locate(cfg:dict, force:bool)->RunState:
-    "The state of a run; a record that nothing else depends on is rebuilt first, so that its attempts are counted on"
+    "The state of a run; if nothing depends on a lost record, it is rebuilt first, so that attempts are numbered on"
     run_dir = run_folder(cfg)
     try: lost = not read_record(run_dir) and (run_dir/"attempts").is_dir()
     except UserError:

@@ -24,7 +24,7 @@ def config_faults(
     run_dir:Path, # a run folder
     record:dict, # its record
 )->list[str]: # one sentence each
-    "What is wrong with a run's frozen config"
+    "The faults of a run's frozen config"
     try: cfg = read_config(run_dir)
     except UserError as e: return [str(e)]
     commit = ((record.get("attempts") or [{}])[0].get("git") or {}).get("commit")

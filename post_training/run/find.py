@@ -41,7 +41,7 @@ def all_runs(
 def records_of(
     runs, # run folders
 )->tuple[list[tuple[Path, dict]], list[str]]: # (folder, record); a notice for each damaged run
-    "The records of runs; of a damaged one only `config` and `damaged`"
+    "The records of runs; a damaged one has only the keys `config` and `damaged`"
     out, notices = [], []
     for folder in runs:
         try:

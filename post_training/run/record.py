@@ -16,7 +16,7 @@ from ..core.yaml_files import read_yaml
 from ..config.presets import site_path
 
 # %% ../../nbs/15_run/1_record.ipynb #1dcc0a0e
-# the types of what the program reads back; lists hold dicts
+# the types of the entries that the program reads; lists hold dicts
 _RECORD_TYPES = dict(config=dict, attempts=list, earlier=list, final=dict, evaluation=dict, jobs=list, freed=list,
                      checkpoints_dir=str, id=str, hash=str, stage=str, status=str, generation=int, inputs=dict)
 
@@ -160,7 +160,7 @@ def truncate_metrics(
 # %% ../../nbs/15_run/1_record.ipynb #e3ec7966
 def metrics_faults(
     run_dir, # a run folder
-    every:int=0, # a line with a loss is due after each so many steps; 0: not known
+    every:int=0, # number of steps after which a line with a loss is due; 0: not known
     last:int=0, # the last step that was trained; 0: not known
 )->list[str]: # one sentence each
     "Lines of metrics that are damaged, and steps without a line"

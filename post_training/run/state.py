@@ -114,7 +114,7 @@ def owned_generations(
 def orphaned_checkpoint(
     cfg:dict, # a composed, resolved config
 )->Path|None:
-    "The newest whole checkpoint of a config's run, found without its record"
+    "The newest complete checkpoint of a config's run, found without its record"
     for generation in reversed(owned_generations(cfg, run_folder(cfg))):
         if best := newest_verified(generation["checkpoints_dir"])[0]: return best
     return None
@@ -165,7 +165,7 @@ def rebuild_record(
 
 # %% ../../nbs/15_run/5_state.ipynb #54154b9d
 def _unrecorded(cfg:dict)->str: # the end of a sentence; empty if there are none
-    "The checkpoints that stand without a record"
+    "The checkpoints that have no record"
     best = orphaned_checkpoint(cfg)
     return f", though {best.parent.name}/{best.name} stands in {best.parent.parent}" if best else ""
 

@@ -142,7 +142,7 @@ def answers_key(
     path:str, # of the checkpoint
     prompts:list, # token ids, or reasons
 )->str: # hex
-    "The hash of the checkpoint and the prompts that saved answers belong to"
+    "The hash of the checkpoint and the prompts to which saved answers belong"
     stat = run.inputs_of([path], content=False)[path].get("stat")
     return hashlib.sha256(json.dumps([path, stat, prompts]).encode()).hexdigest()
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from .. import run
 from ..core.files import (
     UserError, atomic_dir, did_you_mean, file_lock, temporary_dir, write_manifest)
-from ..merging.checks import check_adapter_source, check_finite, check_result, compare_with_definition, model_distances
+from ..merging.checks import (
+    check_adapter_source, check_finite, check_result, compare_with_definition, model_distances)
 from ..merging.document import (
     check_document, check_merge_config, document_parts, mentioned_models, replace_models)
 from ..merging.merge import (

@@ -87,7 +87,7 @@ def reference_fault(
     side:str, # chosen or rejected
     n:int, # scored tokens of that side
 )->str|None: # the fault
-    "What is wrong with the reference's log-probabilities of a side"
+    "The fault of the reference's log-probabilities of a side"
     total = row.get(f"ref_{side}_logprob")
     per_token = row.get(f"ref_{side}_logprobs")
     length = row.get(f"{side}_length")
@@ -103,7 +103,7 @@ def reference_fault(
 def reward_fault(
     row:dict, # a pair
 )->str|None: # the fault
-    "What is wrong with the rewards of a pair"
+    "The fault of the rewards of a pair"
     for k in QUANTILE_COLUMNS:
         if k in row and not (is_finite(row[k]) and 0 <= row[k] <= 1): return "reward: a quantile is not between 0 and 1"
     if "ref_rewards" not in row: return None
@@ -199,7 +199,7 @@ def read_pairs(
 def refusal_detail(
     encoded, # from `encode_completions`; None if the row holds no pair
 )->str: # empty if nothing is refused
-    "Why a prompt or one of its answers is refused"
+    "The reason why a prompt or one of its answers is refused"
     found = [encoded, *getattr(encoded, "completions", [])]
     return next((r.detail for r in found if isinstance(r, Refused)), "")
 
