@@ -70,7 +70,7 @@ def key_table(
     return {name: KnownKey(*rest) for names, *rest in groups for name in names.split()}
 
 # %% ../../nbs/20_data/2_columns.ipynb #f7680936
-TURNS = ("messages", "single", "pair") # kinds of format that have no place of their own for a system message and tools
+TURNS = ("messages", "single", "pair") # kinds of format without own fields for a system message and tools
 
 # %% ../../nbs/20_data/2_columns.ipynb #07816669
 INVERTED = "masked mask_loss no_loss no_train skip_loss skip_train ignore_loss" # names of weights whose true means 0
@@ -268,7 +268,7 @@ def alike(
 def only_alike(
     name:str, # of a column or key
 )->str|None: # as `alike`
-    "What a name resembles that is in none of the tables"
+    "The class that a name resembles, if the name is in none of the tables"
     return None if name in KNOWN_COLUMNS or name in MESSAGE_KEYS else alike(name)
 
 # %% ../../nbs/20_data/2_columns.ipynb #4e957296
@@ -449,7 +449,7 @@ def format_index(
 def all_key_masks(
     array, # Arrow array: a column of turns (lists of structs), of one turn, or of JSON
 )->dict[str, np.ndarray]: # key, or key + `QUIET` for values that change nothing: [N] bool
-    "In which rows a key of the messages holds a value"
+    "For each key of the messages, the rows in which it holds a value"
     import pyarrow as pa, pyarrow.compute as pc
     a, rows = plain_array(array), len(array)
     if pa.types.is_string(a.type) or pa.types.is_large_string(a.type): return json_key_masks(a)
@@ -470,7 +470,7 @@ def all_key_masks(
 def key_masks(
     array, # as for `all_key_masks`
 )->dict[str, np.ndarray]: # key: [N] bool
-    "In which rows a key of the messages holds a value that counts"
+    "For each key of the messages, the rows in which it holds a value that counts"
     return {k: m for k, m in all_key_masks(array).items() if not k.endswith(QUIET)}
 
 # %% ../../nbs/20_data/2_columns.ipynb #b020c762
@@ -619,7 +619,7 @@ def branch_masks(
 def with_known_names(
     dataset, # `datasets.Dataset`
 ):          # the dataset
-    "A dataset with the known names of columns that are only written in another way (`systemPrompt`)"
+    "Rename columns whose names differ from known names in case or separators only (`systemPrompt`)"
     names = {c: known_spelling(c) for c in dataset.column_names}
     meant = {c for f in FORMATS for c in f} | {*PROMPT_COLUMNS}
     meant |= {c for c in names.values() if c in ROW_KEYS and ROW_KEYS[c].kind != "metadata"}

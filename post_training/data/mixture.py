@@ -319,7 +319,7 @@ def carried_columns(
     found, # `Account` of the raw rows
     columns, # names of the columns of the rows
 )->list[str]: # those to keep
-    "Columns that change what is trained, and that are kept unasked: system prompts, tools, template arguments, weights"
+    "Columns that are always kept, as they change what is trained: system prompts, tools, template arguments, weights"
     known = {u.name for u in found.columns if u.rows and u.kind in ("conversation", "weight") and u.name in ROW_KEYS}
     made = {name for name, sources in CARRIED_COLUMNS.items() if known & {*sources}} # names after the conversion
     unasked = {c for sources in CARRIED_COLUMNS.values() for c in sources} | {*SYSTEM_COLUMNS}
@@ -359,7 +359,7 @@ def kept_of(
     columns_to_keep, # columns of the mixture
     carried, # further columns to keep
 ):          # the rows with their id and the columns to keep
-    "Usable rows with the columns that a mixture keeps, also those that the conversion used up"
+    "Usable rows with the columns that a mixture keeps, also those that the conversion has read"
     from datasets import concatenate_datasets
     used_up = [c for c in columns_to_keep if c in raw.column_names and c not in rows.column_names and c != "source"]
     origin = "source" in columns_to_keep or "origin" in rows.column_names and is_finer(rows, "origin")

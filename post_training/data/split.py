@@ -56,7 +56,7 @@ def classes_of(
 def row_texts(
     dataset, # `datasets.Dataset` in any known format
 ):          # yields (whole, prompt): digest of the conversation, and text of its prompt
-    "The texts of every row by which rows are the same; rows without a readable conversation have their values"
+    "The texts by which rows are compared; if a row has no readable conversation, its values are compared"
     columns = None
     if not is_swissai(dataset.column_names):
         try: columns = format_of(dataset.column_names)

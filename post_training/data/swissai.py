@@ -144,7 +144,7 @@ def ts_parameter(
     spec:dict, # its JSON schema
     required:bool, # whether a call must give it
 )->str:
-    "One parameter: description above, default after it; a default among choices as it is, others as JSON"
+    "One parameter: its description before it, its default after it; defaults are JSON, unless they are choices"
     text = (f"// {spec['description']}\n" if spec.get("description")
             else "") + f"{name}{'' if required else '?'}: {ts_type(spec)}"
     if "default" not in spec: return text
@@ -512,7 +512,7 @@ def conversation_of(
 def block_numbers(
     kinds:list[str], # types of the parts of a turn
 )->list[int]: # of each part
-    "The block that each part of a turn becomes part of: calls in a row share one, and so do outputs"
+    "The number of the block of each part of a turn: consecutive calls share a block, and so do consecutive outputs"
     joined = ("function-call", "function-output")
     new = [kind not in joined or n == 0 or kinds[n-1] != kind for n, kind in enumerate(kinds)]
     return (np.cumsum(new) - 1).tolist()
@@ -765,7 +765,7 @@ def convert_batch(
     exact:bool=False, # nulls in objects are real, not filled in by Arrow
     published:bool=False, # texts of Swiss-AI rows as in the data of the published runs
 )->dict: # messages, tools, template arguments and weight, and a fault if there are none
-    "The conversations of a batch; every row comes out, with a fault if it is to be dropped"
+    "The conversations of a batch; a row that is to be dropped is returned with its fault"
     out = dict(messages=[], tools=[], chat_template_kwargs=[], weight=[], _fault=[], _row=[])
     for i, values in zip(indices, zip(*batch.values())):
         row = dict(zip(batch, values))
@@ -877,7 +877,7 @@ def convert_dataset(
     ignore=(), # columns to treat as absent; messages.KEY for a key of the messages
     published:bool=False, # texts of Swiss-AI rows as in the data of the published runs
 )->tuple: # (`datasets.Dataset`, counts)
-    "A dataset with a column of messages in place of the columns that they were made from"
+    "Replace the columns of a conversation by a column of messages"
     from datasets import concatenate_datasets
     if on_malformed not in ("drop", "error"): raise UserError(f"on_malformed={on_malformed!r}: drop or error.")
     role_fault([dict(role="assistant")], checks) # an unknown name raises before the work starts
@@ -922,7 +922,7 @@ def as_messages(
     num_proc:int|None=None, # processes; None chooses
     ignore=(), # columns to treat as absent; messages.KEY for a key of the messages
 )->tuple: # (`datasets.Dataset`, counts: in, out, dropped by reason, the first row of each reason)
-    "Any dataset with a column `messages` in place of its format's columns; other columns stay"
+    "Replace the columns of a dataset's format by a column `messages`; other columns stay"
     names = [c for c in dataset.column_names if c not in ignore]
     columns = None if is_swissai(names) else format_of(names)
     return convert_dataset(dataset, columns, has_blocks(dataset) if blocks is None else blocks, checks, on_malformed,

@@ -29,7 +29,7 @@ def completion_fault(
     c:dict, # a completion
     rewarded:bool=True, # whether it needs a reward
 )->str|None: # None if it can be used
-    "Why a completion cannot be used"
+    "The reason why a completion cannot be used"
     if not content_text(c["content"]).strip() and not c.get("tool_calls"): return "empty completion"
     if c["finish_reason"] == "length": return "stopped by length"
     if rewarded and c["reward"] is None: return "no reward"
@@ -234,7 +234,7 @@ def pair_row(
 def given_rewards(
     row:dict, # of prompt and completions
 )->list[float]: # empty if it brings none, or one that is no finite number
-    "The rewards of references that a set of pairs brings for its row"
+    "The rewards of references that a set of pairs has for a row"
     rewards = [field_value("reward", r) for r in row.get("ref_rewards") or []]
     return rewards if all(isinstance(r, (int, float)) and math.isfinite(r) for r in rewards) else []
 
@@ -244,7 +244,7 @@ def with_given(
     row:dict, # it came from, with the columns of a set of pairs
     rewards:list[float], # from `given_rewards`, those that count
 )->dict:
-    "A pair with the quantile rewards and references that its row brings"
+    "A pair with the quantile rewards and references of its source row"
     out = dict(pair, ref_rewards=rewards or pair["ref_rewards"])
     for side in ("chosen", "rejected"):
         reward, at = pair[f"{side}_reward"], row.get(f"{side}_reference")
@@ -596,7 +596,7 @@ def own_pair_row(
     row:dict, # of prompt and completions, with the columns of the set of pairs
     rules, # `PairRules` of the mode offline
 )->tuple: # (pair or None, the reason against it)
-    "The pair that a row came with, with all that its set said about it"
+    "The pair that a row came with, with the other columns of its set"
     made = row_pairs(row, rules)
     if "dropped" in made: return None, made["dropped"]
     return made["rows"][0] | {k: row[k] for k in KEPT_BY_PAIRS if row.get(k) is not None}, ""

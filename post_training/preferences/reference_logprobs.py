@@ -343,7 +343,7 @@ def brings_logprob(
     c:dict, # a completion
     piece, # its `ScoringPiece`
 )->bool:
-    "Whether a completion brings a log-probability for as many tokens as this tokenizer and template give"
+    "Whether the input has a log-probability of a completion, for the number of tokens of this tokenizer and template"
     n = sum(map(bool, piece.scored))
     scored = (c["num_tokens"], len(c["ref_logprobs"]) if c["ref_logprobs"] else None)
     same_prompt = c["prompt_tokens"] in (None, len(piece.prompt))
@@ -390,7 +390,7 @@ def check_existing_logprobs(
 def existing_report(
     results:list[dict], # the `existing` of rows
 )->dict: # kept, replaced; of the replaced the mean difference per token and the largest difference of a sum
-    "What became of log-probabilities that rows brought"
+    "The use of log-probabilities in the input"
     pairs = [x for r in results for x in r["replaced"]]
     gaps = [abs(new - old) for old, new, _ in pairs]
     tokens = sum(n for *_, n in pairs)

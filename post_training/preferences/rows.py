@@ -158,7 +158,7 @@ def field_value(
     name:str, # of a field of a completion
     value, # a value, or for other fields than `LIST_KEYS` a list that holds just one
 ): # the value
-    "The value of a field; a number in lists of its own is that number"
+    "The value of a field; a number in a list of length one is read as the number"
     while name not in LIST_KEYS and isinstance(value, (list, tuple)) and len(value) == 1: value = value[0]
     return value
 
@@ -179,7 +179,7 @@ def last_metadata(
 def branch_fields(
     branch:dict, # of a Swiss-AI row
 )->dict: # those that are known, and policy
-    "The fields of a completion that a branch carries, in itself or in the metadata of its answer"
+    "The fields of a completion that a branch has, in itself or in the metadata of its answer"
     found = {k: next((branch[n] for n in (k, *BRANCH_NAMES.get(k, ())) if branch.get(n) is not None), None)
              for k in COMPLETION_KEYS if k != "content"}
     meta = read_or_error(last_metadata, branch)
@@ -357,7 +357,7 @@ def used_columns(
     dataset, # `datasets.Dataset`
     form:str, # from `row_form`
 )->list[str]:
-    "The columns whose content goes into the row form, so that they are not kept as they are"
+    "The columns whose content becomes part of the row form, so that they are not kept as columns"
     own = [*row_features(False), *(c for sources in CARRIED_COLUMNS.values() for c in sources)]
     sides = [c.format(s) for names in SIDE_COLUMNS.values() for c in names for s in ("chosen", "rejected")]
     solutions = [*PREFERENCE_FORMS["solutions"], *solution_columns(dataset.features), *SYSTEM_COLUMNS]
@@ -614,7 +614,7 @@ def unique_ids(
 def branch_account(
     dataset, # `datasets.Dataset` of Swiss-AI rows
 )->list: # `KeyUse` of the keys of branches
-    "What becomes of the keys of branches, other than their messages"
+    "The use of the keys of branches, other than their messages"
     read = {n: k for k in COMPLETION_KEYS for n in (k, *BRANCH_NAMES.get(k, ()))}
     counts = Counter()
     for table in dataset.select_columns(["conversation_branches"]).with_format("arrow").iter(batch_size=10_000):

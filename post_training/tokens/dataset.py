@@ -331,7 +331,7 @@ def process_count(
     rows:int, # rows to tokenize
     num_proc:int|None=None, # requested; None chooses
 )->int:
-    "How many processes are worth starting"
+    "The number of processes to start"
     return max(1, min(num_proc or min(os.cpu_count() or 1, rows//5000), rows))
 
 # %% ../../nbs/25_tokens/7_dataset.ipynb #2ae7873b

@@ -216,7 +216,7 @@ def check_written_tokens(
     tokenizer, # with a chat template
     error:Exception, # that the template raised
 ):
-    "Raise a `UserError` that says what is missing where a template cannot be rendered"
+    "If a template cannot be rendered, raise a `UserError` that says what is missing"
     for role in ("bos", "eos"):
         if getattr(tokenizer, f"{role}_token") is None and f"{role}_token" in str(error):
             raise UserError(f"The chat template writes {role}_token, and the tokenizer has no {role.upper()} token: "
@@ -254,7 +254,7 @@ def check_needs(
     add_bos:bool|None=None, # typed; None: the rule of the template decides
     eos_token_id:int|None=None, # typed; None: the rule of the template decides
 ):
-    "Raise a `UserError` where a tokenizer lacks a token that the rule of its template needs"
+    "Raise a `UserError` if a tokenizer lacks a token that the rule of its template needs"
     own = template_name(template_of(tokenizer))
     rule = TEMPLATE_RULES.get(own)
     if not rule: return
@@ -299,7 +299,7 @@ def set_bos(
     name:str|None=None, # of the template; None: the tokenizer's own
     wanted:bool|None=None, # typed; None: the rule of the template decides
 )->list[str]: # notices
-    "Put the BOS before the chat template where its rule or the user asks for it"
+    "Put the BOS before the chat template if its rule or the user asks for it"
     key, rule = "tokenizer_args.add_bos_to_chat_template", TEMPLATE_RULES.get(name)
     bos = tokenizer.bos_token
     before = rule is not None and rule.bos == "before"
@@ -352,7 +352,7 @@ def arguments_fault(
     templates, # Jinja source, or several by name
     values:dict, # name of a variable of the template -> its value
 )->str|None: # what is wrong with the first that is wrong; None if all reach the template
-    "Why an argument of a chat template has no effect, or another one than it says"
+    "The reason why an argument of a chat template has no effect, or another effect than intended"
     sources = named_templates(templates).values()
     read = frozenset().union(*map(template_variables, sources)) - RESERVED_ARGUMENTS
     for name, value in values.items():
