@@ -96,7 +96,7 @@ def _as_text(key:str, value, t:ParsedOverride, keys:dict):
 
 # %% ../../nbs/10_config/7_compose.ipynb #661a6f59
 def _plain_reference(value, keys:dict):
-    "A text in which the reference to a key was escaped for a shell, as in \\${artifacts_dir}/A, as a reference"
+    "Read an escaped reference to a key, such as \\${artifacts_dir}/A, as a reference"
     if not isinstance(value, str): return value
     known = {*keys, *(k.partition(".")[0] for k in keys)}
     return re.sub(r"\\\$\{([\w.]+)\}", lambda m: f"${{{m[1]}}}" if m[1] in known else m[0], value)
@@ -195,7 +195,7 @@ def _without_others(raw:dict, origins:dict, keys:dict)->dict: # dotted key -> pr
 
 # %% ../../nbs/10_config/7_compose.ipynb #59001f1c
 def _beta_bound(raw:dict, typed:dict, origins:dict)->list[str]: # notices
-    "Leave a preset's bound on beta out, in place, if no loss is QRPO, and say so if it bounds the beta itself"
+    "Remove a preset's bound on beta, in place, if no loss is QRPO; give a notice if the bound is below beta itself"
     key = "training_args.max_effective_beta"
     bound, where = get_key(raw, key, None), origins.get(key, "default")
     if not isinstance(bound, (int, float)) or key in typed or not where.startswith("preset preference="): return []
@@ -230,7 +230,7 @@ def _names_a_key(name:str)->bool:
 
 # %% ../../nbs/10_config/7_compose.ipynb #949c08bc
 def _tracking_notice(cfg:dict)->list[str]: # notices
-    "The configured mode of tracking wins over wandb's variables in the environment"
+    "A notice that the configured mode of tracking overrides wandb's environment variables"
     mode, named = get_key(cfg, "wandb.mode"), os.environ.get("WANDB_MODE")
     if cfg["stage"] not in TRAINING_STAGES or mode is None: return []
     if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes"): named = "disabled (WANDB_DISABLED)"
@@ -258,7 +258,7 @@ def check_names(
     cfg:dict, # nested, types checked
     origin=lambda key: "", # where a key comes from, for the message
 ):
-    "Refuse names that a file system does not take, and folders that cannot be made"
+    "Refuse names that a file system does not support, and folders that cannot be made"
     for key, value in flatten(cfg).items():
         if key.startswith(_FREE_TEXT): continue
         for text in value if isinstance(value, list) else [value]:

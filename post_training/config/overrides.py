@@ -79,7 +79,7 @@ OLD_NAMES = {"training_args.max_seq_length": "training_args.max_length", "model_
              "reward_model_args.trust_remote_code": "reward_args.trust_remote_code",
              "gpu_rich": "options.gpu", "low_cpu_memory": "options.low_cpu_memory",
              "lazy_unpickle": "options.lazy_unpickle", "trust_remote_code": "options.trust_remote_code"}
-KNOWN_OLD_NAMES = ("training_args.dataset_num_proc",) # TRL still has these, and here the new name is read
+KNOWN_OLD_NAMES = ("training_args.dataset_num_proc",) # TRL still has these; this project reads the new name
 # sections of old presets that are no longer read
 OLD_SECTIONS = ("model_vllm_config", "model_generation_config", "model_eval_generation_config", "script_args",
                 "preset", "reward_model_distributed_config")
@@ -138,7 +138,7 @@ def left_out(
     value, # its value
     origin:str="", # where it comes from, for the message
 )->str: # what holds here; empty if the key is not one of `LEFT_OUT`
-    "Why a key is left out; a value that would change something is refused"
+    "The reason why a key is left out; a value that would make a difference is refused"
     if key not in LEFT_OUT: return ""
     values, instead = LEFT_OUT[key]
     if values is not _ANY and value not in values:
@@ -176,7 +176,7 @@ def choose_warmup(
     steps, # training_args.warmup_steps; None: not set
     ratio, # training_args.warmup_ratio; None: not set
 )->tuple: # (the name that holds, notice); the notice is empty if only one of them is set
-    "Which of two values for the warm-up holds"
+    "Which of two values for the warm-up applies"
     if steps is None or ratio is None: return ("warmup_ratio" if steps is None else "warmup_steps"), ""
     if isinstance(steps, (int, float)) and steps > 0:
         return "warmup_steps", f"training_args.warmup_steps={steps} wins over warmup_ratio={ratio}, as in transformers."
@@ -204,7 +204,7 @@ def _leave_out(raw:dict, origins:dict, keys, names)->list[str]: # notices
 
 # %% ../../nbs/10_config/3_overrides.ipynb #0e069b82
 def _one_warmup(raw:dict, origins:dict)->list[str]: # notices
-    "Keep one of warmup_steps and warmup_ratio in composed presets, in place; a stage's own default gives way"
+    "Keep one of warmup_steps and warmup_ratio in composed presets, in place; a stage's own default is dropped first"
     args = raw.get("training_args") or {}
     if not isinstance(args, dict) or "warmup_ratio" not in args: return []
     own = origins.get("training_args.warmup_steps", "default") != "default"

@@ -41,7 +41,7 @@ def spelling_hint(
 
 # %% ../../nbs/10_config/1_preference_losses.ipynb #124a8357
 def _is_number(x)->bool:
-    "Whether a value is a finite number and no boolean"
+    "Whether a value is a finite number and not a boolean"
     return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
 
 # %% ../../nbs/10_config/1_preference_losses.ipynb #19c7acbd

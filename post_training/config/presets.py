@@ -81,7 +81,7 @@ def site_path(
 
 # %% ../../nbs/10_config/4_presets.ipynb #68db5138
 def _folders(config_dir=None)->list[Path]:
-    "The folders of presets, the first one wins: the one given, the one of POST_TRAINING_CONFIGS, the package's"
+    "The folders of presets, in order of precedence: the given one, that of POST_TRAINING_CONFIGS, the package's"
     more = [p for p in (config_dir, os.environ.get("POST_TRAINING_CONFIGS")) if p]
     for p in more:
         if not Path(p).expanduser().is_dir():
@@ -104,7 +104,7 @@ def preset_path(
     name:str, # of a preset
     config_dir=None, # an additional folder of presets
 )->Path|None: # the file; None if there is no such preset
-    "The file of a preset by name, in a folder of your own first"
+    "The file of a preset by name; folders of your own are searched first"
     return next((p for d in _folders(config_dir) if (p := d/group/f"{name}.yaml").is_file()), None)
 
 # %% ../../nbs/10_config/4_presets.ipynb #4204f830
@@ -215,7 +215,7 @@ def own_layers(
     stage:str, # one of `stage_names()`
     config_dir=None, # an additional folder of presets
 )->dict: # name of a shipped file ("setup", a stage) -> the file of your own
-    "The files of your own that are put on top of the stage's, those of stages that it inherits from included"
+    "Your own files that override those of the stage and of the stages that it inherits from"
     parents = [d for d in _defaults_of(CONFIGS/f"{stage}.yaml") if isinstance(d, str) and d in STAGES]
     out = own_layers(parents[0], config_dir) if parents else {}
     for name in ("setup", stage):
@@ -252,7 +252,7 @@ def own_notices(
     choices:dict, # group -> preset or file
     config_dir=None, # an additional folder of presets
 )->list[str]:
-    "What is said about presets of your own: which shipped preset gives way, which keys of Hydra are left out"
+    "Notices about presets of your own: which shipped preset they override, which keys of Hydra are left out"
     out = []
     for name, file in own_layers(stage, config_dir).items():
         gone = _plain_layer(file)[2]
@@ -278,7 +278,7 @@ def own_defaults(
 
 # %% ../../nbs/10_config/4_presets.ipynb #73b8fcec
 def _check_files(group:str, name, config_dir=None, seen=()):
-    "Read a preset and those that its defaults list names, before Hydra does: what is refused is refused with its line"
+    "Read a preset and the presets in its defaults list, before Hydra does, so that an error names the line"
     file = name if isinstance(name, Path) else preset_path(group, str(name), config_dir)
     if file is None or file in seen or group in SECTION_GROUPS: return # Hydra names a file that is not there
     for d in _defaults_of(file):
@@ -437,7 +437,7 @@ def compose_presets(
 
 # %% ../../nbs/10_config/4_presets.ipynb #b7cdacab
 def _env(name:str, *default):
-    "An environment variable; one that is named like a secret is refused, because configs are recorded"
+    "An environment variable; a variable with the name of a secret is refused, because configs are recorded"
     if is_secret_name(name):
         raise UserError(f"the variable {name} is named like a secret; a configuration would record it")
     if name in os.environ: return os.environ[name]
@@ -446,7 +446,7 @@ def _env(name:str, *default):
 
 # %% ../../nbs/10_config/4_presets.ipynb #d200fbb2
 def _reason(e:Exception)->str:
-    "Why an interpolation failed, in a few words"
+    "The reason why an interpolation failed, in a few words"
     if isinstance(e, RecursionError): return "it refers to itself"
     return str(e).splitlines()[0].split("raised while resolving interpolation: ")[-1]
 

@@ -56,7 +56,7 @@ def _flash(key:str):
 
 # %% ../../nbs/10_config/6_refusals.ipynb #4caa18c6
 def _flash_in_float32(c)->bool:
-    "Whether flash-attention would get float32, which it does not take"
+    "Whether flash-attention would get float32, which it does not support"
     half = c("training_args.bf16") or c("training_args.fp16")
     return _flash("model_args.attn_implementation")(c) and c("model_args.dtype") == "float32" and not half
 
@@ -239,7 +239,7 @@ def _unknown_schedule_args(c)->bool:
 
 # %% ../../nbs/10_config/6_refusals.ipynb #dec3bec7
 def _text_arguments(c)->bool:
-    "Whether an argument of a schedule that is a number is given as a text, or a choice is none of the choices"
+    "Whether a numeric argument of a schedule is given as a text, or an argument has an invalid choice"
     words = dict.fromkeys(("warmup_type", "decay_type"), ("linear", "cosine", "1-sqrt"))
     words |= dict(mode=("min", "max"), threshold_mode=("rel", "abs"), verbose=(True, False), smooth=(True, False))
     for name, value in (c("training_args.lr_scheduler_kwargs") or {}).items():
@@ -289,7 +289,7 @@ SCHEDULE_REFUSALS |= {
 
 # %% ../../nbs/10_config/6_refusals.ipynb #0111b0f6
 def _not_an_expression(c)->bool:
-    "Whether the one name of the adapters' modules looks like a regular expression and is none"
+    "Whether the single name of the adapters' modules looks like a regular expression but is invalid"
     names = c("model_args.lora_target_modules") or []
     if not c("model_args.use_peft") or len(names) != 1 or not re.search(r"[^\w.]", names[0]): return False
     try: re.compile(names[0])
@@ -298,7 +298,7 @@ def _not_an_expression(c)->bool:
 
 # %% ../../nbs/10_config/6_refusals.ipynb #d069e4b2
 def _evaluates_nothing(c)->bool:
-    "Whether training is to evaluate rows, and no split is named for them"
+    "Whether training should evaluate on rows, but no split is named"
     asked = c("training_args.eval_strategy") in ("steps", "epoch") or c("training_args.eval_on_start")
     return bool(asked) and not c("dataset_args.eval_split.name")
 
@@ -326,7 +326,7 @@ def _duplicates(c)->bool:
 
 # %% ../../nbs/10_config/6_refusals.ipynb #647bc8e7
 def _no_server(c)->bool:
-    "Whether the completions are to come from a server and none is named; a job of a cluster starts the command's"
+    "Whether a server should write the completions, but none is named; in a job the server's command starts one"
     started = c("server.command") and c("cluster.launcher") == "slurm"
     return c("backend") == "server" and not c("server.url") and not started and not os.environ.get(
         "POST_TRAINING_SERVER_URL")
@@ -409,7 +409,7 @@ def check_combinations(
 def machine_notice(
     cfg:dict, # composed
 )->list[str]: # empty, or one notice
-    "What would be refused here, because this machine has no GPU"
+    "A notice about values that this machine does not support because it has no GPU"
     cluster = cfg.get("cluster") or {}
     if cluster.get("launcher") != "local" or cluster.get("device") != "auto" or visible_gpus(): return []
     try: check_combinations(cfg, dataclasses.replace(run_facts(cfg), device="cpu"))
