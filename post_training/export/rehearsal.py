@@ -172,7 +172,7 @@ OPTIMIZER_NUMBERS = dict(adafactor=0, sgd=0, rmsprop=1, adagrad=1, lion=1, adema
 
 # %% ../../nbs/55_export/7_rehearsal.ipynb #b3749615
 SHARD_BYTES = 50e9 # of a file of weights, from `save_pretrained`
-SMALL_FILES = 24 # settings, tokenizer, scheduler, record and folders of a checkpoint; each process adds its random state
+SMALL_FILES = 24 # settings, tokenizer, scheduler, record and folders of a checkpoint; a process adds its random state
 
 # %% ../../nbs/55_export/7_rehearsal.ipynb #8fb1737c
 @dataclass(frozen=True)

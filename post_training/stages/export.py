@@ -108,6 +108,15 @@ def certified_formats(
     return write_certificate(folder, dialogues, readers_of(cfg),
                              trust_remote_code=cfg["model_args"]["trust_remote_code"]), facts
 
+# %% ../../nbs/65_stages/7_export.ipynb #exfacts1
+def _export_facts(model, tokenizer, cfg:dict, dtype:str, stops:list)->dict:
+    "What the card says of a model that is being exported"
+    from post_training.tokens.templates import wants_blocks
+    return dict(architecture=type(model).__name__, parameters=model.num_parameters(), dtype=dtype,
+                from_dtype=str(model.dtype).removeprefix("torch."), stops=stops,
+                plain=not wants_blocks(tokenizer.chat_template) or cfg["plain_messages"])
+
+
 # %% ../../nbs/65_stages/7_export.ipynb #72dd309c
 def export_checkpoint(
     cfg:dict, # composed
@@ -119,7 +128,6 @@ def export_checkpoint(
     "Write a checkpoint to a folder, read it again, refuse it if it differs"
     import torch
     from post_training.tokens.gates import check_stop_tokens
-    from post_training.tokens.templates import wants_blocks
     trust = cfg["model_args"]["trust_remote_code"]
     dialogues, data_notice = training_dialogues(cfg, source.record, tokenizer)
     dialogues += own_dialogues()
@@ -136,9 +144,7 @@ def export_checkpoint(
     ids = [r["ids"] for r in compared if r["ids"]]
     before = logits_of(model, ids)
     told = write_folder(folder, model.to(getattr(torch, dtype)), exported, cfg["max_shard_size"])
-    facts = dict(architecture=type(model).__name__, parameters=model.num_parameters(), dtype=dtype,
-                 from_dtype=saved_dtype, stops=[tokenizer.decode([i]) for i in stops],
-                 plain=not wants_blocks(exported.chat_template) or cfg["plain_messages"])
+    facts = _export_facts(model, exported, cfg, dtype, [tokenizer.decode([i]) for i in stops])
     del model
     compared, logits = read_again(folder, tokenizer, dialogues, ids, before, trust)
     check_export_parity(compared, logits, dtype == saved_dtype, cfg["parity"]["max_difference"])
