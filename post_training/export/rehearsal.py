@@ -257,7 +257,7 @@ def check_space(
         advice = ("Free some space, or choose another artifacts_dir." if one > free else
                   f"Free some space, keep fewer (training_args.save_total_limit is {plan.limit}), save less often "
                   "(training_args.save_steps), or choose another artifacts_dir.")
-        raise UserError(f"{count} checkpoint{'s'*(count != 1)} of {size_text(one)} need {size_text(one*count)} at once, and "
+        raise UserError(f"{count} checkpoint{'s'*(count != 1)} of {size_text(one)} need {size_text(one*count)}, and "
                         f"{folder} has {size_text(free)} free. {advice}")
     check_files(folder, max(files), (len(files) + SMALL_FILES + plan.processes)*count)
     return dict(checkpoint_bytes=one, checkpoints=count, free_bytes=free)
