@@ -157,7 +157,7 @@ def temporary_dir(
     folder, # to make it in; made if missing
     name:str="work", # what it is for
 ):
-    "Yield a temporary folder, removed at the end; those of killed processes go first"
+    "Yield a temporary folder, which is removed at the end; first, the folders of killed processes are removed"
     Path(folder).mkdir(parents=True, exist_ok=True)
     clear_leftovers(folder, name)
     tmp = Path(tempfile.mkdtemp(dir=folder, prefix=f".tmp-{name}-"))

@@ -408,7 +408,7 @@ def average_runs(
 def mean_and_half(
     values:list, # of some quantity, one for each world
 )->tuple: # mean, half-width of its 95 % interval; infinite for a single world
-    "The mean over worlds and how sure it is"
+    "The mean over worlds and its uncertainty"
     from scipy.special import stdtrit
     v = torch.as_tensor(values, dtype=torch.float64)
     if len(v) < 2: return v.mean().item(), float("inf")
@@ -419,7 +419,7 @@ def with_error(
     values:list, # of some quantity, one for each world
     form:str="+.3f", # format of the numbers
 )->str: # mean ± half-width
-    "A mean with its error as text"
+    "A mean and the half-width of its interval, as text"
     mean, half = mean_and_half(values)
     return f"{mean:{form}} ± {half:{form.lstrip('+')}}" if len(values) > 1 else f"{mean:{form}} (one world)"
 
@@ -428,15 +428,15 @@ def columns_text(
     columns:dict, # name -> a number for each world
     form:str="+.3f", # format of the numbers
 )->str: # names with means and errors
-    "The columns that a claim speaks of"
+    "The columns of a claim with their means and intervals, as text"
     return ", ".join(f"{name} {with_error(values, form)}" for name, values in columns.items())
 
 # %% ../../nbs/45_demo/3_tabular.ipynb #b827600d
 def column_verdict(
-    columns:dict, # name -> what has to be above the threshold, one number for each world
+    columns:dict, # name -> the quantity that has to be above the threshold, one number for each world
     least:float=0., # the threshold
 )->bool|str: # True: in all columns; False: the opposite in all; else the columns by their result
-    "Whether a claim holds in all the columns that it speaks of, where their intervals decide it"
+    "Whether a claim holds in all its columns; a column whose interval contains the threshold is undecided"
     ends = {name: mean_and_half(values) for name, values in columns.items()}
     groups = {"holds": [n for n, (m, h) in ends.items() if m - h > least],
               "does not hold": [n for n, (m, h) in ends.items() if m + h < least],

@@ -244,7 +244,7 @@ def machine_cause(
     folder, # that it writes to
     text:str, # the end of its log
 )->str: # one line; empty for any other cause
-    "The cause of an exit if it is the machine: memory or disk"
+    "The cause of an exit if the memory or the disk of the machine is the cause"
     end = "\n".join(text.split("\n")[-8:])
     cause = next((said for pattern, said in _DISK.items() if re.search(pattern, end)), "")
     with contextlib.suppress(OSError):

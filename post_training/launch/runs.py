@@ -216,7 +216,7 @@ def close_unstarted_run(
     known:dict, # the scheduler's answer
     runs:list[tuple]=(), # (folder, record) of all runs
 )->dict: # the record as it is now
-    "Mark a record that waits or runs as failed if the scheduler says that its last job is over"
+    "Mark the record of a waiting or running run as failed if the scheduler says that its last job has ended"
     key = slurm.job_key(record["jobs"][-1])
     state = known.get(key, {}).get("state")
     if record.get("status") not in ("queued", "running") or state in slurm.ACTIVE_STATES or is_live(run_dir):
@@ -233,7 +233,7 @@ def close_unstarted_run(
 
 # %% ../../nbs/70_launch/11_runs.ipynb #63739ab2
 def refresh_states():
-    "Mark runs that wait or run as failed if their jobs are over; nothing where the scheduler cannot be asked"
+    "Mark waiting and running runs as failed if their jobs have ended; no change if the scheduler does not answer"
     every = [(p, r) for p, r in records_of(all_runs())[0] if "damaged" not in r]
     queued = [(p, r) for p, r in every if r.get("jobs") and r.get("status") in ("queued", "running")]
     known, _ = ask_queue([r for _, r in queued]) if queued else (None, "")
@@ -448,7 +448,7 @@ def checkpoint_folders(
 def leftover_folders(
     run_dir:Path, # a run folder
 )->list[CheckpointFolder]:
-    "What killed processes left in the folders of a run; nothing while the run is at work"
+    "The files that killed processes left in the folders of a run; none while the run is active"
     if is_live(run_dir): return []
     try: record = read_record(run_dir)
     except UserError: record = {}
@@ -461,7 +461,7 @@ def leftover_folders(
 def artifact_leftovers(
     records:list[dict], # of all runs
 )->list[CheckpointFolder]:
-    "What killed processes left among datasets, models and tokenized rows"
+    "The files that killed processes left in the folders of datasets, models and tokenized rows"
     out = []
     for root in {site_path((r.get("config") or {}).get("artifacts_dir") or "artifacts") for r in records}:
         for place in [root, *(p for depth in ("*", "*/*", "*/*/*") for p in root.glob(depth) if p.is_dir())]:

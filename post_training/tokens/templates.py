@@ -104,7 +104,7 @@ def template_name(
 
 # %% ../../nbs/25_tokens/1_templates.ipynb #10035b23
 TEMPLATE_SECONDS = 2. # of CPU time, for one conversation
-TEMPLATE_BYTES = 2**31 # of memory, more than the process had before
+TEMPLATE_BYTES = 2**31 # of memory, in addition to what the process had before
 TEMPLATE_CHARS = 2**26 # of one text
 TEMPLATE_BITS = 4096 # of a whole number
 _PLACES = {} # template -> folder or name of its tokenizer
@@ -113,17 +113,17 @@ _SIZE = [0., 0] # when the size of this process was read, and the bytes
 
 # %% ../../nbs/25_tokens/1_templates.ipynb #c0b5add2
 class TemplateLimit(UserError):
-    "A chat template that does not end, or that needs more memory than any conversation"
+    "A chat template that does not end, or that needs more memory than the limit"
 
 # %% ../../nbs/25_tokens/1_templates.ipynb #eac2c2b3
 class _Excess(Exception):
-    "A limit that a template exceeds, in words"
+    "Describes a limit that a template exceeds"
 
 # %% ../../nbs/25_tokens/1_templates.ipynb #34e3dacb
 def template_place(
     source:str, # Jinja source
 )->str:
-    "A template in words: its name, or the tokenizer that it came with, or its beginning"
+    "A description of a template: its name, or the tokenizer that it belongs to, or its beginning"
     if name := template_name(source): return name
     place = next((p for text, p in _PLACES.items() if text in source), None)
     return f"of {place}" if place else f"that begins with {source.strip()[:40]!r}"
@@ -139,7 +139,7 @@ def _process_bytes()->int:
 # %% ../../nbs/25_tokens/1_templates.ipynb #fbae1e73
 @contextlib.contextmanager
 def _limited_memory():
-    "Limit what the process may allocate during the block"
+    "Limit the memory that the process may allocate during the block"
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     try: most = min(x for x in (_process_bytes() + TEMPLATE_BYTES, soft, hard) if x != resource.RLIM_INFINITY)
     except OSError: yield; return # without /proc
@@ -150,7 +150,7 @@ def _limited_memory():
 # %% ../../nbs/25_tokens/1_templates.ipynb #3618eab5
 @contextlib.contextmanager
 def _limited_time():
-    "Raise `_Excess` in the block after `TEMPLATE_SECONDS`, and again, should something catch it"
+    "Raise `_Excess` in the block after `TEMPLATE_SECONDS`, and again if the block catches it"
     if threading.current_thread() is not threading.main_thread(): yield; return
     def stop(*_): raise _Excess(f"it did not end within {TEMPLATE_SECONDS:g} s")
     before = signal.signal(signal.SIGPROF, stop)
@@ -177,7 +177,7 @@ def template_limits(
 
 # %% ../../nbs/25_tokens/1_templates.ipynb #87b45475
 def _small(*values):
-    "Refuse whole numbers that take long to calculate with"
+    "Refuse integers that are too large to calculate with quickly"
     for v in values:
         if isinstance(v, int) and v.bit_length() > TEMPLATE_BITS: raise _Excess("it calculates with huge numbers")
 

@@ -233,7 +233,7 @@ def probe_rows(
     vocab_size:int, # ids below it
     n:int=2, # rows
 )->list[list[int]]: # of 32 ids each
-    "Rows for a comparison where no data is known"
+    "Rows of ids for a comparison without data"
     return [[(7*i*i + 13*k) % vocab_size for i in range(1, 33)] for k in range(n)]
 
 # %% ../../nbs/40_training/4_lora.ipynb #2e1643d1
@@ -259,7 +259,7 @@ def compare_merged(
 @contextlib.contextmanager
 def merged_in_place(
     model, # with adapters; under ZeRO-3 all ranks call it
-    keep:bool=True, # this rank keeps the weights from before; under ZeRO-3 rank 0 alone has to
+    keep:bool=True, # this rank keeps the earlier weights; under ZeRO-3 only rank 0 has to keep them
 ):
     "The model with its adapters merged; the weights are restored afterwards, bit for bit"
     from peft.tuners.tuners_utils import BaseTunerLayer
