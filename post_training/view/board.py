@@ -235,7 +235,7 @@ def details_json(
     record:dict, # its record
     out:Path, # folder of the board
 )->str: # JSON
-    "The details of a run for the page; those of a run that cannot be shown say so"
+    "The details of a run for the page; if a run cannot be shown, they say so"
     try: return as_page_json(run_details(run_dir, record, out))
     except FAULTS as e: why = f"The details cannot be shown: {e or type(e).__name__}"
     empty = {k: {} for k in ("curves", "tables", "samples", "logs", "links")}
@@ -392,7 +392,7 @@ def open_board(
 def write_board(
     board:Board, # from `open_board`
 )->str: # the page as a server shows it
-    "Write the page of all runs if something has changed; the files of runs that are gone are deleted"
+    "Write the page of all runs if something has changed; the files of deleted runs are deleted"
     rows = read_runs(board)
     if not board.changed: return board.page
     keys, gone = [run_key(r["path"]) for r in rows], set(os.listdir(board.out/"data"))
