@@ -105,7 +105,7 @@ def json_value(
     value, # a Python value from Arrow
     t, # its Arrow type
 ):     # what JSON can hold
-    "A value for JSON: maps as objects; dates, times and decimals as texts; bytes as text, or base64 if they are none"
+    "A value for JSON: maps as objects; dates, times and decimals as texts; bytes as text, or else as base64"
     import base64
     import pyarrow as pa
     t = getattr(t, "storage_type", t)
@@ -137,7 +137,7 @@ def as_json(
     values, # Arrow array of the type's `storage_type`
     t, # Arrow type
 ):         # Arrow array of type `t`
-    "An Arrow array with text turned into JSON where the type says so; `cast` fails on nulls in lists of structs"
+    "An Arrow array with text turned into JSON if the type is JSON; `cast` fails on nulls in lists of structs"
     import pyarrow as pa
     if isinstance(t, pa.BaseExtensionType): return pa.ExtensionArray.from_storage(t, values)
     if pa.types.is_list(t):
@@ -153,7 +153,7 @@ def converted(
     array, # an Arrow array
     t, # Arrow type that holds its values, from `merge_types`
 ):     # Arrow array of that type; raises `pyarrow.ArrowInvalid` if a value does not fit
-    "An array with another type and the same values; fields that it lacks become nulls"
+    "An array with another type and the same values; missing fields become nulls"
     import numpy as np, pyarrow as pa, pyarrow.compute as pc
     given = array.type
     if given.equals(t): return array
@@ -224,7 +224,7 @@ def copy_of(
 
 # %% ../../nbs/20_data/1_io.ipynb #1c0ed794
 def decode_json_exactly():
-    "Make columns of JSON give the values that were written"
+    "Make columns of JSON return exactly the values that were written"
     from datasets.features import features
     from datasets.utils import json as utilities
     for module in (features, utilities): module.ujson_loads = json.loads
@@ -272,7 +272,7 @@ def parse_line(
     text:bytes, # a JSON value
     where:str, # file and line, for the message
 ):             # the value
-    "One line of a file, or a whole file; a `UserError` says where a fault is"
+    "The value of one line of a file, or of a whole file; a `UserError` names the position of a fault"
     try: row = json.loads(text.decode("utf-8-sig"), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as e:
         utf16 = " It looks like UTF-16: save it as UTF-8." if text[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
@@ -289,7 +289,7 @@ def spread_values(
     content:bytes, # JSON values one after the other, each over several lines
     file, # its path, for messages
 ):        # yields (position in the file, value)
-    "The values of a file that holds more than one of them, and not one to a line"
+    "The values of a file with several values that are not one per line"
     try: text = content.decode("utf-8-sig")
     except UnicodeDecodeError as e: raise UserError(f"{file}: it is not UTF-8 ({e.reason}).") from e
     decoder = json.JSONDecoder(object_pairs_hook=unique_keys)
@@ -434,13 +434,13 @@ def read_json_exactly(
     files:list[str], # paths of JSON files
     batch_size:int=1000, # rows put into Arrow at a time
 ):                   # `datasets.Dataset`
-    "Read JSON files exactly, whatever the fast reader would give"
+    "Read JSON files exactly, without the fast reader"
     decode_json_exactly()
     return copy_of(f"exact-{batch_size}", files, partial(write_exact, batch_size=batch_size))
 
 # %% ../../nbs/20_data/1_io.ipynb #db516c67
 class OtherTypes(Exception):
-    "Types that differ from those that a file is being read with; None: only reading exactly finds them"
+    "A piece of a file has other types than those assumed; None: only the exact reader finds the types"
     def __init__(self, types): self.types = types
 
 # %% ../../nbs/20_data/1_io.ipynb #1f01190a
@@ -626,7 +626,7 @@ def column_notes(
     types:dict, # file: its Arrow type
     feature, # of the result
 ):          # yields sentences
-    "What a reader of parquet files should know about a column"
+    "Notes about a column whose types differ between parquet files"
     kinds, short = {}, lambda t: str(t) if len(str(t)) < 60 else f"{str(t)[:60]}..."
     for f, t in types.items(): kinds.setdefault(short(simple_type(t)), f)
     if "Json" in str(feature) and not all(is_json(t) or "arrow.json" in str(t) for t in types.values()):
@@ -686,7 +686,7 @@ _NOTES_SAID = set() # notes that this process has printed
 def reading_notes(
     dataset, # from `load_rows`
 )->list[str]: # sentences
-    "What the reader of a dataset did with columns of several types, or with other spellings of known names"
+    "The notes of a dataset's reader: columns of several types, and other spellings of known names"
     ends = ("JSON.", "as texts.", "known name.")
     return [line for line in (dataset.info.description or "").split("\n") if line.endswith(ends)]
 
@@ -694,7 +694,7 @@ def reading_notes(
 def say_note(
     note:str, # a sentence
 ):
-    "Print what was noticed while reading, once in a process"
+    "Print a note of a reader, once in a process"
     if note not in _NOTES_SAID: print(f"! {visible_text(note)}", file=sys.stderr)
     _NOTES_SAID.add(note)
 

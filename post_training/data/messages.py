@@ -38,7 +38,7 @@ class UnsupportedContent(UserError):
 # %% ../../nbs/20_data/3_messages.ipynb #6692d234
 @dataclass
 class Conversation:
-    "What a row says: the messages, and what belongs to them"
+    "The conversation of a row: messages, tools, template arguments and weights"
     messages:list # dicts: role, content; where present reasoning_content, tool_calls, tool_call_id, name
     tools:list|None=None # objects in OpenAI's form
     template_kwargs:dict=field(default_factory=dict) # arguments of the chat template for this row
@@ -858,7 +858,7 @@ def to_messages(
 def keeps_nulls(
     dataset, # `datasets.Dataset`
 )->bool:
-    "Whether nulls in arguments and schemas are real: not so in a dataset that stores them as structs"
+    "Whether nulls in arguments and schemas are real; in a dataset that stores them as structs they may not be"
     def has_struct(f, name=""):
         if isinstance(f, dict):
             free = name in ("arguments", "args", "parameters", "properties")
@@ -970,7 +970,7 @@ def role_fault(
         if fault := ROLE_CHECKS[name](messages): return fault
 
 # %% ../../nbs/20_data/3_messages.ipynb #85d8d7d2
-# reasons that do not say what is wrong with a row: its detail follows them
+# reasons that do not say what is wrong with a row; the row's detail is added to them
 VAGUE_REASONS = ("template", "unsupported_roles", "unverifiable", "generation prompt", "end of turn")
 
 # %% ../../nbs/20_data/3_messages.ipynb #2fa765bf

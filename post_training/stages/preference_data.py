@@ -49,7 +49,7 @@ def subsample_notices(
     cfg:dict, # composed
     counts:dict, # of each split, from `read_annotation_rows`
 )->list[str]:
-    "What `dataset_args.debug_subsample` left of each split, as sentences"
+    "The number of rows that `dataset_args.debug_subsample` kept of each split, as sentences"
     n = cfg["dataset_args"]["debug_subsample"]
     return [f"debug_subsample={n}: {c['in']} rows of the split {split} are used, drawn at random with seed 42"
             for split, c in counts.items() if n]
@@ -634,7 +634,7 @@ def finish_annotation(
     task, # the attempt, after `run_annotation`
     cfg:dict, # composed
 ):
-    "Record that the stage is finished, and remove its work; until then a second command takes up the work"
+    "Record that the stage is finished, and remove its work folder; until then another command continues the work"
     if task.status == "done": return
     record = run.read_record(task.run_dir)
     run.finish_output(task, next(iter(record["outputs"].values())), inputs=record["inputs"])

@@ -31,7 +31,7 @@ def end_fault(
     last:int, # the token that holds the end of a turn
     stop_ids:frozenset, # ids that generation stops at
 )->str: # one sentence; empty if there is none
-    "Why a model would not learn to stop after a turn"
+    "The reason why a model would not learn to stop after a turn"
     i = int(chat.input_ids[last])
     if i in stop_ids and chat.completion_mask[last]: return ""
     k = last # a template may write several control tokens after an answer
@@ -107,7 +107,7 @@ def safe_cut(
     self:ChatEncoder,
     piece:str, # what the template writes between a text and a turn
 )->int|None: # index in `piece`; None if there is none
-    "A place before which no id depends on the text after it: the last control token, else the end of a word"
+    "A position such that no id before it depends on the text after it: the last control token, else the end of a word"
     if tokens := [x.start() for x in self.special.finditer(piece)]: return tokens[-1]
     if self.n_bytes is None: return None
     for c in [m.end() for m in re.finditer(r"[A-Za-z](?=[<>|\[\](){}:;,.!?#*=+/])", piece)][::-1]:
@@ -146,7 +146,7 @@ def prompt_difference(
     asked:str, # the rendering that asks for an answer
     written:str, # what the whole rendering has there
 )->str: # one sentence
-    "Where two renderings differ"
+    "The first difference between two renderings, in words"
     texts = [re.sub("\\s*\ue001.*?\ue002\\s*", "...", text) for text in (asked, written)] # without probes
     if texts[0] == texts[1]: texts = [asked, written]
     at = max(len(os.path.commonprefix(texts)) - 16, 0)
@@ -163,7 +163,7 @@ def prompt_fault(
     messages:list, # of the conversation
     rendered:bool, # render the prefix of this row
 )->str: # one sentence; empty if there is none
-    "Why a model would start a turn from ids that it has not seen"
+    "The reason why a model would start a turn from ids that it has not seen in training"
     first, exact, _ = chat.turn_tokens[n].tolist()
     start, m = chat.turns[n][0], chat.skeleton.turn_messages[n]
     asked, written, tail, refusal = self.turn_prompts(chat.skeleton)[n]

@@ -99,7 +99,7 @@ class Refused:
 def token_bytes(
     backend, # `plain_backend` of a tokenizer
 )->np.ndarray|None: # [V] bytes of each token; None if the tokens' bytes are not those of the text
-    "How many bytes of a text each token covers"
+    "The number of bytes of a text that each token covers"
     steps = json.loads(backend.pre_tokenizer.__getstate__()) if backend.pre_tokenizer else {}
     steps = steps.get("pretokenizers", [steps])
     model = backend.model
@@ -164,7 +164,7 @@ class ChatEncoder:
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #0e0005ba
 def encoder_state(tokenizer)->tuple:
-    "What an encoder depends on and a user may change: template and special tokens"
+    "The properties of a tokenizer that an encoder depends on and a user may change: template and special tokens"
     special = sorted((k, str(v)) for k, v in tokenizer.special_tokens_map.items())
     kwargs = json.dumps(getattr(tokenizer, "chat_template_kwargs", None) or {}, sort_keys=True)
     template = tokenizer.chat_template
@@ -227,7 +227,7 @@ def template_options(
     add_generation_prompt:bool=False, # end with the generation prompt
     template_kwargs:dict|None=None, # further arguments of the template, by name
 )->tuple: # hashable: pairs of an argument of the template and its value as JSON
-    "The options of a template; raises a `ValueError` where the tools are not a JSON list"
+    "The options of a template; raises a `ValueError` if the tools are not a JSON list"
     if isinstance(tools, str): tools = json.loads(tools) if tools.strip() else None
     else: tools = without_none(tools) # Arrow gives each tool the fields of all others
     if tools and not isinstance(tools, list): raise ValueError("the tools are not a list")
@@ -329,7 +329,7 @@ def writes_no_mark(
     self:ChatEncoder,
     options:tuple=(), # from `template_options`
 )->bool:
-    "Whether nothing visible stands between the rendering that asks for an answer and a plain answer"
+    "Whether no visible text is between the rendering that asks for an answer and a plain answer"
     options = tuple(o for o in options if o[0] not in ("tools", "add_generation_prompt"))
     if ("mark", options) not in self.headers:
         talk = [dict(role="user", content="a"), dict(role="assistant", content="b")]
@@ -472,7 +472,7 @@ def names_in(shape):
 # %% ../../nbs/25_tokens/4_masks.ipynb #f30f2a7e
 @patch
 def forget_shapes(self:ChatEncoder):
-    "Clear all that is kept per shape"
+    "Delete everything that is stored per shape"
     for kept in (self.skeletons, self.parsed, self.endings, self.prompts): kept.clear()
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #5b569f07
@@ -517,7 +517,7 @@ def refuse_missing(
     missing:list[str], # from `missing_texts`
     drop_unsupported:bool, # whether the template may leave out system texts and thoughts
 )->Refused|None:
-    "A `Refused` where a template leaves out texts that it must not"
+    "A `Refused` if a template leaves out texts that must be rendered"
     droppable = [s.startswith(("system.", "developer.")) or s.split(".")[-1] in REASONING_KEYS for s in missing]
     if not missing or drop_unsupported and all(droppable): return None
     roles = ", ".join(sorted({s.split(".")[0] for s in missing}))
@@ -635,7 +635,7 @@ def by_name(
     text:str, # their rendering, which is not that of the shape with other names
     options:tuple, # from `template_options`
 )->VerifiedRow|None: # None if the names make no difference
-    "Verify a rendering whose template writes something else for the name of a tool; the name is remembered"
+    "Verify a rendering whose template treats the name of a tool specially; the name is stored"
     names = [*dict.fromkeys(n for n in names_of(chat) if n not in self.own_names)]
     for own in [*([n] for n in names), names][:1 if len(names) < 2 else None]:
         texts = []
