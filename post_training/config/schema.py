@@ -513,6 +513,7 @@ class TrainingDataKeys:
     train_split:TrainSplitKeys = None
     eval_split:EvalSplitKeys = None
     ignore_columns:list[str] = key()
+    instruction_preamble:bool = key()
     debug_oom:bool = key(site=True)
     debug_subsample:SubsampleKeys = None
 
@@ -1013,7 +1014,7 @@ _ROW_KEYS = ("artifacts_dir", "artifacts_subdir", "runs_dir", "job_subdir", "run
              "dataset_args.debug_subsample.train", "tokenization.max_length", "tokenization.overlength",
              "tokenization.on_unverifiable", "tokenization.unsupported_roles", "tokenization.on_malformed",
              "tokenization.allow_control_tokens_in_content", "tokenization.num_proc",
-             "dataset_args.ignore_columns")
+             "dataset_args.ignore_columns", "dataset_args.instruction_preamble")
 SFT_KEYS_READ = { # stages that take the overrides of train_sft: the keys that they read
     "tokenize": (*_ROW_KEYS, "tokenization.on_missing_stop", "tokenization.history", "dataset_args.eval_split.",
                  "dataset_args.debug_subsample.eval", "training_args.max_length", "training_args.eval_strategy",

@@ -687,7 +687,7 @@ def reading_notes(
     dataset, # from `load_rows`
 )->list[str]: # sentences
     "The notes of a dataset's reader: columns of several types, and other spellings of known names"
-    ends = ("JSON.", "as texts.", "known name.")
+    ends = ("JSON.", "as texts.", "known name.", "preamble of instructions.")
     return [line for line in (dataset.info.description or "").split("\n") if line.endswith(ends)]
 
 # %% ../../nbs/20_data/1_io.ipynb #13025da6

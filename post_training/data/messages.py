@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['REASONING_KEYS', 'THOUGHT_KEYS', 'THOUGHT_COLUMNS', 'TEXT_PARTS', 'THOUGHT_PARTS', 'ARGUMENT_KEYS', 'WEIGHT_KEYS',
-           'ROW_WEIGHTS', 'SPEAKERS', 'PAIR_KEYS', 'INPUT_COLUMNS', 'ROW_FORMATS', 'OPTIONAL_COLUMNS', 'KNOWN_ROLES',
-           'STRUCTURED_KEYS', 'ROLE_CHECKS', 'VAGUE_REASONS', 'DROP_HINTS', 'MalformedRow', 'UnsupportedContent',
-           'Conversation', 'content_text', 'plain_text', 'without_none', 'as_written', 'thinking_parts',
-           'split_inline_thought', 'open_thought', 'with_thought_field', 'parse_json', 'may_be_null', 'drop_filled',
-           'read_tools', 'tool_values', 'one_tool', 'call_arguments', 'read_call', 'weight_value', 'weight_of',
-           'span_list', 'block_spans', 'part_spans', 'read_role', 'either', 'tool_text', 'read_thought',
-           'check_thought', 'read_calls', 'as_list', 'refused_keys', 'without_inner', 'read_turn', 'read_content',
-           'read_turns', 'turn_list', 'tool_turns', 'paired_turns', 'messages_from_texts', 'one_text', 'json_turns',
-           'prompt_turns', 'from_prompt', 'from_instruction', 'from_instances', 'from_chosen', 'is_user', 'from_turns',
-           'format_of', 'add_system', 'history_turns', 'add_thought', 'template_arguments', 'row_weight', 'join_turns',
-           'read_conversation', 'to_messages', 'keeps_nulls', 'message_fault', 'call_id_fault', 'check_messages',
-           'row_id', 'alternation_fault', 'system_first_fault', 'last_role_fault', 'role_fault', 'dropped_text',
-           'check_dropped', 'conversation_texts', 'dataset_texts']
+           'WEIGHT_SET', 'INVERTED_KEYS', 'ROW_WEIGHTS', 'SPEAKERS', 'PAIR_KEYS', 'INPUT_COLUMNS', 'ROW_FORMATS',
+           'OPTIONAL_COLUMNS', 'KNOWN_ROLES', 'STRUCTURED_KEYS', 'ROLE_CHECKS', 'VAGUE_REASONS', 'DROP_HINTS',
+           'INSTRUCTION_PREAMBLES', 'MalformedRow', 'UnsupportedContent', 'Conversation', 'content_text', 'plain_text',
+           'without_none', 'as_written', 'thinking_parts', 'split_inline_thought', 'open_thought', 'with_thought_field',
+           'parse_json', 'may_be_null', 'drop_filled', 'read_tools', 'tool_values', 'one_tool', 'call_arguments',
+           'read_call', 'weight_value', 'weight_of', 'span_list', 'block_spans', 'part_spans', 'read_role', 'either',
+           'tool_text', 'read_thought', 'check_thought', 'read_calls', 'as_list', 'refused_keys', 'without_inner',
+           'read_turn', 'read_content', 'is_simple', 'read_turns', 'turn_list', 'tool_turns', 'paired_turns',
+           'messages_from_texts', 'one_text', 'json_turns', 'prompt_turns', 'from_prompt', 'from_instruction',
+           'from_instances', 'from_chosen', 'is_user', 'from_turns', 'format_of', 'add_system', 'history_turns',
+           'add_thought', 'template_arguments', 'row_weight', 'join_turns', 'read_conversation', 'to_messages',
+           'keeps_nulls', 'message_fault', 'call_id_fault', 'check_messages', 'row_id', 'alternation_fault',
+           'system_first_fault', 'last_role_fault', 'role_fault', 'dropped_text', 'check_dropped', 'with_preamble',
+           'add_preambles', 'conversation_texts', 'dataset_texts']
 
 # %% ../../nbs/20_data/3_messages.ipynb #339a184f
 import json, math
@@ -268,6 +269,8 @@ def read_call(
 
 # %% ../../nbs/20_data/3_messages.ipynb #9172b4ec
 WEIGHT_KEYS = tuple(WEIGHTS_OF_MESSAGES) # of a message, or of a part of its content
+WEIGHT_SET = frozenset(WEIGHT_KEYS)
+INVERTED_KEYS = frozenset(INVERTED.split())
 
 # %% ../../nbs/20_data/3_messages.ipynb #f89f2136
 ROW_WEIGHTS = tuple(k for k, v in ROW_KEYS.items() if v.kind == "weight" and k != "mask") # columns of row weights
@@ -284,7 +287,7 @@ def weight_value(
                            f"{value!r:.40}")
     if not math.isfinite(value): raise MalformedRow(f"{name} is not a finite number")
     if value < 0: raise MalformedRow(f"{name} is negative")
-    if name not in INVERTED.split(): return float(value)
+    if name not in INVERTED_KEYS: return float(value)
     if value not in (0, 1): raise MalformedRow(f"{name} is {value}: it takes true or false")
     return 1.0 - value
 
@@ -540,6 +543,16 @@ def read_content(
         if not empty_value(turn.get(key)): message[key] = str(turn[key])
     return content, message, spans
 
+# %% ../../nbs/20_data/3_messages.ipynb #467245af
+def is_simple(
+    turn, # a message as written
+    ignore=(), # keys to treat as absent
+)->bool:
+    "Whether a message holds a known role, a text and perhaps weights, which is all that most messages hold"
+    if not isinstance(turn, dict) or turn.get("role") not in ("user", "assistant", "system"): return False
+    if not isinstance(turn.get("content"), str): return False
+    return len(turn) == 2 or not ignore and all(k in WEIGHT_SET for k in turn if k not in ("role", "content"))
+
 # %% ../../nbs/20_data/3_messages.ipynb #2e1146fc
 def read_turns(
     turns, # messages as written: a list or JSON text
@@ -552,8 +565,11 @@ def read_turns(
     out = []
     for t in turn_list(turns):
         if isinstance(t, dict) and len(t) > 2: t = {k: v for k, v in t.items() if v is not None}
-        simple = isinstance(t, dict) and len(t) == 2 and t.get("role") in ("user", "assistant", "system")
-        if simple and isinstance(t.get("content"), str): out.append((dict(t), 1.0, None))
+        if is_simple(t, ignore):
+            weight = 1.0
+            for k in t if len(t) > 2 else ():
+                if k in WEIGHT_SET: weight *= weight_value(t[k], k)
+            out.append((dict(role=t["role"], content=t["content"]), weight, None))
         else: out += [read_turn(x, schemas, exact, ignore) for p in paired_turns(t) for x in tool_turns(p)]
     return out
 
@@ -1014,6 +1030,43 @@ def check_dropped(
     if max_drop_fraction is not None and dropped > max_drop_fraction*counts["in"]:
         raise UserError(f"{dropped} of {counts['in']} {rows} were dropped ({why}), more than "
                         f"max_drop_fraction={max_drop_fraction}. Correct the data, or raise max_drop_fraction.")
+
+# %% ../../nbs/20_data/3_messages.ipynb #0098c971
+INSTRUCTION_PREAMBLES = dict( # of Stanford Alpaca, by whether a row has an input
+    with_input="Below is an instruction that describes a task, paired with an input that provides further context. "
+               "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
+               "### Input:\n{input}\n\n### Response:",
+    without="Below is an instruction that describes a task. Write a response that appropriately completes the "
+            "request.\n\n### Instruction:\n{instruction}\n\n### Response:")
+
+# %% ../../nbs/20_data/3_messages.ipynb #7bcc58c5
+def with_preamble(
+    row:dict, # of any format
+)->dict: # instruction and input, if they change
+    "An instruction row, or a pair of answers to one, whose question is the text of `INSTRUCTION_PREAMBLES`"
+    texts = [row.get(k) or "" for k in ("instruction", "input")]
+    form = row_format(row)
+    asks = next((c for c in PROMPT_COLUMNS if not empty_value(row.get(c))), None) # of a pair
+    if not (form in (("instruction", "output"), ("instruction", "response"))
+            or form == ("chosen", "rejected") and asks == "instruction"): return {}
+    if not all(isinstance(t, str) for t in texts) or not texts[0].strip(): return {}
+    kind = "with_input" if texts[1].strip() else "without"
+    return dict(instruction=INSTRUCTION_PREAMBLES[kind].format(instruction=texts[0], input=texts[1]), input="")
+
+# %% ../../nbs/20_data/3_messages.ipynb #86873d79
+def add_preambles(
+    rows, # `datasets.Dataset`
+    ignore=(), # columns that are treated as absent
+)->tuple: # (`datasets.Dataset`, how many rows changed)
+    "Rows with the preamble around their instructions"
+    if "instruction" not in rows.column_names: return rows, 0
+    changes = [with_preamble({k: v for k, v in row.items() if k not in ignore}) for row in rows]
+    if not any(changes): return rows, 0
+    for k in ("instruction", "input"):
+        before = rows[k][:] if k in rows.column_names else [None]*len(rows)
+        rows = rows.remove_columns([c for c in rows.column_names if c == k])
+        rows = rows.add_column(k, [c.get(k, old) for c, old in zip(changes, before)])
+    return rows, sum(map(bool, changes))
 
 # %% ../../nbs/20_data/3_messages.ipynb #fae32df7
 def conversation_texts(

@@ -96,6 +96,7 @@ class TurnPrompt(NamedTuple):
     written:str # what the whole rendering has before the turn; if the two are equal, both are stored as empty texts
     tail_ids:np.ndarray|None # ids from the last safe cut up to the turn; None: the prefix has to be encoded
     refusal:str="" # why the template cannot be asked for the turn
+    sure:bytes|None=None # `tail_ids` if nothing else can differ: int32 as bytes; None: the turn has to be looked at
 
 # %% ../../nbs/25_tokens/5_gates.ipynb #519c2d41
 # what may follow a generation prompt: the beginnings of answers that a tokenizer treats differently
@@ -122,7 +123,7 @@ def turn_prompts(
     skeleton:Skeleton,
 )->list[TurnPrompt]: # of each turn
     "What precedes each turn of a shape in training, compared with inference"
-    if skeleton.key not in self.prompts:
+    if skeleton.prompts is None:
         shape, options = skeleton.key
         text, probes, *_ = self.parse_shape(shape, options)
         places = [x for start, end, *_ in probes for x in (start, end)]
@@ -137,9 +138,10 @@ def turn_prompts(
             cut = self.safe_cut(text[piece:start])
             tail = None if cut is None else self.encode([text[piece:][cut:start - piece]])[0]
             same = asked == text[:start]
-            out.append(TurnPrompt("" if same else asked, "" if same else text[:start], tail, refusal))
-        self.prompts[skeleton.key] = out
-    return self.prompts[skeleton.key]
+            sure = tail.tobytes() if same and not refusal and tail is not None and not skeleton.forgotten else None
+            out.append(TurnPrompt("" if same else asked, "" if same else text[:start], tail, refusal, sure))
+        skeleton.prompts = out
+    return skeleton.prompts
 
 # %% ../../nbs/25_tokens/5_gates.ipynb #e521d384
 def prompt_difference(
@@ -166,7 +168,7 @@ def prompt_fault(
     "The reason why a model would start a turn from ids that it has not seen in training"
     first, exact, _ = chat.turn_tokens[n].tolist()
     start, m = chat.turns[n][0], chat.skeleton.turn_messages[n]
-    asked, written, tail, refusal = self.turn_prompts(chat.skeleton)[n]
+    asked, written, tail, refusal, _ = self.turn_prompts(chat.skeleton)[n]
     if rendered and m:
         text, = self.render([messages[:m]], with_prompt(chat.skeleton.key[1]))
         refusal = text.detail if isinstance(text, Refused) else ""
@@ -185,6 +187,22 @@ def prompt_fault(
     token = self.tokenizer.decode([chat.input_ids[first]])
     return (f"the token {token!r} joins the end of the generation prompt and the beginning of an answer: the model "
             "would start from ids that it has not seen in training")
+
+# %% ../../nbs/25_tokens/5_gates.ipynb #74c31f3e
+@patch
+def is_sound(
+    self:ChatEncoder,
+    chat:TokenizedChat,
+    stop_ids:frozenset, # ids that generation stops at
+)->bool: # false: the turns have to be looked at one by one
+    "Whether the ids around each turn show that all turns are right; the template looks for no text of the row"
+    ids, mask = chat.input_ids, chat.completion_mask
+    prompts = chat.skeleton.prompts or self.turn_prompts(chat.skeleton)
+    for (first, exact, last), prompt in zip(chat.turn_tokens.tolist(), prompts):
+        sure = prompt.sure
+        if sure is None or not exact or not mask[last] or int(ids[last]) not in stop_ids: return False
+        if sure and ids[max(first - len(sure)//4, 0):first].tobytes() != sure: return False
+    return not any(w in chat.text for w in self.triggers)
 
 # %% ../../nbs/25_tokens/5_gates.ipynb #e631371a
 @patch
@@ -211,6 +229,7 @@ def turn_fault(
     stop_ids:frozenset, # ids that generation stops at
 )->Refused|None:
     "The first fault of the turns that are trained on"
+    if self.is_sound(chat, stop_ids): return None
     contents = [content_text(m["content"]) for m in messages]
     words = self.triggers_in(contents)
     for n, (first, _, last) in enumerate(chat.turn_tokens.tolist()):

@@ -42,6 +42,7 @@ class Skeleton:
     forgotten:list # "role.keys" of thoughts that the template leaves out because the turn is not the last
     special_ids:np.ndarray # control tokens that the template writes, in order
     key:tuple # (shape, options)
+    prompts:list|None = None # what precedes each turn at inference, from `turn_prompts` of the gates
     @cached_property
     def message_spans(self): # message: (edge, shift, edge, shift) of its turns, or of each of its texts
         out = {}
@@ -155,12 +156,14 @@ class ChatEncoder:
         self.n_bytes = token_bytes(self.backend)
         self.skeletons = {} # (shape, options): `Skeleton` or `Refused`
         self.parsed = {} # (shape, options): result of `parse_shape`
-        self.prompts = {} # (shape, options): what precedes each turn at inference, kept by the gates
         self.headers = {} # options: generation prompt
         self.endings = {} # (options, shapes of two messages): result of `text_endings`
         self.own_names = frozenset() # names for which the template writes something else, from `by_name`
         self.name = next((n for n in CHAT_TEMPLATES if template_text(n) == tokenizer.chat_template), "of the tokenizer")
         self.keeps_blanks = self.name not in CHAT_TEMPLATES # blanks before an answer belong to the answer
+    @cached_property
+    def triggers(self): # words of `content_triggers`
+        return content_triggers(template_of(self.tokenizer))
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #0e0005ba
 def encoder_state(tokenizer)->tuple:
@@ -473,7 +476,7 @@ def names_in(shape):
 @patch
 def forget_shapes(self:ChatEncoder):
     "Delete everything that is stored per shape"
-    for kept in (self.skeletons, self.parsed, self.endings, self.prompts): kept.clear()
+    for kept in (self.skeletons, self.parsed, self.endings): kept.clear()
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #5b569f07
 @patch
@@ -598,8 +601,7 @@ def triggers_in(
     texts:list[str],
 )->list[str]: # words of `content_triggers`
     "The words of these texts that the template looks for"
-    if not hasattr(self, "_triggers"): self._triggers = content_triggers(template_of(self.tokenizer))
-    return [w for w in self._triggers if any(w in t for t in texts)]
+    return [w for w in self.triggers if any(w in t for t in texts)]
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #5884f5ab
 @patch
@@ -933,8 +935,10 @@ def encode_verified(
                                           n in literal))
             continue
         turn_tokens = turns_N3[turn_cuts[n]:turn_cuts[n+1]] - (a, 0, a)
-        weights = np.ones(b - a, np.float32) if weights_N is None else weights_N[a:b]
-        weights = None if row.weights is None else weights
+        weights = weights_N
+        if row.weights is None: weights = None
+        elif weights is None: weights = np.ones(b - a, np.float32)
+        else: weights = weights[a:b]
         turns = [(row_spans[i][0], row_spans[j][1]) for i, j in row.skeleton.turns]
         out.append(TokenizedChat(row.text, ids_N[a:b], mask_N[a:b], places[a:b], row_spans, turns, row.skeleton,
                                  row.skeleton.missing_texts, weights, turn_tokens))
