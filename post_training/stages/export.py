@@ -109,11 +109,11 @@ def certified_formats(
                              trust_remote_code=cfg["model_args"]["trust_remote_code"]), facts
 
 # %% ../../nbs/65_stages/7_export.ipynb #exfacts1
-def _export_facts(model, tokenizer, cfg:dict, dtype:str, stops:list)->dict:
-    "What the card says of a model that is being exported"
+def _export_facts(model, tokenizer, cfg:dict, dtypes:tuple, stops:list)->dict:
+    "What the card says of a model that is being exported; `dtypes` are the checkpoint's and the export's"
     from post_training.tokens.templates import wants_blocks
-    return dict(architecture=type(model).__name__, parameters=model.num_parameters(), dtype=dtype,
-                from_dtype=str(model.dtype).removeprefix("torch."), stops=stops,
+    return dict(architecture=type(model).__name__, parameters=model.num_parameters(), dtype=dtypes[1],
+                from_dtype=dtypes[0], stops=stops,
                 plain=not wants_blocks(tokenizer.chat_template) or cfg["plain_messages"])
 
 
@@ -144,7 +144,7 @@ def export_checkpoint(
     ids = [r["ids"] for r in compared if r["ids"]]
     before = logits_of(model, ids)
     told = write_folder(folder, model.to(getattr(torch, dtype)), exported, cfg["max_shard_size"])
-    facts = _export_facts(model, exported, cfg, dtype, [tokenizer.decode([i]) for i in stops])
+    facts = _export_facts(model, exported, cfg, (saved_dtype, dtype), [tokenizer.decode([i]) for i in stops])
     del model
     compared, logits = read_again(folder, tokenizer, dialogues, ids, before, trust)
     check_export_parity(compared, logits, dtype == saved_dtype, cfg["parity"]["max_difference"])
