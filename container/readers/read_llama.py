@@ -55,7 +55,8 @@ def opened(asked, tmp):
 
 def write(asked):
     "Write the GGUF for good, if the ids are known"
-    if not convert(asked["folder"], asked["write"], asked["dtype"], "--model-name", asked["name"]): raise SystemExit(UNKNOWN)
+    known = convert(asked["folder"], asked["write"], asked["dtype"], "--model-name", asked["name"])
+    if not known: raise SystemExit(UNKNOWN)
     return dict(bytes=Path(asked["write"]).stat().st_size)
 
 
