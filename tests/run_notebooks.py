@@ -65,7 +65,9 @@ def run_forked(notebook, flags):
         faulthandler.register(signal.SIGUSR1)
         config = get_config()
         folder = tempfile.mkdtemp()
-        if notebook.stem in FEWER: notebook = with_parameters(notebook, FEWER[notebook.stem], folder)
+        if notebook.stem in FEWER:
+            notebook = with_parameters(notebook, FEWER[notebook.stem], folder)
+            os.environ["POST_TRAINING_ROOT"] = str(ROOT)
         passed, _ = test_nb(notebook, skip_flags=config.tst_flags.split(), force_flags=flags.split(), basepath=config.config_path)
         code = 0 if passed else 1
         shutil.rmtree(folder)
