@@ -158,3 +158,12 @@ def test_documents_of_a_task_named_by_its_file_are_inputs(place, tmp_root):
     assert run.changed_inputs(record) == []
     with open(task.with_suffix(".jsonl"), "a") as f: f.write(json.dumps(dict(question="3 + 3?", answer="6")) + "\n")
     assert run.changed_inputs(record) == [str(task.with_suffix(".jsonl"))]
+
+
+def test_prompts_have_the_preamble_of_training(tmp_path):
+    "With `instruction_preamble` the evaluation asks as training does"
+    from post_training.evaluation.answers import eval_rows
+    for split in ("train", "eval"): (tmp_path / f"{split}.jsonl").write_text(json.dumps(dict(instruction="Say 1.", output="1")) + "\n")
+    asked = [f"dataset_args.dataset_name={tmp_path}", "model=tiny", "dataset=demo"]
+    plain, with_preamble = (eval_rows(config.compose("train_sft", [*asked, *more]).cfg, 1)[0] for more in ([], ["dataset_args.instruction_preamble=true"]))
+    assert plain["instruction"] == "Say 1." and "### Instruction:\nSay 1." in with_preamble["instruction"]
