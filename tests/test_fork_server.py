@@ -1,4 +1,5 @@
 "Processes that are forks of one that has loaded the libraries behave as new processes do: exit codes, signals, settings, kills, and numbers."
+import contextlib
 import json
 import os
 import resource
@@ -112,8 +113,11 @@ def test_a_module_that_is_missing(server, folder):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_reach_the_fork(server, folder, number):
     p, pid = start("sleep")
-    time.sleep(0.3)  # until it sleeps: Python loses an interrupt that falls into a callback
-    p.send_signal(number)
+    time.sleep(0.5)  # until it sleeps: Python loses an interrupt that falls into a callback
+    for _ in range(4):
+        p.send_signal(number)
+        with contextlib.suppress(subprocess.TimeoutExpired): p.wait(10)
+        if p.poll() is not None: break
     assert p.wait(60) == -number and gone(pid)
     p, pid = start("catch")
     p.stdout.readline()
