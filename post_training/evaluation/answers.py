@@ -310,7 +310,7 @@ def eval_rows(
     from post_training.data.messages import add_preambles
     args = cfg["dataset_args"]
     rows = load_rows(run.local_path_or_name(args["dataset_name"]), (args.get("eval_split") or {}).get("name"))
-    if args.get("instruction_preamble"): rows, _ = add_preambles(rows, args.get("ignore_columns") or ()) # as in training
+    if args.get("instruction_preamble"): rows, _ = add_preambles(rows, args.get("ignore_columns") or ())
     return [rows[i] for i in evenly_spaced_indices(len(rows), num_prompts)]
 
 # %% ../../nbs/60_evaluation/2_answers.ipynb #038b872c
