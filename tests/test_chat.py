@@ -38,7 +38,7 @@ def test_pipe(tiny):
     assert "There is no /nope" in done.stderr and "Traceback" not in done.stderr
 
 
-def read_until(fd, text, seconds=90):
+def read_until(fd, text, seconds=240):
     "What a terminal shows until a text appears"
     out, end = "", time.monotonic() + seconds
     while text not in out:

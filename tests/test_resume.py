@@ -123,12 +123,12 @@ def test_killed_at_random_instants(tmp_path, demo, whole, seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("room", [2_000_000, 5_000_000], ids=["weights", "optimizer"])
 def test_a_save_that_finds_no_room(tmp_path, demo, whole, room):
-    "The disk takes no more in the middle of a save: the message says so, older checkpoints stay, and with room again the run ends as ever"
+    "Checkpoints that would not fit: the rehearsal says so before the first step, older ones stay, and with room again the run ends as ever"
     cut = Place(tmp_path / "cut", demo)
     assert cut.kill_when("single", during_a_save(cut, 6))
     assert cut.start("single", largest_file=room).wait(timeout=600) == 2
     said = (cut.folder / "log.txt").read_text()
-    assert "checkpoint-6 could not be written" in said and "Older checkpoints are untouched" in said and "Traceback" not in said
+    assert "RLIMIT_FSIZE" in said and "ulimit -f" in said and "Traceback" not in said
     assert json.loads((cut.run_dir / "attempts/2/error.json").read_text())["kind"] == "user"
     assert sorted(p.name for p in cut.checkpoints.iterdir()) == ["checkpoint-3", "owner"] and not verify_manifest(cut.checkpoints / "checkpoint-3")
     cut.finish("single")
