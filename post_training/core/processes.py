@@ -59,9 +59,10 @@ def remove_stale_build_locks(
     "Remove the locks in PyTorch's folder of compiled extensions whose makers were killed; others are left"
     folder = Path(folder or os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home()/".cache/torch_extensions")
     if not sys.platform.startswith("linux") or not folder.is_dir(): return []
-    removed, guard = [], try_lock(folder/".post_training.guard", fcntl.LOCK_EX, 60.) # the ranks do this one by one
-    with guard or contextlib.nullcontext():
-        for path in [*folder.glob("*/lock"), *folder.glob("*/*/lock")]:
+    locks, removed = [*folder.glob("*/lock"), *folder.glob("*/*/lock")], []
+    if not locks or not (guard := try_lock(folder/".post_training.guard", fcntl.LOCK_EX, max_age)): return []
+    with guard: # the ranks do this one by one
+        for path in locks:
             with contextlib.suppress(FileNotFoundError):
                 left = max_age - (time.time() - path.stat().st_mtime) if on_network_disk(path) else 0
                 if left > 0: print(f"{path}: waiting {left:.0f} s at most for the maker of this lock", file=sys.stderr)
