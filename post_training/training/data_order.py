@@ -19,7 +19,7 @@ def row_order(
     epoch:int, # epoch, from 0
     shuffle:bool=True, # False keeps the order of the dataset
 )->np.ndarray: # [N] row indices
-    "The order in which an epoch visits the rows: a permutation seeded by (seed, epoch)"
+    "The order in which an epoch visits the rows: a permutation that depends only on the seed and the epoch"
     return np.random.default_rng([seed, epoch]).permutation(n) if shuffle else np.arange(n)
 
 # %% ../../nbs/40_training/1_data_order.ipynb #8548791c
@@ -27,18 +27,18 @@ def step_count(
     n:int, # number of rows
     global_batch:int, # rows per optimizer step
     drop_last:bool, # leave out the rows that do not fill a global batch
-)->int:
-    "Optimizer steps in an epoch"
+)->int: # number of optimizer steps in one epoch
+    "The number of optimizer steps in an epoch"
     return n // global_batch if drop_last else -(-n // global_batch)
 
 # %% ../../nbs/40_training/1_data_order.ipynb #63b71564
 def micro_batches_for_rank(
-    rows, # row indices of one optimizer step, at most A*W*B of them
-    per_device:int, # B
-    accumulation:int, # A
-    world_size:int, # W
-    rank:int, # this process
-    lengths=None, # [N] token counts of all rows; None keeps the given order
+    rows, # row indices of one optimizer step, at most A*W*B
+    per_device:int, # B: rows in a micro-batch of one rank
+    accumulation:int, # A: micro-batches of one rank in an optimizer step
+    world_size:int, # W: number of ranks
+    rank:int, # index of this rank, from 0
+    lengths=None, # [N] number of tokens of each row, to sort the rows; None keeps the given order
 )->np.ndarray: # [A, B] row indices of this rank's micro-batches, -1 in an empty slot
     "The micro-batches of one rank in one optimizer step"
     rows = np.asarray(rows)
@@ -50,18 +50,18 @@ def micro_batches_for_rank(
 
 # %% ../../nbs/40_training/1_data_order.ipynb #853d886a
 class StepBatchSampler:
-    "Micro-batches of one rank, step after step: lists of row indices, -1 for an empty slot"
+    "Yields the micro-batches of one rank, step after step: lists of B row indices, -1 for an empty slot"
     def __init__(self,
         n:int, # number of rows
         per_device:int, # rows in a micro-batch
         accumulation:int=1, # micro-batches in an optimizer step
         world_size:int=1, # number of ranks
-        rank:int=0, # this process
-        seed:int=42, # seed of the order
+        rank:int=0, # index of this rank, from 0
+        seed:int=42, # seed of the permutations
         shuffle:bool=True, # a new permutation in each epoch
-        drop_last:bool=False, # leave out the rows that do not fill a global batch
-        lengths=None, # token counts of the rows, to sort inside a step; None: no sorting
-        order=None, # row indices to visit in this order; `shuffle` and `seed` then have no effect
+        drop_last:bool=False, # leave out the last step if it has fewer rows than a global batch
+        lengths=None, # [N] number of tokens of each row, to sort the rows of a step; None: no sorting
+        order=None, # row indices, list[int]: visit the rows in this order; then `shuffle` and `seed` have no effect
     ):
         self.n = n
         self.per_device = per_device
@@ -88,17 +88,17 @@ class StepBatchSampler:
 # %% ../../nbs/40_training/1_data_order.ipynb #5b26e20c
 def row_lengths(
     dataset, # tokenized rows with a column `length`
-    packs=None, # lists of row indices packed together; None: each row by itself
-)->np.ndarray: # int64: tokens of each row, or of each pack
-    "The lengths of rows or packs, from the column `length`"
+    packs=None, # list of packs; a pack is a list of row indices that share one sequence. None: one row per sequence
+)->np.ndarray: # int64 [number of packs, or of rows]: tokens in each
+    "The number of tokens of each row or pack, from the column `length`"
     lengths = dataset.select_columns("length").with_format("arrow")[:]["length"].to_numpy().astype(np.int64)
     return lengths if packs is None else np.array([sum(lengths[i] for i in b) for b in packs], np.int64)
 
 # %% ../../nbs/40_training/1_data_order.ipynb #f4611996
 def column_values(
-    column, # of an Arrow table
+    column, # a column of an Arrow table (chunked array)
 )->list: # one value for each row
-    "A column's values: lists of numbers as arrays, everything else as Python has it"
+    "The values of a column: a list of numbers becomes an array, any other value a Python object"
     import pyarrow as pa
     array = column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):
@@ -114,10 +114,10 @@ def column_values(
 
 # %% ../../nbs/40_training/1_data_order.ipynb #c15b63f2
 class RowDataset(torch.utils.data.Dataset):
-    "Index -> list of tokenized rows: one row, the rows of a pack, or none for index -1"
+    "Maps an index to a list of tokenized rows: one row, or the rows of a pack, or no row for index -1"
     def __init__(self,
         dataset, # tokenized rows
-        packs=None, # lists of row indices packed together; None: each row by itself
+        packs=None, # list of packs (lists of row indices); None: one row per sequence
     ):
         self.dataset = dataset.with_format("arrow") if hasattr(dataset, "with_format") else dataset
         self.packs = packs
@@ -138,34 +138,34 @@ class RowDataset(torch.utils.data.Dataset):
 # %% ../../nbs/40_training/1_data_order.ipynb #packplan
 @dataclass(frozen=True)
 class PackingPlan:
-    "Which rows share a sequence, and the order of training"
-    packs: list|None = None # lists of training rows packed together; None pads each row
-    eval_packs: list|None = None # the same for evaluation rows
-    order: list|None = None # visit the training packs (or rows) in this order; None draws a new order in each epoch
+    "The packs of rows, and the order in which training visits them"
+    packs: list|None = None # packs of training rows (lists of row indices); None: one row per sequence, padded
+    eval_packs: list|None = None # packs of evaluation rows; None as for `packs`
+    order: list|None = None # indices of the training packs (or rows) in order; None draws a new order in each epoch
 
 # %% ../../nbs/40_training/1_data_order.ipynb #6c83e0c1
 def collate_rows(
-    items:list, # items of `RowDataset`, one for each slot of a micro-batch
-    collator, # list of rows -> batch
-    filler, # makes a row without weight, for a micro-batch that has empty slots only
-    host_inputs=None, # batch -> extra entries computed on the host, e.g. the positions to score
-):
-    "One micro-batch from the rows of its slots"
+    items:list, # items of `RowDataset`: for each slot of a micro-batch a list of rows
+    collator, # function: list of rows -> batch, a dict of tensors
+    filler, # function without arguments that makes a row of zero loss weight; used if all slots are empty
+    host_inputs=None, # function: batch -> dict of extra inputs computed on the host, e.g. the positions to score
+): # the batch of `collator`, with the entries of `host_inputs`
+    "Collate the rows of one micro-batch"
     batch = collator([row for item in items for row in item] or [{**filler(), "row_index": -1}])
     return batch if host_inputs is None else {**batch, **host_inputs(batch)}
 
 # %% ../../nbs/40_training/1_data_order.ipynb #2cb420ea
 def make_loader(
-    rows:RowDataset, # dataset
-    sampler:StepBatchSampler, # which rows form each micro-batch of this rank
-    collator, # list of rows -> batch
-    filler, # makes a row without weight
-    num_workers:int=0, # processes that load and collate
+    rows:RowDataset, # the rows or packs
+    sampler:StepBatchSampler, # gives the row indices of each micro-batch of this rank
+    collator, # function: list of rows -> batch, a dict of tensors
+    filler, # function that makes a row of zero loss weight, see `collate_rows`
+    num_workers:int=0, # number of processes that load and collate; 0: the training process does it
     pin_memory:bool=False, # page-locked batches, for faster copies to a GPU
-    prefetch_factor:int|None=None, # batches loaded ahead by each worker
-    host_inputs=None, # as for `collate_rows`
+    prefetch_factor:int|None=None, # number of batches that each process loads ahead
+    host_inputs=None, # function: batch -> dict of extra inputs, see `collate_rows`
 )->DataLoader:
-    "A data loader with a random generator of its own, so that the global random state stays as it is"
+    "A data loader with its own random generator; torch's global random state does not change"
     return DataLoader(rows, batch_sampler=sampler,
                       collate_fn=partial(collate_rows, collator=collator, filler=filler, host_inputs=host_inputs),
                       num_workers=num_workers, pin_memory=pin_memory,
