@@ -12,9 +12,9 @@ from .files import UserError, did_you_mean, visible_text
 
 # %% ../../nbs/00_core/4_arguments.ipynb #137c6e98
 def word_counts(
-    words:str, # as in a usage line: names, [optional] names, ... for any number
-)->tuple[int, float]: # at least, at most
-    "How many words a usage line asks for"
+    words:str, # words as in a usage line: NAME is required, [NAME] optional, `...` stands for any number
+)->tuple[int, float]: # minimum and maximum number of words
+    "Count the words that a usage line allows"
     names = words.split()
     required = [n for n in names if n[0] != "[" and n != "..." and not n.endswith("]")]
     return len(required), float("inf") if "..." in words else len(names)
@@ -23,11 +23,11 @@ def word_counts(
 class CommandParser(argparse.ArgumentParser):
     "An argument parser for commands with Hydra overrides; mistakes raise `UserError`"
     def __init__(self,
-        words:str="", # which words are taken, as in a usage line
-        setup=None, # function that takes this parser and adds its options, called at the first use
-        help_text=None, # function that returns the whole help; None: argparse's
-        noun:str="command", # the kind of thing that the first word names, if there are subcommands
-        **kwargs, # of `argparse.ArgumentParser`
+        words:str="", # allowed words as in a usage line, such as `RUN [NAME]`
+        setup=None, # function that takes this parser and adds its options; called at the first use
+        help_text=None, # function that returns the whole help text; None: argparse's help
+        noun:str="command", # what the first word names in messages, if there are subcommands
+        **kwargs, # further arguments of `argparse.ArgumentParser`
     ):
         options = dict(allow_abbrev=False, exit_on_error=False, formatter_class=argparse.RawDescriptionHelpFormatter)
         super().__init__(**{**options, **kwargs})
@@ -45,8 +45,8 @@ def known_options(self:CommandParser)->list[str]:
 # %% ../../nbs/00_core/4_arguments.ipynb #629dc4d5
 @patch
 def join_values(self:CommandParser,
-    argv:list[str], # as typed
-)->list[str]: # `--sort -loss` as `--sort=-loss`
+    argv:list[str], # arguments as typed
+)->list[str]: # arguments; `--sort -loss` becomes `--sort=-loss`
     "Join each option with its value, because a value may begin with a dash"
     valued = {o for a in self._actions if a.option_strings and a.nargs is None for o in a.option_strings}
     out, rest = [], list(argv)
@@ -58,8 +58,8 @@ def join_values(self:CommandParser,
 # %% ../../nbs/00_core/4_arguments.ipynb #a783329f
 @patch
 def parse_known_args(self:CommandParser,
-    args=None, # as typed; None: this process' arguments
-    namespace=None, # to fill
+    args=None, # arguments as typed; None: those of this process
+    namespace=None, # namespace to fill; None: a new one
 )->tuple: # namespace with `words`, and an empty list, because unknown options raise an error
     "Parse options and words in any order"
     if self.setup: setup, self.setup = self.setup, None; setup(self)
@@ -89,7 +89,7 @@ def check_words(self:CommandParser, words:list[str]):
 def explain(self:CommandParser,
     error:argparse.ArgumentError,
 )->str:
-    "An error of argparse's as a sentence that names the option"
+    "Rewrite an argparse error as a sentence that names the option"
     name, text = error.argument_name, error.message
     if text == "expected one argument": return f"{name} needs a value."
     if text.startswith("ignored explicit argument"): return f"{name} takes no value."
@@ -98,7 +98,7 @@ def explain(self:CommandParser,
 # %% ../../nbs/00_core/4_arguments.ipynb #33f02fcd
 @patch
 def error(self:CommandParser,
-    message:str, # argparse's
+    message:str, # message of argparse
 ):
     "Raise the error that argparse would print"
     raise UserError(message)
@@ -123,18 +123,18 @@ def format_help(self:CommandParser)->str:
 
 # %% ../../nbs/00_core/4_arguments.ipynb #b7208624
 def whole_number(
-    text:str, # as typed
-)->int: # 0 or above
+    text:str, # value as typed
+)->int: # 0 or larger
     "The type of an option that takes a count"
     if not text.isdigit(): raise argparse.ArgumentTypeError(f"{text}: it takes a whole number from 0 on.")
     return int(text)
 
 # %% ../../nbs/00_core/4_arguments.ipynb #ddf912fa
 def number_between(
-    low:float, # smallest
-    high:float, # largest
-    kind=float, # or int
-): # a type for `add_argument`
+    low:float, # smallest allowed value
+    high:float, # largest allowed value
+    kind=float, # float or int
+): # a function for `type=` of `add_argument`
     "The type of an option that takes a number in a range"
     def read(text):
         try: value = kind(text)

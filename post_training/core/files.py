@@ -20,9 +20,9 @@ class UserError(ValueError):
 
 # %% ../../nbs/00_core/1_files.ipynb #14cde7c7
 def did_you_mean(
-    name:str, # as typed
-    known, # iterable of the names that exist
-    n:int=3, # number of suggestions at most
+    name:str, # the misspelt name, as typed
+    known, # iterable of str: the names that exist
+    n:int=3, # maximum number of suggestions
 )->str: # " Did you mean 'a' or 'b'?", or "" if no name is similar
     "The known names most similar to a misspelt one, as a sentence to append to an error message"
     hits = get_close_matches(name, list(known), n=n, cutoff=0.6)
@@ -37,9 +37,9 @@ def _mark_alive(fd:int):
 
 # %% ../../nbs/00_core/1_files.ipynb #1748db73
 def write_atomic(
-    path, # of the file
-    data:str|bytes, # the whole content
-)->Path: # the path written
+    path, # path of the file to write
+    data:str|bytes, # the whole content of the file
+)->Path: # `path` as a Path
     "Write a whole file or nothing: a temporary file in the same folder, flushed, then renamed"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,17 +59,17 @@ def write_atomic(
 
 # %% ../../nbs/00_core/1_files.ipynb #08d7c7fc
 def write_json(path, obj)->Path:
-    "Write `obj` as JSON, atomically, keys in the order given; NaN and infinity are refused, since JSON has neither"
+    "Write `obj` as JSON, atomically, with keys in the given order; refuse NaN and infinity, which JSON does not have"
     return write_atomic(path, json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False, default=str) + "\n")
 
 # %% ../../nbs/00_core/1_files.ipynb #2c7eb854
 def read_json(
-    path, # of the file
-    remedy:str="", # what to do if the file is missing or damaged, in one sentence
-    kind:type=dict, # what the file holds: dict or list
-    **missing, # default=VALUE: returned if there is no file
+    path, # path of the file to read
+    remedy:str="", # sentence for the error: what to do if the file is missing or damaged
+    kind:type=dict, # required type of the content: dict or list
+    **missing, # `default=VALUE`: the value to return if there is no file
 ):
-    "The content of a JSON file; a file that is damaged raises an error that names it"
+    "Read a JSON file; a damaged file raises an error that names it"
     try: text = Path(path).read_bytes()
     except FileNotFoundError:
         if "default" in missing: return missing["default"]
@@ -96,10 +96,10 @@ _LEFTOVER = re.compile(r"\.(?:(?:old-\.)?tmp-(?P<folder>.+)-[a-z0-9_]{8}|(?P<fil
 
 # %% ../../nbs/00_core/1_files.ipynb #8605cdb6
 def leftovers(
-    folder, # is searched, without the folders in it
-    name:str=None, # only of the file or folder of this name
+    folder, # folder to search; its subfolders are not searched
+    name:str=None, # name of one final file or folder: find only its leftovers; None: find all
 )->list[Path]:
-    "Temporary files and folders whose writers were killed"
+    "Find the temporary files and folders whose writers were killed"
     found = []
     for entry in os.scandir(folder) if os.path.isdir(folder) else ():
         m = _LEFTOVER.fullmatch(entry.name)
@@ -115,9 +115,9 @@ def leftovers(
 
 # %% ../../nbs/00_core/1_files.ipynb #c98afa30
 def clear_leftovers(
-    folder, # is searched, without the folders in it
-    name:str=None, # only of the file or folder of this name
-)->list[Path]: # what was removed
+    folder, # folder to search; its subfolders are not searched
+    name:str=None, # name of one final file or folder: remove only its leftovers; None: remove all
+)->list[Path]: # the removed files and folders
     "Remove temporary files and folders whose writers were killed"
     for p in (found := leftovers(folder, name)):
         if p.is_dir(): shutil.rmtree(p, ignore_errors=True)
@@ -154,10 +154,10 @@ def atomic_dir(
 # %% ../../nbs/00_core/1_files.ipynb #ad7a06cf
 @contextlib.contextmanager
 def temporary_dir(
-    folder, # to make it in; made if missing
-    name:str="work", # what it is for
+    folder, # parent folder; it is created if missing
+    name:str="work", # prefix of the temporary folder's name: its purpose
 ):
-    "Yield a temporary folder, which is removed at the end; first, the folders of killed processes are removed"
+    "Yield a temporary folder and remove it at the end; first remove the folders that killed processes left"
     Path(folder).mkdir(parents=True, exist_ok=True)
     clear_leftovers(folder, name)
     tmp = Path(tempfile.mkdtemp(dir=folder, prefix=f".tmp-{name}-"))
@@ -179,9 +179,9 @@ def file_sha256(path)->str: # hex digest
 
 # %% ../../nbs/00_core/1_files.ipynb #55e18862
 def write_manifest(
-    folder, # the folder to describe, complete except for the manifest
-    **facts, # kept with it: step, world size, config hash
-)->dict: # the manifest written
+    folder, # a folder that is complete except for the manifest
+    **facts, # further entries of the manifest, such as step, world size and config hash
+)->dict: # the content of the manifest
     "List every file of a folder with size and SHA-256 in `manifest.json`, written last and atomically"
     folder = Path(folder)
     files = {str(p.relative_to(folder)): dict(size=p.stat().st_size, sha256=file_sha256(p))
@@ -193,8 +193,8 @@ def write_manifest(
 # %% ../../nbs/00_core/1_files.ipynb #f6a2abba
 def verify_manifest(
     folder, # a folder that `write_manifest` described
-    hashes:bool=True, # read the files and compare their SHA-256; False compares sizes only
-)->list[str]: # one sentence per fault; empty if the folder is whole
+    hashes:bool=True, # True: read the files and compare their SHA-256; False: compare sizes only
+)->list[str]: # one sentence per fault; empty if the folder agrees with its manifest
     "Compare a folder with its manifest"
     folder = Path(folder)
     if not (folder/MANIFEST).exists(): return [f"{folder.name} has no {MANIFEST}: the save did not finish"]
@@ -219,8 +219,8 @@ _VERIFIED = "POST_TRAINING_VERIFIED" # environment variable: folders that this p
 # %% ../../nbs/00_core/1_files.ipynb #bba8bfc0
 def verify_once(
     folder, # a folder that `write_manifest` described
-)->list[str]: # one sentence per fault; empty if the folder is whole
-    "Compare a folder with the checksums of its manifest, once per run and host; more than a second is reported"
+)->list[str]: # one sentence per fault; empty if the folder agrees with its manifest
+    "Compare a folder with the checksums of its manifest, once per run and host; print the time if it exceeds a second"
     folder = Path(folder).resolve()
     try: stamp = f"{folder}@{(folder/MANIFEST).stat().st_mtime_ns}@{os.uname().nodename}"
     except OSError: return verify_manifest(folder)
@@ -236,8 +236,8 @@ def verify_once(
 # %% ../../nbs/00_core/1_files.ipynb #ee25f852
 @contextlib.contextmanager
 def file_lock(
-    path, # the lock file, made if missing
-    wait:bool=True, # wait for the lock; False raises `BlockingIOError` if another process holds it
+    path, # path of the lock file; it is created if missing
+    wait:bool=True, # True: wait for the lock; False: raise `BlockingIOError` if another process holds it
 ):
     "Hold an exclusive lock on `path` during the block"
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -247,10 +247,10 @@ def file_lock(
 
 # %% ../../nbs/00_core/1_files.ipynb #7d832e7d
 class ForkShared:
-    "An object that forked processes already have: it is pickled as a name for them, and by value for any other process"
+    "A wrapper of an object that forked processes already have: they receive only a name, other processes the value"
     shared = weakref.WeakValueDictionary() # name -> object
     def __init__(self,
-        value, # must live as long as the processes
+        value, # the object to share; keep a reference to it as long as the processes run
     ):
         self.value = value
         self.shared[id(value)] = value
@@ -260,9 +260,9 @@ class ForkShared:
 
 # %% ../../nbs/00_core/1_files.ipynb #e32f3f43
 def fork_shared_object(
-    name:int, # of an object that was shared before this process was forked
+    name:int, # number under which `ForkShared` registered the object before this process was forked
 ):
-    "The object itself"
+    "The object that is registered under a name"
     return ForkShared.shared[name]
 
 # %% ../../nbs/00_core/1_files.ipynb #91126d94
@@ -277,7 +277,7 @@ def gc_paused():
 
 # %% ../../nbs/00_core/1_files.ipynb #e807e3db
 def exit_fast(
-    code:int, # exit code
+    code:int, # exit code of the process
 ):
     "End this process after its `main` has returned, without destroying its modules"
     if int(os.environ.get("WORLD_SIZE", 1)) > 1: sys.exit(code)
@@ -297,7 +297,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u2
 
 # %% ../../nbs/00_core/1_files.ipynb #ed1499c3
 def visible_text(
-    text:str, # from outside; line breaks and tabs stay
+    text:str, # untrusted text; line breaks and tabs are kept
 )->str:
     "Text that is safe to print in a terminal"
     return _CONTROL.sub(lambda m: f"<{ord(m[0]):02x}>", _SEQUENCE.sub("", text))
@@ -313,9 +313,9 @@ _NAMES_ONLY = {"file", "path", "folder", "dir", "env", "variable", "name", "coun
 # %% ../../nbs/00_core/1_files.ipynb #241bd369
 @functools.cache
 def is_secret_name(
-    name:str, # of a key, an option or a variable
+    name:str, # name of a key, an option or a variable
 )->bool:
-    "Whether a name says that its value is a secret, by whole words"
+    "True if one of the words in a name says that its value is a secret"
     words = [w.lower() for w in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
     if not words or words[-1] in _NAMES_ONLY: return False
     if any(_SECRET_WORD.search(w) for w in words): return True
@@ -345,7 +345,7 @@ _PLACEHOLDER = re.compile(r"<.*>|\[.*\]|\$.*|%.*|none|null|true|false|str|bytes|
 
 # %% ../../nbs/00_core/1_files.ipynb #d21353fb
 def _is_assigned_secret(m:re.Match)->bool:
-    "Whether the value that stands after a name is a secret"
+    "True if the value that stands after a name is a secret"
     name, value = m["name"], m["value"]
     if not is_secret_name(name.strip("-")) or _PLACEHOLDER.fullmatch(value) or value == name: return False
     if m["quote"]: return True
@@ -368,7 +368,7 @@ def _redact_assigned(text:str)->str:
 
 # %% ../../nbs/00_core/1_files.ipynb #2dd10cbe
 def _environment_secrets()->list[str]:
-    "The values of this process' variables that are named like secrets, the longest first"
+    "The values of the environment variables that are named like secrets, the longest first"
     found = {v for k, v in os.environ.items() if is_secret_name(k) and not v.startswith("/")
              and (len(v) > 11 or len(v) > 7 and re.search(r"\d", v))}
     return sorted(found, key=len, reverse=True)
@@ -395,16 +395,16 @@ def _redact_any(obj, known:list[str]):
 
 # %% ../../nbs/00_core/1_files.ipynb #b0167539
 def redact(
-    obj, # text, or any nesting of dicts and lists; nothing that the program reads back
+    obj, # text, or nested dicts and lists; never values that the program reads back
 ):
-    "Replace secrets in text, the values of keys named like secrets, and the values of such environment variables"
+    "Hide secrets in text, values of keys named like secrets, and values of environment variables named like secrets"
     return _redact_any(obj, _environment_secrets())
 
 # %% ../../nbs/00_core/1_files.ipynb #c00c7c87
 def find_secrets(
-    obj:dict, # nested
-    prefix:str="", # of the dotted keys
-)->list[str]: # dotted keys
+    obj:dict, # nested configuration
+    prefix:str="", # prefix of the dotted keys, for the recursion
+)->list[str]: # dotted keys, such as `wandb.api_key`
     "The keys whose values are or contain secrets"
     found, known = [], _environment_secrets()
     for k, v in obj.items():
@@ -415,7 +415,7 @@ def find_secrets(
 
 # %% ../../nbs/00_core/1_files.ipynb #8a0acab6
 def refuse_secrets(
-    cfg:dict, # a configuration
+    cfg:dict, # nested configuration
 ):
     "Refuse a configuration with a secret in it, because a configuration is printed, stored and copied"
     if not (hidden := list(dict.fromkeys(find_secrets(cfg)))): return

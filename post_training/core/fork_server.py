@@ -24,25 +24,25 @@ LIBRARIES = ("torch", "numpy", "pandas", "pyarrow", "tokenizers", "transformers"
 LOAD_TIME = ("OMP_", "GOMP_", "MKL_", "OPENBLAS_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "TORCH", "PYTORCH_",
              "ATEN_", "PYTHON", "LD_", "MALLOC_", "XDG_", "ARROW_", "WANDB_", "TRL_")
 LOAD_TIME_NAMES = ("HOME", "TZ", "LANG", "LC_ALL", "USE_TORCH", "USE_TF", "USE_FLAX", "VIRTUAL_ENV")
-WITHOUT_EFFECT = ("PYTHONUNBUFFERED", "TOKENIZERS_PARALLELISM", "WANDB_MODE", "TORCHELASTIC_RUN_ID",
-                  "PYTORCH_NVML_BASED_CUDA_CHECK") # read when used
+WITHOUT_EFFECT = ("PYTHONUNBUFFERED", "TOKENIZERS_PARALLELISM", "WANDB_MODE", "TORCHELASTIC_", "TORCH_NCCL_",
+                  "PYTORCH_NVML_BASED_CUDA_CHECK") # beginnings of names; read when used
 SERVER_SETTINGS = dict(OMP_WAIT_POLICY="PASSIVE", HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_PROGRESS_BARS="1",
                        TRANSFORMERS_VERBOSITY="error") # unless the user has set them
 
 # %% ../../nbs/00_core/7_fork_server.ipynb #8a157a6e
 def load_time_variables(
     env:dict, # environment variables
-)->dict: # the part that libraries read when they are loaded
+)->dict: # the variables that libraries read when they are loaded
     "The variables whose values a fork cannot change"
     return {k: v for k, v in env.items()
-            if (k.startswith(LOAD_TIME) or k in LOAD_TIME_NAMES) and k not in WITHOUT_EFFECT}
+            if (k.startswith(LOAD_TIME) or k in LOAD_TIME_NAMES) and not k.startswith(WITHOUT_EFFECT)}
 
 # %% ../../nbs/00_core/7_fork_server.ipynb #e09dc9e4
 def refusal(
-    request:dict, # of a command: executable, env, limits
-    env:dict, # the server's own environment
-    threads:int, # that PyTorch uses in the server
-)->str: # why a fork would differ from a new process; "" if it would not
+    request:dict, # request of a command, with executable, env and limits
+    env:dict, # environment variables of the server
+    threads:int, # number of threads that PyTorch uses in the server
+)->str: # why a fork would differ from a new process; empty if it would not
     "The first setting of a request that a fork of the server could not take over"
     if request["executable"] != sys.executable: return f"the interpreter is {request['executable']}"
     for kind, (_, hard) in request["limits"].items():
@@ -57,8 +57,8 @@ def refusal(
 
 # %% ../../nbs/00_core/7_fork_server.ipynb #1097df3f
 def send_request(
-    connection:socket.socket,
-    request:dict, # what the fork needs
+    connection:socket.socket, # connection to the server
+    request:dict, # settings of the fork, from `request_of`
     files, # three file descriptors: standard input, output, error
 ):
     "Send a request and its files"
@@ -69,8 +69,8 @@ def send_request(
 
 # %% ../../nbs/00_core/7_fork_server.ipynb #f4790f91
 def receive_request(
-    connection:socket.socket,
-)->tuple[dict, list[int]]: # the request and its files
+    connection:socket.socket, # connection from a command
+)->tuple[dict, list[int]]: # (the request, its three file descriptors)
     "Receive what `send_request` sends; an incomplete request raises `ConnectionError`"
     head, rights, _, _ = connection.recvmsg(4, socket.CMSG_LEN(3*array.array("i").itemsize))
     files = array.array("i")
@@ -95,10 +95,10 @@ def die_with(
 
 # %% ../../nbs/00_core/7_fork_server.ipynb #19e748f6
 def become(
-    request:dict, # as `request_of` makes it
-    files, # standard input, output, error
+    request:dict, # settings of the fork, from `request_of`
+    files, # three file descriptors: standard input, output, error
     parent:int, # process id of the server
-)->list[str]: # the module and its arguments
+)->list[str]: # name of the module and its arguments
     "Give a fork the settings that a new process would have"
     die_with(parent)
     os.setsid()
@@ -119,7 +119,7 @@ def become(
 
 # %% ../../nbs/00_core/7_fork_server.ipynb #4a72fab1
 def run_module_here(
-    argv:list[str], # a module and its arguments
+    argv:list[str], # name of a module and its arguments
 ):
     "Run a module as `python -m` does, in this process"
     import runpy
@@ -134,7 +134,7 @@ def run_module_here(
 
 # %% ../../nbs/00_core/7_fork_server.ipynb #5ef37241
 def end_fork(
-    error:BaseException|None=None, # what the module raised
+    error:BaseException|None=None, # the exception that the module raised; None: it returned
 ):
     "End this process as Python would, but without destroying the objects of its libraries"
     code = 0
@@ -154,8 +154,8 @@ def end_fork(
     os._exit(code & 0xFF)
 
 # %% ../../nbs/00_core/7_fork_server.ipynb #31c94d42
-def unfit()->str: # why; "" if it can
-    "Why this process cannot serve forks"
+def unfit()->str: # the reason; empty if it can
+    "The reason why this process cannot serve forks"
     threads = []
     for task in os.listdir("/proc/self/task"):
         with open(f"/proc/self/task/{task}/comm") as f: threads.append(f.read().strip())
@@ -177,7 +177,7 @@ class ServerState:
 
 # %% ../../nbs/00_core/7_fork_server.ipynb #a9080e79
 def server_state(
-    listener:socket.socket, # that listens
+    listener:socket.socket, # listening socket of the server
 )->ServerState:
     "The state of this process as a server"
     wake, write = os.pipe()
@@ -188,17 +188,17 @@ def server_state(
 
 # %% ../../nbs/00_core/7_fork_server.ipynb #e0635d4c
 def tell(
-    connection:socket.socket,
-    line:str,
+    connection:socket.socket, # connection from a command
+    line:str, # line of text
 ):
-    "Send a line to a command, which may have ended"
+    "Send a line to a command; do nothing if the command has ended"
     with contextlib.suppress(OSError): connection.sendall(f"{line}\n".encode())
 
 # %% ../../nbs/00_core/7_fork_server.ipynb #bf53855f
 def answer_command(
-    server:ServerState,
-    connection:socket.socket, # of a new command
-)->list[str]|None: # in a fork: the module and its arguments; None in the server
+    server:ServerState, # state of the server
+    connection:socket.socket, # connection from a new command
+)->list[str]|None: # in the fork: the module and its arguments; in the server: None
     "Fork for a command, or send it the reason for a refusal"
     connection.settimeout(10)
     try: request, files = receive_request(connection)
@@ -217,7 +217,7 @@ def answer_command(
 
 # %% ../../nbs/00_core/7_fork_server.ipynb #d67c9506
 def report_ends(
-    server:ServerState,
+    server:ServerState, # state of the server
 ):
     "Send commands the exit codes of their forks"
     for connection, pid in list(server.forks.items()):
@@ -229,8 +229,8 @@ def report_ends(
 
 # %% ../../nbs/00_core/7_fork_server.ipynb #5644a77b
 def handle_event(
-    server:ServerState,
-)->list[str]|None: # in a fork: the module and its arguments
+    server:ServerState, # state of the server
+)->list[str]|None: # in a fork: the module and its arguments; in the server: None
     "Wait for one event and handle it: a new command, the end of a command, or the end of a fork"
     ready, _, _ = select.select([server.listener, server.wake, *server.forks], [], [])
     with contextlib.suppress(BlockingIOError): os.read(server.wake, 4096)
@@ -241,8 +241,8 @@ def handle_event(
 
 # %% ../../nbs/00_core/7_fork_server.ipynb #a4fe36a2
 def serve(
-    listener:socket.socket, # that listens
-    libraries=LIBRARIES, # modules
+    listener:socket.socket, # listening socket of the server
+    libraries=LIBRARIES, # names of modules to import before the first fork
 )->list[str]: # in a fork: the module and its arguments; the server itself never returns
     "Import libraries, then fork for each connection"
     server = server_state(listener)
@@ -254,7 +254,7 @@ def serve(
 
 # %% ../../nbs/00_core/7_fork_server.ipynb #486b4864
 def request_of(
-    argv:list[str], # a module and its arguments
+    argv:list[str], # name of a module and its arguments
 )->dict:
     "The settings of this process that a fork takes over"
     kinds = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
@@ -269,7 +269,7 @@ def request_of(
 
 # %% ../../nbs/00_core/7_fork_server.ipynb #a162707e
 def run_forked(
-    argv:list[str], # a module and its arguments
+    argv:list[str], # name of a module and its arguments
 ): # does not return
     "Run a module as a fork of the server and end as it ends; without a server, become `python -m`"
     connection = socket.socket(socket.AF_UNIX)
@@ -294,13 +294,13 @@ def run_forked(
     os._exit(1)
 
 # %% ../../nbs/00_core/7_fork_server.ipynb #7beca9b3
-def own_file()->str: # a path
+def own_file()->str: # path of the file
     "The file of this module"
     return globals().get("__file__") or importlib.util.find_spec("post_training.core.fork_server").origin
 
 # %% ../../nbs/00_core/7_fork_server.ipynb #39efe64e
 def forked_command(
-    argv:list[str], # a command
+    argv:list[str], # command and its arguments
 )->list[str]: # a command with the same effect
     "Turn `python -m MODULE` into a fork of the server, if there is a server; other commands stay as they are"
     if [*argv[:2]] != [sys.executable, "-m"] or os.environ.get(SERVER_VARIABLE, "off") == "off": return argv
@@ -309,7 +309,7 @@ def forked_command(
 # %% ../../nbs/00_core/7_fork_server.ipynb #1602e708
 @contextlib.contextmanager
 def fork_server(
-    libraries=LIBRARIES, # modules
+    libraries=LIBRARIES, # names of modules that the server imports
 ):
     "Start a server for the block and name it in the environment, unless the environment already names one"
     given = os.environ.get(SERVER_VARIABLE)
@@ -332,7 +332,7 @@ def fork_server(
 
 # %% ../../nbs/00_core/7_fork_server.ipynb #791d885c
 def fork_server_main():
-    "`run PARENT MODULE ARGUMENT...`, or `serve PARENT SOCKET MODULES`"
+    "Command line of this file: `run PARENT MODULE ARGUMENT...` or `serve PARENT SOCKET MODULES`"
     what, parent, *rest = sys.argv[1:]
     die_with(int(parent))
     if what == "run": run_forked(rest)

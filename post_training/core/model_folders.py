@@ -31,8 +31,8 @@ THETA_NAMES = (dict.fromkeys(("gemma3", "gemma3_text", "gemma3n", "gemma3n_text"
 
 # %% ../../nbs/00_core/5_model_folders.ipynb #8ac7f874
 def older_scaling(
-    model_type:str, # of the config
-    parameters:dict, # `rope_parameters`, of one kind of layer
+    model_type:str, # `model_type` of the config
+    parameters:dict, # `rope_parameters` of one kind of layer
 )->tuple[dict|None, str]: # (`rope_scaling`, the setting that transformers 4 does not support; empty if there is none)
     "The value of `rope_scaling` for transformers 4"
     kind, outside = parameters.get("rope_type", "default"), ("rope_type", "type", "rope_theta", "partial_rotary_factor")
@@ -48,9 +48,9 @@ def older_scaling(
 
 # %% ../../nbs/00_core/5_model_folders.ipynb #90aea13a
 def older_rope(
-    config:dict, # of `config.json`, or a part of it
-)->tuple[dict, str]: # (keys for transformers 4, the setting that it does not support)
-    "The rotary positions of a config under the names of transformers 4"
+    config:dict, # content of `config.json`, or of a config inside it
+)->tuple[dict, str]: # (keys for transformers 4, the setting that it does not support; empty if there is none)
+    "Write the rotary positions of a config under the names of transformers 4"
     parameters, kind = config.get("rope_parameters"), config.get("model_type", "")
     if not isinstance(parameters, dict) or not parameters: return {}, ""
     nested = {k: v for k, v in parameters.items() if isinstance(v, dict)}
@@ -74,7 +74,7 @@ def older_rope(
 
 # %% ../../nbs/00_core/5_model_folders.ipynb #a6903fd8
 def complete_config(
-    config:dict, # of `config.json`
+    config:dict, # content of `config.json`
 )->tuple[dict, list[str]]: # (the config with the names of both generations, notices)
     "A config that transformers 4 and transformers 5 read alike"
     out, notices = dict(config), []
@@ -96,9 +96,9 @@ SPECIAL_TOKEN_KEYS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_t
 
 # %% ../../nbs/00_core/5_model_folders.ipynb #3fb68d21
 def complete_tokenizer_config(
-    settings:dict, # of `tokenizer_config.json`
-    tokenizer=None, # the loaded tokenizer, for the defaults of its class
-    bpe:bool=True, # its model is a BPE
+    settings:dict, # content of `tokenizer_config.json`
+    tokenizer=None, # the loaded tokenizer, which provides the defaults of its class; None: not loaded
+    bpe:bool=True, # the tokenizer's model is a BPE
 )->tuple[dict, dict]: # (settings that both generations read, content of `special_tokens_map.json`)
     "The settings of a tokenizer, with a class and names that transformers 4 and 5 know"
     out = dict(settings)
@@ -118,9 +118,9 @@ def complete_tokenizer_config(
 
 # %% ../../nbs/00_core/5_model_folders.ipynb #0d005d6e
 def write_portable(
-    folder, # with a saved model, a saved tokenizer, or both
-    tokenizer=None, # the tokenizer that was saved, for the defaults of its class
-)->list[str]: # notices: settings that transformers 4 does not support
+    folder, # folder with a saved model, a saved tokenizer, or both
+    tokenizer=None, # the saved tokenizer, which provides the defaults of its class; None: not loaded
+)->list[str]: # notices about settings that transformers 4 does not support
     "Complete the files of a model folder for readers of both generations of transformers"
     folder, notices = Path(folder), []
     read = lambda name: json.loads((folder/name).read_text()) if (folder/name).is_file() else None

@@ -11,11 +11,11 @@ from pathlib import Path
 
 # %% ../../nbs/00_core/2_processes.ipynb #7bdb5d32
 def try_lock(
-    path:Path, # the lock file, made if missing
-    kind:int, # fcntl.LOCK_EX or fcntl.LOCK_SH
-    seconds:float=1., # how long to try
-): # the open file that holds the lock until it is closed, or None
-    "Take a lock, or give up after a moment"
+    path:Path, # path of the lock file; it is created if missing
+    kind:int, # `fcntl.LOCK_EX` (exclusive) or `fcntl.LOCK_SH` (shared)
+    seconds:float=1., # how long to try, in seconds
+): # the open file, which holds the lock until it is closed; None if the lock was not free
+    "Take a lock, or give up after a time limit"
     path.parent.mkdir(parents=True, exist_ok=True)
     f = open(path, "a")
     deadline = time.monotonic() + seconds
@@ -31,8 +31,8 @@ def try_lock(
 
 # %% ../../nbs/00_core/2_processes.ipynb #1d7ec54e
 def lock_holders(
-    path, # a file
-)->list[int]: # process ids; those of other users are seen by root only
+    path, # path of a file
+)->list[int]: # process ids; only root sees processes of other users
     "The processes of this machine that have a file open (Linux only)"
     held = []
     for link in Path("/proc").glob("[0-9]*/fd/*"):
@@ -42,9 +42,9 @@ def lock_holders(
 
 # %% ../../nbs/00_core/2_processes.ipynb #b5aea571
 def on_network_disk(
-    path, # a file or folder that is there
+    path, # an existing file or folder
 )->bool:
-    "Whether the file system of a path is shared between machines"
+    "True if the file system of a path is shared between machines"
     import psutil
     path = os.path.realpath(path)
     mounts = [m for m in psutil.disk_partitions(all=True) if os.path.commonpath([m.mountpoint, path]) == m.mountpoint]
@@ -53,10 +53,10 @@ def on_network_disk(
 
 # %% ../../nbs/00_core/2_processes.ipynb #ecc6ca29
 def remove_stale_build_locks(
-    folder=None, # of compiled extensions; None: PyTorch's
+    folder=None, # folder of compiled extensions; None: PyTorch's folder
     max_age:float=600., # seconds after which a lock on a network file system counts as stale
 )->list[Path]: # the removed files
-    "Remove the locks in PyTorch's folder of compiled extensions whose makers were killed; others are left"
+    "Remove locks in PyTorch's folder of compiled extensions if the processes that made them were killed"
     folder = Path(folder or os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home()/".cache/torch_extensions")
     if not sys.platform.startswith("linux") or not folder.is_dir(): return []
     locks, removed = [*folder.glob("*/lock"), *folder.glob("*/*/lock")], []
@@ -75,7 +75,7 @@ def remove_stale_build_locks(
 
 # %% ../../nbs/00_core/2_processes.ipynb #3510229f
 def die_with_parent(
-    parent:int|None=None, # process id that the parent must have; None: any
+    parent:int|None=None, # process id that the parent must have; None: any parent
 ):
     "Be killed when the parent process ends for any reason (Linux only; elsewhere nothing happens)"
     if not sys.platform.startswith("linux"): return
@@ -85,9 +85,9 @@ def die_with_parent(
 
 # %% ../../nbs/00_core/2_processes.ipynb #868e2232
 def this_job(
-    env:dict=None, # environment to read; None: that of this process
-)->dict: # id, task (of an array), restart, nodes, num_nodes; empty outside a job
-    "The scheduler's job in which one of our batch scripts started this process"
+    env:dict=None, # environment variables to read; None: those of this process
+)->dict: # keys id, task (index in an array), restart, nodes, num_nodes; empty outside a job
+    "The scheduler's job in which a batch script of this project started this process"
     env = os.environ if env is None else env
     if "POST_TRAINING_JOB" not in env or "SLURM_JOB_ID" not in env: return {}
     task = env.get("SLURM_ARRAY_TASK_ID")

@@ -23,9 +23,9 @@ from .processes import try_lock, die_with_parent, this_job
 
 # %% ../../nbs/00_core/3_shards.ipynb #61dd1ec1
 def token_batches(
-    lengths:list[int], # tokens of each row
-    budget:int, # tokens of a batch at most, padding included; a longer row is a batch of its own
-    max_rows:int=0, # rows of a batch at most; 0: any number
+    lengths:list[int], # number of tokens of each row
+    budget:int, # maximum tokens of a batch, padding included; a row above it is a batch of its own
+    max_rows:int=0, # maximum rows of a batch; 0: no limit
 )->list[list[int]]: # row indices of each batch; every row occurs once
     "Sort rows by length, the longest first, and cut them into batches"
     batches = []
@@ -39,14 +39,14 @@ def token_batches(
 # %% ../../nbs/00_core/3_shards.ipynb #6fe6b4ce
 @dataclass
 class ShardPlan:
-    "Rows, their batches, and which shard holds which batch"
-    keys:list[str] # name of each row
+    "Rows, their batches, and the shard of each batch"
+    keys:list[str] # unique name of each row
     batches:list[list[int]] # row indices of each batch; every row is in one
     costs:list[float] # tokens of each batch, padding included
-    params:dict # everything except the rows that the results depend on
+    params:dict # all settings on which the results depend, other than the rows
     shards:int
-    shard_of:list[int] # shard of each batch
-    fingerprint:str # of everything except the shards
+    shard_of:list[int] # index of the shard of each batch
+    fingerprint:str # SHA-256 of everything except the assignment to shards
 
     @property
     def by_shard(self)->list[list[int]]:
@@ -63,9 +63,9 @@ def _fingerprint(keys, batches, costs, params)->str:
 
 # %% ../../nbs/00_core/3_shards.ipynb #c1a50fa1
 def balance_batches(
-    costs:list[float], # of each batch
+    costs:list[float], # cost of each batch, in tokens
     shards:int, # number of shards
-)->list[int]: # shard of each batch
+)->list[int]: # index of the shard of each batch
     "Assign batches to shards: the most expensive first, each to the shard with the least work"
     loads = [(0, 0, k) for k in range(shards)]
     out = [0]*len(costs)
@@ -83,13 +83,13 @@ def _first_names(names, n:int=3)->str:
 
 # %% ../../nbs/00_core/3_shards.ipynb #b2d9c60d
 def make_shard_plan(
-    keys:list[str], # name of each row, all different: messages and seeds are made from it
-    lengths:list[int], # tokens of each row
-    params:dict, # everything except the rows that the results depend on
-    budget:int=0, # tokens of a batch at most, padding included
-    max_rows:int=0, # rows of a batch at most; 0: any number
-    shards:int=1, # number of shards at most; there are never more than batches
-    batches:list[list[int]]=None, # row indices of the caller's own batches; None: batches by length
+    keys:list[str], # unique name of each row; messages and seeds are made from it
+    lengths:list[int], # number of tokens of each row
+    params:dict, # all settings on which the results depend, other than the rows
+    budget:int=0, # maximum tokens of a batch, padding included
+    max_rows:int=0, # maximum rows of a batch; 0: no limit
+    shards:int=1, # maximum number of shards; there are never more shards than batches
+    batches:list[list[int]]=None, # the caller's own batches, as row indices; None: batches by length
 )->ShardPlan:
     "Plan the batches of all rows, and their shards"
     keys = list(map(str, keys))
@@ -123,9 +123,9 @@ SAVED_FILE_ENV = "POST_TRAINING_SAVED"
 
 # %% ../../nbs/00_core/3_shards.ipynb #27ce0c30
 def load_shard_plan(
-    folder, # of the work
+    folder, # work folder with `plan.json`
 )->ShardPlan:
-    "Read the plan of a folder"
+    "Read the plan of a work folder"
     path = Path(folder)/PLAN_FILE
     try: plan = ShardPlan(**json.loads(path.read_text()))
     except FileNotFoundError:
@@ -137,10 +137,10 @@ def load_shard_plan(
 
 # %% ../../nbs/00_core/3_shards.ipynb #7352f904
 def save_shard_plan(
-    folder, # of the work
-    plan:ShardPlan,
-)->ShardPlan: # the plan that the folder holds now
-    "Write a plan; a folder that holds another one is refused, unless only the number of shards differs"
+    folder, # work folder
+    plan:ShardPlan, # the plan to write
+)->ShardPlan: # the plan that the folder now holds
+    "Write a plan; refuse a folder with another plan, unless only the number of shards differs"
     path = Path(folder)/PLAN_FILE
     old = load_shard_plan(folder) if path.exists() else None
     if old and old.fingerprint != plan.fingerprint:
@@ -160,11 +160,11 @@ _DROPPED = b'{"dropped": '
 
 # %% ../../nbs/00_core/3_shards.ipynb #4a7824e8
 def encode_results(
-    plan:ShardPlan,
-    batch:list[int], # row indices
-    rows:list[dict], # the results, in the same order
+    plan:ShardPlan, # plan with the keys of the rows
+    batch:list[int], # row indices of the batch
+    rows:list[dict], # one result per row, in the order of `batch`
 )->list[bytes]: # one line per row
-    "The results of a batch as lines"
+    "Encode the results of a batch as lines"
     if len(rows) != len(batch):
         raise ValueError(f"{len(rows)} results for a batch of {len(batch)} rows, "
                          f"{_first_names(plan.keys[i] for i in batch)}: there has to be one for each")
@@ -182,9 +182,9 @@ def encode_results(
 
 # %% ../../nbs/00_core/3_shards.ipynb #2c2f0930
 def pack_floats(
-    values, # one dimension: a list, a numpy array, a tensor on the CPU
-)->str: # base64 of little-endian fp32
-    "An array of 32-bit floats as text, exactly; a value that 32 bits cannot hold is refused"
+    values, # one-dimensional: a list, a numpy array or a tensor on the CPU
+)->str: # base64 of little-endian 32-bit floats
+    "Encode an array of 32-bit floats as text, exactly; refuse values that 32 bits cannot hold"
     import numpy as np
     values = np.asarray(values)
     with np.errstate(over="ignore"): a = values.astype("<f4")
@@ -195,33 +195,33 @@ def pack_floats(
 
 # %% ../../nbs/00_core/3_shards.ipynb #665c1620
 def unpack_floats(
-    text:str, # from `pack_floats`
-): # numpy array of float32
-    "The array that was packed"
+    text:str, # base64 text from `pack_floats`
+): # numpy array, float32, one-dimensional
+    "Decode the text of `pack_floats`"
     import numpy as np
     return np.frombuffer(base64.b64decode(text, validate=True), dtype="<f4").astype(np.float32)
 
 # %% ../../nbs/00_core/3_shards.ipynb #21be82c1
 def seed_of(
-    *parts, # such as the seed of the run, the row id and the index of the sample
-)->int: # from 0 to 2**53 - 1: exact in JSON, in Arrow and for every generator
+    *parts, # what identifies the sample: seed of the run, row id, index of the sample
+)->int: # 0 to 2**53 - 1, which JSON, Arrow and every generator represent exactly
     "A seed computed from names and numbers"
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "big") >> 11
 
 # %% ../../nbs/00_core/3_shards.ipynb #e1b5434e
 def read_progress(
-    folder, # of a shard
-)->dict: # fingerprint, batches, rows, bytes, sha256; made and seconds of the last worker; empty if nothing is saved
-    "What a shard has saved"
+    folder, # folder of a shard
+)->dict: # fingerprint, batches, rows, bytes, sha256, and time and seconds of the last worker; empty: nothing is saved
+    "Read the progress of a shard"
     try: return json.loads((Path(folder)/PROGRESS_FILE).read_text())
     except (OSError, ValueError): return {}
 
 # %% ../../nbs/00_core/3_shards.ipynb #a4dcaa47
 class ShardFile:
-    "The results of a shard so far"
+    "The file with the results of a shard so far"
     def __init__(self,
-        folder, # of the shard
-        fingerprint:str, # of the plan
+        folder, # folder of the shard
+        fingerprint:str, # fingerprint of the plan; results of another plan are discarded
     ):
         self.folder = Path(folder)
         self.pending_lines = []
@@ -284,9 +284,9 @@ def finish(self:ShardFile, **facts):
 
 # %% ../../nbs/00_core/3_shards.ipynb #130d0554
 def shard_folder(
-    folder, # of the work
-    plan:ShardPlan,
-    shard:int, # index
+    folder, # work folder
+    plan:ShardPlan, # plan of the work folder
+    shard:int, # index of the shard
 )->Path:
     "The folder of a shard's results; its log and its lock are files of the same name with a suffix"
     return Path(folder)/SHARDS_FOLDER/f"{shard:04d}-of-{plan.shards:04d}"
@@ -294,9 +294,9 @@ def shard_folder(
 # %% ../../nbs/00_core/3_shards.ipynb #f75ab035
 def shard_faults(
     at, # folder of a shard
-    plan:ShardPlan,
-)->list[str]: # one sentence per fault; empty: the shard is finished
-    "The faults of a shard"
+    plan:ShardPlan, # plan to which the shard should belong
+)->list[str]: # one sentence per fault; empty if the shard is finished
+    "Check whether a shard is finished and belongs to a plan"
     at = Path(at)
     if not (at/MANIFEST).exists(): return [f"it is not finished: {read_progress(at).get('rows', 0)} rows are saved"]
     if faults := verify_manifest(at): return faults
@@ -326,12 +326,12 @@ def hold_shard(
 
 # %% ../../nbs/00_core/3_shards.ipynb #d9feede5
 def run_shard(
-    folder, # of the work, planned
-    shard:int, # index
+    folder, # work folder with a plan
+    shard:int, # index of the shard
     make_batch_fn, # function of the folder and the plan that returns `batch_fn`: row indices -> one dict per row
-    save_batches:int=0, # save after this many batches; 0: by time only
+    save_batches:int=0, # save after this number of batches; 0: by time only
     save_seconds:float=60., # save after this many seconds
-)->int: # batches computed by this call
+)->int: # number of batches computed by this call
     "Compute the batches of a shard that are not saved yet"
     folder, plan = Path(folder), load_shard_plan(folder)
     if not 0 <= shard < plan.shards:
@@ -359,10 +359,10 @@ def run_shard(
 
 # %% ../../nbs/00_core/3_shards.ipynb #8c1e02a2
 def _row_locations(
-    folders:list[Path], # of verified shards
-    n:int, # rows in all
-)->list[list[tuple]]: # of each row: (index of the folder, offset, size) of each of its results
-    "Where the result of each row is stored"
+    folders:list[Path], # folders of verified shards
+    n:int, # number of rows of the plan
+)->list[list[tuple]]: # for each row, one (folder index, byte offset, byte count) per stored result
+    "Find where the result of each row is stored"
     out = [[] for _ in range(n)]
     for number, at in enumerate(folders):
         offset = 0
@@ -375,8 +375,8 @@ def _row_locations(
 # %% ../../nbs/00_core/3_shards.ipynb #9d5f5d79
 def _refuse_gaps(
     plan:ShardPlan,
-    faults:list[str], # of shards
-    folders:list[Path], # of the shards without faults
+    faults:list[str], # faults of shards, one sentence each
+    folders:list[Path], # folders of the shards without faults
     locations:list[list[tuple]], # from `_row_locations`
 ):
     "Raise if a shard is not complete, or a row does not occur exactly once"
@@ -411,11 +411,11 @@ def _last_log_line(
 
 # %% ../../nbs/00_core/3_shards.ipynb #56096890
 def _in_order(
-    folders:list[Path], # of shards
-    locations:list[list[tuple]], # one location per row
-    window:int=1024, # rows in memory
+    folders:list[Path], # folders of shards
+    locations:list[list[tuple]], # for each row, its one location
+    window:int=1024, # number of rows read into memory at once
 ):
-    "Yield (index, line without the index), in the order of the rows"
+    "Yield (row index, line without the index) in the order of the rows"
     for start in range(0, len(locations), window):
         rows = range(start, min(start + window, len(locations)))
         lines = {}
@@ -428,9 +428,9 @@ def _in_order(
 
 # %% ../../nbs/00_core/3_shards.ipynb #b43f1dc5
 def merge_shards(
-    folder, # of the work
-    out, # file of JSON lines to write
-)->dict: # rows (written), dropped (count by reason), examples (by reason: the first keys), fingerprint
+    folder, # work folder
+    out, # path of the JSON lines file to write
+)->dict: # rows (number written), dropped (reason -> count), examples (reason -> first keys), fingerprint
     "Write the results of all shards to one file, or raise an error that names the rows and shards at fault"
     plan, out = load_shard_plan(folder), Path(out)
     existing = [p for p in sorted((Path(folder)/SHARDS_FOLDER).glob("*")) if p.is_dir()]
@@ -456,7 +456,7 @@ def merge_shards(
 
 # %% ../../nbs/00_core/3_shards.ipynb #b3040ae3
 def _is_locked(path:Path)->bool:
-    "Whether a worker holds a lock now"
+    "True if a worker holds a lock now"
     try:
         with open(path) as f: fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError: return True
@@ -465,10 +465,10 @@ def _is_locked(path:Path)->bool:
 
 # %% ../../nbs/00_core/3_shards.ipynb #a8944dad
 def shard_progress(
-    folder, # of the work
-    plan:ShardPlan=None, # its plan, if it was read already
-)->dict: # rows, of, shards (finished), of_shards, share (of the tokens), per_second (rows; None if no worker runs)
-    "How much of the work is saved"
+    folder, # work folder
+    plan:ShardPlan=None, # plan of the folder; None: read it
+)->dict: # rows (saved), of (all rows), shards (finished), of_shards, share (of tokens), per_second (rows; or None)
+    "Count the saved rows and the finished shards"
     plan = plan or load_shard_plan(folder)
     rows = 0
     finished = 0
@@ -492,29 +492,29 @@ SHARD_WORKERS_ENV = "POST_TRAINING_WORKERS" # variable that the batch script set
 
 # %% ../../nbs/00_core/3_shards.ipynb #8009afa0
 def array_workers(
-    env:dict=None, # environment to read; None: that of this process
+    env:dict=None, # environment variables to read; None: those of this process
 )->int: # 1 if the variable is not set
-    "Number of workers of this task of an array"
+    "The number of workers of this array task"
     return int((os.environ if env is None else env).get(SHARD_WORKERS_ENV) or 1)
 
 # %% ../../nbs/00_core/3_shards.ipynb #3d415b32
 def array_shards(
-    plan:ShardPlan,
-    per_task:int=None, # shards of a task; None: as many as it has workers
-    env:dict=None, # environment to read; None: that of this process
-)->list[int]: # empty if there are more tasks than shards
-    "The shards of this task of an array"
+    plan:ShardPlan, # plan of the work folder
+    per_task:int=None, # number of shards of a task; None: its number of workers
+    env:dict=None, # environment variables to read; None: those of this process
+)->list[int]: # shard indices; empty if there are more tasks than shards
+    "The shards of this array task"
     task, each = (os.environ if env is None else env).get("SLURM_ARRAY_TASK_ID", ""), per_task or array_workers(env)
     if not task.isdigit(): raise UserError("This is no task of an array: SLURM_ARRAY_TASK_ID is not set. Name a shard.")
     return list(range(plan.shards))[int(task)*each:(int(task) + 1)*each]
 
 # %% ../../nbs/00_core/3_shards.ipynb #f1f2fd5b
 def slot_gpus(
-    slot:int, # of a worker: 0 to processes - 1
-    each:int=1, # GPUs of a worker
-    env:dict=None, # environment to read; None: that of this process
-)->dict[str, str]: # CUDA_VISIBLE_DEVICES
-    "The GPUs of one worker among several, for `slot_env` of `run_workers`"
+    slot:int, # index of a worker: 0 to processes - 1
+    each:int=1, # number of GPUs per worker
+    env:dict=None, # environment variables to read; None: those of this process
+)->dict[str, str]: # the variable CUDA_VISIBLE_DEVICES with its value
+    "Choose the GPUs of one of several workers; `run_workers` takes this function as `slot_env`"
     visible = (os.environ if env is None else env).get("CUDA_VISIBLE_DEVICES")
     gpus = range(slot*each, (slot + 1)*each)
     if visible is not None:
@@ -538,10 +538,10 @@ def exit_on_sigterm():
 
 # %% ../../nbs/00_core/3_shards.ipynb #33afaa54
 def run_shard_worker(
-    batch_fn_makers, # the stage's table: name -> `make_batch_fn`; or a function of a name, such as a config's path
-    argv:list[str]=None, # None: the arguments of this process
-)->int: # exit code: 2 for a mistake of the user
-    "The command of a shard worker"
+    batch_fn_makers, # dict from name to `make_batch_fn`, or a function that maps a name to it
+    argv:list[str]=None, # arguments of the command; None: those of this process
+)->int: # exit code; 2 for a mistake of the user
+    "Run the command of a shard worker"
     parser = argparse.ArgumentParser(description="Work on shards")
     parser.add_argument("name")
     parser.add_argument("folder")
@@ -610,12 +610,12 @@ def _stop(workers:list[_ShardWorker], grace:float=30.):
 
 # %% ../../nbs/00_core/3_shards.ipynb #ded07a69
 def _raise_failed(
-    failed:list[_ShardWorker],
-    stopped:list[_ShardWorker],
-    finished:list[int], # shards that ended well after the failure
-    not_begun:list[int], # shards
+    failed:list[_ShardWorker], # workers that failed
+    stopped:list[_ShardWorker], # workers that were stopped because of the failure
+    finished:list[int], # indices of shards that were finished after the failure
+    not_begun:list[int], # indices of shards that were not begun
 ):
-    "Say which worker failed and why, and what became of the other shards"
+    "Raise an error that says which worker failed and why, and lists the other shards"
     w = next((w for w in failed if w.process.returncode == 2), failed[0])
     groups = {"that failed too": [v.shard for v in failed if v is not w],
               "stopped, because the same would happen there": [v.shard for v in stopped],
@@ -630,17 +630,17 @@ def _raise_failed(
 
 # %% ../../nbs/00_core/3_shards.ipynb #360b220f
 def run_workers(
-    folder, # of the work, planned
-    command:list, # of a worker, up to the name of the stage
-    processes:int=1, # at a time
-    shards=None, # indices; None: all
-    slot_env=lambda slot: {}, # environment variables of the worker in a slot, 0 to processes - 1: its GPU
-    tick=lambda done: None, # called with `shard_progress` now and then
+    folder, # work folder with a plan
+    command:list, # command of a worker up to the name in the stage's table
+    processes:int=1, # maximum number of processes at a time
+    shards=None, # indices of shards; None: all
+    slot_env=lambda slot: {}, # slot index (0 to processes - 1) -> environment variables, such as its GPU
+    tick=lambda done: None, # function that is called regularly with `shard_progress`
     every:float=1., # seconds between two calls of `tick`
-    save_batches:int=0, # as for `run_shard`
-    save_seconds:float=60.,
+    save_batches:int=0, # save after this number of batches; 0: by time only
+    save_seconds:float=60., # save after this many seconds
 )->dict: # `shard_progress` at the end
-    "Work on the shards that are not finished, in processes of this machine"
+    "Run the unfinished shards in processes on this machine"
     plan, options = load_shard_plan(folder), ["--save-batches", save_batches, "--save-seconds", save_seconds]
     todo = [k for k in (range(plan.shards) if shards is None else shards)
             if shard_faults(shard_folder(folder, plan, k), plan)]

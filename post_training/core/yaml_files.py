@@ -15,8 +15,8 @@ YAML_LIMITS = dict(bytes=2**22, depth=50, nodes=100_000) # of a file; nodes are 
 
 # %% ../../nbs/00_core/6_yaml_files.ipynb #5a8ba766
 def read_text_file(
-    path, # of the file
-    name:str="", # how messages call it; empty: the path
+    path, # path of the file
+    name:str="", # name of the file in messages; empty: the path
 )->str:
     "The text of a regular file in UTF-8 that is not larger than the limit"
     name = name or str(path)
@@ -39,8 +39,8 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # %% ../../nbs/00_core/6_yaml_files.ipynb #4f6a2a68
 def error_line(
     e:yaml.YAMLError,
-    text:str="", # that was read; needed for the line of a character that YAML does not allow
-)->str: # "line 3: found ..."
+    text:str="", # the text that was read; needed for the line of a character that YAML does not allow
+)->str: # text such as "line 3: found ..."
     "The line of a YAML error and its reason, on one line"
     if (mark := getattr(e, "problem_mark", None)) is not None: return f"line {mark.line + 1}: {e.problem or e.context}"
     if isinstance(e, yaml.reader.ReaderError) and isinstance(e.position, int):
@@ -70,10 +70,10 @@ def _count_key(parent:_Open, event, name:str):
 
 # %% ../../nbs/00_core/6_yaml_files.ipynb #497d8dfd
 def check_events(
-    text:str, # YAML
-    name:str, # of the file, for messages
+    text:str, # YAML text
+    name:str, # name of the file in messages
 ):
-    "Refuse YAML that is too deep, too large with its aliases, refers to itself, or has a key twice"
+    "Refuse YAML that is too deep, is too large with its aliases, refers to itself, or has a key twice"
     stack, sizes = [], {} # open collections; anchor -> nodes
     total = 0 # nodes
     def add(nodes, event):
@@ -101,9 +101,9 @@ def check_events(
 
 # %% ../../nbs/00_core/6_yaml_files.ipynb #23f0979c
 def read_documents(
-    text:str, # YAML, perhaps several documents
-    name:str, # of the file, for messages
-)->list: # documents without the empty ones
+    text:str, # YAML text with any number of documents
+    name:str, # name of the file in messages
+)->list: # the documents that are not empty
     "The documents of a YAML text"
     try:
         check_events(text, name)
@@ -115,9 +115,9 @@ def read_documents(
 
 # %% ../../nbs/00_core/6_yaml_files.ipynb #cb6de255
 def read_yaml(
-    path, # of the file
-    name:str="", # how messages call it; empty: the path
-    empty:bool=False, # an empty file is an empty mapping
+    path, # path of the file
+    name:str="", # name of the file in messages; empty: the path
+    empty:bool=False, # accept an empty file as an empty mapping
 )->dict:
     "The one mapping that a YAML file holds"
     docs = read_documents(read_text_file(path, name), name := name or str(path))

@@ -30,16 +30,16 @@ class PairScores(NamedTuple):
     "The inputs of a pair loss; all tensors are [P]"
     chosen: torch.Tensor # beta times the score of the chosen answer
     rejected: torch.Tensor
-    chosen_ratio: torch.Tensor # its log-ratio
+    chosen_ratio: torch.Tensor # log-ratio of the chosen answer, log pi - log pi_ref
     rejected_ratio: torch.Tensor
-    chosen_beta: torch.Tensor # effective beta of the side
+    chosen_beta: torch.Tensor # effective beta of the chosen answer
     rejected_beta: torch.Tensor
-    chosen_length: torch.Tensor # tokens
+    chosen_length: torch.Tensor # number of tokens of the chosen answer
     rejected_length: torch.Tensor
-    logp_margin: torch.Tensor # beta times log-probability, chosen minus rejected, under the policy
-    ref_margin: torch.Tensor # the same under the reference
-    smoothing: float = 0. # label_smoothing
-    tau: float = 0.05 # discopop_tau
+    logp_margin: torch.Tensor # beta times log-probability under the policy, chosen minus rejected
+    ref_margin: torch.Tensor # the same margin under the reference
+    smoothing: float = 0. # `label_smoothing`
+    tau: float = 0.05 # `discopop_tau`
     @property
     def margin(self): return self.chosen - self.rejected
     @property
@@ -113,16 +113,16 @@ PAIR_LOSSES = { # loss_type: loss of each pair
 # %% ../../nbs/05_losses/5_dpo.ipynb #140782fc
 def pair_scores(
     logps_S:torch.Tensor, # log-probability of each answer under the policy
-    ref_logps_S:torch.Tensor, # the same under the reference
-    lengths_S:torch.Tensor, # tokens of each answer
-    beta:float, # strength of the penalty, above 0
-    f_divergence_type:str="reverse_kl", # a key of DIVERGENCES
-    alpha:float=0.5, # f_alpha_divergence_coef
-    normalize_beta_by_length:bool=False, # beta/|y|
-    max_effective_beta:float|None=None, # bound on beta after normalisation
-    **kwargs, # smoothing, tau
-)->tuple: # PairScores, and how many betas the bound changed
-    "Log-ratios, betas and scores of both sides"
+    ref_logps_S:torch.Tensor, # log-probability of each answer under the reference
+    lengths_S:torch.Tensor, # number of tokens of each answer
+    beta:float, # strength of the KL penalty, above 0
+    f_divergence_type:str="reverse_kl", # key of DIVERGENCES
+    alpha:float=0.5, # order of the alpha divergence (`f_alpha_divergence_coef`)
+    normalize_beta_by_length:bool=False, # divide beta by the length of the answer
+    max_effective_beta:float|None=None, # upper bound on beta after normalisation; None: no bound
+    **kwargs, # `smoothing` and `tau` of PairScores
+)->tuple: # (PairScores, number of answers whose beta the bound changed)
+    "Compute log-ratios, betas and scores of both sides"
     logps_S = at_least_fp32(logps_S)
     ref_logps_S, n_S = ref_logps_S.to(logps_S.dtype), lengths_S.clamp(min=1)
     beta_S, clamped = effective_beta(beta, lengths_S, normalize_beta_by_length, max_effective_beta, logps_S.dtype)
@@ -134,25 +134,25 @@ def pair_scores(
 
 # %% ../../nbs/05_losses/5_dpo.ipynb #c97b58b2
 def used_answers(
-    lengths_S:torch.Tensor, # tokens of each answer, 0 in a filler
+    lengths_S:torch.Tensor, # number of tokens of each answer; 0 in a filler
 )->torch.Tensor: # int64: indices of the answers whose pair has tokens on both sides
-    "The answers that enter the losses; on a GPU this waits for the device"
+    "Find the answers that enter the losses; on a GPU the host waits for the device"
     return (lengths_S > 0).view(-1, 2).all(-1).repeat_interleave(2).nonzero()[:, 0]
 
 # %% ../../nbs/05_losses/5_dpo.ipynb #bd1f076d
 def pair_losses(
-    loss_types:dict, # loss_type: its weight
-    logps_S:torch.Tensor, # log-probability of each answer under the policy; pairs without tokens are fillers
-    ref_logps_S:torch.Tensor, # the same under the reference
-    lengths_S:torch.Tensor, # tokens of each answer
-    beta:float, # strength of the penalty, above 0
-    normalize_loss_by_length:bool=False, # divide the loss of a pair by the mean length of its answers
-    plain_logps_S:torch.Tensor|None=None, # log-probabilities for `sft` if `logps_S` weights tokens (LD-DPO)
-    used_N:torch.Tensor|None=None, # of `used_answers`, if the host knows them; None finds them here
-    weights_P:torch.Tensor|None=None, # weight of each pair in the data; None: 1
-    **kwargs, # of `pair_scores`
-)->tuple: # (list of LossTerm, one for each loss; number of betas that a bound changed)
-    "The sum and the count of each loss over the pairs of a micro-batch"
+    loss_types:dict, # name of a loss (key of PAIR_LOSSES, or sft) -> its weight
+    logps_S:torch.Tensor, # log-probability of each answer under the policy
+    ref_logps_S:torch.Tensor, # log-probability of each answer under the reference
+    lengths_S:torch.Tensor, # number of tokens of each answer; 0 in a filler
+    beta:float, # strength of the KL penalty, above 0
+    normalize_loss_by_length:bool=False, # divide the loss of a pair by the mean length of its two answers
+    plain_logps_S:torch.Tensor|None=None, # log-probabilities for `sft`, if `logps_S` is weighted (LD-DPO)
+    used_N:torch.Tensor|None=None, # indices from `used_answers`, if the host knows them; None: compute them
+    weights_P:torch.Tensor|None=None, # data weight of each pair; None: 1
+    **kwargs, # further arguments of `pair_scores`
+)->tuple: # (one LossTerm per loss, number of answers whose beta the bound changed)
+    "Compute the sum and the count of each loss over the pairs of a micro-batch"
     used_N = used_answers(lengths_S) if used_N is None else used_N
     logps, plain, ref, n = (None if x is None else x.index_select(0, used_N)
                             for x in (logps_S, plain_logps_S, ref_logps_S, lengths_S))
@@ -173,8 +173,8 @@ def pair_losses(
 
 # %% ../../nbs/05_losses/5_dpo.ipynb #d9c4d12f
 def pair_count(
-    lengths_S:torch.Tensor, # tokens of each answer, 0 in a filler
-    weights_P:torch.Tensor|None=None, # weight of each pair in the data; None: 1
+    lengths_S:torch.Tensor, # number of tokens of each answer; 0 in a filler
+    weights_P:torch.Tensor|None=None, # data weight of each pair; None: 1
 )->torch.Tensor: # fp64 scalar
     "The number of pairs in a micro-batch, or the sum of their weights"
     used_P = (lengths_S > 0).view(-1, 2).all(-1)

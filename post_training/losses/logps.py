@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 # %% ../../nbs/05_losses/1_logps.ipynb #b9e144cb
 def at_least_fp32(
-    x:torch.Tensor, # any floating dtype
+    x:torch.Tensor, # tensor of any floating dtype
 )->torch.Tensor: # fp32, or fp64 where `x` is fp64
-    "The tensor in fp32, or in fp64 if it is fp64"
+    "Convert a tensor to fp32, unless it is fp64"
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 # %% ../../nbs/05_losses/1_logps.ipynb #79d182be
@@ -22,8 +22,8 @@ IGNORE = -100 # the label of a token that is not scored, as in torch and transfo
 
 # %% ../../nbs/05_losses/1_logps.ipynb #f33f8270
 def token_logps(
-    logits_BTV:torch.Tensor, # any floating dtype; computed in fp32 or better
-    labels_BT:torch.Tensor, # the token that each row of logits predicts, or -100
+    logits_BTV:torch.Tensor, # logits of any floating dtype; the computation is in fp32 or fp64
+    labels_BT:torch.Tensor, # int64 token ids: the token that each row of logits predicts; -100: not scored
 )->torch.Tensor: # logps_BT in nats; 0 where the label is -100
     "Log-probability of each label"
     scored_BT = labels_BT != IGNORE
@@ -33,30 +33,30 @@ def token_logps(
 
 # %% ../../nbs/05_losses/1_logps.ipynb #d3b3268a
 def token_values(
-    logits_BTV:torch.Tensor, # any floating dtype
-)->torch.Tensor: # values_BT, the log of the sum of exponentials over the vocabulary
+    logits_BTV:torch.Tensor, # logits of any floating dtype
+)->torch.Tensor: # values_BT: log of the sum of exponentials over the vocabulary
     "The soft value of each state: logsumexp of its logits"
     return at_least_fp32(logits_BTV).logsumexp(-1)
 
 # %% ../../nbs/05_losses/1_logps.ipynb #289c58b2
 def masked_labels(
-    input_ids_BT:torch.Tensor, # token ids
-    scored_BT:torch.Tensor, # true where the token itself is a target, aligned with the ids
-)->torch.Tensor: # labels_BT, aligned with the ids (the forward shifts them)
-    "Input ids where `scored_BT` is true, -100 elsewhere"
+    input_ids_BT:torch.Tensor, # int64 token ids
+    scored_BT:torch.Tensor, # bool: true if the loss reads the log-probability of this token; aligned with the ids
+)->torch.Tensor: # labels_BT, aligned with the ids; the forward pass shifts them
+    "The input ids with -100 at every token that is not scored"
     return torch.where(scored_BT.bool(), input_ids_BT, torch.full_like(input_ids_BT, IGNORE))
 
 # %% ../../nbs/05_losses/1_logps.ipynb #c7d106ee
 def label_logits(
-    hidden_NH:torch.Tensor, # hidden states of the picked positions
+    hidden_NH:torch.Tensor, # hidden states of the N scored positions
     weight_VH:torch.Tensor, # the weight of the language-model head
     labels_N:torch.Tensor, # one token id per position
-    bias_V:torch.Tensor|None=None, # the head's bias
+    bias_V:torch.Tensor|None=None, # bias of the head; None: no bias
     scale:float=1., # factor on the logits
-    softcap:float|None=None, # c of c*tanh(logit/c), after the scale
-    dtype:torch.dtype|None=None, # precision of the head's own product; its inputs and its result are rounded to it
-)->torch.Tensor: # logits_N in fp32 or better
-    "The head's logit of each position's own label, from one row of the weight each"
+    softcap:float|None=None, # c of the softcap c*tanh(logit/c), applied after the scale; None: no softcap
+    dtype:torch.dtype|None=None, # the product's inputs and result are rounded to this precision; None: no rounding
+)->torch.Tensor: # logits_N in fp32 or fp64
+    "The logit of each position's label, computed from one row of the weight"
     dtype = dtype or hidden_NH.dtype
     rows_NH, hidden_NH = weight_VH.index_select(0, labels_N).to(dtype), hidden_NH.to(dtype)
     logits_N = (at_least_fp32(hidden_NH)*at_least_fp32(rows_NH)).sum(-1)
@@ -66,15 +66,15 @@ def label_logits(
 
 # %% ../../nbs/05_losses/1_logps.ipynb #f7c7eb2c
 def tile_logits(
-    hidden_NH:torch.Tensor, # hidden states
-    weight_VH:torch.Tensor, # the head's weight
-    bias_V:torch.Tensor|None, # the head's bias
-    start:int, # first column
-    buffer:torch.Tensor, # [N, columns of a tile] of the hidden states' dtype; overwritten
+    hidden_NH:torch.Tensor, # hidden states of the N scored positions
+    weight_VH:torch.Tensor, # weight of the head
+    bias_V:torch.Tensor|None, # bias of the head; None: no bias
+    start:int, # index of the tile's first column in the vocabulary
+    buffer:torch.Tensor, # work memory [N, columns of a tile] in the dtype of the hidden states; it is overwritten
     scale:float=1., # factor on the logits
-    softcap:float|None=None, # softcap after the scale
-)->torch.Tensor: # logits_NC in fp32 or better, in the buffer's memory where the dtype allows
-    "The logits of a tile of the vocabulary, as wide as the buffer"
+    softcap:float|None=None, # c of the softcap, applied after the scale; None: no softcap
+)->torch.Tensor: # logits_NC in fp32 or fp64; it shares the buffer's memory if the dtype allows
+    "The logits of one tile of the vocabulary; the buffer sets its width"
     rows = slice(start, start + buffer.shape[1])
     weight_CH = weight_VH[rows].to(hidden_NH.dtype)
     tile_NC = buffer[:, :len(weight_CH)]
@@ -87,12 +87,12 @@ def tile_logits(
 # %% ../../nbs/05_losses/1_logps.ipynb #c7554429
 class TileSettings(NamedTuple):
     "How the tiles of `tiled_logps` are computed"
-    columns: int # of a tile
+    columns: int # number of columns of a tile
     scale: float # factor on the logits
-    softcap: float|None # softcap on the logits, after the scale
+    softcap: float|None # c of the softcap, applied after the scale; None: no softcap
     dtype: torch.dtype # precision of the products
-    gather: object # gather(weight, bias): context that gathers sharded weights
-    with_entropy: bool=False # also the entropy of each position
+    gather: object # function of (weight, bias) that returns a context in which sharded weights are whole
+    with_entropy: bool=False # also compute the entropy of each position
 
 # %% ../../nbs/05_losses/1_logps.ipynb #1943b3fa
 def _tiled_forward(hidden_NH, weight_VH, bias_V, labels_N, columns, scale, softcap, with_entropy=False):
@@ -169,18 +169,18 @@ class TiledLogps(torch.autograd.Function):
 
 # %% ../../nbs/05_losses/1_logps.ipynb #36126a86
 def tiled_logps(
-    hidden_NH:torch.Tensor, # hidden states of the picked positions
-    weight_VH:torch.Tensor, # the head's weight
-    labels_N:torch.Tensor, # the token that each position predicts
-    bias_V:torch.Tensor|None=None, # the head's bias
+    hidden_NH:torch.Tensor, # hidden states of the N scored positions
+    weight_VH:torch.Tensor, # weight of the head
+    labels_N:torch.Tensor, # int64: the token id that each position predicts
+    bias_V:torch.Tensor|None=None, # bias of the head; None: no bias
     scale:float=1., # factor on the logits
-    softcap:float|None=None, # softcap on the logits, after the scale
-    columns:int=512, # columns of a tile
-    dtype:torch.dtype|None=None, # precision of the products; None takes the hidden states'
-    gather=None, # gather(weight, bias): context that gathers sharded weights, entered again in the backward
-    with_entropy:bool=False, # also the entropy of each position; a second tile of memory
-)->tuple: # logps_N and values_N with gradients; top1_N: the label is the likeliest token; entropy_N if asked for
-    "Log-probabilities, values and top-1 flags without a [N, V] tensor"
+    softcap:float|None=None, # c of the softcap, applied after the scale; None: no softcap
+    columns:int=512, # number of columns of a tile
+    dtype:torch.dtype|None=None, # precision of the products; None: the dtype of the hidden states
+    gather=None, # function of (weight, bias): context in which sharded weights are whole; used in both passes
+    with_entropy:bool=False, # also compute the entropy of each position; it needs the memory of a second tile
+)->tuple: # logps_N, values_N (with gradients), top1_N (the label has the largest logit), entropy_N (optional)
+    "Log-probabilities, values and top-1 flags, computed without a tensor of shape [N, V]"
     gather = gather or (lambda *_: contextlib.nullcontext())
     tiles = TileSettings(columns, scale, softcap, dtype or hidden_NH.dtype, gather, with_entropy)
     out = TiledLogps.apply(hidden_NH, weight_VH, bias_V, labels_N, tiles)
@@ -188,9 +188,9 @@ def tiled_logps(
 
 # %% ../../nbs/05_losses/1_logps.ipynb #9fddf616
 def sequence_sums(
-    x_BT:torch.Tensor, # values to sum
-    sequence_BT:torch.Tensor, # number of the sequence a token belongs to, -1 on padding
-)->torch.Tensor: # sums_S with S = B*T; 0 if there is no such sequence
+    x_BT:torch.Tensor, # values to sum; any numeric dtype
+    sequence_BT:torch.Tensor, # index of the sequence of each token, from 0; -1 on padding
+)->torch.Tensor: # sums_S with S = B*T; entries without a sequence are 0
     "Sum over the tokens of each sequence"
     S = x_BT.numel()
     index_N = torch.where(sequence_BT < 0, S, sequence_BT).flatten()

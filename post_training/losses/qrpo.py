@@ -18,11 +18,11 @@ from .sft import LossTerm
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #8b63ed5e
 def compared_references(
-    reward_S:torch.Tensor, # reward of each completion
-    ref_rewards_SR:torch.Tensor, # rewards of the references of its prompt
-    mask_SR:torch.Tensor|None=None, # true for a reference; None: all
-    among_S:torch.Tensor|bool=False, # true if the completion is one of these references
-)->tuple: # mask_SR, among_S, n_S: the number of references it is compared with
+    reward_S:torch.Tensor, # reward of each completion; fp32 or fp64
+    ref_rewards_SR:torch.Tensor, # rewards of the references of the completion's prompt, in the same dtype
+    mask_SR:torch.Tensor|None=None, # bool: true for a reference, false for padding; None: all are references
+    among_S:torch.Tensor|bool=False, # bool: true if the completion is itself one of its references
+)->tuple: # (mask_SR, among_S, n_S: number of references other than the completion itself)
     "Check rewards and references; count the references other than the completion itself"
     if reward_S.dtype != ref_rewards_SR.dtype:
         raise ValueError(f"rewards are {reward_S.dtype}, reference rewards {ref_rewards_SR.dtype}: ties need both in "
@@ -40,12 +40,12 @@ def compared_references(
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #fdf98ccb
 def quantile(
-    reward_S:torch.Tensor, # reward of each completion
-    ref_rewards_SR:torch.Tensor, # rewards of the references of its prompt
-    mask_SR:torch.Tensor|None=None, # true for a reference; None: all
-    among_S:torch.Tensor|bool=False, # true if the completion is one of these references: it is left out
-)->torch.Tensor: # quantiles_S in [0,1], fp32 or better
-    "The share of a prompt's reference rewards that are at most as large as the completion's"
+    reward_S:torch.Tensor, # reward of each completion; fp32 or fp64
+    ref_rewards_SR:torch.Tensor, # rewards of the references of the completion's prompt, in the same dtype
+    mask_SR:torch.Tensor|None=None, # bool: true for a reference, false for padding; None: all are references
+    among_S:torch.Tensor|bool=False, # bool: the completion is itself one of its references, and is left out of them
+)->torch.Tensor: # quantiles_S from 0 to 1, fp32 or fp64
+    "The fraction of a prompt's reference rewards that are not larger than the reward of the completion"
     mask_SR, among_S, n_S = compared_references(reward_S, ref_rewards_SR, mask_SR, among_S)
     # its own reward is among those
     below_S = (mask_SR & (ref_rewards_SR <= reward_S[..., None])).sum(-1) - among_S.long()
@@ -53,10 +53,10 @@ def quantile(
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #82d408f8
 def mid_rank(
-    quantiles_S:torch.Tensor, # k/n
-    n_S:torch.Tensor|int, # references compared with
-)->torch.Tensor: # (k + 1/2)/(n + 1), never 0 or 1
-    "The mid-rank of a quantile, for functions that are infinite at 0 or 1"
+    quantiles_S:torch.Tensor, # quantiles k/n
+    n_S:torch.Tensor|int, # n, the number of references
+)->torch.Tensor: # (k + 1/2)/(n + 1), between 0 and 1 exclusive
+    "Replace a quantile by its mid-rank, for functions that are infinite at 0 or 1"
     return (quantiles_S*n_S + 0.5)/(n_S + 1)
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #3b258504
@@ -67,19 +67,19 @@ def _power_series(t_S, p, terms):
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #8e848709
 def beta_log_z(
-    beta_S:torch.Tensor, # above 0, fp32 or fp64
-)->torch.Tensor: # between 1 (small betas) and 0.5 (large betas)
-    "beta log Z of the quantile itself: 1 + beta ln beta + beta log(1 - exp(-1/beta))"
+    beta_S:torch.Tensor, # beta of each completion, above 0; fp32 or fp64
+)->torch.Tensor: # [S], from 1 (small beta) to 0.5 (large beta)
+    "beta log Z if the reward is the quantile itself: 1 + beta ln beta + beta log(1 - exp(-1/beta))"
     small_S, large_S = beta_S.clamp(max=2.), beta_S.clamp(min=2.)
     closed_S = 1 + small_S*(small_S.log() + torch.log1p(-torch.exp(-1/small_S)))
     return torch.where(beta_S < 2, closed_S, large_S*_power_series(1/large_S, 1., 14))
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #6f6de2bc
 def power_beta_log_z(
-    beta_S:torch.Tensor, # above 0, fp32 or fp64
-    p:float, # the power
-)->torch.Tensor: # between 1 (small betas) and 1/(p+1) (large betas)
-    "beta log Z of the quantile to the power p, 1/2 <= p <= 2"
+    beta_S:torch.Tensor, # beta of each completion, above 0; fp32 or fp64
+    p:float, # exponent, from 1/2 to 2
+)->torch.Tensor: # [S], from 1 (small beta) to 1/(p+1) (large beta)
+    "beta log Z if the reward is the quantile to the power p"
     t_S, k_K = 1/beta_S, torch.arange(1, 31, device=beta_S.device, dtype=beta_S.dtype)
     small_S, large_S = t_S.clamp(max=40.), t_S.clamp(min=40.)
     tail_S = ((k_K - 1/p)/large_S[..., None]).cumprod(-1).sum(-1).log1p()
@@ -88,24 +88,24 @@ def power_beta_log_z(
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #2a55ddf5
 def log_beta_log_z(
-    beta_S:torch.Tensor, # above 0
-)->torch.Tensor: # between 0 (small betas) and -1 (large betas)
-    "beta log Z of the logarithm of the quantile: Z = beta/(1 + beta)"
+    beta_S:torch.Tensor, # beta of each completion, above 0
+)->torch.Tensor: # [S], from 0 (small beta) to -1 (large beta)
+    "beta log Z if the reward is the logarithm of the quantile: Z = beta/(1 + beta)"
     return -beta_S*torch.log1p(1/beta_S)
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #5f071531
 def normal_beta_log_z(
-    beta_S:torch.Tensor, # above 0
-)->torch.Tensor: # 1/(2 beta)
-    "beta log Z of the normal quantile: Z = exp(1/(2 beta^2))"
+    beta_S:torch.Tensor, # beta of each completion, above 0
+)->torch.Tensor: # [S]: 1/(2 beta)
+    "beta log Z if the reward is the normal quantile: Z = exp(1/(2 beta^2))"
     return 0.5/beta_S
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #178396a3
 class Transform(NamedTuple):
     "A function of the quantile, with its partition function"
-    of_quantile: Callable # quantiles to rewards
-    beta_log_z: Callable # beta to beta log Z for a uniform quantile
-    mid_rank: bool=False # infinite at 0 or 1, so it takes mid-ranks
+    of_quantile: Callable # function: quantiles -> rewards
+    beta_log_z: Callable # function: beta -> beta log Z for a uniform quantile
+    mid_rank: bool=False # True: the function is infinite at 0 or 1, so it is applied to mid-ranks
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #9b4935ea
 TRANSFORMS = { # every value of `transform`
@@ -118,23 +118,23 @@ TRANSFORMS = { # every value of `transform`
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #45a11c21
 def uniform_atoms(
-    n_S:torch.Tensor, # references each completion is compared with
-    dtype:torch.dtype=torch.float32, # of the result
-    max_refs:int|None=None, # the largest of `n_S`, if the host knows it; None asks the device
-)->tuple: # quantiles_SK and weights_SK, with K = max(n) + 1
-    "The quantiles k/n, each with probability 1/(n+1): the distribution if no two rewards are equal"
+    n_S:torch.Tensor, # number of references of each completion
+    dtype:torch.dtype=torch.float32, # dtype of the result
+    max_refs:int|None=None, # the largest value of `n_S`, if the host knows it; None: read it from the device
+)->tuple: # (quantiles_SK, weights_SK) with K = max(n) + 1
+    "The quantiles k/n, each with probability 1/(n+1): their distribution if no two rewards are equal"
     n_S1 = n_S[..., None].to(dtype)
     k_K = torch.arange(int(n_S.max() if max_refs is None else max_refs) + 1, device=n_S.device, dtype=dtype)
     return (k_K/n_S1).clamp(max=1.), torch.where(k_K <= n_S1, 1/(n_S1 + 1), 0.)
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #8e3fa082
 def tied_atoms(
-    reward_S:torch.Tensor, # reward of each completion
-    ref_rewards_SR:torch.Tensor, # rewards of the references of its prompt
-    mask_SR:torch.Tensor|None=None, # true for a reference; None: all
-    among_S:torch.Tensor|bool=False, # true if the completion is one of these references
-)->tuple: # quantiles_SK and weights_SK, with K = R + 1
-    "The atoms of a pool of a completion and its references: the quantile of each member among the others"
+    reward_S:torch.Tensor, # reward of each completion; fp32 or fp64
+    ref_rewards_SR:torch.Tensor, # rewards of the references of the completion's prompt, in the same dtype
+    mask_SR:torch.Tensor|None=None, # bool: true for a reference, false for padding; None: all are references
+    among_S:torch.Tensor|bool=False, # bool: true if the completion is itself one of its references
+)->tuple: # (quantiles_SK, weights_SK) with K = R + 1
+    "The atoms if rewards may be equal: the quantile of each reward, completion included, among the others"
     mask_SR, among_S, n_S = compared_references(reward_S, ref_rewards_SR, mask_SR, among_S)
     pool_SK = torch.cat([ref_rewards_SR, reward_S[..., None]], -1)
     mask_SK = torch.cat([mask_SR, ~among_S[..., None]], -1) # once in the pool
@@ -144,10 +144,10 @@ def tied_atoms(
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #e9380ce3
 def finite_beta_log_z(
-    beta_S:torch.Tensor, # above 0
+    beta_S:torch.Tensor, # beta of each completion, above 0
     rewards_SK:torch.Tensor, # reward of each atom: its quantile, or a function of it
-    weights_SK:torch.Tensor, # probabilities of the atoms, 0 on padding
-)->torch.Tensor: # beta log of the weighted mean of exp(reward/beta)
+    weights_SK:torch.Tensor, # probability of each atom; 0 on padding
+)->torch.Tensor: # [S]: beta log of the weighted mean of exp(reward/beta)
     "beta log Z if the reward takes one of K values"
     top_S1 = torch.where(weights_SK > 0, rewards_SK, -torch.inf).amax(-1, keepdim=True)
     x_SK = (torch.minimum(rewards_SK, top_S1) - top_S1)/beta_S[..., None]
@@ -158,11 +158,11 @@ def finite_beta_log_z(
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #e4486f0d
 def completion_sums(
-    logps_BT:torch.Tensor, # token log-probabilities; any value where the mask is 0
+    logps_BT:torch.Tensor, # token log-probabilities in nats; not read where the mask is 0
     completion_mask_BT:torch.Tensor, # 1 on completion tokens
-    sequence_BT:torch.Tensor, # number of the completion a token belongs to, -1 on padding
-    number:int, # of completions in the micro-batch: S
-)->tuple: # logps_S in fp32 or better, lengths_S
+    sequence_BT:torch.Tensor, # index of the completion of each token, from 0; -1 on padding
+    number:int, # S, the number of completion slots of the micro-batch
+)->tuple: # (logps_S in fp32 or fp64, lengths_S)
     "Log-probability and number of tokens of each completion"
     mask_BT = completion_mask_BT.bool()
     sums_S = sequence_sums(torch.where(mask_BT, at_least_fp32(logps_BT), 0.), sequence_BT)
@@ -170,21 +170,21 @@ def completion_sums(
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #e565bd71
 def completion_count(
-    lengths_S:torch.Tensor, # tokens of each completion, 0 in an unused slot
-    weights_S:torch.Tensor|None=None, # weight of each completion in the data; None: 1
-)->torch.Tensor: # fp64 [1]: denominator of the only loss term, to be summed over micro-batches and ranks
-    "The number of completions of this micro-batch over which the loss is averaged, or the sum of their weights"
+    lengths_S:torch.Tensor, # number of tokens of each completion; 0 in an unused slot
+    weights_S:torch.Tensor|None=None, # data weight of each completion; None: 1
+)->torch.Tensor: # fp64 [1]: denominator of the only loss term; summed over micro-batches and ranks by the trainer
+    "The number of completions of this micro-batch, or the sum of their weights"
     if weights_S is None: return (lengths_S > 0).sum().double()[None]
     return torch.where(lengths_S > 0, weights_S.double(), 0.).sum()[None]
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #ad344dcf
 def effective_beta(
-    beta:float, # above 0
-    lengths_S:torch.Tensor, # tokens of each completion
-    normalize_beta_by_length:bool=False, # beta/|y|
+    beta:float, # configured beta, above 0
+    lengths_S:torch.Tensor, # number of tokens of each completion
+    normalize_beta_by_length:bool=False, # divide beta by the length of the completion
     max_effective_beta:float|None=None, # upper bound on the result; None: no bound
-    dtype:torch.dtype=torch.float32, # of the result
-)->tuple: # beta_S, and how many completions the bound changed (int64 scalar)
+    dtype:torch.dtype=torch.float32, # dtype of the result
+)->tuple: # (beta_S, number of completions whose beta the bound changed: int64 scalar)
     "The beta of each completion"
     for key, value in dict(beta=beta, max_effective_beta=max_effective_beta).items():
         if value is not None and not 0 < value < math.inf:
@@ -197,15 +197,15 @@ def effective_beta(
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #606318ab
 def transform_of(
-    name:str, # a key of TRANSFORMS
+    name:str, # key of TRANSFORMS
 )->Transform: # the function and its partition function
-    "A transform by its name"
+    "Look up a transform by its name"
     if name not in TRANSFORMS: raise ValueError(f"unknown transform '{name}'; there are {', '.join(TRANSFORMS)}.")
     return TRANSFORMS[name]
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #447e9e16
 def check_quantiles(
-    quantiles_S:torch.Tensor, # k/n
+    quantiles_S:torch.Tensor, # quantiles k/n
 ):
     "Refuse values outside [0,1]; on a GPU this waits for the device"
     if not ((quantiles_S >= 0) & (quantiles_S <= 1)).all():
@@ -213,11 +213,11 @@ def check_quantiles(
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #6a339004
 def rewards_of(
-    quantiles_S:torch.Tensor, # k/n, in [0,1]
-    transform:str="identity", # a key of TRANSFORMS
-    n_S:torch.Tensor|None=None, # references compared with; needed if the transform takes mid-ranks
-    checked:bool=False, # the caller has checked the quantiles on the host
-)->torch.Tensor: # f(q)
+    quantiles_S:torch.Tensor, # quantiles k/n, from 0 to 1
+    transform:str="identity", # key of TRANSFORMS
+    n_S:torch.Tensor|None=None, # number of references of each completion; required if the transform uses mid-ranks
+    checked:bool=False, # True: the caller has already checked the quantiles on the host
+)->torch.Tensor: # [S]: f(q)
     "The reward of a quantile under a transform"
     t = transform_of(transform)
     if not checked: check_quantiles(quantiles_S)
@@ -230,13 +230,13 @@ def rewards_of(
 # %% ../../nbs/05_losses/4_qrpo.ipynb #4a0dffd2
 def partition_of(
     beta_S:torch.Tensor, # effective beta of each completion
-    transform:str="identity", # a key of TRANSFORMS
-    partition:str="continuous", # continuous (a uniform quantile) or finite (one of the atoms)
-    n_S:torch.Tensor|None=None, # references compared with; needed by finite
-    atoms:tuple|None=None, # quantiles_SK and weights_SK of `tied_atoms`; without them finite takes `uniform_atoms`
-    max_refs:int|None=None, # as for `uniform_atoms`; nothing is then read back from the device
-)->torch.Tensor: # beta log Z of each completion
-    "beta log Z under a partition"
+    transform:str="identity", # key of TRANSFORMS
+    partition:str="continuous", # continuous (uniform quantile) or finite (atoms)
+    n_S:torch.Tensor|None=None, # number of references of each completion; required for finite
+    atoms:tuple|None=None, # (quantiles_SK, weights_SK) of `tied_atoms`, for finite; None: `uniform_atoms`
+    max_refs:int|None=None, # the largest value of `n_S`, if the host knows it; nothing is then read from the device
+)->torch.Tensor: # [S]: beta log Z of each completion
+    "beta log Z of each completion for a transform and a kind of partition"
     if partition == "continuous": return transform_of(transform).beta_log_z(beta_S)
     if partition != "finite": raise ValueError(f"unknown partition '{partition}'; there are continuous, finite.")
     if n_S is None: raise ValueError("partition 'finite' needs n_refs_S, the references behind each quantile.")
@@ -246,39 +246,39 @@ def partition_of(
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #a561984c
 class QRPOOutput(NamedTuple):
-    "The loss of a micro-batch and its parts (without gradient; 0 in unused slots)"
-    terms: list # one LossTerm: the sum over completions, and their number
-    used_S: torch.Tensor # bool: the slot holds a completion
+    "The loss of a micro-batch and its parts; tensors have no gradient and are 0 in unused slots"
+    terms: list # list with one LossTerm: sum of the losses, number of completions
+    used_S: torch.Tensor # bool: true if the slot holds a completion
     target_S: torch.Tensor # f(q) - beta log Z
     log_ratio_S: torch.Tensor # log pi - log pi_ref
     predicted_S: torch.Tensor # beta log Z + beta (log pi - log pi_ref): the reward f(q) at which the loss would be 0
-    beta_S: torch.Tensor # effective beta
-    clamped: torch.Tensor # number of completions whose beta the bound changed, int64 scalar
+    beta_S: torch.Tensor # effective beta of each completion
+    clamped: torch.Tensor # int64 scalar: number of completions whose beta the bound changed
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #qrposet1
 @dataclass(frozen=True)
 class QRPOSettings:
-    "The choices of the QRPO loss"
-    beta: float # strength of the penalty, above 0
-    transform: str = "identity" # a key of TRANSFORMS
+    "The settings of the QRPO loss"
+    beta: float # strength of the KL penalty, above 0
+    transform: str = "identity" # key of TRANSFORMS
     partition: str = "continuous" # continuous or finite
-    normalize_beta_by_length: bool = False # beta/|y|, in every term
-    normalize_loss_by_length: bool = False # loss/|y|
+    normalize_beta_by_length: bool = False # divide beta by the length of the completion, in every term
+    normalize_loss_by_length: bool = False # divide the loss of a completion by its length
     max_effective_beta: float|None = None # upper bound on beta after normalisation
 
 # %% ../../nbs/05_losses/4_qrpo.ipynb #4a94cd2c
 def qrpo_loss(
     logps_S:torch.Tensor, # log-probability of each completion under the policy
-    ref_logps_S:torch.Tensor, # the same under the reference
-    quantiles_S:torch.Tensor, # quantile reward, k/n
-    lengths_S:torch.Tensor, # tokens of each completion; 0 marks an unused slot
+    ref_logps_S:torch.Tensor, # log-probability of each completion under the reference
+    quantiles_S:torch.Tensor, # quantile of each completion's reward: k/n
+    lengths_S:torch.Tensor, # number of tokens of each completion; 0 in an unused slot
     settings:QRPOSettings, # beta, transform, partition and normalisation
-    n_refs_S:torch.Tensor|None=None, # references behind each quantile; for the finite partition and for mid-ranks
-    atoms:tuple|None=None, # of `tied_atoms`, for the finite partition
-    max_refs:int|None=None, # the largest of `n_refs_S`, from a host that has checked the quantiles
-    weights_S:torch.Tensor|None=None, # weight of each completion in the data; None: 1
-)->QRPOOutput: # terms and metrics
-    "(f(q) - beta log Z - beta (log pi - log pi_ref))^2, summed over completions"
+    n_refs_S:torch.Tensor|None=None, # number of references; required for the finite partition and for mid-ranks
+    atoms:tuple|None=None, # (quantiles_SK, weights_SK) of `tied_atoms`, for the finite partition; None: `uniform_atoms`
+    max_refs:int|None=None, # the largest value of `n_refs_S`; pass it only if the host has checked the quantiles
+    weights_S:torch.Tensor|None=None, # data weight of each completion; None: 1
+)->QRPOOutput: # loss term and metrics
+    "The QRPO loss: (f(q) - beta log Z - beta (log pi - log pi_ref))^2, summed over completions"
     s, used_S = settings, lengths_S > 0
     logps_S = at_least_fp32(logps_S)
     log_ratio_S = torch.where(used_S, logps_S - ref_logps_S.to(logps_S.dtype), 0.)
