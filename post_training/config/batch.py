@@ -16,9 +16,9 @@ from .presets import preset_names, preset_path, site_path
 
 # %% ../../nbs/10_config/5_batch.ipynb #0b643d15
 def accelerate_file(
-    name:str, # a preset's name, or the path of a file in accelerate's format
-)->Path: # the file
-    "The file of an accelerate preset, your own first; a path into another `configs/accelerate` gives the preset"
+    name:str, # name of a preset, or path of a file in accelerate's format
+)->Path: # path of the file
+    "Find the file of an accelerate preset; a file in the user's own folder takes precedence"
     known, path = preset_names("accelerate"), Path(name).expanduser()
     if name in known: return preset_path("accelerate", name)
     if path.is_file(): return path.resolve()
@@ -68,7 +68,7 @@ def _check_accelerate(where:str, content:dict, known:dict):
 # %% ../../nbs/10_config/5_batch.ipynb #44860f63
 @functools.lru_cache(maxsize=32)
 def _checked_preset(path:Path, changed:int, size:int, name:str)->dict:
-    "A file of accelerate's format, read and checked once as long as it stays the same"
+    "Read and check a file in accelerate's format; the result is cached until the file changes"
     where, preset = f"accelerate_config={name}", read_yaml(path, f"accelerate_config={name}")
     _check_accelerate(where, preset, ACCELERATE_KEYS)
     zero = preset.get("deepspeed_config") or {}
@@ -88,17 +88,17 @@ def _checked_preset(path:Path, changed:int, size:int, name:str)->dict:
 
 # %% ../../nbs/10_config/5_batch.ipynb #869133d9
 def accelerate_preset(
-    name:str, # as for `accelerate_file`
-)->dict: # the content of the file
-    "An accelerate preset, read"
+    name:str, # name of a preset, or path of a file in accelerate's format
+)->dict: # content of the file
+    "Read an accelerate preset"
     path = accelerate_file(name)
     facts = path.stat()
     return copy.deepcopy(_checked_preset(path, facts.st_mtime_ns, facts.st_size, name))
 
 # %% ../../nbs/10_config/5_batch.ipynb #d97fc684
 def world_size(
-    cfg:dict, # composed
-)->int: # processes in all
+    cfg:dict, # composed configuration
+)->int: # number of processes on all nodes
     "The number of processes of a run"
     preset = accelerate_preset(cfg["accelerate_config"])
     if cfg["cluster"]["launcher"] == "local":
@@ -120,17 +120,17 @@ def world_size(
 
 # %% ../../nbs/10_config/5_batch.ipynb #engineof
 def engine_of(
-    cfg:dict, # composed
+    cfg:dict, # composed configuration
 )->str|None: # single, ddp or deepspeed; None for stages without training
-    "The engine that connects the processes of a run"
+    "The engine of a run"
     if cfg["stage"] not in TRAINING_STAGES: return None
     kind = str(accelerate_preset(cfg["accelerate_config"]).get("distributed_type", "NO")).upper()
     return "deepspeed" if kind == "DEEPSPEED" else "ddp" if world_size(cfg) > 1 else "single"
 
 # %% ../../nbs/10_config/5_batch.ipynb #9ef36803
 def visible_gpus(
-    env:dict=None, # environment; None: this process'
-)->int: # a number
+    env:dict=None, # environment variables; None: those of this process
+)->int: # number of GPUs
     "The number of GPUs that a process on this machine would see"
     installed = len([p for p in Path("/dev").glob("nvidia*") if p.name[6:].isdigit()])
     visible = (os.environ if env is None else env).get("CUDA_VISIBLE_DEVICES")
@@ -139,9 +139,9 @@ def visible_gpus(
 
 # %% ../../nbs/10_config/5_batch.ipynb #c5fd98bf
 def planned_device(
-    cfg:dict, # composed
-)->str|None: # cpu or cuda; None: not known before the job
-    "The device that a run will have, as far as the configuration shows it"
+    cfg:dict, # composed configuration
+)->str|None: # cpu or cuda; None: unknown before the job starts
+    "The device of a run, if the configuration determines it"
     cluster = cfg.get("cluster") or {}
     if (device := cluster.get("device")) in ("cpu", "cuda"): return device
     if cluster.get("launcher") == "local": return None # see `visible_gpus`
@@ -166,10 +166,10 @@ def _indivisible(total:int, world:int, rows:int)->UserError:
 
 # %% ../../nbs/10_config/5_batch.ipynb #02036694
 def batch_arithmetic(
-    cfg:dict, # composed
-    typed=(), # dotted keys that the user typed: they take precedence over presets
+    cfg:dict, # composed configuration
+    typed=(), # dotted keys that the user typed; they take precedence over presets
 )->dict: # world_size, per_device, accumulation, global_batch
-    "The four numbers of a batch, with the missing number derived; numbers that disagree are refused"
+    "Derive the missing number of the batch; refuse numbers that disagree"
     key = "training_args.gradient_accumulation_steps"
     world, rows = world_size(cfg), cfg["training_args"]["per_device_train_batch_size"]
     total, steps = cfg.get("global_batch_size"), cfg["training_args"].get("gradient_accumulation_steps")

@@ -17,25 +17,25 @@ from .batch import accelerate_preset, engine_of, planned_device, visible_gpus
 # %% ../../nbs/10_config/6_refusals.ipynb #ef43ec72
 @dataclass(frozen=True)
 class Refusal:
-    "Values that cannot run together"
-    holds: typing.Callable # function of a look-up (dotted key -> value; "@engine" is the engine): whether it is refused
-    text: str # what is wrong and what to do; <KEY> stands for KEY=VALUE
-    example: tuple # a stage and overrides that are refused
+    "One combination of values that cannot run"
+    holds: typing.Callable # function of a look-up (dotted key or fact such as "@engine" -> value); True: refuse
+    text: str # error message: what is wrong and what to do; <KEY> is replaced by KEY=VALUE
+    example: tuple # a stage and overrides that this entry refuses
 
 # %% ../../nbs/10_config/6_refusals.ipynb #066d94f6
 @dataclass(frozen=True)
 class RunFacts:
-    "What is known about the place where a run will work; None: not known"
+    "Facts about the machine on which a run will work; None: unknown"
     engine: str|None = None # single, ddp or deepspeed
     device: str|None = None # cpu or cuda
-    zero: int|None = None # ZeRO stage
-    here: bool = False # the worker uses this interpreter and its libraries
+    zero: int|None = None # stage of DeepSpeed's ZeRO: 0 to 3
+    here: bool = False # True: the run uses this interpreter and its libraries
 
 # %% ../../nbs/10_config/6_refusals.ipynb #c3504501
 def run_facts(
-    cfg:dict, # composed
+    cfg:dict, # composed configuration
 )->RunFacts:
-    "What a configuration and this machine show about the place where it will run"
+    "Collect the facts that the configuration and this machine show"
     cluster, engine = cfg.get("cluster") or {}, engine_of(cfg)
     elsewhere = any(cluster.get(k) for k in ("python", "environment", "container_image"))
     preset = accelerate_preset(cfg["accelerate_config"]) if engine == "deepspeed" else {}
@@ -45,18 +45,18 @@ def run_facts(
 
 # %% ../../nbs/10_config/6_refusals.ipynb #fbd26570
 def _is_deepspeed_on_cpu(c)->bool:
-    "Whether DeepSpeed on a CPU is asked to train in half precision"
+    "True if DeepSpeed should train in half precision on a CPU"
     half = c("training_args.bf16") or c("training_args.fp16") or c("model_args.dtype") in ("bfloat16", "float16")
     return c("@engine") == "deepspeed" and c("@device") == "cpu" and bool(half)
 
 # %% ../../nbs/10_config/6_refusals.ipynb #7cf8762d
 def _flash(key:str):
-    "A predicate: flash-attention is requested by this key"
+    "Make a predicate: the key requests flash-attention"
     return lambda c: str(c(key) or "").startswith("flash_attention")
 
 # %% ../../nbs/10_config/6_refusals.ipynb #4caa18c6
 def _flash_in_float32(c)->bool:
-    "Whether flash-attention would get float32, which it does not support"
+    "True if flash-attention would get float32, which it does not support"
     half = c("training_args.bf16") or c("training_args.fp16")
     return _flash("model_args.attn_implementation")(c) and c("model_args.dtype") == "float32" and not half
 
@@ -65,7 +65,7 @@ ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3",
 
 # %% ../../nbs/10_config/6_refusals.ipynb #5094d335
 def _unknown_attention(key:str):
-    "A predicate: the key names an attention that transformers does not have"
+    "Make a predicate: the key names an attention that transformers does not have"
     return lambda c: c(key) is not None and c(key) not in ATTENTIONS
 
 # %% ../../nbs/10_config/6_refusals.ipynb #228e3d0a
@@ -118,20 +118,20 @@ OPTIMIZER_LIBRARIES = { # pattern of optim -> (module, how to get it)
 
 # %% ../../nbs/10_config/6_refusals.ipynb #f2817bc8
 def optimizer_library(
-    optim:str, # name as in training_args.optim
-)->tuple: # (module, package); two empty texts for optimizers of torch and of this project
-    "The library that an optimizer comes from"
+    optim:str, # value of `training_args.optim`
+)->tuple: # (module, package); two empty strings for optimizers of torch and of this project
+    "The library that implements an optimizer"
     return next((v for pattern, v in OPTIMIZER_LIBRARIES.items() if re.fullmatch(pattern, optim)), ("", ""))
 
 # %% ../../nbs/10_config/6_refusals.ipynb #6d1d3171
 def _lacks_library(c)->bool:
-    "Whether the optimizer's library is not installed where the worker runs"
+    "True if the optimizer's library is not installed in the environment of the run"
     module = optimizer_library(str(c("training_args.optim") or ""))[0]
     return bool(module and c("@here")) and importlib.util.find_spec(module) is None
 
 # %% ../../nbs/10_config/6_refusals.ipynb #f8084eff
 def _optim(pattern:str):
-    "A predicate: the optimizer's whole name has the pattern"
+    "Make a predicate: the whole name of the optimizer matches the pattern"
     return lambda c: bool(re.fullmatch(pattern, str(c("training_args.optim") or "")))
 
 # %% ../../nbs/10_config/6_refusals.ipynb #dff41aa0
@@ -144,7 +144,7 @@ OPTIM_ARGS = { # optimizer -> names of optim_args that transformers reads
 
 # %% ../../nbs/10_config/6_refusals.ipynb #1e6c1ed8
 def _wrong_optim_args(c)->bool:
-    "Whether optim_args of an optimizer of torch name something that it does not read"
+    "True if optim_args names an argument that a torch optimizer does not read"
     names, text = OPTIM_ARGS.get(c("training_args.optim")), str(c("training_args.optim_args") or "").replace(" ", "")
     if names is None or not text: return False
     number = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|true|false"
@@ -152,13 +152,13 @@ def _wrong_optim_args(c)->bool:
 
 # %% ../../nbs/10_config/6_refusals.ipynb #16b481b3
 def _layerwise(c)->bool:
-    "Whether an optimizer that steps inside the backward pass is asked to accumulate or to work with other processes"
+    "True if an optimizer that steps inside the backward pass should accumulate or work with other processes"
     return _optim(".*_layerwise")(c) and ((c("training_args.gradient_accumulation_steps") or 1) > 1
                                           or c("@engine") in ("ddp", "deepspeed"))
 
 # %% ../../nbs/10_config/6_refusals.ipynb #ccbe4857
 def _steps_apart(c)->bool:
-    "Whether AdEMAMix's two warm-ups differ on a CPU, whose implementation has one"
+    "True if AdEMAMix's two warm-ups differ on a CPU, whose implementation has only one"
     a = dict(item.split("=") for item in str(c("training_args.optim_args") or "").lower().replace(" ", "").split(",")
              if item.count("=") == 1)
     given = {a.get("t_alpha"), a.get("t_beta3")}
@@ -225,7 +225,7 @@ SCHEDULE_ARGS = { # lr_scheduler_type -> names of lr_scheduler_kwargs
 
 # %% ../../nbs/10_config/6_refusals.ipynb #83f45fcb
 def _schedule(*names:str, lacks:tuple=(), most:int=99):
-    "A predicate: one of these schedules is chosen with none of the arguments, or with more than `most` of them"
+    "Make a predicate: one of these schedules is chosen with none of the arguments, or with more than `most` of them"
     def holds(c):
         given = sum((c("training_args.lr_scheduler_kwargs") or {}).get(k) is not None for k in lacks)
         return c("training_args.lr_scheduler_type") in names and (given == 0 or given > most)
@@ -233,13 +233,13 @@ def _schedule(*names:str, lacks:tuple=(), most:int=99):
 
 # %% ../../nbs/10_config/6_refusals.ipynb #4dda216c
 def _unknown_schedule_args(c)->bool:
-    "Whether the schedule does not take one of its arguments"
+    "True if the schedule does not take one of its arguments"
     known = SCHEDULE_ARGS.get(c("training_args.lr_scheduler_type"))
     return known is not None and not {*(c("training_args.lr_scheduler_kwargs") or {})} <= {*known}
 
 # %% ../../nbs/10_config/6_refusals.ipynb #dec3bec7
 def _text_arguments(c)->bool:
-    "Whether a numeric argument of a schedule is given as a text, or an argument has an invalid choice"
+    "True if a numeric argument of a schedule is text, or an argument has an invalid choice"
     words = dict.fromkeys(("warmup_type", "decay_type"), ("linear", "cosine", "1-sqrt"))
     words |= dict(mode=("min", "max"), threshold_mode=("rel", "abs"), verbose=(True, False), smooth=(True, False))
     for name, value in (c("training_args.lr_scheduler_kwargs") or {}).items():
@@ -289,7 +289,7 @@ SCHEDULE_REFUSALS |= {
 
 # %% ../../nbs/10_config/6_refusals.ipynb #0111b0f6
 def _not_an_expression(c)->bool:
-    "Whether the single name of the adapters' modules looks like a regular expression but is invalid"
+    "True if the single name of the adapters' modules looks like a regular expression but is invalid"
     names = c("model_args.lora_target_modules") or []
     if not c("model_args.use_peft") or len(names) != 1 or not re.search(r"[^\w.]", names[0]): return False
     try: re.compile(names[0])
@@ -298,7 +298,7 @@ def _not_an_expression(c)->bool:
 
 # %% ../../nbs/10_config/6_refusals.ipynb #d069e4b2
 def _evaluates_nothing(c)->bool:
-    "Whether training should evaluate on rows, but no split is named"
+    "True if training should evaluate but no evaluation split is named"
     asked = c("training_args.eval_strategy") in ("steps", "epoch") or c("training_args.eval_on_start")
     return bool(asked) and not c("dataset_args.eval_split.name")
 
@@ -320,13 +320,13 @@ TRAINING_REFUSALS = DEVICE_REFUSALS | OPTIMIZER_REFUSALS | SCHEDULE_REFUSALS | {
 
 # %% ../../nbs/10_config/6_refusals.ipynb #e8d39b63
 def _duplicates(c)->bool:
-    "Whether checkpoints names one twice, or an empty name"
+    "True if `checkpoints` names a checkpoint twice, or contains an empty name"
     names = c("checkpoints") or []
     return len({*names}) < len(names) or "" in names
 
 # %% ../../nbs/10_config/6_refusals.ipynb #647bc8e7
 def _no_server(c)->bool:
-    "Whether a server should write the completions, but none is named; in a job the server's command starts one"
+    "True if a server should write the completions, but none is named; in a job the server's command starts one"
     started = c("server.command") and c("cluster.launcher") == "slurm"
     return c("backend") == "server" and not c("server.url") and not started and not os.environ.get(
         "POST_TRAINING_SERVER_URL")
@@ -389,8 +389,8 @@ REFUSALS = TRAINING_REFUSALS | STAGE_REFUSALS
 
 # %% ../../nbs/10_config/6_refusals.ipynb #b86d51d2
 def check_combinations(
-    cfg:dict, # nested, types checked
-    facts:RunFacts=RunFacts(), # what is known about the place where it will run
+    cfg:dict, # nested configuration, types checked
+    facts:RunFacts=RunFacts(), # facts about the machine of the run; default: all unknown
 ):
     "Refuse values that cannot run together"
     more = {"@engine": facts.engine, "@device": facts.device, "@zero": facts.zero, "@here": facts.here,
@@ -407,9 +407,9 @@ def check_combinations(
 
 # %% ../../nbs/10_config/6_refusals.ipynb #0d8342f8
 def machine_notice(
-    cfg:dict, # composed
+    cfg:dict, # composed configuration
 )->list[str]: # empty, or one notice
-    "A notice about values that this machine does not support because it has no GPU"
+    "Give a notice about values that this machine does not support because it has no GPU"
     cluster = cfg.get("cluster") or {}
     if cluster.get("launcher") != "local" or cluster.get("device") != "auto" or visible_gpus(): return []
     try: check_combinations(cfg, dataclasses.replace(run_facts(cfg), device="cpu"))
