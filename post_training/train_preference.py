@@ -13,6 +13,7 @@ import hashlib, json
 from functools import partial
 from pathlib import Path
 from . import config, run
+from .config.preference_losses import PAIR_LIMITS
 from .core.files import UserError, atomic_dir, exit_fast, file_lock, write_manifest
 from .stages.tokenized_data import TokenizedData, load_tokenized_data
 from .stages.training import (TrainingStage, RankContext, collator_of, load_base, load_policy,
@@ -75,7 +76,8 @@ def load_tokenized_pairs(
     ensure_pairs(cfg)
     o = preference_objective(cfg)
     reference = o.needs_reference and cfg["training_args"]["ref_logprobs_from_dataset"]
-    return load_tokenized_data(cfg, partial(cached_pairs, reference=reference, rewards=o.qrpo))
+    limits = {k: n for k in PAIR_LIMITS if (n := cfg["training_args"].get(k)) is not None}
+    return load_tokenized_data(cfg, partial(cached_pairs, reference=reference, rewards=o.qrpo, **limits))
 
 # %% ../nbs/80_entry/2_train_preference.ipynb #6ab2f2cf
 def pair_examples(

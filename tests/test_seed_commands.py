@@ -2,6 +2,8 @@
 
 The commands and presets here have the shapes of that repository (commit b19a318) and are written for these tests."""
 
+import json
+
 import pytest
 from post_training.config.batch import batch_arithmetic
 from post_training.config.compose import compose
@@ -155,6 +157,7 @@ SEED_VALUES = {  # of the stage file and the preset
     "tokenizer_args.add_bos_to_chat_template": True, "model_args.dtype": "bfloat16", "dataset_args.train_split.name": "train", "artifacts_dir": "artifacts"}
 PAIR_VALUES = {
     "training_args.warmup_steps": 0.1, "training_args.max_grad_norm": 1e5, "training_args.max_length": 2048, "training_args.seed": 11,
+    "training_args.max_prompt_length": 2048, "training_args.max_completion_length": 2048,
     "training_args.ref_logprobs_from_dataset": False, "tokenizer_args.chat_template_name": None, "tokenizer_args.model_pad_token_id": 10,
     "model_args.model_name_or_path": "artifacts/shared/house-8b-sft", "dataset_name": "pairs-house", "dataset_args.train_split": dict(name="train")}
 
@@ -317,6 +320,23 @@ def test_other_files_of_the_folder_are_read(house):
 def test_an_unknown_key_of_a_preset_is_named(house):
     (house / "model/odd.yaml").write_text("# @package _global_\nmodel_args:\n  model_name_or_path: a\nmodle_kind: x\n")
     with pytest.raises(UserError, match="Unknown key modle_kind.*model=odd"): compose("train_sft", ["model=odd"])
+
+
+def test_limits_of_prompt_and_completion_drop_pairs_with_a_count(tmp_path, tmp_root):
+    "Pairs above a limit are left out and counted by the limit; the notice says that nothing is cut"
+    from post_training.tokens.tokenizer import toy_tokenizer
+    from post_training.train_preference import load_tokenized_pairs
+    toy_tokenizer().save_pretrained(tmp_path / "toy")
+    pairs = [dict(prompt="2 + 2?" + " please" * n, chosen="4" + " or so" * m, rejected="5") for n, m in ((0, 0), (30, 0), (0, 30), (0, 1))]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs))
+    args = ["dataset=local", f"dataset_args.dataset_name={tmp_path}/pairs.jsonl", "training_args.loss_type=sigmoid", "training_args.ref_logprobs_from_dataset=false",
+            f"tokenizer_args.tokenizer_name_or_path={tmp_path}/toy", "tokenizer_args.chat_template_name=tulu", "max_drop_fraction=1", f"artifacts_dir={tmp_path}"]
+    limits = ["training_args.max_prompt_length=40", "training_args.max_completion_length=40"]
+    c = compose("train_preference", [*args, *limits])
+    assert any("max_prompt_length=40" in n and "dropped and counted, not cut" in n for n in c.notices)
+    dropped = {"longer than max_prompt_length": 1, "longer than max_completion_length": 1}
+    assert load_tokenized_pairs(c.cfg).counts["train"]["dropped"] == dropped
+    assert not load_tokenized_pairs(compose("train_preference", args).cfg).counts["train"].get("dropped")
 
 
 def test_a_folder_of_checkpoints_is_resumed(tmp_path):

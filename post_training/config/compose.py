@@ -24,7 +24,7 @@ from .presets import (
     preset_groups, preset_name, preset_names, resolve_interpolations, site_path, stage_name)
 from .batch import accelerate_file, batch_arithmetic, engine_of
 from .refusals import check_combinations, machine_notice, run_facts
-from .preference_losses import check_preference_args
+from .preference_losses import PAIR_LIMITS, check_preference_args
 
 # %% ../../nbs/10_config/7_compose.ipynb #9ce43326
 @dataclass
@@ -237,6 +237,14 @@ def _tracking_notice(cfg:dict)->list[str]: # notices
     same = named in (None, mode) or {named, mode} == {"off", "disabled"}
     return [] if same else [f"wandb.mode={mode} is taken, though the environment says {named}."]
 
+# %% ../../nbs/10_config/7_compose.ipynb #06732bc9
+def _limits_notice(cfg:dict)->list[str]: # notices
+    "A notice that pairs above the limits of prompt and completion are dropped, where other programs cut them"
+    limits = [f"{key}={n}" for k in PAIR_LIMITS if (n := get_key(cfg, key := f"training_args.{k}", None)) is not None]
+    if cfg["stage"] != "train_preference" or not limits: return []
+    return [f"{', '.join(limits)}: a longer pair is dropped and counted, not cut. Its log-probabilities and rewards "
+            "belong to whole answers."]
+
 # %% ../../nbs/10_config/7_compose.ipynb #fc568210
 _FREE_TEXT = ("wandb.", "cluster.env", "cluster.directives", "cluster.setup", "tokenizer_args.chat_template_kwargs",
               "training_args.", "server.command", "generation", "model_merging.chat_template")
@@ -425,7 +433,7 @@ def compose(
     unread = unread_keys(cfg, engine_of(cfg))
     refuse_unread(unread, cfg, typed)
     check_combinations(cfg, run_facts(cfg))
-    notices += [*more, *said, *late, *_tracking_notice(cfg), *machine_notice(cfg),
+    notices += [*more, *said, *late, *_tracking_notice(cfg), *_limits_notice(cfg), *machine_notice(cfg),
                 *unread_notices(unread, cfg, where, choices, others)]
     return ComposedConfig(stage, overrides, cfg, where, presets, list(dict.fromkeys(notices)),
                           preset_groups(stage) | {g: str(c) for g,c in choices.items()},

@@ -125,8 +125,6 @@ LEFT_OUT = { # key -> (values that are left out, or `_ANY`; what holds here)
     "copy_tokenizer": ((True,), "the tokenizer is always written"),
     "output_path": (_ANY, "checkpoints go where artifacts_dir, artifacts_subdir and job_subdir say"),
     "training_args.logging_dir": (_ANY, "logs are in the run's folder"),
-    "training_args.max_prompt_length": (_ANY, "a pair is never cut: it is dropped if it is longer than max_length"),
-    "training_args.max_completion_length": (_ANY, "a pair is never cut: it is dropped if it is longer than max_length"),
     "reward_model_args.num_labels": ((1,), "a reward model gives one number, or score_index chooses one"),
     "dataset_args.train_split.start": ((0, None), "choose rows with the stage dataset_split"),
     "dataset_args.train_split.end": (_ANY, "the whole split is read; shards.number shares it between workers"),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DPO_LOSSES', 'LOSS_CHOICES', 'DIVERGENCE_LOSSES', 'PER_TOKEN_LOSSES', 'LABEL_SMOOTHING_RANGES', 'POSITIVE_ARGS',
-           'UNSUPPORTED_PAIR_ARGS', 'spelling_hint', 'losses_of', 'check_pairwise', 'check_losses',
+           'PAIR_LIMITS', 'UNSUPPORTED_PAIR_ARGS', 'spelling_hint', 'losses_of', 'check_pairwise', 'check_losses',
            'check_preference_args']
 
 # %% ../../nbs/10_config/1_preference_losses.ipynb #95202091
@@ -115,6 +115,7 @@ def check_losses(
         if name != "qrpo": check_pairwise(name, **pairwise)
 
 # %% ../../nbs/10_config/1_preference_losses.ipynb #1b05cf30
+PAIR_LIMITS = ("max_prompt_length", "max_completion_length") # tokens; a longer pair is dropped
 UNSUPPORTED_PAIR_ARGS = { # key of training_args -> (valid values, what to do instead)
     "use_weighting": ((False,), "the weights of WPO need probabilities that the scoring head does not compute"),
     "sync_ref_model": ((False,), "the reference stays what it is: its log-probabilities are stored with the rows"),

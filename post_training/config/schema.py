@@ -11,17 +11,17 @@ __all__ = ['NOTHING', 'CONFIGS', 'TEMPLATES', 'SECTION_GROUPS', 'section', 'LOSS
            'ConfigKey', 'key', 'type_text', 'section_keys', 'Condition', 'ResumingKeys', 'WandbKeys', 'ClusterKeys',
            'SharedKeys', 'TokenizerKeys', 'ModelKeys', 'WithTokenizerKeys', 'WithModelKeys', 'TrainSplitKeys',
            'EvalSplitKeys', 'SubsampleKeys', 'TrainingDataKeys', 'RowTokenizationKeys', 'TokenizationKeys',
-           'SampledAnswersKeys', 'TrainingKeys', 'PlwKeys', 'IrlKeys', 'SFTKeys', 'GenerationRatioKeys',
-           'PairTokenizationKeys', 'RefModelKeys', 'PreferenceKeys', 'WrittenKeys', 'NearDuplicatesKeys',
-           'CountingTokenizerKeys', 'MixtureKeys', 'NamedSplitKeys', 'NewSplitKeys', 'SplitDataKeys', 'SplitKeys',
-           'OneDatasetKeys', 'LineariseKeys', 'AnnotatedDataKeys', 'ShardKeys', 'AnnotationKeys', 'FilterKeys',
-           'GenerationKeys', 'ServerKeys', 'RefCompletionsKeys', 'RefLogprobsKeys', 'RewardKeys', 'RefRewardsKeys',
-           'PairsKeys', 'HeldOutSplitKeys', 'EvaluationDataKeys', 'AnswersKeys', 'LmEvalKeys', 'EvaluateKeys',
-           'ExportedModelKeys', 'ComparedDataKeys', 'ParityKeys', 'ExportKeys', 'MergeDocumentKeys', 'MergeOptionsKeys',
-           'MergeChecksKeys', 'MergeKeys', 'Stage', 'stages_with', 'library_types', 'library_keys', 'stage_keys',
-           'known_keys', 'range_text', 'readers_text', 'describe_keys', 'coerce_value', 'unknown_key_hint',
-           'check_config', 'check_ranges', 'check_allowed', 'shown_value', 'UnreadKey', 'why_unread', 'unread_keys',
-           'refuse_unread', 'unread_notices', 'non_identity_keys']
+           'SampledAnswersKeys', 'TrainingKeys', 'PlwKeys', 'IrlKeys', 'DftKeys', 'EaftKeys', 'SFTKeys',
+           'GenerationRatioKeys', 'PairTokenizationKeys', 'RefModelKeys', 'PreferenceKeys', 'WrittenKeys',
+           'NearDuplicatesKeys', 'CountingTokenizerKeys', 'MixtureKeys', 'NamedSplitKeys', 'NewSplitKeys',
+           'SplitDataKeys', 'SplitKeys', 'OneDatasetKeys', 'LineariseKeys', 'AnnotatedDataKeys', 'ShardKeys',
+           'AnnotationKeys', 'FilterKeys', 'GenerationKeys', 'ServerKeys', 'RefCompletionsKeys', 'RefLogprobsKeys',
+           'RewardKeys', 'RefRewardsKeys', 'PairsKeys', 'HeldOutSplitKeys', 'EvaluationDataKeys', 'AnswersKeys',
+           'LmEvalKeys', 'EvaluateKeys', 'ExportedModelKeys', 'ComparedDataKeys', 'ParityKeys', 'ExportKeys',
+           'MergeDocumentKeys', 'MergeOptionsKeys', 'MergeChecksKeys', 'MergeKeys', 'Stage', 'stages_with',
+           'library_types', 'library_keys', 'stage_keys', 'known_keys', 'range_text', 'readers_text', 'describe_keys',
+           'coerce_value', 'unknown_key_hint', 'check_config', 'check_ranges', 'check_allowed', 'shown_value',
+           'UnreadKey', 'why_unread', 'unread_keys', 'refuse_unread', 'unread_notices', 'non_identity_keys']
 
 # %% ../../nbs/10_config/2_schema.ipynb #9de09f9d
 import dataclasses, functools, importlib.util, json, math, re, types, typing
@@ -31,6 +31,7 @@ from typing import Any, Literal
 from ..core.files import UserError, did_you_mean
 from .preference_losses import (
     DIVERGENCE_LOSSES, DPO_LOSSES, LABEL_SMOOTHING_RANGES, LOSS_CHOICES, UNSUPPORTED_PAIR_ARGS, spelling_hint)
+from .preference_losses import PAIR_LIMITS
 
 # %% ../../nbs/10_config/2_schema.ipynb #687d18b5
 def flatten(
@@ -196,10 +197,12 @@ def _evaluates(c)->bool:
 
 # %% ../../nbs/10_config/2_schema.ipynb #4c4eb00d
 LOSS_CONDITIONS = {
-    "weighs_prompts": Condition("trainer=plw, ln-plw or irl", lambda c: c("trainer") != "sft",
-        "<trainer> weighs all tokens alike", "choose trainer=plw, ln-plw or irl, or leave it out"),
+    "weighs_prompts": Condition("trainer is not sft", lambda c: c("trainer") != "sft",
+        "<trainer> weighs all tokens alike", "choose trainer=plw, ln-plw, irl, dft or eaft, or leave it out"),
     "irl": Condition("trainer=irl", _is_one_of("trainer", "irl"),
         "only trainer=irl has a temporal-difference term, and this is <trainer>"),
+    **{name: Condition(f"trainer={name}", _is_one_of("trainer", name),
+        f"it is the exponent of trainer={name}, and this is <trainer>") for name in ("dft", "eaft")},
     "discounts": Condition("irl_args.lambda_td is above 0", lambda c: c("irl_args.lambda_td") != 0,
         "<irl_args.lambda_td> leaves the temporal-difference term out"),
     "qrpo": Condition("loss_type=qrpo", _reads_loss("qrpo"),
@@ -570,13 +573,27 @@ class IrlKeys:
     lambda_td:float = key(0, when="irl")
     gamma:float = key(0, 1, when="irl discounts")
 
+# %% ../../nbs/10_config/2_schema.ipynb #c5be1141
+@section
+class DftKeys:
+    "The weight that dft gives a token"
+    alpha:float = key(0, when="dft")
+
+# %% ../../nbs/10_config/2_schema.ipynb #c9daa9e7
+@section
+class EaftKeys:
+    "The weight that eaft gives a token"
+    alpha:float = key(0, when="eaft")
+
 # %% ../../nbs/10_config/2_schema.ipynb #49b16d9f
 @section
 class SFTKeys(TrainingKeys):
     "Supervised fine-tuning"
-    trainer:Literal["sft", "plw", "ln-plw", "irl"] = key()
+    trainer:Literal["sft", "plw", "ln-plw", "irl", "dft", "eaft"] = key()
     plw_args:PlwKeys = None
     irl_args:IrlKeys = None
+    dft_args:DftKeys = None
+    eaft_args:EaftKeys = None
 
 # %% ../../nbs/10_config/2_schema.ipynb #01c28f32
 @section
@@ -1064,7 +1081,7 @@ TRAINER_KEYS |= { # what is logged, evaluated and saved, and how processes work 
 
 # %% ../../nbs/10_config/2_schema.ipynb #ce4853e4
 REFUSED_TRAINING_ARGS = { # key of training_args: (values that are accepted, what to do instead of others)
-    "loss_type": (("nll",), "choose the loss with trainer=sft|plw|ln-plw|irl"),
+    "loss_type": (("nll",), "choose the loss with trainer=sft|plw|ln-plw|irl|dft|eaft"),
     "completion_only_loss": ((None,), "use trainer=plw with plw_args.prompt_loss_weight=0"),
     "assistant_only_loss": ((False,), "use trainer=plw with plw_args.prompt_loss_weight=0"),
     "label_smoothing_factor": ((0, 0.), "it is not part of these losses"),
@@ -1151,6 +1168,7 @@ PREFERENCE_TRAINER_KEYS = { # training_args.KEY of train_preference
     "f_alpha_divergence_coef": ConfigKey(low=-1e3, high=1e3, when="divergence alpha_divergence"),
     "label_smoothing": ConfigKey(low=0, high=1, when="smooths"),
     "discopop_tau": ConfigKey(low=0, above=True, when="discopop"),
+    **dict.fromkeys(PAIR_LIMITS, ConfigKey("int|null", low=1)),
     **{k: ConfigKey(read=False, allowed=allowed, instead=text) for k,(allowed,text) in UNSUPPORTED_PAIR_ARGS.items()},
     **dict.fromkeys(("ref_model_mixup_alpha", "ref_model_sync_steps"),
                     ConfigKey(read=False, instead="the reference stays what it is")),

@@ -14,6 +14,7 @@ import math, numpy as np, os
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from ..config.preference_losses import PAIR_LIMITS
 from ..core.files import ForkShared, UserError, did_you_mean
 from ..data.columns import FORMATS, account, account_lines, check_account, empty_value
 from ..data.messages import (
@@ -122,6 +123,8 @@ def reward_fault(
 class PairSettings:
     "How pairs are tokenized and what is checked"
     max_length:int|None=None # tokens of prompt and answer at most
+    max_prompt_length:int|None=None # tokens of the prompt at most
+    max_completion_length:int|None=None # tokens of an answer at most
     reference:bool=False # check the reference's log-probabilities
     rewards:bool=False # check rewards
     allow_control_tokens_in_content:bool=False # encode control tokens in contents as control tokens
@@ -155,9 +158,10 @@ def tokenize_pair(
     for side in encoded.completions:
         if isinstance(side, Refused): return side.reason
     chosen, rejected = encoded.completions
-    n = len(encoded.prompt_ids)
-    longest = n + max(len(chosen.ids), len(rejected.ids))
-    if settings.max_length and longest > settings.max_length: return "overlength"
+    n, longest = len(encoded.prompt_ids), max(len(chosen.ids), len(rejected.ids))
+    if settings.max_length and n + longest > settings.max_length: return "overlength"
+    for limit, tokens in zip(PAIR_LIMITS, (n, longest)):
+        if (most := getattr(settings, limit)) and tokens > most: return f"longer than {limit}"
     if chosen.ids == rejected.ids: return "chosen equals rejected"
     if not min(chosen.length, rejected.length): return "no completion"
     stops = settings.stop_ids
@@ -287,7 +291,7 @@ def drop_pairs(
     "The pairs without a reason to drop them, and counts; a `UserError` if a policy or the share forbids dropping"
     counts = pair_counts(data)
     for reason in counts["dropped"]:
-        policy = policy_for_reason(reason)
+        policy = "overlength" if reason.startswith("longer than") else policy_for_reason(reason)
         if not reason.startswith(ALWAYS_DROPPED) and policies.get(policy) == "error":
             detail = counts["details"].get(reason)
             raise UserError(f"Row {counts['first'][reason]}: {reason}{f' ({detail})' * bool(detail)}. Set "
@@ -310,11 +314,12 @@ def tokenize_pairs(
     work=None, # folder for temporary files; None: in memory
     ignore_columns=(), # columns treated as absent
     stop_ids=None, # ids that generation stops at; None: not checked
-    **policies, # allow_control_tokens_in_content, on_missing_stop; others: drop or error
+    **policies, # allow_control_tokens_in_content, on_missing_stop, `PAIR_LIMITS`; others: drop or error
 )->tuple: # (`datasets.Dataset`, counts)
     "Tokenize pairs: the kept ones, and counts of all"
     if not len(dataset): raise UserError("The dataset has no rows.")
     control_tokens = policies.pop("allow_control_tokens_in_content", False)
+    limits = {k: policies.pop(k, None) for k in PAIR_LIMITS}
     check_pair_policies(policies)
     columns = account(dataset, ignore_columns, pairs=True)
     check_account(columns)
@@ -325,8 +330,10 @@ def tokenize_pairs(
     checked = stop_ids is not None and policies.pop("on_missing_stop", "error") == "error"
     policies.pop("on_missing_stop", None)
     special = frozenset(np.flatnonzero(encoder.is_special).tolist())
-    settings = PairSettings(max_length, reference, rewards, control_tokens, tuple(ignore_columns), keeps_nulls(dataset),
-                            frozenset(stop_ids) if checked else None, special, bool(columns.names("weight")), n > 1)
+    settings = PairSettings(max_length, **limits, reference=reference, rewards=rewards, ignore=tuple(ignore_columns),
+                            allow_control_tokens_in_content=control_tokens, exact=keeps_nulls(dataset),
+                            stop_ids=frozenset(stop_ids) if checked else None, special_ids=special,
+                            weighted=bool(columns.names("weight")), serial=n > 1)
     data = dataset.map(tokenize_pair_batch, batched=True, with_indices=True, batch_size=500, desc="Tokenizing",
                        num_proc=n if n > 1 else None, features=tokenized_pair_features(settings.weighted),
                        fn_kwargs=dict(tokenizer=ForkShared(tokenizer) if n > 1 else tokenizer, settings=settings),
