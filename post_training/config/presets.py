@@ -25,7 +25,7 @@ _FUNCTIONS = dict(min=min, max=max, abs=abs, round=round, int=int, float=float, 
 
 # %% ../../nbs/10_config/4_presets.ipynb #b646fca4
 def _walk(node:ast.AST)->int|float:
-    "The value of a parsed expression; any node outside the whitelist is refused"
+    "Compute the value of a parsed expression; refuse any node outside the whitelist"
     if isinstance(node, ast.Expression): return _walk(node.body)
     is_call = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
     if isinstance(node, ast.Constant) and type(node.value) in (int, float): value = node.value
@@ -46,9 +46,9 @@ def _walk(node:ast.AST)->int|float:
 
 # %% ../../nbs/10_config/4_presets.ipynb #90f5f5b6
 def evaluate_arithmetic(
-    text:str|int|float, # "3 * (2 + 1)"
+    text:str|int|float, # expression such as "3 * (2 + 1)"
 )->int|float: # the value
-    "The value of an arithmetic expression, computed by a whitelist and never by Python's `eval`"
+    "Compute an arithmetic expression from its syntax tree, without Python's `eval`"
     text = str(text).strip()
     if len(text) > 200: raise UserError("an expression of more than 200 characters is refused")
     try: return _walk(ast.parse(text, mode="eval"))
@@ -59,9 +59,9 @@ def evaluate_arithmetic(
 
 # %% ../../nbs/10_config/4_presets.ipynb #5f5d6aa0
 def project_root(
-    start=None, # a folder; None: the working folder
+    start=None, # folder from which to search upwards; None: the working folder
 )->Path:
-    "POST_TRAINING_ROOT, or else the nearest folder with this project's settings.ini, from `start` upwards"
+    "POST_TRAINING_ROOT, or else the nearest folder above `start` with this project's settings.ini"
     if root := os.environ.get("POST_TRAINING_ROOT"): return Path(root).expanduser().resolve()
     start = Path(start or ".").resolve()
     for folder in (start, *start.parents):
@@ -72,16 +72,16 @@ def project_root(
 
 # %% ../../nbs/10_config/4_presets.ipynb #57f93530
 def site_path(
-    path, # as configured
-    root=None, # None: the project root
-)->Path: # absolute
-    "A configured path on this machine: a relative path starts at the project root, `~` is the home folder"
+    path, # path as configured
+    root=None, # folder at which relative paths start; None: the project root
+)->Path: # absolute path
+    "Convert a configured path to a path on this machine; `~` is the home folder"
     path = Path(path).expanduser()
     return path if path.is_absolute() else Path(root or project_root())/path
 
 # %% ../../nbs/10_config/4_presets.ipynb #68db5138
 def _folders(config_dir=None)->list[Path]:
-    "The folders of presets, in order of precedence: the given one, that of POST_TRAINING_CONFIGS, the package's"
+    "The folders of presets in order of precedence: `config_dir`, POST_TRAINING_CONFIGS, the package's folder"
     more = [p for p in (config_dir, os.environ.get("POST_TRAINING_CONFIGS")) if p]
     for p in more:
         if not Path(p).expanduser().is_dir():
@@ -91,28 +91,28 @@ def _folders(config_dir=None)->list[Path]:
 
 # %% ../../nbs/10_config/4_presets.ipynb #39abcfd2
 def preset_names(
-    group:str, # such as model, dataset, cluster, accelerate
-    config_dir=None, # an additional folder of presets
-)->list[str]: # sorted names
+    group:str, # name of a group, such as model, dataset, cluster, accelerate
+    config_dir=None, # further folder of presets; None: none
+)->list[str]: # sorted names of presets
     "The presets of a group"
     return sorted({str(p.relative_to(d/group).with_suffix("")) for d in _folders(config_dir)
                    for p in (d/group).rglob("*.yaml")})
 
 # %% ../../nbs/10_config/4_presets.ipynb #d3783eee
 def preset_path(
-    group:str, # such as model, dataset, cluster, accelerate
-    name:str, # of a preset
-    config_dir=None, # an additional folder of presets
-)->Path|None: # the file; None if there is no such preset
-    "The file of a preset by name; folders of your own are searched first"
+    group:str, # name of a group, such as model, dataset, cluster, accelerate
+    name:str, # name of a preset
+    config_dir=None, # further folder of presets; None: none
+)->Path|None: # path of the file; None if there is no such preset
+    "Find the file of a preset; the user's folders are searched first"
     return next((p for d in _folders(config_dir) if (p := d/group/f"{name}.yaml").is_file()), None)
 
 # %% ../../nbs/10_config/4_presets.ipynb #4204f830
 def preset_file(
-    group:str, # such as mixture
-    value, # as typed, perhaps a path
-)->Path|None: # the file; None if the value is not the path of a YAML file
-    "The preset file whose path was typed in place of a name"
+    group:str, # name of a group, such as mixture
+    value, # value as typed: a preset's name or a path
+)->Path|None: # path of the file; None if the value is not the path of a YAML file
+    "Find the preset file if a path was typed in place of a name"
     path = Path(str(value)).expanduser()
     if path.suffix not in (".yaml", ".yml"): return None
     file = next((p for p in (path, site_path(path)) if p.is_file()), None)
@@ -129,11 +129,11 @@ OTHER_NAMES = { # group -> {another name: preset}
 
 # %% ../../nbs/10_config/4_presets.ipynb #d3ede2de
 def preset_name(
-    group:str, # such as model
-    value:str, # as typed: apertus-8b, apertus-8b.yaml, configs/model/apertus-8b.yaml
-    config_dir=None, # an additional folder of presets
-)->str: # a preset's name where there is one, else the value
-    "The name of a preset, as it is typed or by another name"
+    group:str, # name of a group, such as model
+    value:str, # value as typed, such as apertus-8b, apertus-8b.yaml or configs/model/apertus-8b.yaml
+    config_dir=None, # further folder of presets; None: none
+)->str: # name of the preset, or the value itself if there is no such preset
+    "Convert a typed value to the name of a preset"
     names, path = preset_names(group, config_dir), Path(str(value))
     if value in names: return value
     if path.suffix in (".yaml", ".yml") and path.stem in names: return path.stem
@@ -142,12 +142,12 @@ def preset_name(
 # %% ../../nbs/10_config/4_presets.ipynb #25524bcf
 @functools.lru_cache(maxsize=256)
 def _read_preset(path:Path, changed:int, size:int)->dict:
-    "A preset file, read once as long as it stays the same"
+    "Read a preset file; the result is cached until the file changes"
     return read_yaml(path, str(path) if CONFIGS not in path.parents else path.name, empty=True)
 
 # %% ../../nbs/10_config/4_presets.ipynb #72d66584
 def _raw_yaml(path:Path)->dict:
-    "A preset file as a plain dictionary, nothing resolved; it is not to be changed"
+    "Read a preset file as a plain dictionary with interpolations; do not change the result"
     try: facts = path.stat()
     except OSError as e: raise UserError(f"{path} cannot be read: {e.strerror}.") from None
     return _read_preset(path, facts.st_mtime_ns, facts.st_size)
@@ -159,15 +159,15 @@ def _defaults_of(path:Path)->list:
     raise UserError(f"{path}: defaults is {defaults!r}, and a list of presets is needed: [setup, {{model: tiny}}].")
 
 # %% ../../nbs/10_config/4_presets.ipynb #c09e224d
-def stage_names()->list[str]: # sorted
+def stage_names()->list[str]: # sorted names
     "The stages that have a configuration"
     return sorted(p.stem for p in CONFIGS.glob("*.yaml") if p.stem != "setup")
 
 # %% ../../nbs/10_config/4_presets.ipynb #59f3f87e
 def stage_name(
-    stage:str, # hyphens are accepted for underscores
-)->str: # one of `stage_names()`
-    "The name of a stage as files and folders have it"
+    stage:str, # name of a stage; hyphens may replace underscores
+)->str: # a name in `stage_names()`
+    "Convert a typed stage to its name, or raise an error with the nearest name"
     name = stage.replace("-", "_")
     if name not in stage_names():
         raise UserError(f"There is no stage {stage}.{did_you_mean(name, stage_names())} Stages: "
@@ -176,9 +176,9 @@ def stage_name(
 
 # %% ../../nbs/10_config/4_presets.ipynb #463e93a8
 def preset_groups(
-    stage:str, # one of `stage_names()`
-)->dict: # group -> default preset
-    "The groups of presets that a stage composes, its own and those of a stage that it inherits from"
+    stage:str, # name of a stage
+)->dict: # group -> name of the default preset
+    "The preset groups of a stage, including those of a stage that it inherits from"
     out = {}
     for d in _defaults_of(CONFIGS/f"{stage}.yaml"):
         if isinstance(d, dict): out |= d
@@ -199,11 +199,11 @@ EXPERIMENT_GROUPS = ("experiment", "preset", "override") # composed behind all o
 
 # %% ../../nbs/10_config/4_presets.ipynb #2469987f
 def experiment_preset(
-    group:str, # of `EXPERIMENT_GROUPS`
-    name:str, # of a file of overrides
-    config_dir=None, # an additional folder of presets
-)->tuple: # (group, name); the group whose folder has the file
-    "Where a file of overrides is: experiment and preset are two names of one group"
+    group:str, # name of a group in `EXPERIMENT_GROUPS`
+    name:str, # name of a file of overrides
+    config_dir=None, # further folder of presets; None: none
+)->tuple: # (group, name) where the file is
+    "Find a file of overrides; experiment and preset are two names of one group"
     groups = ("override",) if group == "override" else (group, *{"experiment", "preset"} - {group})
     if hit := next((g for g in groups if preset_path(g, name, config_dir)), None): return hit, name
     known = [n for g in groups for n in preset_names(g, config_dir)]
@@ -212,10 +212,10 @@ def experiment_preset(
 
 # %% ../../nbs/10_config/4_presets.ipynb #2adcddc3
 def own_layers(
-    stage:str, # one of `stage_names()`
-    config_dir=None, # an additional folder of presets
-)->dict: # name of a shipped file ("setup", a stage) -> the file of your own
-    "Your own files that override those of the stage and of the stages that it inherits from"
+    stage:str, # name of a stage
+    config_dir=None, # further folder of presets; None: none
+)->dict: # name of a shipped file ("setup" or a stage) -> path of the user's file
+    "Find the user's files that override those of the stage and of the stages that it inherits from"
     parents = [d for d in _defaults_of(CONFIGS/f"{stage}.yaml") if isinstance(d, str) and d in STAGES]
     out = own_layers(parents[0], config_dir) if parents else {}
     for name in ("setup", stage):
@@ -229,7 +229,7 @@ _CWD = re.compile(r"\$\{hydra:runtime\.cwd\}/?")
 
 # %% ../../nbs/10_config/4_presets.ipynb #b622512f
 def _plain_layer(file:Path)->tuple: # (keys, {group: preset}, names of keys that are left out)
-    "A stage file of your own: its keys without those of Hydra, and the presets of its defaults list"
+    "Read a user's stage file: its keys without those of Hydra, and the presets of its defaults list"
     from omegaconf import OmegaConf
     _raw_yaml(file) # refuses what is not a mapping of keys
     keys = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
@@ -248,11 +248,11 @@ def _plain_layer(file:Path)->tuple: # (keys, {group: preset}, names of keys that
 
 # %% ../../nbs/10_config/4_presets.ipynb #2f0e915a
 def own_notices(
-    stage:str, # a stage
+    stage:str, # name of a stage
     choices:dict, # group -> preset or file
-    config_dir=None, # an additional folder of presets
-)->list[str]:
-    "Notices about presets of your own: which shipped preset they override, which keys of Hydra are left out"
+    config_dir=None, # further folder of presets; None: none
+)->list[str]: # one sentence per notice
+    "Report which shipped presets the user's presets override, and which keys of Hydra are left out"
     out = []
     for name, file in own_layers(stage, config_dir).items():
         gone = _plain_layer(file)[2]
@@ -266,10 +266,10 @@ def own_notices(
 
 # %% ../../nbs/10_config/4_presets.ipynb #1f40d55f
 def own_defaults(
-    stage:str, # a stage
-    config_dir=None, # an additional folder of presets
-)->dict: # group -> preset
-    "The presets that a stage file of your own names in its defaults list"
+    stage:str, # name of a stage
+    config_dir=None, # further folder of presets; None: none
+)->dict: # group -> name of a preset
+    "The presets in the defaults list of the user's stage file"
     known = {*preset_groups(stage), *EXPERIMENT_GROUPS}
     out = {}
     for file in own_layers(stage, config_dir).values():
@@ -330,7 +330,7 @@ def _as_preset(group:str, file:Path, folder:Path)->str: # the preset's name
 
 # %% ../../nbs/10_config/4_presets.ipynb #b411275a
 def first_error_line(e:Exception)->str:
-    "The message of an exception of Hydra, OmegaConf or YAML, on one line"
+    "The message of an exception of Hydra, OmegaConf or YAML, shortened to one line"
     if isinstance(e, yaml.MarkedYAMLError) and e.problem_mark:
         return f"{Path(e.problem_mark.name).name}, {error_line(e)}"
     return " ".join(line.strip() for line in str(e).splitlines()[:2])
@@ -355,7 +355,7 @@ def _isolated_hydra():
 
 # %% ../../nbs/10_config/4_presets.ipynb #d6fa73c8
 def _origins(config, dirs:list)->dict: # dotted key -> "default" or "preset model=tiny"
-    "Which file each key comes from: the files of the defaults list, read in Hydra's order"
+    "Find the file that each key comes from, by reading the files of the defaults list in Hydra's order"
     out = {}
     for d in config:
         if d.config_path is None or d.config_path.startswith(("hydra/", "_dummy")): continue
@@ -373,7 +373,7 @@ def _origins(config, dirs:list)->dict: # dotted key -> "default" or "preset mode
 
 # %% ../../nbs/10_config/4_presets.ipynb #a5bb8689
 def _compose_with_hydra(stage:str, choices:dict, config_dir=None)->tuple:
-    "What `compose_presets` returns, composed anew; no global state is left behind"
+    "Compose what `compose_presets` returns, without a cache; no global state is left behind"
     from hydra import compose as hydra_compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
@@ -404,7 +404,7 @@ def _compose_with_hydra(stage:str, choices:dict, config_dir=None)->tuple:
 
 # %% ../../nbs/10_config/4_presets.ipynb #3e1ffc33
 def _files_state(config_dir=None)->tuple|None: # None: unknown
-    "What is in the folders of presets: the times and sizes of the shipped files, the text of your own"
+    "The state of the preset folders: times and sizes of the shipped files, text of the user's files"
     *own, shipped = _folders(config_dir)
     files = [p for d in own for p in sorted([*d.rglob("*.yaml"), *d.rglob("*.yml")]) if p.is_file()]
     if sum(p.stat().st_size for p in files) > 2**20: return None
@@ -420,11 +420,11 @@ _COMPOSED = {} # stage, choices and files -> what Hydra composed of them in this
 
 # %% ../../nbs/10_config/4_presets.ipynb #f29afd3e
 def compose_presets(
-    stage:str, # a stage
+    stage:str, # name of a stage
     choices:dict, # group -> preset, as typed
-    config_dir=None, # an additional folder of presets
-)->tuple: # (raw nested dict with interpolations, dotted key -> origin)
-    "Compose the stage and its presets, your own first, with Hydra; a second time with the same files it is remembered"
+    config_dir=None, # further folder of presets; None: none
+)->tuple: # (nested dict with interpolations, dotted key -> origin)
+    "Compose the stage and its presets with Hydra; the result is cached until a file changes"
     for group, name in (preset_groups(stage) | choices).items(): _check_files(group, name, config_dir)
     state = None if any(isinstance(c, Path) for c in choices.values()) else _files_state(config_dir)
     if state is None: return _compose_with_hydra(stage, choices, config_dir)
@@ -446,13 +446,13 @@ def _env(name:str, *default):
 
 # %% ../../nbs/10_config/4_presets.ipynb #d200fbb2
 def _reason(e:Exception)->str:
-    "The reason why an interpolation failed, in a few words"
+    "The reason why an interpolation failed, in short"
     if isinstance(e, RecursionError): return "it refers to itself"
     return str(e).splitlines()[0].split("raised while resolving interpolation: ")[-1]
 
 # %% ../../nbs/10_config/4_presets.ipynb #cb1bcc80
 def _resolve_node(node, key:str):
-    "A node of an OmegaConf tree as plain data"
+    "Convert a node of an OmegaConf tree to plain data"
     from omegaconf import OmegaConf
     from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
     if OmegaConf.is_dict(node):
@@ -471,8 +471,8 @@ def _resolve_node(node, key:str):
 
 # %% ../../nbs/10_config/4_presets.ipynb #1a340293
 def resolve_interpolations(
-    raw:dict, # with interpolations
-)->dict: # plain; a missing value, and any value that refers to it, stays ???
+    raw:dict, # nested configuration with interpolations
+)->dict: # plain nested configuration; a missing value, and any value that refers to it, stays ???
     "Resolve every interpolation of a configuration"
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException

@@ -35,10 +35,10 @@ from .preference_losses import PAIR_LIMITS
 
 # %% ../../nbs/10_config/2_schema.ipynb #687d18b5
 def flatten(
-    cfg:dict, # nested
-    prefix:str="", # put before each key
-)->dict: # dotted key -> value; lists and empty dicts are values
-    "A nested configuration as one flat dictionary"
+    cfg:dict, # nested configuration
+    prefix:str="", # text to put before each key
+)->dict: # dotted key -> value; lists and empty dicts are kept as values
+    "Convert a nested configuration to one flat dictionary"
     out = {}
     for k,v in cfg.items():
         if isinstance(v, dict) and v: out |= flatten(v, f"{prefix}{k}.")
@@ -50,11 +50,11 @@ NOTHING = object() # stands for "no value here", if None is a value
 
 # %% ../../nbs/10_config/2_schema.ipynb #b9265874
 def get_key(
-    cfg:dict, # nested
-    key:str, # dotted
-    default=None, # returned if there is no such key
+    cfg:dict, # nested configuration
+    key:str, # dotted key
+    default=None, # value to return if there is no such key
 ):# the value
-    "The value at a dotted key"
+    "Return the value at a dotted key"
     for part in key.split("."):
         if not isinstance(cfg, dict) or part not in cfg: return default
         cfg = cfg[part]
@@ -62,11 +62,11 @@ def get_key(
 
 # %% ../../nbs/10_config/2_schema.ipynb #348f2d13
 def set_key(
-    cfg:dict, # nested, changed in place
-    key:str, # dotted; sections that are missing are made
-    value, # to set
+    cfg:dict, # nested configuration, changed in place
+    key:str, # dotted key; missing sections are created
+    value, # new value; a dictionary is merged into an existing dictionary
 ):
-    "Set the value at a dotted key; a dictionary is merged into the one that is there"
+    "Set the value at a dotted key"
     *path, last = key.split(".")
     for i,part in enumerate(path):
         if not isinstance(cfg.get(part), dict): cfg[part] = {}
@@ -77,8 +77,8 @@ def set_key(
 
 # %% ../../nbs/10_config/2_schema.ipynb #20e8b52c
 def pop_key(
-    cfg:dict, # nested, changed in place
-    key:str, # dotted
+    cfg:dict, # nested configuration, changed in place
+    key:str, # dotted key
 ):# the value that was there, or `NOTHING`
     "Remove a dotted key and return its value"
     *path, last = key.split(".")
@@ -97,32 +97,32 @@ SECTION_GROUPS = ("model_merging",) # config groups whose presets are files of a
 # %% ../../nbs/10_config/2_schema.ipynb #ca2b08c3
 @dataclass(frozen=True)
 class ConfigKey:
-    "A key of a configuration: what it takes and who reads it"
-    types: str = "any" # "int|null", "=a|=b", "list[str]"; the first that fits is taken
-    low: float = -math.inf # smallest value
-    high: float = math.inf # largest value
-    above: bool = False # `low` itself is not allowed
-    also: tuple = () # values below `low` that are allowed
-    whole: bool = False # a value above 1 must be a whole number
-    pattern: str = "" # a text matches it as a whole; `instead` says what it must be
-    below: bool = False # `high` itself is not allowed
-    allowed: tuple = () # the only values that are accepted; empty: all of the type
-    read: bool = True # somebody reads it
-    when: str = "" # names of `CONDITIONS`; the key is read if all of them hold
-    stages: tuple = () # stages that read it, by name or by a property of `Stage`; empty: all that have it
-    instead: str = "" # advice: what to do instead of setting the key, or instead of a refused value
-    site: bool = False # it says where or how a run is executed; it is not part of the identity
+    "A key of a configuration: its allowed values and its readers"
+    types: str = "any" # alternatives: "int|null", "=a|=b", "list[str]"; the first that fits is used
+    low: float = -math.inf # smallest allowed number
+    high: float = math.inf # largest allowed number
+    above: bool = False # True: the number must be larger than `low`
+    also: tuple = () # further allowed numbers below `low`
+    whole: bool = False # True: a number above 1 must be a whole number
+    pattern: str = "" # regular expression that a text must match as a whole; `instead` describes it
+    below: bool = False # True: the number must be smaller than `high`
+    allowed: tuple = () # the only allowed values; empty: every value of the type
+    read: bool = True # False: no code reads the key
+    when: str = "" # names of `CONDITIONS`, separated by spaces; the key is read if all of them hold
+    stages: tuple = () # stages that read the key, by name or by a property of `Stage`; empty: all stages that have it
+    instead: str = "" # advice for the error: what to do instead of setting the key or the refused value
+    site: bool = False # True: the key only affects where or how a run is executed; it is not part of the identity
     def __repr__(self):
         said = [f"{f.name}={v!r}" for f in dataclasses.fields(self) if (v := getattr(self, f.name)) != f.default]
         return f"ConfigKey({', '.join(said)})"
 
 # %% ../../nbs/10_config/2_schema.ipynb #923cbfb6
 def key(
-    low:float=-math.inf, # smallest value
-    high:float=math.inf, # largest value
+    low:float=-math.inf, # smallest allowed number
+    high:float=math.inf, # largest allowed number
     **rules, # further fields of `ConfigKey`
 ):# `dataclasses.Field`
-    "A field of a section; its annotation is its type"
+    "Define a field of a section; the annotation of the field is the type of the key"
     return dataclasses.field(default=None, metadata=dict(key=ConfigKey(low=low, high=high, **rules)))
 
 # %% ../../nbs/10_config/2_schema.ipynb #65a6bdb7
@@ -134,9 +134,9 @@ _KIND_NAMES = {bool: "bool", int: "int", float: "float", str: "str", list: "list
 
 # %% ../../nbs/10_config/2_schema.ipynb #f080d11e
 def type_text(
-    annotation, # of a field
-)->str: # "int|null", "=a|=b|null", "list[str]"
-    "An annotation in the notation of `ConfigKey.types`"
+    annotation, # annotation of a field, such as `int|None`
+)->str: # such as "int|null", "=a|=b|null", "list[str]"
+    "Write an annotation in the notation of `ConfigKey.types`"
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Literal: return "|".join(f"={c}" for c in inner)
     if isinstance(annotation, types.UnionType) or origin is typing.Union: return "|".join(map(type_text, inner))
@@ -146,8 +146,8 @@ def type_text(
 
 # %% ../../nbs/10_config/2_schema.ipynb #f08caac2
 def section_keys(
-    section, # a dataclass of keys and sections
-    prefix:str="", # put before each key
+    section, # dataclass whose fields are keys or sections
+    prefix:str="", # text to put before each key
 )->dict: # dotted key -> `ConfigKey`
     "The keys of a section and of the sections below it"
     out = {}
@@ -159,32 +159,32 @@ def section_keys(
 # %% ../../nbs/10_config/2_schema.ipynb #cc2e39fd
 @dataclass(frozen=True)
 class Condition:
-    "When a key is read"
+    "A condition under which a key is read"
     where: str # when the key is read, in words: "trainer=irl"
-    reads: typing.Callable # function of a look-up (dotted key -> value): whether the key is read
+    reads: typing.Callable # function of a look-up (dotted key -> value) that returns True if the key is read
     why: str # why the key is not read; <KEY> stands for KEY=VALUE
-    advice: str = "leave it out" # what to do
-    soft: bool = False # if the user typed the key, a notice is given instead of an error
+    advice: str = "leave it out" # what the user can do
+    soft: bool = False # True: give a notice instead of an error if the user typed the key
 
 # %% ../../nbs/10_config/2_schema.ipynb #90bb21eb
 def _is_one_of(name:str, *values):
-    "A predicate: the key is one of the values, or its value is not known"
+    "Make a predicate: the key has one of the values, or its value is not known"
     return lambda c: c(name) is None or c(name) in values
 
 # %% ../../nbs/10_config/2_schema.ipynb #e0d61267
 def _loss_names(c)->set:
-    "The preference losses by name; empty if they are not known"
+    "The names of the preference losses; empty if they are not known"
     names = c("training_args.loss_type") or []
     return {*map(str, names if isinstance(names, (list, tuple)) else [names])}
 
 # %% ../../nbs/10_config/2_schema.ipynb #11a9db73
 def _reads_loss(*names):
-    "A predicate: one of these preference losses is requested, or none is known"
+    "Make a predicate: one of these preference losses is requested, or the losses are not known"
     return lambda c: not _loss_names(c) or bool(_loss_names(c) & {*names})
 
 # %% ../../nbs/10_config/2_schema.ipynb #ca22358e
 def _optimizer(pattern:str, but:str="(?!)"):
-    "A predicate: the optimizer's name has the pattern and not the other one"
+    "Make a predicate: the optimizer's name matches the pattern and not the other pattern"
     def reads(c):
         name = str(c("training_args.optim") or "")
         return not name or bool(re.search(pattern, name)) and not re.search(but, name)
@@ -192,7 +192,7 @@ def _optimizer(pattern:str, but:str="(?!)"):
 
 # %% ../../nbs/10_config/2_schema.ipynb #16cfeff0
 def _evaluates(c)->bool:
-    "Whether training evaluates on rows"
+    "True if training evaluates on rows"
     return c("training_args.eval_strategy") != "no" or bool(c("training_args.eval_on_start"))
 
 # %% ../../nbs/10_config/2_schema.ipynb #4c4eb00d
@@ -334,7 +334,7 @@ DATA_CONDITIONS = {
 
 # %% ../../nbs/10_config/2_schema.ipynb #4d7957bd
 def _measures(what:str):
-    "A predicate: the stage evaluate measures this"
+    "Make a predicate: the stage `evaluate` measures this quantity"
     return lambda c: c("measure") is None or what in c("measure")
 
 # %% ../../nbs/10_config/2_schema.ipynb #ed18a5e2
@@ -369,7 +369,7 @@ CONDITIONS = (LOSS_CONDITIONS | TRAINER_CONDITIONS | OPTIMIZER_CONDITIONS | PROC
 # %% ../../nbs/10_config/2_schema.ipynb #0980fd89
 @section
 class ResumingKeys:
-    "How a run is resumed"
+    "Keys about resuming a run"
     resume:bool = key(site=True)
     use_commit:bool = key(site=True) # the commit itself enters the identity
     ignore_keys:list[str] = key(site=True)
@@ -377,7 +377,7 @@ class ResumingKeys:
 # %% ../../nbs/10_config/2_schema.ipynb #c509b977
 @section
 class WandbKeys:
-    "Tracking"
+    "Keys about tracking with Weights & Biases"
     project:str = key(stages=("trains",), site=True, pattern=r"[^/\\#?%:]{1,128}",
                       instead="1 to 128 characters without / \\ # ? % :")
     entity:str|None = key(stages=("trains",), site=True)
@@ -392,13 +392,13 @@ class WandbKeys:
 
 # %% ../../nbs/10_config/2_schema.ipynb #2ac13a2c
 def _slurm(low:float=-math.inf, high:float=math.inf):
-    "A key that only jobs of Slurm read"
+    "Define a key that only jobs of Slurm read"
     return key(low, high, when="on_cluster", site=True)
 
 # %% ../../nbs/10_config/2_schema.ipynb #b87ad0af
 @section
 class ClusterKeys:
-    "Where jobs run"
+    "Keys about the machines on which jobs run"
     name:str = key(site=True)
     launcher:Literal["local", "slurm"] = key(site=True)
     device:Literal["auto", "cpu", "cuda"] = key(stages=("uses_gpu", "sharded"), site=True)
@@ -435,7 +435,7 @@ _FILLED = "it is filled when the run is opened: job_subdir, runs_dir and artifac
 # %% ../../nbs/10_config/2_schema.ipynb #05360994
 @section
 class SharedKeys:
-    "The keys of every stage: where files are stored, how a run resumes, where it runs, how it is tracked"
+    "The keys of every stage: location of files, resuming, machine, tracking"
     artifacts_dir:str = key(site=True)
     artifacts_subdir:str = key(site=True)
     runs_dir:str = key(site=True)
@@ -456,7 +456,7 @@ class SharedKeys:
 # %% ../../nbs/10_config/2_schema.ipynb #f7fec69c
 @section
 class TokenizerKeys:
-    "The tokenizer and its template"
+    "Keys of the tokenizer and its chat template"
     tokenizer_name_or_path:str = key()
     chat_template_name:Literal[*TEMPLATES]|None = key()
     padding_side:Literal["right", "left"] = key()
@@ -469,7 +469,7 @@ class TokenizerKeys:
 # %% ../../nbs/10_config/2_schema.ipynb #9e50d256
 @section
 class ModelKeys:
-    "A model that is loaded, or whose tokenizer is loaded"
+    "Keys of a model that is loaded, or whose tokenizer is loaded"
     model_name_or_path:str = key(when="one_checkpoint")
     model_revision:str = key()
     dtype:Literal["auto", "float32", "bfloat16", "float16"] = key(when="loads_model own_model")
@@ -479,39 +479,39 @@ class ModelKeys:
 # %% ../../nbs/10_config/2_schema.ipynb #09e62ebb
 @section
 class WithTokenizerKeys:
-    "Stages that tokenize"
+    "Keys of stages that tokenize"
     tokenizer_args:TokenizerKeys = None
 
 # %% ../../nbs/10_config/2_schema.ipynb #7f737104
 @section
 class WithModelKeys(WithTokenizerKeys):
-    "Stages with a model and its tokenizer"
+    "Keys of stages with a model and its tokenizer"
     model_args:ModelKeys = None
     model_name:str|None = key()
 
 # %% ../../nbs/10_config/2_schema.ipynb #54e494dc
 @section
 class TrainSplitKeys:
-    "Which split is trained on"
+    "Keys of the split to train on"
     name:str|None = key()
 
 # %% ../../nbs/10_config/2_schema.ipynb #324edaee
 @section
 class EvalSplitKeys:
-    "Which split is evaluated on"
+    "Keys of the split to evaluate on"
     name:str|None = key(when="asks_eval_rows")
 
 # %% ../../nbs/10_config/2_schema.ipynb #d37b3b61
 @section
 class SubsampleKeys:
-    "Rows to keep; 0 keeps all"
+    "Numbers of rows to keep; 0 keeps all"
     train:int = key(0)
     eval:int = key(0, when="has_eval_rows")
 
 # %% ../../nbs/10_config/2_schema.ipynb #107cfb7b
 @section
 class TrainingDataKeys:
-    "Rows to train and evaluate on"
+    "Keys of the rows to train and evaluate on"
     dataset_name:str = key()
     train_split:TrainSplitKeys = None
     eval_split:EvalSplitKeys = None
@@ -523,7 +523,7 @@ class TrainingDataKeys:
 # %% ../../nbs/10_config/2_schema.ipynb #7bca1876
 @section
 class RowTokenizationKeys:
-    "How rows become token ids and masks"
+    "Keys about the conversion of rows to token ids and masks"
     max_length:int|None = key(1)
     overlength:Literal["truncate", "drop", "error"] = key()
     on_unverifiable:Literal["drop", "error"] = key()
@@ -536,13 +536,13 @@ class RowTokenizationKeys:
 # %% ../../nbs/10_config/2_schema.ipynb #tk9a11c2
 @section
 class TokenizationKeys(RowTokenizationKeys):
-    "How conversations become token ids and masks"
+    "Keys about the conversion of conversations to token ids and masks"
     history:Literal["as_template", "split"] = key()
 
 # %% ../../nbs/10_config/2_schema.ipynb #3553203e
 @section
 class SampledAnswersKeys:
-    "Generation before and after training"
+    "Keys about answers that are generated before and after training"
     num_prompts:int = key(0)
     num_samples_shown:int = key(0, 10000, when="samples_answers")
     max_new_tokens:int = key(1, when="samples_answers")
@@ -552,7 +552,7 @@ class SampledAnswersKeys:
 # %% ../../nbs/10_config/2_schema.ipynb #89ae73cf
 @section
 class TrainingKeys(SharedKeys, WithTokenizerKeys):
-    "What both training stages have apart from TRL's arguments"
+    "Keys of both training stages, other than TRL's arguments"
     global_batch_size:int|None = key(1, 2**30)
     dataset_name:str = key()
     dataset_args:TrainingDataKeys = None
@@ -562,14 +562,14 @@ class TrainingKeys(SharedKeys, WithTokenizerKeys):
 # %% ../../nbs/10_config/2_schema.ipynb #5eaa3c46
 @section
 class PlwKeys:
-    "Weights of prompt tokens, and how the loss is normalised"
+    "Keys of the prompt weight and the normalisation of the loss"
     prompt_loss_weight:float = key(0, 1, when="weighs_prompts")
     sequence_level_loss:bool = key()
 
 # %% ../../nbs/10_config/2_schema.ipynb #916aec28
 @section
 class IrlKeys:
-    "The temporal-difference term of irl"
+    "Keys of the temporal-difference term of irl"
     lambda_td:float = key(0, when="irl")
     gamma:float = key(0, 1, when="irl discounts")
 
@@ -588,7 +588,7 @@ class EaftKeys:
 # %% ../../nbs/10_config/2_schema.ipynb #49b16d9f
 @section
 class SFTKeys(TrainingKeys):
-    "Supervised fine-tuning"
+    "Keys of supervised fine-tuning"
     trainer:Literal["sft", "plw", "ln-plw", "irl", "dft", "eaft"] = key()
     plw_args:PlwKeys = None
     irl_args:IrlKeys = None
@@ -598,39 +598,39 @@ class SFTKeys(TrainingKeys):
 # %% ../../nbs/10_config/2_schema.ipynb #01c28f32
 @section
 class GenerationRatioKeys(SFTKeys):
-    "Completion length over prompt length"
+    "Keys of the stage that measures completion length over prompt length"
     trim:float = key(0, 0.49)
 
 # %% ../../nbs/10_config/2_schema.ipynb #e80a699c
 @section
 class PairTokenizationKeys(RowTokenizationKeys):
-    "How pairs become token ids and masks"
+    "Keys about the conversion of pairs to token ids and masks"
     overlength:Literal["drop", "error"] = key()
 
 # %% ../../nbs/10_config/2_schema.ipynb #a678ab30
 @section
 class RefModelKeys:
-    "The reference model, if the data does not contain its log-probabilities"
+    "Keys of the reference model, which is used if the data does not contain its log-probabilities"
     model_name_or_path:str|None = key(when="reference computes_reference")
 
 # %% ../../nbs/10_config/2_schema.ipynb #a563624d
 @section
 class PreferenceKeys(TrainingKeys):
-    "Preference training"
+    "Keys of preference training"
     ref_model_args:RefModelKeys = None
     tokenization:PairTokenizationKeys = None
 
 # %% ../../nbs/10_config/2_schema.ipynb #ac4df423
 @section
 class WrittenKeys:
-    "Rows that a stage writes"
+    "Keys of the dataset that a stage writes"
     dataset_name:str = key()
     save_data_dir:str = key()
 
 # %% ../../nbs/10_config/2_schema.ipynb #1bdd68b0
 @section
 class NearDuplicatesKeys:
-    "Rows that are nearly the same, counted"
+    "Keys about counting rows that are nearly the same"
     threshold:float = key(0, 1, when="conversations")
     num_perm:int = key(16, 1024, when="conversations near")
     ngram:int = key(1, 50, when="conversations near")
@@ -638,7 +638,7 @@ class NearDuplicatesKeys:
 # %% ../../nbs/10_config/2_schema.ipynb #553bcde3
 @section
 class CountingTokenizerKeys:
-    "The tokenizer that counts tokens of a mixture"
+    "Keys of the tokenizer that counts the tokens of a mixture"
     tokenizer_name_or_path:str|None = key(when="conversations")
     chat_template_name:Literal[*TEMPLATES]|None = key(when="conversations counts_tokens")
     padding_side:Literal["right", "left"] = key(when="conversations counts_tokens")
@@ -651,7 +651,7 @@ class CountingTokenizerKeys:
 # %% ../../nbs/10_config/2_schema.ipynb #232375d4
 @section
 class MixtureKeys(SharedKeys, WrittenKeys):
-    "Many datasets into one"
+    "Keys of the stage that combines many datasets into one"
     seed:int = key(0, 2**32 - 1, when="draws")
     on_malformed:Literal["drop", "error"] = key(when="conversations")
     role_checks:list[str] = key(when="conversations")
@@ -671,20 +671,20 @@ class MixtureKeys(SharedKeys, WrittenKeys):
 # %% ../../nbs/10_config/2_schema.ipynb #93538399
 @section
 class NamedSplitKeys:
-    "An existing split"
+    "Keys of an existing split"
     name:str = key()
 
 # %% ../../nbs/10_config/2_schema.ipynb #b3837869
 @section
 class NewSplitKeys:
-    "A split to make"
+    "Keys of a split to make"
     name:str = key()
     ratio:float = key(0, above=True) # a share below 1, or a number of rows
 
 # %% ../../nbs/10_config/2_schema.ipynb #ffd3ae2e
 @section
 class SplitDataKeys:
-    "Rows to split"
+    "Keys of the rows to split"
     dataset_name:str = key()
     train_split:NamedSplitKeys = None
     eval_split:NewSplitKeys = None
@@ -694,7 +694,7 @@ class SplitDataKeys:
 # %% ../../nbs/10_config/2_schema.ipynb #421b6faf
 @section
 class SplitKeys(SharedKeys, WrittenKeys):
-    "An evaluation split taken from the training split"
+    "Keys of the stage that takes an evaluation split from the training split"
     seed:int = key(0, 2**32 - 1)
     dataset_args:SplitDataKeys = None
     rare_classes:Literal["error", "train"] = key(when="stratifies")
@@ -702,13 +702,13 @@ class SplitKeys(SharedKeys, WrittenKeys):
 # %% ../../nbs/10_config/2_schema.ipynb #e286746a
 @section
 class OneDatasetKeys:
-    "Rows to read"
+    "Keys of the rows to read"
     dataset_name:str = key()
 
 # %% ../../nbs/10_config/2_schema.ipynb #85033e63
 @section
 class LineariseKeys(SharedKeys, WrittenKeys):
-    "Branching conversations to structured messages"
+    "Keys of the stage that converts branching conversations to structured messages"
     on_malformed:Literal["drop", "error"] = key()
     dataset_args:OneDatasetKeys = None
     splits:list[str]|None = key()
@@ -719,7 +719,7 @@ class LineariseKeys(SharedKeys, WrittenKeys):
 # %% ../../nbs/10_config/2_schema.ipynb #4835e255
 @section
 class AnnotatedDataKeys:
-    "Rows to annotate"
+    "Keys of the rows to annotate"
     dataset_name:str = key()
     split:str|None = key()
     ignore_columns:list[str] = key()
@@ -728,14 +728,14 @@ class AnnotatedDataKeys:
 # %% ../../nbs/10_config/2_schema.ipynb #1e514c1a
 @section
 class ShardKeys:
-    "How the work is shared"
+    "Keys about the division of the work among workers"
     number:int = key(1, 9999, site=True)
     save_seconds:float = key(0, site=True)
 
 # %% ../../nbs/10_config/2_schema.ipynb #74699109
 @section
 class AnnotationKeys(SharedKeys, WrittenKeys):
-    "Stages that process rows one by one; many workers may share the rows"
+    "Keys of stages that process rows one by one; many workers may share the rows"
     dataset_name:str|None = key()
     save_data_dir:str|None = key()
     # ref_completions reads the seed if it samples, and pairs reads it if it chooses. Each of the two stages lacks the
@@ -748,7 +748,7 @@ class AnnotationKeys(SharedKeys, WrittenKeys):
 # %% ../../nbs/10_config/2_schema.ipynb #8b0a9327
 @section
 class FilterKeys(AnnotationKeys, WithModelKeys):
-    "Prompts and completions that fit the model"
+    "Keys of the stage that keeps prompts and completions that fit the model"
     max_seq_len:int = key(2) # one token of a prompt and one of an answer
     min_completions:int = key(0)
     output_format:Literal["rows", "swissai"] = key()
@@ -757,7 +757,7 @@ class FilterKeys(AnnotationKeys, WithModelKeys):
 # %% ../../nbs/10_config/2_schema.ipynb #e0c843fb
 @section
 class GenerationKeys:
-    "How completions are sampled"
+    "Keys about the sampling of completions"
     n:int = key(1)
     temperature:float = key(0)
     top_p:float = key(0, 1, above=True, when="samples")
@@ -767,7 +767,7 @@ class GenerationKeys:
 # %% ../../nbs/10_config/2_schema.ipynb #6c203b8c
 @section
 class ServerKeys:
-    "An endpoint that speaks OpenAI's API"
+    "Keys of a server with OpenAI's API"
     url:str|None = key(when="server", site=True)
     command:list[str]|None = key(when="server", site=True)
     model:str|None = key(when="server")
@@ -781,7 +781,7 @@ class ServerKeys:
 # %% ../../nbs/10_config/2_schema.ipynb #374eedc5
 @section
 class RefCompletionsKeys(AnnotationKeys, WithModelKeys):
-    "Completions sampled from the reference model"
+    "Keys of the stage that samples completions from the reference model"
     max_seq_len:int = key(2)
     backend:Literal["transformers", "server"] = key()
     tensor_parallel_size:int = key(1, 1024)
@@ -793,7 +793,7 @@ class RefCompletionsKeys(AnnotationKeys, WithModelKeys):
 # %% ../../nbs/10_config/2_schema.ipynb #1cb4d50e
 @section
 class RefLogprobsKeys(AnnotationKeys, WithModelKeys):
-    "Log-probabilities of all completions"
+    "Keys of the stage that computes the log-probabilities of all completions"
     batch_tokens:int = key(1)
     share_prompts:Literal["auto"]|bool = key()
     allow_other_reference:bool = key()
@@ -804,7 +804,7 @@ class RefLogprobsKeys(AnnotationKeys, WithModelKeys):
 # %% ../../nbs/10_config/2_schema.ipynb #66d16800
 @section
 class RewardKeys:
-    "A reward model or a verifier"
+    "Keys of a reward model or a verifier"
     kind:Literal["model", "verifier"] = key()
     name:str = key()
     verifier:str|None = key(when="verifier")
@@ -822,14 +822,14 @@ class RewardKeys:
 # %% ../../nbs/10_config/2_schema.ipynb #53b7157c
 @section
 class RefRewardsKeys(AnnotationKeys):
-    "Rewards of all completions"
+    "Keys of the stage that computes the rewards of all completions"
     output_format:Literal["rows", "swissai"] = key()
     reward_args:RewardKeys = None
 
 # %% ../../nbs/10_config/2_schema.ipynb #a59d100b
 @section
 class PairsKeys(AnnotationKeys):
-    "Chosen and rejected completions"
+    "Keys of the stage that chooses chosen and rejected completions"
     mode:Literal["heuristic", "best-worst", "random", "k-random", "offline"] = key()
     num_pairs:int = key(1) # a value above 1 is refused if mode=offline
     min_num_ref_rewards:int|None = key(0)
@@ -840,13 +840,13 @@ class PairsKeys(AnnotationKeys):
 # %% ../../nbs/10_config/2_schema.ipynb #8b5bbef2
 @section
 class HeldOutSplitKeys:
-    "The split to evaluate on if `split` is null"
+    "Keys of the split to evaluate on if `split` is null"
     name:str|None = key(when="no_split")
 
 # %% ../../nbs/10_config/2_schema.ipynb #032482b3
 @section
 class EvaluationDataKeys:
-    "Rows to evaluate on"
+    "Keys of the rows to evaluate on"
     dataset_name:str = key()
     split:str|None = key()
     ignore_columns:list[str] = key()
@@ -858,7 +858,7 @@ _VERIFIERS = Literal["final_number", "exact_match", "regex", "length", "json_mat
 # %% ../../nbs/10_config/2_schema.ipynb #42f30894
 @section
 class AnswersKeys:
-    "What is generated and scored"
+    "Keys about the answers that are generated and scored"
     num_prompts:int = key(0)
     num_samples_shown:int = key(0, 10000, when="accuracy")
     max_new_tokens:int = key(1, when="accuracy")
@@ -872,7 +872,7 @@ class AnswersKeys:
 # %% ../../nbs/10_config/2_schema.ipynb #9990bf20
 @section
 class LmEvalKeys:
-    "Tasks of lm-evaluation-harness"
+    "Keys of the tasks of lm-evaluation-harness"
     tasks:list[str] = key()
     include_path:str|None = key(when="tasks")
     limit:int|None = key(1, when="tasks")
@@ -882,7 +882,7 @@ class LmEvalKeys:
 # %% ../../nbs/10_config/2_schema.ipynb #674de51e
 @section
 class EvaluateKeys(SharedKeys, WithTokenizerKeys):
-    "Checkpoints compared"
+    "Keys of the stage that compares checkpoints"
     checkpoints:list[str] = key()
     model_args:ModelKeys = None
     dataset_name:str|None = key()
@@ -896,7 +896,7 @@ class EvaluateKeys(SharedKeys, WithTokenizerKeys):
 # %% ../../nbs/10_config/2_schema.ipynb #4a4add24
 @section
 class ExportedModelKeys:
-    "What is exported"
+    "Keys of the model to export"
     model_name_or_path:str = key()
     model_revision:str = key()
     trust_remote_code:bool = key()
@@ -904,14 +904,14 @@ class ExportedModelKeys:
 # %% ../../nbs/10_config/2_schema.ipynb #09d81e6b
 @section
 class ComparedDataKeys:
-    "Whose dialogues are compared"
+    "Keys of the dialogues that are compared"
     dataset_name:str|None = key(when="dialogues")
     split:str|None = key(when="dialogues")
 
 # %% ../../nbs/10_config/2_schema.ipynb #051a5b18
 @section
 class ParityKeys:
-    "How the exported folder is compared with the checkpoint"
+    "Keys about the comparison of the exported folder with the checkpoint"
     dialogues:int = key(0, 1000)
     max_difference:float = key(0, 1)
     on_missing_stop:Literal["error", "warn"] = key()
@@ -919,7 +919,7 @@ class ParityKeys:
 # %% ../../nbs/10_config/2_schema.ipynb #4c4b2299
 @section
 class ExportKeys(SharedKeys, WithTokenizerKeys):
-    "A checkpoint as a complete folder that other programs can load"
+    "Keys of the stage that writes a checkpoint as a complete folder for other programs"
     model_args:ExportedModelKeys = None
     model_name:str|None = key()
     save_dir:str|None = key()
@@ -968,14 +968,14 @@ class MergeOptionsKeys:
 # %% ../../nbs/10_config/2_schema.ipynb #8c11d3c1
 @section
 class MergeChecksKeys:
-    "How the result is checked"
+    "Keys about the checks of the merged model"
     reload:bool = key()
     max_elements:int = key(0)
 
 # %% ../../nbs/10_config/2_schema.ipynb #ad37cb0e
 @section
 class MergeKeys(SharedKeys):
-    "Several checkpoints merged into one"
+    "Keys of the stage that merges several checkpoints into one"
     sources:list[str]|None = key()
     weights:list[float]|None = key()
     base:str|None = key()
@@ -988,12 +988,12 @@ class MergeKeys(SharedKeys):
 @dataclass(frozen=True)
 class Stage:
     "A stage: its keys, and the properties that it shares with other stages"
-    section: type # the dataclass of its keys
+    section: type # dataclass of the stage's keys
     trl_args: str|None = None # TRL's dataclass behind training_args; None: the stage has no such section
-    trains: bool = False # it takes optimizer steps: it has a batch, processes and nodes
-    sharded: bool = False # it maps over rows, which several workers share
-    uses_gpu: bool = False # it may run a model on the device cluster.device
-    drops_rows: bool = False # it drops unusable rows, up to max_drop_fraction
+    trains: bool = False # True: the stage takes optimizer steps; it has a batch, processes and nodes
+    sharded: bool = False # True: the stage processes rows that several workers share
+    uses_gpu: bool = False # True: the stage may run a model on the device `cluster.device`
+    drops_rows: bool = False # True: the stage drops unusable rows, up to `max_drop_fraction`
 
 # %% ../../nbs/10_config/2_schema.ipynb #st4ge001
 STAGES = {
@@ -1016,7 +1016,7 @@ STAGES = {
 # %% ../../nbs/10_config/2_schema.ipynb #st4ge002
 def stages_with(
     *properties:str, # boolean fields of `Stage`
-)->tuple: # names, in the order of `STAGES`
+)->tuple: # names of stages, in the order of `STAGES`
     "The stages that have at least one of these properties"
     return tuple(name for name,s in STAGES.items() if any(getattr(s, p) for p in properties))
 
@@ -1197,7 +1197,7 @@ MODEL_ARG_KEYS = { # model_args.KEY of a training stage
 # %% ../../nbs/10_config/2_schema.ipynb #4e5d6b7a
 @functools.cache
 def library_types()->dict: # dataclass name -> field -> type
-    "The key table of TRL and transformers that is kept with the presets"
+    "Read the table of TRL's and transformers' keys that is stored with the presets"
     return json.loads((CONFIGS/"keys.json").read_text())
 
 # %% ../../nbs/10_config/2_schema.ipynb #6831d987
@@ -1207,7 +1207,7 @@ _STILL_READ = ("train_sampling_strategy", "save_strategy") # read, though some o
 # %% ../../nbs/10_config/2_schema.ipynb #33fae40e
 @functools.cache
 def library_keys(
-    args:str, # SFTConfig or DPOConfig
+    args:str, # name of a TRL dataclass: SFTConfig or DPOConfig
 )->dict: # dotted key -> `ConfigKey`
     "The keys of TRL's dataclasses, with the rules of this chapter"
     refused = {k: ConfigKey(read=k in _STILL_READ, allowed=allowed, instead=text)
@@ -1226,7 +1226,7 @@ LARGEST = dict(int=2**31 - 1, float=1e12) # of a number without a bound of its o
 
 # %% ../../nbs/10_config/2_schema.ipynb #st4ge005
 def _with_stage_names(key:ConfigKey)->ConfigKey:
-    "The key with a largest number, and with the names of stages in place of properties in its `stages`"
+    "Complete a key: a largest number, and names of stages in place of properties in `stages`"
     named = {*key.stages} & {*STAGES}
     named |= {*stages_with(*{*key.stages} - named)}
     kinds, high = {*key.types.split("|")}, key.high
@@ -1236,9 +1236,9 @@ def _with_stage_names(key:ConfigKey)->ConfigKey:
 # %% ../../nbs/10_config/2_schema.ipynb #ca866a96
 @functools.cache
 def stage_keys(
-    stage:str, # a name of `STAGES`
+    stage:str, # name of a stage in `STAGES`
 )->dict: # dotted key -> `ConfigKey`
-    "Every key that a stage may have"
+    "All keys of a stage"
     s = STAGES[stage]
     keys = (library_keys(s.trl_args) if s.trl_args else {}) | section_keys(s.section)
     return {k: _with_stage_names(v) for k,v in keys.items()} | {"stage": ConfigKey(f"={stage}")}
@@ -1246,9 +1246,9 @@ def stage_keys(
 # %% ../../nbs/10_config/2_schema.ipynb #ce990381
 @functools.cache
 def known_keys(
-    stage:str, # a name of `STAGES`
+    stage:str, # name of a stage in `STAGES`
 )->dict: # dotted key -> type
-    "Every key that a stage may have, with its type"
+    "All keys of a stage with their types"
     return {k: v.types for k,v in stage_keys(stage).items()}
 
 # %% ../../nbs/10_config/2_schema.ipynb #ff2a1a80
@@ -1258,7 +1258,7 @@ _PLURALS = dict(int="whole numbers", float="numbers", bool="true or false", str=
 
 # %% ../../nbs/10_config/2_schema.ipynb #577bf93c
 def _kind_name(kind:str)->str:
-    "A kind in words"
+    "A type in words"
     if kind[0] == "=": return kind[1:]
     if not kind.startswith("list["): return _NAMES[kind]
     inner = kind[5:-1]
@@ -1267,13 +1267,13 @@ def _kind_name(kind:str)->str:
 
 # %% ../../nbs/10_config/2_schema.ipynb #eac3335c
 def _number(x)->str:
-    "A bound in words: whole numbers in full"
+    "A bound in words; whole numbers are written in full"
     return str(int(x)) if x == int(x) else f"{x:g}"
 
 # %% ../../nbs/10_config/2_schema.ipynb #d0393fbe
 def range_text(
-    key:ConfigKey, # with a bound
-)->str: # empty if there is no bound
+    key:ConfigKey, # a key with or without bounds
+)->str: # text such as "at least 1"; empty if there is no bound
     "A range in words"
     free, other = key.high in (math.inf, *LARGEST.values()), "".join(f"{v}, or " for v in key.also)
     if key.low == -math.inf and free: return ""
@@ -1286,18 +1286,18 @@ def range_text(
 # %% ../../nbs/10_config/2_schema.ipynb #4fa0a6b7
 def readers_text(
     key:ConfigKey,
-)->str: # "always" if each stage that knows the key reads it
-    "Who reads a key, in words"
+)->str: # text; "always" if each stage that has the key reads it
+    "The readers of a key in words"
     if not key.read: return f"nobody: {key.instead}"
     by = [", ".join(key.stages)] if key.stages else []
     return "; ".join([*by, *(CONDITIONS[c].where for c in key.when.split())]) or "always"
 
 # %% ../../nbs/10_config/2_schema.ipynb #a9a6763d
 def describe_keys(
-    stage:str, # a name of `STAGES`
-    text:str="", # keys whose name has it
-)->list[dict]: # a row for each key: key, takes, range, read by
-    "What the keys of a stage take and who reads them"
+    stage:str, # name of a stage in `STAGES`
+    text:str="", # describe only keys whose name contains this text
+)->list[dict]: # one row per key: key, takes, range, read by
+    "Describe the values and the readers of a stage's keys"
     found = {k: v for k,v in stage_keys(stage).items() if text in k}
     return [{"key": k, "takes": ", ".join(map(_kind_name, v.types.split("|"))), "range": range_text(v),
              "read by": readers_text(v)} for k,v in found.items()]
@@ -1325,9 +1325,9 @@ METHOD_KEYS = ("loss_type", "trainer", "f_divergence_type", "transform", "partit
 
 # %% ../../nbs/10_config/2_schema.ipynb #6f267c03
 def coerce_value(
-    key:str, # dotted, for the message
-    value, # what the configuration holds
-    kinds:str, # of the table: "int|null"
+    key:str, # dotted key, for the message
+    value, # value in the configuration
+    kinds:str, # type of the key, such as "int|null"
 ):# the value, in the type of the key
     "Convert a value to the type of its key, or raise an error that names the valid values"
     kinds = kinds.split("|")
@@ -1344,13 +1344,13 @@ def coerce_value(
 
 # %% ../../nbs/10_config/2_schema.ipynb #500d144b
 def _names_code(value)->bool:
-    "Whether a mapping anywhere in the value has the key `_target_`"
+    "True if a mapping anywhere in the value has the key `_target_`"
     if isinstance(value, dict): return "_target_" in value or any(map(_names_code, value.values()))
     return isinstance(value, list) and any(map(_names_code, value))
 
 # %% ../../nbs/10_config/2_schema.ipynb #9846d226
 def _odd_character(value)->str:
-    "The first character of a text, also inside a list or mapping, that no name, path or sentence has; empty if none"
+    "The first control character of a text, also inside a list or mapping; empty if there is none"
     if isinstance(value, dict): value = [*value, *value.values()]
     if isinstance(value, list): return next((c for v in value if (c := _odd_character(v))), "")
     hit = re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]", value) if isinstance(value, str) else None
@@ -1358,10 +1358,10 @@ def _odd_character(value)->str:
 
 # %% ../../nbs/10_config/2_schema.ipynb #38f22e9b
 def unknown_key_hint(
-    key:str, # dotted, unknown
-    keys, # the known keys
-)->str: # empty if no key is near
-    "A sentence with the known key nearest to an unknown one: in its own section first"
+    key:str, # dotted key that does not exist
+    keys, # names of the known keys
+)->str: # a sentence; empty if no key is similar
+    "Suggest the known key most similar to an unknown one; keys of its own section come first"
     section, _, last = key.rpartition(".")
     inside = {k[len(section) + 1:]: k for k in keys if k.startswith(section + ".")} if section else {}
     if hint := did_you_mean(last, inside, n=1): return hint.replace("'", f"'{section}.", 1)
@@ -1369,12 +1369,12 @@ def unknown_key_hint(
 
 # %% ../../nbs/10_config/2_schema.ipynb #78c2dbec
 def check_config(
-    cfg:dict, # nested and resolved
+    cfg:dict, # nested configuration, resolved
     keys:dict, # dotted key -> type
-    origin=lambda key: "", # where a key comes from, for the message
+    origin=lambda key: "", # function: key -> where its value comes from, as text for the message
     prefix:str="",
-)->dict: # the same configuration, each value in the type of its key
-    "Refuse unknown keys and values that do not fit; a mapping typed `dict` is free-form but holds no `_target_`"
+)->dict: # the same configuration, each value converted to the type of its key
+    "Refuse unknown keys and values of a wrong type; a `dict` value is free-form but may not hold `_target_`"
     out = {}
     for k,v in cfg.items():
         key = f"{prefix}{k}"
@@ -1394,9 +1394,9 @@ def check_config(
 
 # %% ../../nbs/10_config/2_schema.ipynb #18b56e28
 def check_ranges(
-    cfg:dict, # nested, types checked
+    cfg:dict, # nested configuration, types checked
     keys:dict, # dotted key -> `ConfigKey`
-    origin=lambda key: "", # where a key comes from, for the message
+    origin=lambda key: "", # function: key -> where its value comes from, as text for the message
 ):
     "Refuse numbers out of range"
     for name,k in keys.items():
@@ -1411,11 +1411,11 @@ def check_ranges(
 
 # %% ../../nbs/10_config/2_schema.ipynb #50095a2e
 def check_allowed(
-    cfg:dict, # nested, types checked
+    cfg:dict, # nested configuration, types checked
     keys:dict, # dotted key -> `ConfigKey`
-    origin=lambda key: "", # where a key comes from, for the message
+    origin=lambda key: "", # function: key -> where its value comes from, as text for the message
 ):
-    "Refuse values that a key does not accept and texts of another form, and say what to do instead"
+    "Refuse values that a key does not allow, and texts that do not match its pattern"
     for name,k in keys.items():
         value = get_key(cfg, name, NOTHING)
         if k.allowed and value is not NOTHING and value not in k.allowed:
@@ -1426,22 +1426,22 @@ def check_allowed(
 
 # %% ../../nbs/10_config/2_schema.ipynb #c34a4b07
 def shown_value(
-    value, # of a configuration
+    value, # value of a configuration key
 )->str:
-    "A value as one would type it"
+    "Write a value as the user would type it"
     if isinstance(value, float) and math.isfinite(value) and value == int(value): value = int(value)
     return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
 
 # %% ../../nbs/10_config/2_schema.ipynb #6ba72249
 @dataclass(frozen=True)
 class UnreadKey:
-    "Why a key of a configuration is not read"
+    "The reason why a key of a configuration is not read"
     why: str # the reason, a clause
     advice: str = "" # what to do, a clause
-    cause: str = "" # the reason in short: trainer=sft
-    soft: bool = False # if the user typed the key, a notice is given instead of an error
-    stage: bool = False # the stage never reads it
-    fixed: bool = False # it has the only value that it accepts
+    cause: str = "" # the reason in short, such as trainer=sft
+    soft: bool = False # True: give a notice instead of an error if the user typed the key
+    stage: bool = False # True: the stage never reads the key
+    fixed: bool = False # True: the key has the only value that it allows
 
 # %% ../../nbs/10_config/2_schema.ipynb #cb64cccc
 def _by_condition(condition:Condition, look, companion:bool)->UnreadKey:
@@ -1456,9 +1456,9 @@ def _by_condition(condition:Condition, look, companion:bool)->UnreadKey:
 def why_unread(
     name:str, # dotted key
     key:ConfigKey,
-    look, # dotted key -> value; "@engine" is single, ddp or deepspeed, None if it is not known
-)->UnreadKey|None: # None if the key is read
-    "Whether a key is read, and why not"
+    look, # function: dotted key -> value; "@engine" -> single, ddp, deepspeed, or None if not known
+)->UnreadKey|None: # the reason; None if the key is read
+    "Decide whether a key is read, and give the reason if it is not"
     stage, companion = look("stage"), SFT_KEYS_READ.get(look("stage"))
     if companion and not any(name == k or k[-1] == "." and name.startswith(k) for k in companion):
         return UnreadKey(f"the stage {stage} does not read it", "leave it out", f"stage={stage}", soft=True, stage=True)
@@ -1475,8 +1475,8 @@ def why_unread(
 
 # %% ../../nbs/10_config/2_schema.ipynb #93d7ac5a
 def unread_keys(
-    cfg:dict, # nested, perhaps with keys missing
-    engine:str|None=None, # single, ddp or deepspeed; None: not known, and its keys count as read
+    cfg:dict, # nested configuration; keys may be missing
+    engine:str|None=None, # single, ddp or deepspeed; None: not known, and keys that depend on it count as read
 )->dict: # dotted key -> `UnreadKey`
     "The keys of a configuration that the stage, the loss or the engine does not read"
     def look(name): return engine if name == "@engine" else get_key(cfg, name)
@@ -1491,8 +1491,8 @@ OFF_VALUES = {"training_args.warmup_steps": 0} # key -> the value that switches 
 # %% ../../nbs/10_config/2_schema.ipynb #1c31deda
 def refuse_unread(
     unread:dict, # from `unread_keys`
-    cfg:dict, # nested
-    typed, # dotted keys that were typed
+    cfg:dict, # nested configuration
+    typed, # dotted keys that the user typed
 ):
     "Refuse typed keys that are not read, and say what to do"
     for name,u in unread.items():
@@ -1514,11 +1514,11 @@ def _origin(origins:dict, name:str)->str:
 # %% ../../nbs/10_config/2_schema.ipynb #086f6944
 def unread_notices(
     unread:dict, # from `unread_keys`
-    cfg:dict, # nested
-    origins:dict, # dotted key -> "default", "preset model=tiny", "override"
-    chosen=(), # groups whose preset the user chose: "model"
-    others=(), # dotted key -> preset: keys of other stages that were left out of the configuration
-)->list[str]: # one line for each reason
+    cfg:dict, # nested configuration
+    origins:dict, # dotted key -> "default", "preset model=tiny" or "override"
+    chosen=(), # groups whose preset the user chose, such as "model"
+    others=(), # dotted key -> preset, for keys of other stages that were left out of the configuration
+)->list[str]: # one sentence per reason
     "Notices about keys that are not read, and are left out of the run's identity"
     keys = stage_keys(cfg["stage"])
     reasons, of_stage = {}, {}
@@ -1543,7 +1543,7 @@ def unread_notices(
 
 # %% ../../nbs/10_config/2_schema.ipynb #f01a92a3
 def non_identity_keys(
-    cfg:dict, # nested, perhaps with keys missing
+    cfg:dict, # nested configuration; keys may be missing
 )->list[str]: # dotted keys
     "The keys that are not part of a run's identity: unread keys and `site` keys"
     stage = cfg["stage"]

@@ -23,9 +23,9 @@ from .state import RunState, is_trained, locate_run, not_begun, orphaned_checkpo
 
 # %% ../../nbs/15_run/6_attempt.ipynb #f3261338
 def check_frozen(
-    run_dir:Path, # a run folder
-    cfg:dict, # the config now
-)->dict: # changes of other keys: dotted key -> (then, now)
+    run_dir:Path, # folder of a run
+    cfg:dict, # present config
+)->dict: # changes outside the identity: dotted key -> (then, now)
     "Refuse a config that differs from the frozen one in a key of the identity"
     try: identity, rest = config_changes(read_config(run_dir), cfg)
     except (AttributeError, KeyError, TypeError) as e: # keys are missing
@@ -40,9 +40,9 @@ def check_frozen(
 
 # %% ../../nbs/15_run/6_attempt.ipynb #4c2ec563
 def _claim_generation(
-    cfg:dict, # a composed, resolved config
-    generation_id:str, # the `id` of the record
-)->Path: # the folder, made by this call
+    cfg:dict, # composed and resolved config
+    generation_id:str, # the `id` in the record
+)->Path: # the folder that this call made
     "Make the next free generation folder, so that the checkpoints of two runs never mix"
     root, n = checkpoints_root(cfg), 1
     root.mkdir(parents=True, exist_ok=True)
@@ -66,11 +66,11 @@ def _settle(run_dir:Path, record:dict):
 
 # %% ../../nbs/15_run/6_attempt.ipynb #5ec6b244
 def _begin_generation(
-    run_dir:Path, # the run folder
-    cfg:dict, # with run_dir filled
+    run_dir:Path, # folder of the run
+    cfg:dict, # config with `run_dir` set
     digest:str, # hash of the config
-    facts:dict, # origins and overrides
-)->Path: # its checkpoints folder
+    facts:dict, # origins and overrides for the record
+)->Path: # folder of the generation's checkpoints
     "Freeze the config and begin a record; the record of an earlier generation is kept under `earlier`"
     old = read_record(run_dir)
     n, generation_id = old.get("generation", 0) + 1, f"{run_dir.name}-{secrets.token_hex(3)}"
@@ -92,7 +92,7 @@ def _now()->str:
 
 # %% ../../nbs/15_run/6_attempt.ipynb #687d8417
 def _write_exit(run_dir:Path, attempt:dict):
-    "Write the exit of an attempt to its folder; its notebook is complete only if the exit is 0"
+    "Write the exit code of an attempt to its folder; its notebook counts as complete only if the code is 0"
     write_json(run_dir/f"attempts/{attempt['number']}/exit.json",
                {k: attempt[k] for k in ("number", "exit", "started", "ended", "noticed") if k in attempt})
 
@@ -116,12 +116,12 @@ def _mark_killed(run_dir:Path):
 
 # %% ../../nbs/15_run/6_attempt.ipynb #52f8feb1
 def _choose_generation(
-    cfg:dict, # with run_dir filled
-    state:RunState, # of this config, which is not done
-    facts:dict, # origins and overrides
-    force:bool, # begin a new generation
-)->tuple[Path, dict, str]: # folder of the generation, changes of keys outside the identity, new or resume
-    "The generation that the next attempt works on, once the lock is held"
+    cfg:dict, # config with `run_dir` set
+    state:RunState, # state of the run, which is not done
+    facts:dict, # origins and overrides for the record
+    force:bool, # True: begin a new generation
+)->tuple[Path, dict, str]: # folder of the generation, changes outside the identity, and new or resume
+    "Choose the generation that the next attempt works on; the lock must be held"
     run_dir, record = state.run_dir, read_record(state.run_dir)
     existing = bool(record) and not not_begun(record)
     if record: _mark_killed(run_dir)
@@ -140,21 +140,21 @@ def _choose_generation(
 # %% ../../nbs/15_run/6_attempt.ipynb #127298e2
 @dataclass
 class Attempt:
-    "One attempt at a run, as the recipe and the launcher see it"
+    "One attempt at a run"
     run_dir:Path # folder of the record
     attempt_dir:Path # run_dir/attempts/N
-    number:int # from 1
-    config_path:Path # the frozen config that the training process reads
-    checkpoints_dir:Path # of this generation
-    hash:str # of the config
-    status:str = "new" # state of the run at the start: new, resume, done
-    attached:bool = False # another command opened it and will close it
+    number:int # number of the attempt, from 1
+    config_path:Path # path of the frozen config that the training process reads
+    checkpoints_dir:Path # folder of this generation's checkpoints
+    hash:str # hash of the config
+    status:str = "new" # state of the run when the attempt was opened: new, resume or done
+    attached:bool = False # True: another command opened the attempt and will close it
 
 # %% ../../nbs/15_run/6_attempt.ipynb #8cdfc875
 def _start_attempt(
-    attempt:Attempt, # without its config
-    cfg:dict, # the config of this attempt
-    facts:dict, # for the record: changed, command, overrides, began_as, topology, job
+    attempt:Attempt, # the attempt, before its config is written
+    cfg:dict, # config of this attempt
+    facts:dict, # entries of the record: changed, command, overrides, began_as, topology, job
 )->Attempt:
     "Write an attempt's folder, then its entry in the record"
     attempt.attempt_dir.mkdir(parents=True, exist_ok=True)
@@ -176,7 +176,7 @@ def _start_attempt(
 
 # %% ../../nbs/15_run/6_attempt.ipynb #6ed279de
 def _attach(cfg:dict, attempt:int)->Attempt:
-    "Join an attempt that another command of ours opened and holds"
+    "Join an attempt that another command of this project has opened and holds"
     state, run_dir = locate_run(cfg), run_folder(cfg)
     attempts = read_record(run_dir).get("attempts") or []
     if attempt > len(attempts) or "exit" in attempts[attempt - 1] or not is_live(run_dir):
@@ -189,7 +189,7 @@ def _attach(cfg:dict, attempt:int)->Attempt:
 
 # %% ../../nbs/15_run/6_attempt.ipynb #b5f9cb37
 def _refuse_existing(cfg:dict, run_dir:Path):
-    "Refuse a run that was begun, if `resuming.resume` is false"
+    "Refuse a run that has begun, if `resuming.resume` is false"
     record = read_record(run_dir)
     if record and not not_begun(record) and not (cfg.get("resuming") or {}).get("resume", True):
         raise UserError(f"{run_dir} exists and resuming.resume is false. Set resuming.resume=true, add "
@@ -235,7 +235,7 @@ def _open_held(cfg:dict, state:RunState, origins:dict, overrides:list, force:boo
 
 # %% ../../nbs/15_run/6_attempt.ipynb #24978189
 def _locate(cfg:dict, force:bool)->RunState:
-    "The state of a run; if nothing depends on a lost record, it is rebuilt first, so that attempts are numbered on"
+    "Find the state of a run; rebuild a lost record first if nothing depends on it, so that attempt numbers continue"
     run_dir = run_folder(cfg)
     try: lost = not read_record(run_dir) and (run_dir/"attempts").is_dir()
     except UserError:
@@ -246,14 +246,14 @@ def _locate(cfg:dict, force:bool)->RunState:
 
 # %% ../../nbs/15_run/6_attempt.ipynb #15a37ae3
 def open_run(
-    cfg:dict, # a composed, resolved config
-    command:list[str]=None, # as typed; None: the arguments of this process
+    cfg:dict, # composed and resolved config
+    command:list[str]=None, # command as typed; None: the arguments of this process
     origins:dict=None, # dotted key -> default, preset or override
-    overrides=(), # as typed
-    force:bool=False, # begin a new generation from step 0; earlier checkpoints are kept
-    attempt:int=0, # join this attempt, which another command opened; 0 opens one
+    overrides=(), # overrides as typed
+    force:bool=False, # True: begin a new generation from step 0; earlier checkpoints are kept
+    attempt:int=0, # number of an attempt that another command opened, to join it; 0: open a new attempt
 )->Attempt:
-    "Open an attempt and hold the run's lock until the attempt is closed; a finished run is only looked up"
+    "Open an attempt and hold the run's lock until it is closed; of a finished run only the state is returned"
     if attempt: return _attach(cfg, attempt)
     refuse_secrets(cfg)
     run_dir = run_folder(cfg)
@@ -270,12 +270,12 @@ def open_run(
 
 # %% ../../nbs/15_run/6_attempt.ipynb #9ecb5656
 def queue_run(
-    cfg:dict, # a composed, resolved config
+    cfg:dict, # composed and resolved config
     origins:dict=None, # dotted key -> default, preset or override
-    overrides=(), # as typed
-    force:bool=False, # begin a new generation from step 0; earlier checkpoints are kept
-)->RunState: # new, resume or done; done: nothing was written
-    "Make or check the folder of a run that a job will work on later"
+    overrides=(), # overrides as typed
+    force:bool=False, # True: begin a new generation from step 0; earlier checkpoints are kept
+)->RunState: # state new, resume or done; if done, nothing was written
+    "Prepare the folder of a run that a job will work on later"
     refuse_secrets(cfg)
     run_dir = run_folder(cfg)
     hold_run(run_dir)
@@ -295,9 +295,9 @@ HANDED_OVER = 75 # exit of an attempt that was asked to stop, saved, and continu
 
 # %% ../../nbs/15_run/6_attempt.ipynb #e958d6e3
 def attempt_files(
-    run_dir, # a run folder
-    number:int, # of the attempt
-    checkpoints_dir=None, # of its generation
+    run_dir, # folder of a run
+    number:int, # number of the attempt
+    checkpoints_dir=None, # folder of the attempt's generation; None: without checkpoints
 )->dict: # path below the run's folder, or checkpoints:PATH -> size and SHA-256
     "The files of an attempt and of its run"
     run_dir, checkpoints = Path(run_dir), Path(checkpoints_dir or "none")
@@ -312,10 +312,10 @@ def attempt_files(
 
 # %% ../../nbs/15_run/6_attempt.ipynb #2b2a10b4
 def close_attempt(
-    run_dir, # a run folder
-    number:int, # of the attempt
-    exit:int, # see the table above
-    **facts, # more about the attempt
+    run_dir, # folder of a run
+    number:int, # number of the attempt
+    exit:int, # exit code, see the table above
+    **facts, # further entries of the attempt in the record
 ):
     "Record how an attempt ended, and release the lock of the run"
     def change(r):
@@ -331,18 +331,18 @@ def close_attempt(
 
 # %% ../../nbs/15_run/6_attempt.ipynb #c8a01be6
 def finish_attempt(
-    attempt:Attempt, # opened here or joined
+    attempt:Attempt, # attempt that this process opened or joined
 ):
-    "Close a successful attempt; an attempt that another command opened is closed by that command"
+    "Close a successful attempt, unless another command opened it and will close it"
     if not attempt.attached and attempt.status != "done": close_attempt(attempt.run_dir, attempt.number, 0)
 
 # %% ../../nbs/15_run/6_attempt.ipynb #eb0fc45c
 def finish_output(
-    attempt:Attempt, # opened here or joined
+    attempt:Attempt, # attempt that this process opened or joined
     output, # folder with a manifest, or "hub:NAME"
-    **facts, # counts, inputs, summary and anything else for the record
+    **facts, # further entries of the record, such as counts, inputs and summary
 ):
-    "Record that a data stage is finished and where its output is"
+    "Record that a data stage is finished, with the location of its output"
     parents = [p for path in facts.get("inputs") or {} for p in made_by(path)]
     if parents: facts = dict(parents=parents) | facts
     update_record(attempt.run_dir, status="finished", final=dict(output=str(output)), **facts)

@@ -21,10 +21,10 @@ from .state import generation_folder, locate_run, rebuild_record
 
 # %% ../../nbs/15_run/9_check.ipynb #21be28eb
 def config_faults(
-    run_dir:Path, # a run folder
-    record:dict, # its record
-)->list[str]: # one sentence each
-    "The faults of a run's frozen config"
+    run_dir:Path, # folder of a run
+    record:dict, # record of the run
+)->list[str]: # one sentence per fault
+    "Find faults of a run's frozen config"
     try: cfg = read_config(run_dir)
     except UserError as e: return [str(e)]
     commit = ((record.get("attempts") or [{}])[0].get("git") or {}).get("commit")
@@ -46,10 +46,10 @@ def _start_sha256(path:Path, size:int=None)->str: # hex
 
 # %% ../../nbs/15_run/9_check.ipynb #8cb4934e
 def file_faults(
-    run_dir:Path, # a run folder
-    record:dict, # its record
-)->list[str]: # one sentence each
-    "Files of successful attempts that are missing or have changed"
+    run_dir:Path, # folder of a run
+    record:dict, # record of the run
+)->list[str]: # one sentence per fault
+    "Find files of successful attempts that are missing or have changed"
     attempts, wrong = record.get("attempts") or [], []
     checkpoints = generation_folder(record["config"], record)
     for a in attempts:
@@ -69,10 +69,10 @@ def file_faults(
 
 # %% ../../nbs/15_run/9_check.ipynb #1e18260a
 def training_faults(
-    run_dir:Path, # a run folder
-    record:dict, # its record
-)->list[str]: # one sentence each
-    "Steps of a training run that its metrics lack"
+    run_dir:Path, # folder of a run
+    record:dict, # record of the run
+)->list[str]: # one sentence per fault
+    "Find steps of a training run that are missing in its metrics"
     args = (record.get("config") or {}).get("training_args") or {}
     if record.get("stage") not in TRAINING_STAGES or not record.get("attempts"): return []
     best = newest_verified(generation_folder(record["config"], record))[0]
@@ -83,9 +83,9 @@ def training_faults(
 
 # %% ../../nbs/15_run/9_check.ipynb #80db4b45
 def checkpoint_faults(
-    record:dict, # of a run
-)->list[str]: # one sentence each
-    "Checkpoints and outputs of all generations that differ from their manifests"
+    record:dict, # record of a run
+)->list[str]: # one sentence per fault
+    "Find checkpoints and outputs, of all generations, that differ from their manifests"
     wrong = []
     for generation in [record, *(record.get("earlier") or [])]:
         folder = generation_folder(record.get("config") or {}, generation)
@@ -100,8 +100,8 @@ def checkpoint_faults(
 
 # %% ../../nbs/15_run/9_check.ipynb #21f6e568
 def verify_run(
-    run_dir, # a run folder
-)->list[str]: # faults, one sentence each
+    run_dir, # folder of a run
+)->list[str]: # one sentence per fault
     "Compare the files of a run with its record, and its checkpoints with their manifests"
     run_dir = Path(run_dir)
     try: record = read_record(run_dir)
@@ -117,10 +117,10 @@ def verify_run(
 
 # %% ../../nbs/15_run/9_check.ipynb #c8dd6984
 def whole_config(
-    run_dir, # a run folder
-    record:dict, # its record; empty if it is lost
-)->dict: # empty if none is left
-    "The frozen config of a run from the best source that is left"
+    run_dir, # folder of a run
+    record:dict, # record of the run; empty if it is lost
+)->dict: # the config; empty if no source is complete
+    "Restore the frozen config of a run from the best remaining source"
     run_dir = Path(run_dir)
     number = lambda p: int(p.parent.name) if p.parent.name.isdigit() else 0
     files = [run_dir/"config.yaml", *sorted(run_dir.glob("attempts/*/config.yaml"), key=number, reverse=True)]
@@ -137,9 +137,9 @@ def whole_config(
 
 # %% ../../nbs/15_run/9_check.ipynb #93114a5d
 def repair_run(
-    run_dir, # a run folder
-)->list[str]: # what was done, a line each
-    "Rebuild a lost or damaged record or config of a run that nobody works on"
+    run_dir, # folder of a run
+)->list[str]: # one line per change
+    "Rebuild a lost or damaged record or config of a run on which no process works"
     run_dir, done = Path(run_dir), []
     hold_run(run_dir)
     try:

@@ -24,9 +24,9 @@ _RUN_NAME = re.compile(r"-[0-9a-f]{8}$") # the end of a run folder's name
 
 # %% ../../nbs/15_run/7_find.ipynb #b9adc649
 def all_runs(
-    root=None, # a folder; None: `runs_root`
-)->list[Path]: # run folders, by name; the examples are left out
-    "All folders of runs, also of those whose record is lost"
+    root=None, # folder to search; None: `runs_root`
+)->list[Path]: # folders of runs, sorted by name, without the examples
+    "Find all folders of runs, including those whose record is lost"
     root, seen, found = site_path(root or runs_root()), set(), []
     for folder, inside, files in os.walk(root, followlinks=True): # a stage's folder may be a link
         path, real = Path(folder), os.path.realpath(folder)
@@ -39,9 +39,9 @@ def all_runs(
 
 # %% ../../nbs/15_run/7_find.ipynb #2f89643d
 def records_of(
-    runs, # run folders
-)->tuple[list[tuple[Path, dict]], list[str]]: # (folder, record); a notice for each damaged run
-    "The records of runs; a damaged one has only the keys `config` and `damaged`"
+    runs, # folders of runs
+)->tuple[list[tuple[Path, dict]], list[str]]: # (folder and record of each run, one notice per damaged run)
+    "Read the records of runs; a damaged one gets only the keys `config` and `damaged`"
     out, notices = [], []
     for folder in runs:
         try:
@@ -56,11 +56,11 @@ def records_of(
 
 # %% ../../nbs/15_run/7_find.ipynb #8b633fba
 def find_run(
-    name:str, # a path, a folder's name, the digits of a hash, or a part of these
-    root=None, # a folder; None: `runs_root`
-    parts:bool=True, # accept a part of a name, as on the command line; a config must give the whole name
-)->Path:
-    "The one run that a name means"
+    name:str, # a path, the name of a folder, the digits of a hash, or a part of a name
+    root=None, # folder to search; None: `runs_root`
+    parts:bool=True, # True: accept a part of a name, as on the command line; a config must give the whole name
+)->Path: # folder of the run
+    "Find the one run that a name means"
     for p in (Path(name), site_path(name), site_path(root or runs_root())/name):
         if (p/"record.json").is_file() or (p/"config.yaml").is_file() and _RUN_NAME.search(p.name): return p
     runs, top = all_runs(root), site_path(root or runs_root())
@@ -76,17 +76,17 @@ def find_run(
 # %% ../../nbs/15_run/7_find.ipynb #ddf71603
 def local_path_or_name(
     name:str, # a path, a glob or a name on the hub
-)->str:
+)->str: # absolute path, or the name itself
     "The path below the project root if it exists, or else the name itself"
     path = site_path(name)
     return str(path) if path.exists() or list(path.parent.glob(path.name)) else name
 
 # %% ../../nbs/15_run/7_find.ipynb #77698975
 def base_model(
-    name:str, # model_args.model_name_or_path
+    name:str, # value of `model_args.model_name_or_path`
     runs_dir=None, # folder of the records; None: `runs_root`
-)->tuple[str, dict]: # (what to load, parents for the record)
-    "A model's path or hub name; `run:NAME` is the newest verified checkpoint of a run, or the model it exported"
+)->tuple[str, dict]: # (path or hub name to load, parent runs for the record)
+    "Find a model; `run:NAME` means the newest verified checkpoint of a run, or the model that it exported"
     if not name.startswith("run:"): return local_path_or_name(name), {}
     record = read_record(find_run(name[4:], runs_dir, parts=False))
     path, skipped = newest_verified(generation_folder(record.get("config") or {}, record))
@@ -100,9 +100,9 @@ def base_model(
 
 # %% ../../nbs/15_run/7_find.ipynb #00652da5
 def tokenizer_revision(
-    cfg:dict, # composed
+    cfg:dict, # composed configuration
 )->str: # branch, tag or commit
-    "The revision at which a tokenizer is read; code of a repository whose commit is not named is refused"
+    "The revision at which the tokenizer is read; refuse to run code of a repository without a commit"
     args, model = cfg["tokenizer_args"], cfg.get("model_args") or {}
     name = str(args.get("tokenizer_name_or_path"))
     if name == str(model.get("model_name_or_path")): return model.get("model_revision") or "main"
@@ -114,10 +114,10 @@ def tokenizer_revision(
 
 # %% ../../nbs/15_run/7_find.ipynb #2b22e178
 def is_own_checkpoint(
-    folder, # of a checkpoint
+    folder, # folder of a checkpoint
     runs_dir=None, # folder of the records; None: `runs_root`
 )->bool:
-    "Whether a run of this checkout has written a checkpoint, and its files have not changed since"
+    "True if a run of this checkout wrote the checkpoint and its files have not changed since"
     folder = Path(folder).resolve()
     for _, record in records_of(all_runs(runs_dir))[0]:
         recorded = next((a["files"] for a in reversed(record.get("attempts") or []) if a.get("files")), {})
@@ -133,11 +133,11 @@ def is_own_checkpoint(
 
 # %% ../../nbs/15_run/7_find.ipynb #8a56f453
 def refuse_foreign_pickles(
-    folder, # of a checkpoint
-    name:str, # how it was typed
+    folder, # folder of a checkpoint
+    name:str, # name of the checkpoint as typed
     runs_dir=None, # folder of the records; None: `runs_root`
 ):
-    "Refuse partitions of ZeRO, which are pickles, unless a run of this checkout has written them"
+    "Refuse ZeRO partitions, which are pickles, unless a run of this checkout has written them"
     pickles = sorted(p.name for p in Path(folder).glob("*/*.pt"))
     if pickles and not is_own_checkpoint(folder, runs_dir):
         raise UserError(f"{name} contains pickles ({pickles[0]}), which may run code when they are read, and no "

@@ -20,7 +20,7 @@ def _portable(
     value, # any value of a config
     folders:dict[str, str], # folder of this machine -> its replacement
 ):
-    "The value with the folders of this machine replaced, and whole floats as integers"
+    "Replace the folders of this machine in a value, and write whole floats as integers"
     if isinstance(value, dict): return {k: _portable(v, folders) for k, v in value.items()}
     if isinstance(value, (list, tuple)): return [_portable(v, folders) for v in value]
     if isinstance(value, float) and math.isfinite(value) and value == int(value): return int(value)
@@ -31,7 +31,7 @@ def _portable(
 
 # %% ../../nbs/15_run/3_identity.ipynb #af5fd357
 def _machine_folders(cfg:dict)->dict[str, str]:
-    "The folders of this machine that a config may name, with their replacements; the longest first"
+    "The folders of this machine that a config may contain, with their replacements; the longest first"
     root, configured = project_root(), str(cfg.get("artifacts_dir") or "artifacts").rstrip("/")
     spellings = {configured, str(site_path(configured)), str(site_path(configured).resolve())}
     sub = cfg.get("artifacts_subdir") or "shared"
@@ -42,7 +42,7 @@ def _machine_folders(cfg:dict)->dict[str, str]:
 
 # %% ../../nbs/15_run/3_identity.ipynb #8e677d44
 def _drop_key(cfg:dict, dotted:str):
-    "Remove a dotted key from a nested dict, in place; a missing key is no error"
+    "Remove a dotted key from a nested dict, in place; do nothing if it is missing"
     *groups, last = dotted.split(".")
     for g in groups:
         cfg = cfg.get(g)
@@ -51,16 +51,16 @@ def _drop_key(cfg:dict, dotted:str):
 
 # %% ../../nbs/15_run/3_identity.ipynb #dropempt
 def _drop_empty(cfg:dict):
-    "Remove sections that hold nothing, in place"
+    "Remove empty sections, in place"
     for k in [k for k, v in cfg.items() if isinstance(v, dict)]:
         _drop_empty(cfg[k])
         if not cfg[k]: del cfg[k]
 
 # %% ../../nbs/15_run/3_identity.ipynb #71b7df9d
 def canonical_config(
-    cfg:dict, # a composed, resolved config
-)->dict: # the part of it that is hashed
-    "The config without the keys that do not change the result, with portable paths"
+    cfg:dict, # composed and resolved config
+)->dict: # the part of the config that is hashed
+    "Remove the keys that do not change the result, and make paths portable"
     out = json.loads(json.dumps(cfg, default=str))
     if cfg["stage"] in TRAINING_STAGES:
         out["global_batch_size"] = cfg.get("global_batch_size") or batch_arithmetic(cfg)["global_batch"]
@@ -71,9 +71,9 @@ def canonical_config(
 
 # %% ../../nbs/15_run/3_identity.ipynb #c4a32347
 def config_hash(
-    cfg:dict, # a composed, resolved config
-    commit:str=None, # None: that of the checkout
-)->str: # SHA-256, hex; names show the first 8 digits
+    cfg:dict, # composed and resolved config
+    commit:str=None, # commit of the code; None: commit of the checkout
+)->str: # SHA-256 as hex digits; names show the first 8
     "The identity of a run: a hash of the canonical config, and of the commit if `resuming.use_commit` is set"
     hashed = canonical_config(cfg)
     if (cfg.get("resuming") or {}).get("use_commit"): hashed["commit"] = commit or git_state()["commit"]
@@ -82,9 +82,9 @@ def config_hash(
 
 # %% ../../nbs/15_run/3_identity.ipynb #7963a101
 def run_slug(
-    cfg:dict, # a composed, resolved config
-)->str: # lower case, letters, digits, dots and dashes
-    "A readable name for a run: the last parts of the names of model and dataset, or the method of a merge"
+    cfg:dict, # composed and resolved config
+)->str: # lower-case letters, digits, dots and dashes
+    "A readable name for a run: model and dataset (last parts of their names), or the method of a merge"
     model = (cfg.get("model_args") or {}).get("model_name_or_path")
     names = [*((cfg.get("checkpoints") or [])[:3] or [model]), cfg.get("dataset_name"),
              (cfg.get("model_merging") or {}).get("merge_method")]
@@ -93,7 +93,7 @@ def run_slug(
 
 # %% ../../nbs/15_run/3_identity.ipynb #59e495a9
 def _job_subdir(cfg:dict)->Path:
-    "The folder that groups runs; a path that leaves the tree is refused"
+    "The configured folder that groups runs; refuse a path that leaves the runs folder"
     sub = Path(str(cfg.get("job_subdir") or "default"))
     if sub.is_absolute() or ".." in sub.parts:
         raise UserError(f"job_subdir={sub} leaves the runs folder. Give a relative path without '..', such as A/B.")
@@ -101,26 +101,26 @@ def _job_subdir(cfg:dict)->Path:
 
 # %% ../../nbs/15_run/3_identity.ipynb #843dccb1
 def run_folder(
-    cfg:dict, # a composed, resolved config
+    cfg:dict, # composed and resolved config
 )->Path: # RUNS/STAGE/JOB_SUBDIR/SLUG-HASH8
-    "Where the record of a config's run is"
+    "The folder with the record of a config's run"
     stage_folder = site_path(cfg.get("runs_dir") or "runs")/cfg["stage"]
     return stage_folder/_job_subdir(cfg)/f"{run_slug(cfg)}-{config_hash(cfg)[:8]}"
 
 # %% ../../nbs/15_run/3_identity.ipynb #456b7115
 def checkpoints_root(
-    cfg:dict, # a composed, resolved config
-)->Path: # holds one folder per generation
-    "Where the checkpoints of a config's run are"
+    cfg:dict, # composed and resolved config
+)->Path: # a folder with one subfolder per generation
+    "The folder with the checkpoints of a config's run"
     outputs = site_path(cfg.get("artifacts_dir") or "artifacts")/(cfg.get("artifacts_subdir") or "shared")/"outputs"
     return outputs/cfg["stage"]/_job_subdir(cfg)/"checkpoints"/config_hash(cfg)[:8]
 
 # %% ../../nbs/15_run/3_identity.ipynb #ebc77185
 def config_changes(
-    frozen:dict, # the config that was written when the generation began
-    cfg:dict, # the config now
-)->tuple[dict, dict]: # changes of the identity, other changes: dotted key -> (then, now)
-    "How a config differs from the frozen one"
+    frozen:dict, # config that was written when the generation began
+    cfg:dict, # present config
+)->tuple[dict, dict]: # (changes of the identity, other changes), each dotted key -> (then, now)
+    "Compare a config with the frozen one"
     def differ(a, b):
         a, b = flatten(a), flatten(b)
         return {k: (a.get(k), b.get(k)) for k in sorted({*a, *b}) if a.get(k) != b.get(k)}
@@ -133,9 +133,9 @@ def config_changes(
 
 # %% ../../nbs/15_run/3_identity.ipynb #10c7dce4
 def training_topology(
-    cfg:dict, # a composed, resolved config
-)->dict: # world_size, per_device, accumulation, zero_stage (None without DeepSpeed); empty for stages without steps
-    "How a step is divided among processes"
+    cfg:dict, # composed and resolved config
+)->dict: # world_size, per_device, accumulation, zero_stage (None without DeepSpeed); empty without steps
+    "The division of a step among processes"
     if cfg["stage"] not in TRAINING_STAGES: return {}
     preset = accelerate_preset(cfg["accelerate_config"])
     batch = batch_arithmetic(cfg)
@@ -146,8 +146,8 @@ def training_topology(
 
 # %% ../../nbs/15_run/3_identity.ipynb #b8f598c4
 def check_topology(
-    saved:dict|None, # as recorded
-    current:dict, # of the new attempt
+    saved:dict|None, # topology in the record; None: not recorded
+    current:dict, # topology of the new attempt
 ):
     "Refuse to continue with a topology in which the saved checkpoints cannot be loaded"
     keys = ("world_size", "zero_stage")

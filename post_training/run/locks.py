@@ -16,9 +16,9 @@ _OPEN_LOCKS = {} # run folder -> the open lock files of this process
 
 # %% ../../nbs/15_run/4_locks.ipynb #59a09b95
 def is_live(
-    run_dir, # a run folder
+    run_dir, # folder of a run
 )->bool:
-    "Whether a process works on this run now; nothing is written"
+    "True if a process works on this run now; nothing is written"
     for name, kind in ((".lock", fcntl.LOCK_SH), (".workers", fcntl.LOCK_EX)):
         path = Path(run_dir)/name
         if not path.exists(): continue
@@ -29,7 +29,7 @@ def is_live(
 
 # %% ../../nbs/15_run/4_locks.ipynb #99840dac
 def release_run(
-    run_dir, # a run folder
+    run_dir, # folder of a run
 ):
     "Release the locks of this process on a run, if it holds any"
     lock = _OPEN_LOCKS.pop(str(Path(run_dir)), None)
@@ -37,7 +37,7 @@ def release_run(
 
 # %% ../../nbs/15_run/4_locks.ipynb #f66ad329
 def hold_run(
-    run_dir, # a run folder
+    run_dir, # folder of a run
 ):
     "Lock a run until this process ends, or raise an error if another attempt holds it"
     run_dir = Path(run_dir)
@@ -53,9 +53,9 @@ def hold_run(
 
 # %% ../../nbs/15_run/4_locks.ipynb #906db7d0
 def join_run(
-    run_dir, # a run folder
+    run_dir, # folder of a run
 ):
-    "End with the launcher, and prevent other attempts until then"
+    "Join the run of the launcher: prevent other attempts, and end when the launcher ends"
     if "POST_TRAINING_ATTEMPT" in os.environ or "LOCAL_RANK" in os.environ: die_with_parent()
     run_dir, first = Path(run_dir), os.environ.get("RANK", "0") == "0"
     locks = [try_lock(run_dir/".workers", fcntl.LOCK_SH, 5.)]

@@ -20,8 +20,8 @@ STACK = ("torch", "transformers", "trl", "accelerate", "deepspeed", "datasets", 
 
 # %% ../../nbs/15_run/2_provenance.ipynb #cbe7f691
 def stack_versions(
-    packages=STACK, # distribution names
-)->dict[str, str]: # name -> version; without packages that are not installed
+    packages=STACK, # names of distributions
+)->dict[str, str]: # name -> version, for the installed packages
     "Versions of the main libraries, without importing them"
     out = dict(python=platform.python_version())
     for name in packages:
@@ -30,16 +30,16 @@ def stack_versions(
     return out
 
 # %% ../../nbs/15_run/2_provenance.ipynb #fac60c1a
-def _run_quietly(*command)->str|None: # what it printed; None if it failed or does not exist
+def _run_quietly(*command)->str|None: # what the command printed; None if it failed or does not exist
     "The output of a command that may not exist"
     try: return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError): return None
 
 # %% ../../nbs/15_run/2_provenance.ipynb #2d239078
 def git_state(
-    root=None, # a folder in the repository; None: the project root
-)->dict: # commit, dirty, diff (text, relative to the commit), untracked
-    "The commit of the checkout and its differences from it"
+    root=None, # folder in the repository; None: the project root
+)->dict: # commit, dirty, diff (text), untracked (names of files)
+    "The commit of the checkout, and the differences from it"
     git = ["git", "-C", str(root or project_root())]
     commit = _run_quietly(*git, "rev-parse", "HEAD")
     if not commit: return dict(commit=None, dirty=None, diff="", untracked=[])
@@ -49,7 +49,7 @@ def git_state(
 
 # %% ../../nbs/15_run/2_provenance.ipynb #2087a315
 def host_facts()->dict:
-    "This machine: name, processors, memory, GPUs as the driver lists them"
+    "Facts about this machine: name, processors, memory, GPUs as the driver lists them"
     gpus = (_run_quietly("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
             if shutil.which("nvidia-smi") else None)
     return dict(name=socket.gethostname(), platform=platform.platform(), cpus=len(os.sched_getaffinity(0)),
@@ -58,10 +58,10 @@ def host_facts()->dict:
 
 # %% ../../nbs/15_run/2_provenance.ipynb #172d281e
 def path_fingerprint(
-    path, # a file or a folder
-    whole:int=2**28, # bytes; of larger files only the size, the first and the last MiB are read
+    path, # path of a file or folder
+    whole:int=2**28, # size in bytes; of larger files only the size, the first and the last MiB are read
 )->str: # hex digest
-    "A digest of names, sizes and contents, the same on every machine; hidden files do not count"
+    "A hash of names, sizes and contents, equal on every machine; hidden files are not read"
     path = Path(path)
     files = ([path] if path.is_file()
              else sorted(p for p in path.rglob("*")
@@ -82,10 +82,10 @@ def path_fingerprint(
 
 # %% ../../nbs/15_run/2_provenance.ipynb #b81ce0b4
 def check_fingerprints(
-    run_dir, # a run folder
-    **now:str, # name of a thing -> its digest now
+    run_dir, # folder of a run
+    **now:str, # name of an input -> its present digest
 ):
-    "Record digests on the first start of a generation; refuse a change afterwards"
+    "Record digests at the first start of a generation; refuse changed digests at later starts"
     before = read_record(run_dir).get("fingerprints") or {}
     changed = [f"{k} ({before[k][:8]} then, {v[:8]} now)" for k, v in now.items() if before.get(k, v) != v]
     if changed:
@@ -95,8 +95,8 @@ def check_fingerprints(
 
 # %% ../../nbs/15_run/2_provenance.ipynb #1caff675
 def input_files(
-    path, # file, folder or glob
-)->list[Path]: # sorted; empty if there is none, as for a name on the hub
+    path, # path of a file or folder, or a glob
+)->list[Path]: # sorted paths; empty if there are none, as for a name on the hub
     "The files of an input on this machine"
     path = site_path(path)
     matches = sorted(path.parent.glob(path.name)) if any(c in path.name for c in "*?[") else [path]
@@ -108,9 +108,9 @@ def input_files(
 
 # %% ../../nbs/15_run/2_provenance.ipynb #573b95a6
 def inputs_of(
-    paths, # files, folders or globs
-    content:bool=True, # read the contents; False: names, sizes and times only
-)->dict[str, dict]: # path -> two digests, `stat` and `content`; none for names on the hub
+    paths, # paths of files or folders, or globs
+    content:bool=True, # True: read the contents; False: only names, sizes and times
+)->dict[str, dict]: # path -> digests `stat` (names, sizes, times) and `content`; names on the hub are left out
     "Fingerprints of the inputs of a stage"
     digest = lambda parts: hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
     out = {}
@@ -122,9 +122,9 @@ def inputs_of(
 
 # %% ../../nbs/15_run/2_provenance.ipynb #3faab7be
 def changed_inputs(
-    record:dict, # of a finished run
-)->list[str]: # paths whose content has changed
-    "The inputs of a run that have changed; contents are read only if names, sizes or times differ"
+    record:dict, # record of a finished run
+)->list[str]: # paths of changed inputs
+    "Find the inputs of a run that have changed; contents are read only if names, sizes or times differ"
     before = {path: digests for path, digests in (record.get("inputs") or {}).items() if digests.get("content")}
     # a deleted input cannot be compared; the finished run stays valid
     now = {path: inputs_of([path], content=False)[path] for path in before}
@@ -133,9 +133,9 @@ def changed_inputs(
 
 # %% ../../nbs/15_run/2_provenance.ipynb #1e4f22a7
 def made_by(
-    path, # a folder of rows
-)->list[dict]: # stage, hash and dataset; empty if it was not written by a run
-    "The run that wrote a folder of rows, according to its manifest"
+    path, # folder of rows
+)->list[dict]: # stage, hash and dataset of each run; empty if no run wrote the folder
+    "The runs that wrote a folder of rows, according to its manifest"
     try: manifest = json.loads((site_path(path)/"manifest.json").read_text())
     except (OSError, ValueError): return []
     return ([dict(stage=manifest.get("stage"), hash=manifest["run_hash"], dataset=str(path))]

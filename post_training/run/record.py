@@ -22,15 +22,15 @@ _RECORD_TYPES = dict(config=dict, attempts=list, earlier=list, final=dict, evalu
 
 # %% ../../nbs/15_run/1_record.ipynb #42cfaafd
 def _remedy(run_dir)->str:
-    "What to do about a damaged file of a run"
+    "The advice in an error about a damaged file of a run"
     return (f"`post-training runs repair {Path(run_dir).name}` rebuilds it from the frozen config, the checkpoints and "
             "the metrics; the damaged file is kept.")
 
 # %% ../../nbs/15_run/1_record.ipynb #d5715bd7
 def read_record(
-    run_dir, # a run folder
-)->dict: # {} if there is none
-    "The record of a run"
+    run_dir, # folder of a run
+)->dict: # the record; {} if there is none
+    "Read the record of a run"
     path, remedy = Path(run_dir)/"record.json", _remedy(run_dir)
     record = read_json(path, remedy, default=None)
     if record is None: return {}
@@ -44,9 +44,9 @@ def read_record(
 
 # %% ../../nbs/15_run/1_record.ipynb #7d568f1e
 def read_config(
-    run_dir, # a run folder
+    run_dir, # folder of a run
 )->dict:
-    "The frozen config of a run"
+    "Read the frozen config of a run"
     try: cfg = read_yaml(Path(run_dir)/"config.yaml")
     except UserError as e: raise UserError(f"{e} {_remedy(run_dir)}") from None
     if isinstance(cfg.get("stage"), str): return cfg
@@ -62,9 +62,9 @@ def _merge(old, new):
 
 # %% ../../nbs/15_run/1_record.ipynb #0578b187
 def to_json_types(
-    obj, # anything that a record or a line of metrics may hold
+    obj, # any value of a record or of a line of metrics
 ):
-    "The value in JSON's own types: numpy numbers as Python's, paths as text, infinite numbers and NaN by name"
+    "Convert a value to JSON's types: numpy numbers to numbers, paths to text, infinity and NaN to their names"
     if isinstance(obj, dict): return {str(k): to_json_types(v) for k, v in obj.items()}
     if isinstance(obj, (list, tuple, set)): return [to_json_types(v) for v in obj]
     if hasattr(obj, "item") and not isinstance(obj, (str, bytes)): obj = obj.item()
@@ -81,9 +81,9 @@ TEXTS_OF_ATTEMPT = ("command", "error", "then")
 
 # %% ../../nbs/15_run/1_record.ipynb #370588ed
 def without_secrets(
-    record:dict, # of a run
+    record:dict, # record of a run
 )->dict:
-    "The record with secrets removed from texts for people"
+    "Remove secrets from the texts of a record that people read"
     out = {k: v if k in READ_BACK else redact(v) for k, v in record.items() if k not in ("attempts", "earlier")}
     if "attempts" in record:
         out["attempts"] = [{k: redact(v) if k in TEXTS_OF_ATTEMPT else v for k, v in a.items()}
@@ -93,10 +93,10 @@ def without_secrets(
 
 # %% ../../nbs/15_run/1_record.ipynb #537d3350
 def edit_record(
-    run_dir, # a run folder
+    run_dir, # folder of a run
     change, # function that changes the record in place
-)->dict: # the record written
-    "Read, change and write a record under its lock, texts for people without secrets"
+)->dict: # the new record
+    "Read, change and write a record under its lock; secrets are removed from texts for people"
     run_dir = Path(run_dir)
     with file_lock(run_dir/".record.lock"):
         record = read_record(run_dir)
@@ -107,9 +107,9 @@ def edit_record(
 
 # %% ../../nbs/15_run/1_record.ipynb #63d55bb4
 def update_record(
-    run_dir, # a run folder
-    **facts, # merged into the record
-)->dict: # the record written
+    run_dir, # folder of a run
+    **facts, # entries to merge into the record
+)->dict: # the new record
     "Add facts to a record"
     facts = to_json_types(facts)
     return edit_record(run_dir, lambda r: r.update(_merge(r, facts)))
@@ -121,7 +121,7 @@ def _metric_lines(path:Path)->list[str]:
 
 # %% ../../nbs/15_run/1_record.ipynb #e384eb21
 def read_metrics(
-    run_dir, # a run folder, or a file of such lines
+    run_dir, # folder of a run, or a file of metrics
 )->list[dict]: # one dict per complete line
     "The logged metrics of a run, in order"
     path = Path(run_dir)
@@ -135,8 +135,8 @@ def read_metrics(
 
 # %% ../../nbs/15_run/1_record.ipynb #9ebf528b
 def append_metrics(
-    run_dir, # a run folder
-    row:dict, # numbers by name, with `step`
+    run_dir, # folder of a run
+    row:dict, # name -> number, including `step`
 ):
     "Append one line to metrics.jsonl, in a single write"
     line = json.dumps(to_json_types(row), allow_nan=False) + "\n"
@@ -146,8 +146,8 @@ def append_metrics(
 
 # %% ../../nbs/15_run/1_record.ipynb #699f432f
 def truncate_metrics(
-    run_dir, # a run folder
-    step:int, # the step that training continues from
+    run_dir, # folder of a run
+    step:int, # step from which training continues
 )->int: # number of lines dropped
     "Drop the lines logged after `step`, and a half-written last line"
     path = Path(run_dir)/"metrics.jsonl"
@@ -159,11 +159,11 @@ def truncate_metrics(
 
 # %% ../../nbs/15_run/1_record.ipynb #e3ec7966
 def metrics_faults(
-    run_dir, # a run folder
-    every:int=0, # number of steps after which a line with a loss is due; 0: not known
+    run_dir, # folder of a run
+    every:int=0, # a line with a loss is expected after this number of steps; 0: not known
     last:int=0, # the last step that was trained; 0: not known
-)->list[str]: # one sentence each
-    "Lines of metrics that are damaged, and steps without a line"
+)->list[str]: # one sentence per fault
+    "Find damaged lines of metrics and steps without a line"
     path, faults = Path(run_dir)/"metrics.jsonl", []
     if last and not path.exists(): return ["metrics.jsonl is missing"]
     lines, rows = _metric_lines(path), read_metrics(run_dir)
@@ -176,16 +176,16 @@ def metrics_faults(
 
 # %% ../../nbs/15_run/1_record.ipynb #917684e1
 def list_checkpoints(
-    checkpoints_dir, # the folder of a generation
-)->list[Path]: # the latest step first
-    "The checkpoint folders, complete or not; folders with temporary names are left out"
+    checkpoints_dir, # folder of a generation
+)->list[Path]: # folders, the latest step first
+    "The checkpoint folders, complete or not, without temporary folders"
     folders = [p for p in Path(checkpoints_dir).glob("checkpoint-*") if p.is_dir() and p.name.split("-")[-1].isdigit()]
     return sorted(folders, key=lambda p: -int(p.name.split("-")[-1]))
 
 # %% ../../nbs/15_run/1_record.ipynb #7c423882
 def newest_verified(
-    checkpoints_dir, # the folder of a generation
-)->tuple[Path|None, list[tuple[Path, str]]]: # the checkpoint; skipped ones with the reason
+    checkpoints_dir, # folder of a generation
+)->tuple[Path|None, list[tuple[Path, str]]]: # (the checkpoint, or None; skipped checkpoints with the reason for each)
     "The newest checkpoint that agrees with its manifest"
     skipped = []
     for path in list_checkpoints(checkpoints_dir):
@@ -196,10 +196,10 @@ def newest_verified(
 
 # %% ../../nbs/15_run/1_record.ipynb #caf8fd6b
 def moved_path(
-    cfg:dict, # the config of a run, as recorded
-    path, # recorded, perhaps below its artifacts folder
-)->Path: # as recorded if it exists there or nowhere
-    "A recorded path, even if the artifacts were moved to POST_TRAINING_ARTIFACTS_DIR"
+    cfg:dict, # config of a run, as recorded
+    path, # path as recorded
+)->Path: # the recorded path, or the corresponding path below POST_TRAINING_ARTIFACTS_DIR if only that exists
+    "Find a recorded path, even if the artifacts were moved to POST_TRAINING_ARTIFACTS_DIR"
     path, before = site_path(path), site_path(cfg.get("artifacts_dir") or "artifacts")
     if path.exists() or not path.is_relative_to(before): return path
     moved = site_path(os.environ.get("POST_TRAINING_ARTIFACTS_DIR", "artifacts"))/path.relative_to(before)
@@ -207,10 +207,10 @@ def moved_path(
 
 # %% ../../nbs/15_run/1_record.ipynb #35e43a41
 def final_checkpoint(
-    record:dict, # of a run
-    checkpoints_dir:Path, # the folder of its generation
-)->Path|None: # not verified here
-    "The checkpoint that a finished run ends with, or the folder of rows that a data stage wrote"
+    record:dict, # record of a run
+    checkpoints_dir:Path, # folder of the run's generation
+)->Path|None: # path, not verified; None if there is none
+    "The last checkpoint of a finished run, or the folder of rows that a data stage wrote"
     if output := (record.get("final") or {}).get("output"): return moved_path(record.get("config") or {}, output)
     name = (record.get("final") or {}).get("checkpoint")
     if name: return Path(checkpoints_dir)/Path(name).name

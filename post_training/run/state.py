@@ -18,10 +18,10 @@ from .record import final_checkpoint, moved_path, newest_verified, read_record, 
 
 # %% ../../nbs/15_run/5_state.ipynb #62c92172
 def generation_folder(
-    cfg:dict, # a composed, resolved config
-    record:dict, # of its run
-)->Path: # the checkpoints of the recorded generation
-    "Where a recorded generation keeps its checkpoints, even if the artifacts were moved"
+    cfg:dict, # composed and resolved config
+    record:dict, # record of the config's run
+)->Path: # folder with the checkpoints of the recorded generation
+    "Find the checkpoints of a recorded generation, even if the artifacts were moved"
     recorded = Path(record.get("checkpoints_dir") or "none")
     if recorded.is_dir() or not cfg.get("stage"): return recorded
     before = (record.get("config") or cfg).get("artifacts_dir") or "artifacts"
@@ -33,10 +33,10 @@ def generation_folder(
 
 # %% ../../nbs/15_run/5_state.ipynb #88b129c1
 def is_trained(
-    run_dir, # a run folder
-    checkpoints_dir=None, # the folder of its generation; None reads it from the record
+    run_dir, # folder of a run
+    checkpoints_dir=None, # folder of the run's generation; None: read it from the record
 )->bool:
-    "Whether the record says finished and the final checkpoint agrees with its manifest"
+    "True if the record says finished and the final checkpoint agrees with its manifest"
     record = read_record(run_dir)
     if record.get("status") != "finished": return False
     if str((record.get("final") or {}).get("output")).startswith("hub:"):
@@ -46,27 +46,27 @@ def is_trained(
 
 # %% ../../nbs/15_run/5_state.ipynb #f6d53ef4
 def is_done(
-    run_dir, # a run folder
-    checkpoints_dir=None, # the folder of its generation; None reads it from the record
+    run_dir, # folder of a run
+    checkpoints_dir=None, # folder of the run's generation; None: read it from the record
 )->bool:
-    "Whether a run is trained and its last attempt was successful"
+    "True if a run is trained and its last attempt was successful"
     attempts = read_record(run_dir).get("attempts") or [{}]
     return attempts[-1].get("exit") == 0 and is_trained(run_dir, checkpoints_dir)
 
 # %% ../../nbs/15_run/5_state.ipynb #4318f4ea
 def not_begun(
-    record:dict, # of a run
+    record:dict, # record of a run
 )->bool:
-    "Whether a generation was made for a scheduler and no attempt has opened it yet"
+    "True if a generation was made for a scheduler and no attempt has opened it yet"
     return (bool(record) and record.get("status") == "queued"
             and not any(a.get("generation") == record["generation"] for a in record.get("attempts") or []))
 
 # %% ../../nbs/15_run/5_state.ipynb #8ff145a8
 def run_status(
-    run_dir, # a run folder
-    record:dict=None, # its record, if it was read already
+    run_dir, # folder of a run
+    record:dict=None, # record of the run; None: read it
 )->str: # ready, queued, running, killed, failed, finished or unknown
-    "The status of a run now"
+    "The present status of a run"
     record = record or read_record(run_dir)
     last = (record.get("attempts") or [{}])[-1]
     if record.get("status") == "queued": return "ready" if not_begun(record) and not record.get("jobs") else "queued"
@@ -77,16 +77,16 @@ def run_status(
 # %% ../../nbs/15_run/5_state.ipynb #d2d87584
 @dataclass
 class RunState:
-    "What is left to do for a config: the status of its run and the reason"
-    hash:str # of the config
+    "The state of a config's run: the work that is left, and the reason"
+    hash:str # hash of the config
     run_dir:Path # folder of the record
-    checkpoints_dir:Path # of the generation that would be continued; for a new run the folder that holds generations
-    status:str # new, resume, done
-    why:str # one sentence
+    checkpoints_dir:Path # folder of the generation to continue; for a new run the folder that contains generations
+    status:str # new, resume or done
+    why:str # reason, one sentence
 
 # %% ../../nbs/15_run/5_state.ipynb #f3b9024f
 def _why_resume(run_dir:Path, record:dict, folder:Path)->str:
-    "A sentence: how the last attempt ended, and which checkpoint is the newest complete one"
+    "Explain how the last attempt ended and which checkpoint is the newest complete one"
     state = run_status(run_dir, record)
     how = dict(running="is at work now", killed="was killed", failed="failed", finished="finished",
                queued="was handed over").get(state, state)
@@ -97,10 +97,10 @@ def _why_resume(run_dir:Path, record:dict, folder:Path)->str:
 
 # %% ../../nbs/15_run/5_state.ipynb #7bd60527
 def owned_generations(
-    cfg:dict, # a composed, resolved config
-    run_dir, # its run folder
-)->list[dict]: # id, generation, checkpoints_dir; the first one first
-    "The generations of a run by the files `owner` in their folders, without its record"
+    cfg:dict, # composed and resolved config
+    run_dir, # folder of the config's run
+)->list[dict]: # id, generation and checkpoints_dir of each, the first generation first
+    "Find the generations of a run by the `owner` files in their folders, without its record"
     found = {}
     for folder in moved_path(cfg, checkpoints_root(cfg)).glob("g*"):
         try: owner = (folder/"owner").read_text().strip()
@@ -112,19 +112,19 @@ def owned_generations(
 
 # %% ../../nbs/15_run/5_state.ipynb #2456b537
 def orphaned_checkpoint(
-    cfg:dict, # a composed, resolved config
+    cfg:dict, # composed and resolved config
 )->Path|None:
-    "The newest complete checkpoint of a config's run, found without its record"
+    "Find the newest complete checkpoint of a config's run without its record"
     for generation in reversed(owned_generations(cfg, run_folder(cfg))):
         if best := newest_verified(generation["checkpoints_dir"])[0]: return best
     return None
 
 # %% ../../nbs/15_run/5_state.ipynb #d4e3c9f8
 def attempts_on_disk(
-    run_dir, # a run folder
+    run_dir, # folder of a run
     generations:list[dict], # from `owned_generations`
-)->list[dict]: # as in a record
-    "The attempts of a run, from their folders"
+)->list[dict]: # attempts in the form of the record
+    "Reconstruct the attempts of a run from their folders"
     run_dir, last = Path(run_dir), generations[-1]["generation"] if generations else 0
     numbers = [int(p.name) for p in (run_dir/"attempts").glob("*") if p.name.isdigit()]
     out = []
@@ -144,10 +144,10 @@ def attempts_on_disk(
 
 # %% ../../nbs/15_run/5_state.ipynb #f266291a
 def rebuild_record(
-    run_dir, # a run folder, whose lock is held
-    cfg:dict, # its frozen config
-)->dict: # the record written
-    "Make the record of a run anew; a damaged one is kept as record-damaged.json"
+    run_dir, # folder of a run whose lock is held
+    cfg:dict, # frozen config of the run
+)->dict: # the new record
+    "Write the record of a run anew; a damaged record is kept as record-damaged.json"
     run_dir, digest = Path(run_dir), str(cfg.get("resuming_hash") or "")
     generations = owned_generations(cfg, run_dir)
     own_hash = digest if run_dir.name.endswith(f"-{digest[:8]}") and digest else config_hash(cfg)
@@ -165,15 +165,15 @@ def rebuild_record(
 
 # %% ../../nbs/15_run/5_state.ipynb #54154b9d
 def _unrecorded(cfg:dict)->str: # the end of a sentence; empty if there are none
-    "The checkpoints that have no record"
+    "Describe checkpoints that have no record"
     best = orphaned_checkpoint(cfg)
     return f", though {best.parent.name}/{best.name} stands in {best.parent.parent}" if best else ""
 
 # %% ../../nbs/15_run/5_state.ipynb #e466dc26
 def locate_run(
-    cfg, # a composed, resolved config, or an object that has it as `cfg`
+    cfg, # composed and resolved config, or an object with the field `cfg`
 )->RunState:
-    "Look a config's run up; nothing is written"
+    "Find the run of a config and its state; nothing is written"
     cfg = getattr(cfg, "cfg", cfg)
     digest = config_hash(cfg)
     run_dir = run_folder(cfg)

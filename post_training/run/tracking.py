@@ -20,7 +20,7 @@ WANDB_MODES = dict(online="online", offline="offline", dryrun="offline", disable
 
 # %% ../../nbs/15_run/8_tracking.ipynb #d19f4c57
 def has_credentials()->bool:
-    "Whether wandb would find an API key, in the environment or in the netrc file"
+    "True if wandb finds an API key in the environment or in the netrc file"
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"): return True
     import wandb
     from wandb.sdk.lib.wbauth import read_netrc_auth
@@ -29,8 +29,8 @@ def has_credentials()->bool:
 
 # %% ../../nbs/15_run/8_tracking.ipynb #7ed8a92f
 def tracking_mode(
-    mode:str|None, # wandb.mode of the config
-)->str: # online, offline, disabled
+    mode:str|None, # value of `wandb.mode`; None: not set
+)->str: # online, offline or disabled
     "The mode of a tracker"
     if not mode and os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes"): return "disabled"
     name = mode or os.environ.get("WANDB_MODE")
@@ -42,7 +42,7 @@ def tracking_mode(
 
 # %% ../../nbs/15_run/8_tracking.ipynb #4d815c54
 def load_wandb(
-    mode:str|None, # wandb.mode of the config
+    mode:str|None, # value of `wandb.mode`; None: not set
 ):
     "Load the modules that a tracker in this mode needs"
     if tracking_mode(mode) == "disabled": return
@@ -53,10 +53,10 @@ def load_wandb(
 class Tracker:
     "Sends the lines of metrics.jsonl to Weights & Biases"
     def __init__(self,
-        run_dir, # a run folder
-        cfg_wandb:dict, # the config's `wandb` group: project, entity, run_name, run_id, group, tags, mode, ...
-        config:dict, # shown with the run, secrets removed
-        run_id:str=None, # None: `wandb.run_id`, else the id in the record
+        run_dir, # folder of a run
+        cfg_wandb:dict, # section `wandb` of the config: project, entity, run_name, run_id, group, tags, mode, ...
+        config:dict, # config to show with the run; secrets are removed
+        run_id:str=None, # id at Weights & Biases; None: `wandb.run_id`, or else the id in the record
     ):
         self.run_dir = Path(run_dir)
         self.cfg = dict(cfg_wandb or {})
@@ -72,11 +72,11 @@ class Tracker:
 
 # %% ../../nbs/15_run/8_tracking.ipynb #7e468c91
 def wandb_settings(
-    run_dir, # everything that wandb writes is below RUN_DIR/wandb
-    system_metrics:bool=True, # curves of GPU, processor and memory
-    console:bool=False, # the output of this process
+    run_dir, # folder of a run; everything that wandb writes is in its folder `wandb`
+    system_metrics:bool=True, # send curves of GPU, processor and memory
+    console:bool=False, # send the output of this process
 )->dict: # keyword arguments of `wandb.Settings`
-    "What wandb is allowed to collect and write"
+    "Settings that limit what wandb collects and writes"
     return dict(root_dir=str(run_dir), silent=True, console="wrap_raw" if console else "off",
                 save_code=False, disable_code=True, disable_git=True, disable_job_creation=True,
                 program="post_training", program_relpath="", host="", username="", email="",
@@ -86,9 +86,9 @@ def wandb_settings(
 # %% ../../nbs/15_run/8_tracking.ipynb #e0d9d732
 @patch
 def start(self:Tracker,
-    mode:str=None, # online or offline; None: as `tracking_mode` says
+    mode:str=None, # online or offline; None: the mode of `tracking_mode`
 ):
-    "Open the run at Weights & Biases under the same id as before; if it cannot be reached, keep the lines here"
+    "Open the run at Weights & Biases under its earlier id; if the server cannot be reached, store the lines locally"
     self.mode = mode or tracking_mode(self.cfg.get("mode"))
     if self.mode == "disabled": return self
     for name in ("CACHE", "DATA", "ARTIFACT"):
@@ -108,7 +108,7 @@ def start(self:Tracker,
 # %% ../../nbs/15_run/8_tracking.ipynb #baa19f4a
 @patch
 def _init(self:Tracker):
-    "`wandb.init` in the tracker's mode"
+    "Call `wandb.init` in the tracker's mode"
     import wandb
     (self.run_dir/"wandb").mkdir(parents=True, exist_ok=True)
     c = self.cfg
@@ -122,8 +122,8 @@ def _init(self:Tracker):
 # %% ../../nbs/15_run/8_tracking.ipynb #e3553f89
 @patch
 def _arrived(self:Tracker,
-    sent:dict, # what an earlier process recorded as sent
-)->dict: # last step and number of its lines that have arrived
+    sent:dict, # step and number of lines that an earlier process recorded as sent
+)->dict: # last step that has arrived, and the number of its lines
     "Compare the lines that were recorded as sent with the lines that have arrived"
     if sent["step"] < 0: return sent
     if self.mode == "online":
@@ -136,7 +136,7 @@ def _arrived(self:Tracker,
 # %% ../../nbs/15_run/8_tracking.ipynb #a94d296f
 @patch
 def _state(self:Tracker)->dict:
-    "What was recorded as sent: id -> mode -> last step and number of its lines"
+    "Read what was recorded as sent: id -> mode -> last step and number of its lines"
     try: return json.loads((self.run_dir/"wandb/sent.json").read_text())
     except (OSError, ValueError): return {}
 
@@ -195,7 +195,7 @@ def finish(self:Tracker,
 def _frames(
     data:bytes, # content of a .wandb file
 ):
-    "Yield the records of a .wandb file, serialized"
+    "Yield the serialized records of a .wandb file"
     at, pieces = 7, []
     while at + 7 <= len(data):
         if (left := 32768 - at % 32768) < 7:
@@ -213,9 +213,9 @@ def _frames(
 
 # %% ../../nbs/15_run/8_tracking.ipynb #1ad0e2bf
 def read_offline(
-    path, # a .wandb file
-)->dict: # id, config, history (a list of dicts), names of system metrics, and lines of output
-    "The content of an offline run"
+    path, # path of a .wandb file
+)->dict: # id, config, history (list of dicts), names of system metrics, number of lines of output
+    "Read the content of an offline run"
     from wandb.proto import wandb_internal_pb2
     out = dict(id=None, config={}, history=[], system=[], output=[])
     for frame in _frames(Path(path).read_bytes()):
@@ -233,10 +233,10 @@ def read_offline(
 
 # %% ../../nbs/15_run/8_tracking.ipynb #d2571189
 def wandb_sync(
-    runs, # run folders
-    mode:str="online", # offline writes wandb's files and sends nothing
-)->list[tuple[Path, int]]: # run folder, number of lines sent
-    "Send the lines that runs have logged and Weights & Biases does not have yet"
+    runs, # folders of runs
+    mode:str="online", # online; offline writes wandb's files and sends nothing
+)->list[tuple[Path, int]]: # (folder of the run, number of lines sent) per run
+    "Send the logged lines that Weights & Biases does not have yet"
     if mode == "online" and not has_credentials():
         raise UserError("wandb finds no credentials. Run `wandb login`, or set WANDB_API_KEY.")
     out = []
