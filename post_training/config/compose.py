@@ -31,17 +31,17 @@ from .preference_losses import PAIR_LIMITS, check_preference_args
 class ComposedConfig:
     "A composed configuration and the origin of its values"
     stage:str
-    overrides:list # as typed
-    cfg:dict # nested, plain, resolved, checked
+    overrides:list # overrides as typed
+    cfg:dict # nested configuration of plain values, resolved and checked
     origins:dict # dotted key -> "default", "preset model=tiny", "override" or "derived"
-    presets:dict # the same presets without the overrides of values
-    notices:list = field(default_factory=list) # values that were translated or left out
-    choices:dict = field(default_factory=dict) # group -> preset
-    unread:dict = field(default_factory=dict) # dotted key -> why it is not read, in short: trainer=sft
+    presets:dict # the same configuration composed without the overrides of values
+    notices:list = field(default_factory=list) # sentences about values that were translated or left out
+    choices:dict = field(default_factory=dict) # preset group -> name of the preset
+    unread:dict = field(default_factory=dict) # dotted key -> why it is not read, such as trainer=sft
 
 # %% ../../nbs/10_config/7_compose.ipynb #6e17cfd8
 def _choice(t:ParsedOverride, config_dir=None)->tuple: # (group, preset's name or file)
-    "The preset that an override chooses; one that does not exist raises an error with the nearest name"
+    "The preset that an override chooses; an unknown preset raises an error with the nearest name"
     if file := preset_file(t.key, t.value): return t.key, file
     if t.key in EXPERIMENT_GROUPS: return experiment_preset(t.key, Path(str(t.value)).stem, config_dir)
     names, name = preset_names(t.key, config_dir), preset_name(t.key, t.value, config_dir)
@@ -53,11 +53,11 @@ def _choice(t:ParsedOverride, config_dir=None)->tuple: # (group, preset's name o
 # %% ../../nbs/10_config/7_compose.ipynb #9952b48e
 def _sort_overrides(
     stage:str,
-    overrides, # as typed
-    keys:dict, # known keys of the stage
-    config_dir=None, # an additional folder of presets
+    overrides, # overrides as typed
+    keys:dict, # keys that the stage knows
+    config_dir=None, # further folder of presets; None: none
 )->tuple: # (group -> preset, list of ParsedOverride, notices)
-    "Parse overrides and separate presets from values; presets that do not exist raise an error with the nearest name"
+    "Parse overrides and separate presets from values; an unknown preset raises an error with the nearest name"
     if isinstance(overrides, str):
         raise UserError(f"Overrides are a list of texts like key=value, not one text: [{overrides!r}]")
     choices = {}
@@ -103,10 +103,10 @@ def _plain_reference(value, keys:dict):
 
 # %% ../../nbs/10_config/7_compose.ipynb #82ee186d
 def _typed_warmup(
-    values:list, # typed overrides
-    ratio, # warmup_ratio of the presets; None: they have none
+    values:list, # typed overrides, parsed
+    ratio, # `warmup_ratio` of the presets; None: not set
 )->tuple: # (values, notices)
-    "Keep one of the typed warmup_steps and warmup_ratio"
+    "Keep one of a typed `warmup_steps` and a typed `warmup_ratio`"
     names = {n: f"training_args.{n}" for n in ("warmup_steps", "warmup_ratio")}
     typed = {n: next((t.value for t in values if t.key == key), None) for n,key in names.items()}
     steps, given = typed["warmup_steps"], typed["warmup_ratio"] if typed["warmup_ratio"] is not None else ratio
@@ -133,7 +133,7 @@ def _resuming_dir(values:list, keys:dict)->tuple: # (values, notices)
 
 # %% ../../nbs/10_config/7_compose.ipynb #bb407ca6
 def _named_by_preset(raw:dict, origins:dict, choices:dict)->list[str]: # notices
-    "Fill a missing name in, in place, from the folder of the rows or the preset's name"
+    "If a name is missing, take it from the folder of the rows or the name of the preset; in place"
     reward = choices.get("reward_model")
     if reward and get_key(raw, "reward_args.name") == "???":
         name = reward.stem if isinstance(reward, Path) else reward
@@ -182,7 +182,7 @@ def _apply(raw:dict, values:list, keys:dict)->tuple: # (dotted key -> the overri
 
 # %% ../../nbs/10_config/7_compose.ipynb #a3c5713d
 def _without_others(raw:dict, origins:dict, keys:dict)->dict: # dotted key -> preset
-    "Leave out, in place, keys of a model's or a dataset's preset that only other stages read"
+    "Remove keys of a model's or dataset's preset that only other stages read; in place"
     foreign = [k for k, where in origins.items()
                if where.startswith(("preset model=", "preset dataset=")) and k not in keys]
     others = {k: origins[k] for k in foreign if any(k in known_keys(s) for s in STAGES)}
@@ -225,7 +225,7 @@ def _trust(cfg:dict, origin, typed)->list[str]: # notices; `cfg` is changed in p
 # %% ../../nbs/10_config/7_compose.ipynb #66e9ec73
 @functools.cache
 def _names_a_key(name:str)->bool:
-    "Whether a stage has this key, or keys below it"
+    "True if a stage has this key, or keys below it"
     return any(k == name or k.startswith(f"{name}.") for s in STAGES for k in known_keys(s))
 
 # %% ../../nbs/10_config/7_compose.ipynb #949c08bc
@@ -263,8 +263,8 @@ def _folder_problem(path:Path, local:bool)->str: # empty if it can be made
 
 # %% ../../nbs/10_config/7_compose.ipynb #917d6c20
 def check_names(
-    cfg:dict, # nested, types checked
-    origin=lambda key: "", # where a key comes from, for the message
+    cfg:dict, # nested configuration, types checked
+    origin=lambda key: "", # function: key -> where its value comes from, as text for the message
 ):
     "Refuse names that a file system does not support, and folders that cannot be made"
     for key, value in flatten(cfg).items():
@@ -303,9 +303,9 @@ def _check_values(cfg:dict, keys:dict, origin):
 
 # %% ../../nbs/10_config/7_compose.ipynb #2414ac42
 def history_name(
-    cfg:dict, # of a stage that makes preference data
-)->str: # name of the rows that it writes
-    "The name of the rows that a stage reads, plus a word for what the stage adds"
+    cfg:dict, # configuration of a stage that makes preference data
+)->str: # name of the dataset that the stage writes
+    "Build the name of a stage's output: the name of its input plus a word for the stage"
     tail = lambda path: re.sub(r"\.(jsonl?|parquet)$", "", str(path).rstrip("/").split("/")[-1])
     dataset = tail(cfg["dataset_args"]["dataset_name"])
     model = cfg.get("model_name") or tail(get_key(cfg, "model_args.model_name_or_path", "")).removeprefix("run:")
@@ -335,11 +335,11 @@ def _packed(cfg:dict, packs:int)->str:
 
 # %% ../../nbs/10_config/7_compose.ipynb #1e45f09e
 def _finish(
-    raw:dict,
-    keys:dict, # known keys of the stage
-    origin, # function of a key: where it comes from, as the end of a message
+    raw:dict, # composed configuration, not resolved
+    keys:dict, # keys that the stage knows
+    origin, # function: key -> where its value comes from, as text for the message
     typed=(), # dotted keys that the user typed
-    holes_ok:bool=False, # accept values that are still ???
+    holes_ok:bool=False, # accept values that are still `???` (not set)
 )->tuple: # (checked config, derived keys, notices)
     "Resolve, check and complete a raw configuration"
     cfg = resolve_interpolations(raw)
@@ -376,11 +376,11 @@ def _finish(
 def _translated(
     stage:str,
     choices:dict, # group -> preset or file
-    values:list, # typed overrides
-    keys:dict, # known keys of the stage
-    config_dir=None, # an additional folder of presets
+    values:list, # typed overrides, parsed
+    keys:dict, # keys that the stage knows
+    config_dir=None, # further folder of presets; None: none
 )->tuple: # (raw nested dict, dotted key -> origin, typed overrides, notices)
-    "The composed presets and the typed overrides with names and values of earlier versions translated"
+    "Translate names and values of earlier versions in the composed presets and the typed overrides"
     raw, origins = compose_presets(stage, choices, config_dir)
     values, warmup = _typed_warmup(values, get_key(raw, "training_args.warmup_ratio"))
     values, resuming = _resuming_dir(values, keys)
@@ -390,22 +390,22 @@ def _translated(
 
 # %% ../../nbs/10_config/7_compose.ipynb #f02f6a55
 def _is_frozen_file(override)->bool:
-    "Whether an override is the path of a YAML file instead of key=value"
+    "True if an override is the path of a YAML file instead of key=value"
     return isinstance(override, str) and override.endswith((".yaml", ".yml")) and "=" not in override
 
 # %% ../../nbs/10_config/7_compose.ipynb #84cfdd31
 def _plain_presets(raw:dict, keys:dict, origin)->dict:
-    "The composed presets without overrides, checked where they are complete by themselves"
+    "Check the composed presets without overrides, if they are complete without them"
     try: return _finish(json.loads(json.dumps(raw)), keys, origin, holes_ok=True)[0]
     except UserError: return resolve_interpolations(raw) # overrides may complete presets
 
 # %% ../../nbs/10_config/7_compose.ipynb #df97730f
 def compose(
-    stage:str, # a stage; hyphens are accepted for underscores
-    overrides=(), # in Hydra's grammar: "model=tiny", "training_args.max_steps=8"; or a frozen file alone
-    config_dir=None, # another folder of presets, like `configs`
+    stage:str, # name of a stage; hyphens may replace underscores
+    overrides=(), # overrides in Hydra's grammar, such as "model=tiny"; or only the path of a frozen file
+    config_dir=None, # further folder of presets with the structure of `configs`; None: none
 )->ComposedConfig:
-    "Compose a stage with presets and overrides into one checked configuration"
+    "Compose a stage, presets and overrides into one checked configuration"
     stage = stage_name(stage)
     if not isinstance(overrides, str): overrides = [str(o) if isinstance(o, Path) else o for o in overrides]
     if len(overrides) == 1 and _is_frozen_file(overrides[0]):
@@ -441,8 +441,8 @@ def compose(
 
 # %% ../../nbs/10_config/7_compose.ipynb #d0428ac4
 def diff_from_presets(
-    composed:ComposedConfig,
-)->dict: # dotted key -> (value of the presets, value)
+    composed:ComposedConfig, # composed configuration
+)->dict: # dotted key -> (value of the presets, value of the run)
     "The values that overrides changed"
     before, after = flatten(composed.presets), flatten(composed.cfg)
     return {k: (before.get(k), after.get(k)) for k in dict.fromkeys([*before, *after]) if before.get(k) != after.get(k)}
@@ -452,9 +452,9 @@ _BARE = re.compile(r"(?!(?:true|false|yes|no|on|off|null|y|n)$)[A-Za-z_/][\w./@+
 
 # %% ../../nbs/10_config/7_compose.ipynb #originya
 def yaml_value(
-    value, # of a configuration
+    value, # value of a configuration key
 )->str: # one line of YAML
-    "A value as YAML reads it again, on one line"
+    "Write a value on one line so that YAML reads the same value"
     if isinstance(value, float): # YAML takes 1e-05 for text
         text = repr(value)
         return text if "." in text or "e" not in text else text.replace("e", ".0e")
@@ -468,9 +468,9 @@ def yaml_value(
 
 # %% ../../nbs/10_config/7_compose.ipynb #originte
 def origin_text(
-    key:str, # dotted
-    composed:ComposedConfig,
-)->str: # "dataset=demo", "typed", "not read: trainer=plw"
+    key:str, # dotted key
+    composed:ComposedConfig, # composed configuration
+)->str: # text such as "dataset=demo", "typed", "not read: trainer=plw"
     "Where a value comes from, and why it is not read"
     where = next((w for k,w in composed.origins.items() if k == key or k.startswith(f"{key}.")), "default")
     where = {"override": "typed"}.get(where, where.removeprefix("preset "))
@@ -479,9 +479,9 @@ def origin_text(
 
 # %% ../../nbs/10_config/7_compose.ipynb #originwi
 def with_origins(
-    composed:ComposedConfig,
-)->str: # YAML: the configuration, with a comment on each line
-    "A composed configuration with the origin of each value on its line"
+    composed:ComposedConfig, # composed configuration
+)->str: # YAML with a comment on each line
+    "Write a composed configuration with the origin of each value"
     keys, lines = known_keys(composed.stage), []
     def add(node, prefix, indent):
         for k,v in node.items():
@@ -494,18 +494,18 @@ def with_origins(
 
 # %% ../../nbs/10_config/7_compose.ipynb #8e8044a0
 def save_frozen(
-    cfg:dict, # composed
-    path, # of the file
-    overrides=(), # as typed, kept in the first line
-)->Path: # the file
+    cfg:dict, # composed configuration
+    path, # path of the file to write
+    overrides=(), # overrides as typed; they are stored in the first line
+)->Path: # path of the file
     "Write a composed configuration as plain YAML, atomically"
     typed = f"# typed: {json.dumps(redact(list(overrides)), ensure_ascii=False)}\n" if overrides else ""
     return write_atomic(path, typed + yaml.safe_dump(cfg, sort_keys=False, allow_unicode=True, width=140))
 
 # %% ../../nbs/10_config/7_compose.ipynb #06057eda
 def load_frozen(
-    path, # a file that `save_frozen` wrote
-)->dict: # the configuration, checked
+    path, # path of a file that `save_frozen` wrote
+)->dict: # the checked configuration
     "Read a frozen configuration; keys, types and choices are checked as in `compose`"
     try: cfg = read_yaml(path)
     except UserError as e: raise UserError(f"{e} Give a frozen config.yaml or overrides key=value.") from None
@@ -519,9 +519,9 @@ def load_frozen(
 
 # %% ../../nbs/10_config/7_compose.ipynb #86b0a674
 def compose_frozen(
-    path, # a file that `save_frozen` wrote
-)->ComposedConfig: # with the values of the file
-    "A frozen configuration as `compose` would return it"
+    path, # path of a file that `save_frozen` wrote
+)->ComposedConfig: # composed configuration with the values of the file
+    "Read a frozen configuration in the form that `compose` returns"
     cfg, first_line = load_frozen(path), read_text_file(path).split("\n", 1)[0]
     try: typed = json.loads(first_line.removeprefix("# typed: ")) if first_line.startswith("# typed: ") else []
     except (ValueError, RecursionError): typed = None

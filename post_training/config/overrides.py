@@ -23,9 +23,9 @@ def quote_value(
 
 # %% ../../nbs/10_config/3_overrides.ipynb #d7beec0a
 def quote_override(
-    override:str, # as it was typed
-)->str: # the text to type in a shell
-    "The override with its value quoted for Hydra, and the whole quoted for the shell"
+    override:str, # an override as typed
+)->str: # text to type in a shell
+    "Quote the value of an override for Hydra, and the whole override for the shell"
     key, _, value = override.partition("=")
     text = f"{key}={quote_value(value)}"
     return shlex.quote(text) if re.search(r'[$`"\\!]', text) else f'"{text}"'
@@ -34,9 +34,9 @@ def quote_override(
 @dataclass
 class ParsedOverride:
     "One override, parsed"
-    key:str # dotted, or the name of a group
-    value:object # to set; `NOTHING` removes the key
-    text:str # as it was typed
+    key:str # dotted key, or name of a preset group
+    value:object # value to set; `NOTHING`: remove the key
+    text:str # the override as typed
 
 # %% ../../nbs/10_config/3_overrides.ipynb #fa9444dc
 def parse_override(
@@ -86,24 +86,24 @@ OLD_SECTIONS = ("model_vllm_config", "model_generation_config", "model_eval_gene
 
 # %% ../../nbs/10_config/3_overrides.ipynb #e0d9ee19
 def _is_known(key:str, keys)->bool:
-    "Whether a key, a section above it or a key below it is in the schema"
+    "True if the schema has the key, a section that contains it, or a key below it"
     return any(key == k or k.startswith(f"{key}.") or key.startswith(f"{k}.") for k in keys)
 
 # %% ../../nbs/10_config/3_overrides.ipynb #1121476a
 def old_names(
-    keys, # the stage's known keys
-)->list[str]: # old names that apply to the stage and are not keys of it
-    "The old names of a stage"
+    keys, # the keys that the stage knows
+)->list[str]: # old names that can be translated in this stage
+    "The old names that apply to a stage; a name that is a key of the stage is not old"
     return [old for old, new in OLD_NAMES.items()
             if _is_known(new, keys) and (old in KNOWN_OLD_NAMES or not _is_known(old, keys))]
 
 # %% ../../nbs/10_config/3_overrides.ipynb #cc1a87e8
 def translate_key(
-    key:str, # dotted, perhaps an old name
-    value, # its value
-    names=tuple(OLD_NAMES), # the old names that apply, from `old_names`
-)->tuple: # (key, value), translated if the name is old
-    "Translate one old key and its value"
+    key:str, # dotted key, perhaps an old name
+    value, # value of the key
+    names=tuple(OLD_NAMES), # old names that apply to the stage, from `old_names`
+)->tuple: # (key, value); unchanged if the key is not an old name
+    "Translate an old key and its value"
     old = next((o for o in names if key == o or key.startswith(o + ".")), None)
     if old is None: return key, value
     if old == "training_args.warmup_ratio" and not (isinstance(value, (int, float)) and 0 <= value < 1):
@@ -132,11 +132,11 @@ LEFT_OUT = { # key -> (values that are left out, or `_ANY`; what holds here)
 
 # %% ../../nbs/10_config/3_overrides.ipynb #5a89e34e
 def left_out(
-    key:str, # dotted
-    value, # its value
-    origin:str="", # where it comes from, for the message
-)->str: # what holds here; empty if the key is not one of `LEFT_OUT`
-    "The reason why a key is left out; a value that would make a difference is refused"
+    key:str, # dotted key
+    value, # value of the key
+    origin:str="", # where the value comes from, as text for the message
+)->str: # reason for the notice; empty if the key is not in `LEFT_OUT`
+    "Return why a key may be left out; refuse a value that would make a difference"
     if key not in LEFT_OUT: return ""
     values, instead = LEFT_OUT[key]
     if values is not _ANY and value not in values:
@@ -154,11 +154,11 @@ OLD_VALUES = { # key -> {old value: (value, why)}
 
 # %% ../../nbs/10_config/3_overrides.ipynb #30660de1
 def translate_value(
-    key:str, # dotted
-    value, # its value
-    types:str="any", # of the key: "=sigmoid|list[str]"
+    key:str, # dotted key
+    value, # value of the key
+    types:str="any", # type of the key as in the schema, such as "=sigmoid|list[str]"
 )->tuple: # (value, notice); the notice is empty if the value was not translated
-    "Translate a value that has another name now"
+    "Translate a value that has been renamed"
     table = OLD_VALUES.get(key, {})
     known = {t for t,(new,_) in table.items() if not isinstance(new, str) or types == "any" or f"={new}" in types
              or "=" not in types}
@@ -171,10 +171,10 @@ def translate_value(
 
 # %% ../../nbs/10_config/3_overrides.ipynb #c3465d42
 def choose_warmup(
-    steps, # training_args.warmup_steps; None: not set
-    ratio, # training_args.warmup_ratio; None: not set
-)->tuple: # (the name that holds, notice); the notice is empty if only one of them is set
-    "Which of two values for the warm-up applies"
+    steps, # value of `training_args.warmup_steps`; None: not set
+    ratio, # value of `training_args.warmup_ratio`; None: not set
+)->tuple: # (name of the key to keep, notice); the notice is empty if only one of the two is set
+    "Choose between `warmup_steps` and `warmup_ratio`"
     if steps is None or ratio is None: return ("warmup_ratio" if steps is None else "warmup_steps"), ""
     if isinstance(steps, (int, float)) and steps > 0:
         return "warmup_steps", f"training_args.warmup_steps={steps} wins over warmup_ratio={ratio}, as in transformers."
@@ -183,7 +183,7 @@ def choose_warmup(
 
 # %% ../../nbs/10_config/3_overrides.ipynb #7ae528b7
 def _leave_out(raw:dict, origins:dict, keys, names)->list[str]: # notices
-    "Remove from composed presets, in place, the sections and keys that nobody reads here"
+    "Remove sections and keys that this project does not read from composed presets, in place"
     gone = {} # where it comes from -> names
     for section in OLD_SECTIONS:
         if pop_key(raw, section) is NOTHING: continue
@@ -216,12 +216,12 @@ def _one_warmup(raw:dict, origins:dict)->list[str]: # notices
 
 # %% ../../nbs/10_config/3_overrides.ipynb #e6cdce48
 def translate_presets(
-    raw:dict, # composed presets, changed in place
+    raw:dict, # composed presets, nested; changed in place
     origins:dict, # dotted key -> origin, changed in place
-    names=tuple(OLD_NAMES), # the old names that apply, from `old_names`
-    keys=None, # dotted key -> type, of the stage; None: not known
+    names=tuple(OLD_NAMES), # old names that apply to the stage, from `old_names`
+    keys=None, # dotted key -> type, for the stage; None: unknown
 )->list[str]: # notices
-    "Translate old names and values in composed presets, and drop what only an earlier version read"
+    "Translate old names and values in composed presets, and remove keys that this project does not read"
     notices = [*_one_warmup(raw, origins), *_leave_out(raw, origins, keys or {}, names)]
     renamed = {} # where it comes from -> names
     for old in names:

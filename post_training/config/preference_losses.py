@@ -31,24 +31,24 @@ LABEL_SMOOTHING_RANGES = {"exo_pair": (1e-12, 1.), "robust": (0., 0.5), "aot": (
 
 # %% ../../nbs/10_config/1_preference_losses.ipynb #324c6c64
 def spelling_hint(
-    name:str, # as typed
-    known, # the names of methods that exist
-)->str: # " Did you mean 'a'?", or "" if the name is not just misspelt
-    "A suggestion for a misspelt method"
+    name:str, # name of a method, as typed
+    known, # iterable of str: the names of methods that exist
+)->str: # " Did you mean 'a'?", or "" if the name is not a misspelling
+    "Suggest a method for a misspelt name"
     plain = {k.lower().replace("-", "").replace("_", ""): k for k in known}
     hits = get_close_matches(name.lower().replace("-", "").replace("_", ""), plain, n=1, cutoff=0.85)
     return f" Did you mean {plain[hits[0]]!r}?" if hits else ""
 
 # %% ../../nbs/10_config/1_preference_losses.ipynb #124a8357
 def _is_number(x)->bool:
-    "Whether a value is a finite number and not a boolean"
+    "True if a value is a finite number and not a boolean"
     return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
 
 # %% ../../nbs/10_config/1_preference_losses.ipynb #19c7acbd
 def losses_of(
-    training_args:dict, # keys of trl.DPOConfig and of QRPO
+    training_args:dict, # section `training_args` of a config
 )->dict: # loss_type -> weight
-    "The losses of a config"
+    "The losses of a config with their weights"
     names = training_args.get("loss_type", "qrpo")
     names = names if isinstance(names, (list, tuple)) else [names]
     weights = training_args.get("loss_weights") or [1.]*len(names)
@@ -67,9 +67,9 @@ def losses_of(
 # %% ../../nbs/10_config/1_preference_losses.ipynb #397779c3
 def check_pairwise(
     name:str, # one of `DPO_LOSSES`
-    f_divergence_type:str="reverse_kl", # one of `LOSS_CHOICES`
-    label_smoothing:float=0., # within `LABEL_SMOOTHING_RANGES`
-    normalize_beta_by_length:bool=False, # use beta/|y|
+    f_divergence_type:str="reverse_kl", # one of `LOSS_CHOICES["f_divergence_type"]`
+    label_smoothing:float=0., # a value in the loss's range in `LABEL_SMOOTHING_RANGES`
+    normalize_beta_by_length:bool=False, # divide beta by the length of the answer
 ):
     "Refuse arguments for which a loss of pairs is not defined"
     if f_divergence_type != "reverse_kl" and name not in DIVERGENCE_LOSSES:
@@ -87,8 +87,8 @@ POSITIVE_ARGS = ("beta", "max_effective_beta", "discopop_tau") # numbers that mu
 
 # %% ../../nbs/10_config/1_preference_losses.ipynb #4ed2f855
 def check_losses(
-    losses:dict, # loss_type -> weight
-    arguments:dict, # of `PreferenceObjective`, those that are set
+    losses:dict, # name of a loss -> its weight
+    arguments:dict, # arguments of `PreferenceObjective` that the config sets
 ):
     "Refuse unknown losses, and arguments for which they are not defined"
     known, a = ("qrpo", *DPO_LOSSES), arguments
@@ -125,8 +125,8 @@ UNSUPPORTED_PAIR_ARGS = { # key of training_args -> (valid values, what to do in
 
 # %% ../../nbs/10_config/1_preference_losses.ipynb #48648781
 def check_preference_args(
-    training_args:dict, # keys of trl.DPOConfig and of QRPO
-    reference:str|None=None, # ref_model_args.model_name_or_path
+    training_args:dict, # section `training_args` of a config
+    reference:str|None=None, # value of `ref_model_args.model_name_or_path`; None: not set
 ):
     "Refuse arguments that preference training does not support"
     t = training_args
