@@ -12,6 +12,7 @@ __all__ = ['DIE_WITH_PARENT_CODE', 'check_launch', 'launch_settings', 'rank_env'
 import contextlib, json, os, re, shutil, signal, subprocess, sys, threading, time, yaml
 from pathlib import Path
 from ..core.files import UserError, read_json, redact, visible_text, write_atomic
+from ..core.yaml_files import read_yaml
 from ..core.fork_server import SERVER_VARIABLE, forked_command
 from ..core.processes import this_job
 from ..config.schema import SHARD_STAGES, TRAINING_STAGES
@@ -307,7 +308,7 @@ def launch_ranks(
     "Start the ranks and wait for their end; inside a job the batch script starts them; a trained run is not changed"
     folder = attempt.attempt_dir
     if is_trained(attempt.run_dir, attempt.checkpoints_dir): return 0
-    cfg = yaml.safe_load(attempt.config_path.read_text())
+    cfg = read_yaml(attempt.config_path)
     check_launch(cfg)
     settings = launch_settings(cfg)
     write_atomic(folder/"accelerate.yaml", yaml.safe_dump(settings, sort_keys=False))
@@ -359,7 +360,7 @@ def launch_evaluation(
     checkpoint=None, # folder; None: the model that the run starts from
 )->dict: # accuracy, skills, samples; empty if evaluation is off
     "Evaluate a checkpoint on the prompts of the run's config, once"
-    cfg = yaml.safe_load(attempt.config_path.read_text())
+    cfg = read_yaml(attempt.config_path)
     if not cfg["evaluation"]["num_prompts"] or name == "before" and not cfg["evaluation"]["before"]: return {}
     out = attempt.checkpoints_dir/f"evaluation-{name}.json"
     known = _known_evaluation(attempt.run_dir, name, out)

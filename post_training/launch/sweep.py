@@ -682,12 +682,13 @@ def typed_parameters(
     words:list[str], # name=value
 )->dict: # name -> value
     "Typed parameters: texts are not changed, other values are read as YAML"
-    import yaml
+    from post_training.core.yaml_files import read_documents
     if bad := [w for w in words if "=" not in w]: raise UserError(f"{bad[0]} is not a parameter: write name=value.")
     defaults = recipe_parameters(path) if Path(path).is_file() else {}
     pairs = [w.partition("=")[::2] for w in words]
+    def read(name, value): return next(iter(read_documents(value, name)), None)
     # without the default, 48:00:00 would be a number
-    return {name: value if isinstance(defaults.get(name), str) else yaml.safe_load(value) for name, value in pairs}
+    return {name: value if isinstance(defaults.get(name), str) else read(name, value) for name, value in pairs}
 
 # %% ../../nbs/70_launch/10_sweep.ipynb #d164130d
 def sweep_main(
