@@ -69,10 +69,8 @@ def weights_kind(
         raise UserError(f"consolidate=master: {folder.name} contains no partitions of ZeRO. Use consolidate=auto.")
     if (folder/"adapter_config.json").is_file(): return "adapter"
     if list(folder.glob("*.safetensors*")): return "weights"
-    pickled = next((p.name for p in folder.glob("*.bin")), None)
-    raise UserError(f"{folder.name} holds no safetensors"
-                    + (f" but {pickled}, a pickle, which is not read. Convert it first." if pickled
-                       else ": name a whole checkpoint."))
+    from post_training.models.load import no_safetensors
+    raise UserError(f"{folder.name} {no_safetensors(folder)}")
 
 # %% ../../nbs/55_export/1_weights.ipynb #2305c9f2
 def weight_faults(

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['DTYPE_CHOICES', 'ENGINES', 'ATTENTION_FLAGS', 'SAMPLING_DEFAULTS', 'MODE_KEYS', 'TINY_SHAPE', 'PRETOKENIZE_PATTERN',
-           'resolve_auto', 'flash_available', 'default_device', 'folder_fault', 'pointer_file', 'model_path',
-           'attention_kinds', 'resolve_for_model', 'quiet_activation', 'generation_fault', 'repaired_generation',
-           'rope_of_older_names', 'rope_notices', 'repaired_settings', 'repair_generation', 'load_error',
-           'check_loaded', 'load_model', 'padded_rows', 'set_special_ids', 'tiny_config', 'train_bpe', 'rendered_texts',
-           'build_tiny']
+           'resolve_auto', 'flash_available', 'default_device', 'no_safetensors', 'folder_fault', 'pointer_file',
+           'model_path', 'attention_kinds', 'resolve_for_model', 'quiet_activation', 'generation_fault',
+           'repaired_generation', 'rope_of_older_names', 'rope_notices', 'repaired_settings', 'repair_generation',
+           'load_error', 'check_loaded', 'own_numbers', 'check_finite_weights', 'load_model', 'padded_rows',
+           'set_special_ids', 'tiny_config', 'train_bpe', 'rendered_texts', 'build_tiny']
 
 # %% ../../nbs/30_models/1_load.ipynb #e9017cea
 import contextlib, copy, importlib.util, json, logging, os, re, sys
@@ -66,6 +66,18 @@ def default_device()->str: # cuda or cpu
     import torch
     return "cuda" if torch.cuda.is_available() else "cpu"
 
+# %% ../../nbs/30_models/1_load.ipynb #8884855e
+def no_safetensors(
+    path:Path, # folder of a model
+)->str: # the rest of a sentence that begins with its name
+    "The reason why a folder without safetensors is not read: pickles may run code"
+    pickled = next((p.name for kind in ("*.bin", "*.pt", "*.pth") for p in sorted(path.glob(kind))), None)
+    if not pickled: return "has no file of weights (*.safetensors): name a whole checkpoint, or copy it again."
+    return (f"has its weights as a pickle ({pickled}), which may run code when it is read, so it is not read. Convert "
+            "it: `python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('FOLDER', "
+            "use_safetensors=False).save_pretrained('OUT')\"` reads numbers only. Then copy the tokenizer's files to "
+            "OUT and name OUT.")
+
 # %% ../../nbs/30_models/1_load.ipynb #df0554c7
 def folder_fault(
     path:Path, # that a user named
@@ -85,7 +97,7 @@ def folder_fault(
     if index.is_file() and (path/"model.safetensors").is_file() and '"model.safetensors"' not in index.read_text():
         return ("has its weights twice: model.safetensors, which transformers reads, and the files of "
                 "model.safetensors.index.json, which others read. Remove one of them.")
-    return ""
+    return "" if [*path.glob("*.safetensors*")] else no_safetensors(path)
 
 # %% ../../nbs/30_models/1_load.ipynb #b46aa12d
 def pointer_file(
@@ -332,6 +344,33 @@ def check_loaded(
     return [f"{len(extra)} tensors of its files have no place in {type(model).__name__} and are left out, such as "
             f"{extra[0]}."] if extra else []
 
+# %% ../../nbs/30_models/1_load.ipynb #b3ea0393
+def own_numbers(
+    tensor, # a parameter or a buffer; under ZeRO-3 this process has a part of a parameter
+):
+    "The numbers of a tensor that this process holds"
+    part = getattr(tensor, "ds_tensor", None)
+    if part is None: return tensor
+    import torch.distributed as dist
+    before = dist.get_rank(getattr(tensor, "ds_process_group", None))*part.numel()
+    return part.view(-1)[:max(0, tensor.ds_numel - before)] # the rest is padding
+
+# %% ../../nbs/30_models/1_load.ipynb #c47d2eb9
+def check_finite_weights(
+    model, # loaded
+    name:str, # for the message
+):
+    "Refuse a model with a weight that is not finite; each process looks at the numbers that it holds"
+    import torch
+    def finite(numbers): # one pass over the numbers, without a copy; what is not a number becomes the result
+        if not numbers.numel() or not numbers.is_floating_point() or numbers.is_meta: return True
+        if numbers.element_size() < 2: return True # quantised
+        return bool(torch.isfinite(torch.stack(torch.aminmax(numbers.detach()))).all())
+    bad = [n for n, p in model.named_parameters() if not finite(own_numbers(p))]
+    if bad:
+        raise UserError(f"{name} has numbers that are not finite (NaN or infinity) in {len(bad)} tensors, such as "
+                        f"{bad[0]}. Every result would be NaN. Name an earlier checkpoint, or copy it again.")
+
 # %% ../../nbs/30_models/1_load.ipynb #545921d1
 def load_model(
     name:str, # folder or hub name
@@ -354,13 +393,14 @@ def load_model(
         with quiet_activation():
             model, info = AutoModelForCausalLM.from_pretrained(
                 path, dtype=getattr(torch, dtype), revision=revision, trust_remote_code=trust_remote_code,
-                **(kwargs | repaired | dict(output_loading_info=True)))
+                **(kwargs | repaired | dict(output_loading_info=True, use_safetensors=True)))
     # truncated weights, weights of other shapes, settings that do not fit together
     except (OSError, ValueError, ImportError, SafetensorError, RuntimeError, AssertionError, KeyError, TypeError,
             StrictDataclassError) as e:
         raise UserError(f"Cannot load the model {name}: {pointer_file(path) or load_error(e)}") from e
     shown = Path(name).name if Path(name).is_dir() else name # a record must not contain a path of this machine
     notices += check_loaded(model, info, shown)
+    check_finite_weights(model, shown)
     model.notices = [f"{shown}: {n}" for n in [*notices, *repair_generation(model)]]
     if os.environ.get("RANK", "0") == "0":
         for notice in model.notices: print(f"! {notice}", file=sys.stderr)

@@ -24,7 +24,7 @@ from ..tokens.templates import template_text
 from ..tokens.tokenizer import check_bos, template_fingerprint, tokenizer_fingerprint
 from ..tokens.masks import Refused, encoder_for, tokenize_chats
 from .rows import completion_message, row_prompt
-from ..models.load import default_device, model_path, resolve_for_model
+from ..models.load import check_finite_weights, default_device, model_path, resolve_for_model
 from ..models.verifiers import VERIFIERS, answer_text, row_verifier, run_verifier
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #0ad42d97
@@ -354,13 +354,14 @@ def load_reward_model(
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             path, dtype=getattr(torch, dtype), revision=revision, trust_remote_code=trust_remote_code,
-            output_loading_info=True, **kwargs)
+            output_loading_info=True, use_safetensors=True, **kwargs)
     except (OSError, ValueError, ImportError, RuntimeError) as e:
         raise UserError(f"Cannot load the reward model {name}: {str(e).strip().splitlines()[0]}") from e
     finally: logging.set_verbosity(verbosity)
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{name} is not a reward model: it has no weights for {', '.join(missing[:3])}, which would be "
                         "random. Name a sequence classification checkpoint.")
+    check_finite_weights(model, Path(name).name if Path(name).is_dir() else name)
     return model
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #6c1001c1
