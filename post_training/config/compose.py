@@ -335,11 +335,11 @@ def _packed(cfg:dict, packs:int)->str:
 
 # %% ../../nbs/10_config/7_compose.ipynb #1e45f09e
 def _finish(
-    raw:dict, # composed configuration, not resolved
-    keys:dict, # keys that the stage knows
-    origin, # function: key -> where its value comes from, as text for the message
+    raw:dict, # composed, not resolved
+    keys:dict, # known keys of the stage
+    origin, # function: key -> origin, as text for the message
     typed=(), # dotted keys that the user typed
-    holes_ok:bool=False, # accept values that are still `???` (not set)
+    holes_ok:bool=False, # accept values `???` (not set)
 )->tuple: # (checked config, derived keys, notices)
     "Resolve, check and complete a raw configuration"
     cfg = resolve_interpolations(raw)
@@ -401,9 +401,9 @@ def _plain_presets(raw:dict, keys:dict, origin)->dict:
 
 # %% ../../nbs/10_config/7_compose.ipynb #df97730f
 def compose(
-    stage:str, # name of a stage; hyphens may replace underscores
-    overrides=(), # overrides in Hydra's grammar, such as "model=tiny"; or only the path of a frozen file
-    config_dir=None, # further folder of presets with the structure of `configs`; None: none
+    stage:str, # hyphens may replace underscores
+    overrides=(), # such as "model=tiny" (Hydra's grammar), or only the path of a frozen file
+    config_dir=None, # further folder of presets
 )->ComposedConfig:
     "Compose a stage, presets and overrides into one checked configuration"
     stage = stage_name(stage)

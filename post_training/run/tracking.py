@@ -214,7 +214,7 @@ def _frames(
 # %% ../../nbs/15_run/8_tracking.ipynb #1ad0e2bf
 def read_offline(
     path, # path of a .wandb file
-)->dict: # id, config, history (list of dicts), names of system metrics, number of lines of output
+)->dict: # id, config, history (list of dicts), system (names of metrics), output (list of lines)
     "Read the content of an offline run"
     from wandb.proto import wandb_internal_pb2
     out = dict(id=None, config={}, history=[], system=[], output=[])
