@@ -22,9 +22,9 @@ from ..models.agreement import (
 
 # %% ../../nbs/55_export/6_certificate.ipynb #269faae1
 def dialogue_features(
-    messages:list[dict], # plain or structured
-    tools:list|None=None, # offered
-)->set[str]: # of: system, several turns, tools, thoughts
+    messages:list[dict], # plain or structured messages
+    tools:list|None=None, # tools that the dialogue offers
+)->set[str]: # subset of: system, several turns, tools, thoughts
     "The features of a template that a dialogue uses"
     contents = [m["content"] if isinstance(m.get("content"), dict) else {} for m in messages]
     kinds = {b.get("type") for c in contents for b in c.get("blocks") or []}
@@ -37,12 +37,12 @@ def dialogue_features(
 
 # %% ../../nbs/55_export/6_certificate.ipynb #7b6e2510
 def certified_dialogues(
-    tokenizer, # of the folder
-    dialogues:list[tuple], # (name, messages, tools, perhaps arguments of the template)
-    per_feature:int=2, # dialogues of each set of features
-    max_tokens:int=512, # longer ones are left out
+    tokenizer, # tokenizer of the folder
+    dialogues:list[tuple], # (name, messages, tools[, arguments of the template])
+    per_feature:int=2, # number of dialogues for each set of features
+    max_tokens:int=512, # longer dialogues are left out
 )->list[dict]: # name, features, messages, tools, kwargs, text, ids, trained, prompt
-    "The dialogues of a certificate, as the folder's own tokenizer renders them"
+    "The dialogues of a certificate, rendered by the folder's own tokenizer"
     from post_training.data.swissai import is_structured, to_structured
     from post_training.tokens.templates import wants_blocks
     out, seen = [], {}
@@ -58,17 +58,17 @@ def certified_dialogues(
         text = tokenizer.apply_chat_template(messages, tools=offered, tokenize=False, **kwargs)
         mask = row["chat"].completion_mask.tolist()
         last = max(i for i, trained in enumerate(mask) if trained)
-        begin = max((i for i in range(last) if not mask[i]), default=0) + 1 # of the last trained run
+        begin = max((i for i in range(last) if not mask[i]), default=0) + 1 # start of the last run of trained tokens
         out.append(dict(name=name, features=features, messages=messages, tools=offered, kwargs=kwargs, text=text,
                         ids=row["ids"], trained=[int(m) for m in mask], prompt=row["ids"][:begin]))
         seen[tuple(features)] = seen.get(tuple(features), 0) + 1
     return out
 
 # %% ../../nbs/55_export/6_certificate.ipynb #c3baad05
-def tensor_digests(
-    folder, # with safetensors
+def tensor_digests( # folder with safetensors files
+    folder, # tensor name -> dtype, shape and hash, one string
 )->dict[str, str]: # tensor -> dtype, shape and digest
-    "A digest of each tensor; it does not matter in which file the tensor is"
+    "A hash of each tensor, whichever file the tensor is in"
     out = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
         with open(path, "rb") as f:
@@ -81,7 +81,7 @@ def tensor_digests(
                 f.seek(8 + length + begin)
                 while begin < end:
                     part = f.read(min(1 << 24, end - begin))
-                    if not part: break # a truncated file has another digest
+                    if not part: break # the file is truncated, so its hash differs
                     digest.update(part)
                     begin += len(part)
                 out[name] = f"{told['dtype']} {told['shape']} {digest.hexdigest()[:16]}"
@@ -92,9 +92,9 @@ CONFIG_FILES = ("config.json", "generation_config.json")
 
 # %% ../../nbs/55_export/6_certificate.ipynb #3cdf4ff6
 def config_values(
-    folder, # of a model
+    folder, # folder of a model
 )->dict: # "file: dotted key" -> value
-    "Each value of a folder's configs, without the version that wrote them"
+    "Each value of a folder's configs, without the version of the library that wrote them"
     def flat(prefix, value):
         if not isinstance(value, dict) or not value: return {prefix: value}
         return {k: v for key, part in value.items()
@@ -113,18 +113,18 @@ CERTIFIED_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special
 
 # %% ../../nbs/55_export/6_certificate.ipynb #3cc2e7ab
 def tokenizer_digests(
-    folder, # of a model
-)->dict[str, str]: # file -> md5
-    "The md5 of each file of a tokenizer"
+    folder, # folder of a model
+)->dict[str, str]: # file name -> md5
+    "The md5 of each tokenizer file"
     folder = Path(folder)
     return {str(p.relative_to(folder)): hashlib.md5(p.read_bytes(), usedforsecurity=False).hexdigest()
             for name in CERTIFIED_TOKENIZER_FILES for p in sorted(folder.glob(name))}
 
 # %% ../../nbs/55_export/6_certificate.ipynb #5a1096c2
 def file_items(
-    folder, # of a model
-    certificate:dict, # of the folder
-)->list[dict]: # item, ok, told
+    folder, # folder of a model
+    certificate:dict, # certificate of the folder
+)->list[dict]: # item, ok, told (a message)
     "Compare the files of a folder with its certificate"
     def different(now, then):
         keys = [k for k in {**then, **now} if k not in now or k not in then or now[k] != then[k]]
@@ -142,13 +142,13 @@ def file_items(
 
 # %% ../../nbs/55_export/6_certificate.ipynb #6121403a
 def make_certificate(
-    folder, # exported, with weights and tokenizer
-    dialogues:list[tuple]=None, # (name, messages, tools, perhaps arguments); None: `parity.own_dialogues`
-    per_feature:int=2, # dialogues of each set of features
-    max_new_tokens:int=16, # of a continuation
-    **load_args, # of `load_model`, such as trust_remote_code
+    folder, # exported folder with weights and tokenizer
+    dialogues:list[tuple]=None, # (name, messages, tools[, arguments of the template]); None: `parity.own_dialogues`
+    per_feature:int=2, # number of dialogues for each set of features
+    max_new_tokens:int=16, # number of tokens of a continuation
+    **load_args, # further arguments of `load_model`, such as trust_remote_code
 )->dict: # the certificate
-    "The results that a reader of a folder must give"
+    "The results that every reader of a folder must give"
     from post_training.tokens.tokenizer import read_tokenizer
     folder, stored = Path(folder), dtype_of(str(folder))
     rows = certified_dialogues(read_tokenizer(str(folder)), dialogues or own_dialogues(), per_feature)
@@ -171,16 +171,16 @@ def make_certificate(
 
 # %% ../../nbs/55_export/6_certificate.ipynb #76ee3b5a
 def trained_errors(
-    certificate:dict, # of a folder
-    answer:dict, # of a reader
-)->dict: # of `logprob_errors`, over the trained tokens
-    "The errors of a reader's log-probabilities"
+    certificate:dict, # certificate of the folder
+    answer:dict, # answer of a reader
+)->dict: # result of `logprob_errors`, over the trained tokens
+    "The errors of a reader's log-probabilities on the trained tokens"
     rows = certificate["dialogues"]
     return logprob_errors([d["logps"] for d in rows], [a.get("logps") for a in answer["dialogues"]],
                           [d["trained"][1:] for d in rows])
 
 # %% ../../nbs/55_export/6_certificate.ipynb #347d09b9
-def _of_dialogues(item, certificate, answer, check, asked): # an item that is judged dialogue by dialogue
+def _of_dialogues(item, certificate, answer, check, asked): # an item that is compared for each dialogue
     n = len(certificate["dialogues"])
     faults = []
     count = 0
@@ -195,10 +195,10 @@ def _of_dialogues(item, certificate, answer, check, asked): # an item that is ju
 
 # %% ../../nbs/55_export/6_certificate.ipynb #0406aef1
 def first_difference(
-    expected, # text or ids
-    got, # text or ids
-)->str: # empty: none
-    "The first difference between two texts or lists of ids, in words"
+    expected, # text, or list of ids, of the certificate
+    got, # text, or list of ids, of the reader
+)->str: # a sentence; empty if there is no difference
+    "Describe the first difference between two texts or lists of ids"
     if expected == got: return ""
     what = "character" if isinstance(expected, str) else "token"
     k = next((i for i, (a, b) in enumerate(zip(expected, got)) if a != b), min(len(expected), len(got)))
@@ -206,12 +206,12 @@ def first_difference(
 
 # %% ../../nbs/55_export/6_certificate.ipynb #b41a5847
 def continuation_fault(
-    dialogue:dict, # of a certificate
-    written:list[int], # by the reader
-    stops:list[int], # ids
-    tie:float, # nats: a token that was likelier by less may change
-)->str: # empty: none
-    "Whether a reader continues a prompt as certified, up to a tie and with or without the stop token"
+    dialogue:dict, # dialogue of a certificate
+    written:list[int], # ids that the reader generated
+    stops:list[int], # ids of the stop tokens
+    tie:float, # in nats: a token may differ if its margin over the second most likely token is smaller
+)->str: # a sentence; empty if there is no fault
+    "Compare a reader's continuation with the certificate; ties and a missing stop token are accepted"
     expected = dialogue["written"]
     if written == expected or (expected and expected[-1] in stops and written == expected[:-1]): return ""
     k = next((i for i, (a, b) in enumerate(zip(expected, written)) if a != b), min(len(expected), len(written)))
@@ -220,12 +220,12 @@ def continuation_fault(
 
 # %% ../../nbs/55_export/6_certificate.ipynb #b35782e2
 def answer_items(
-    certificate:dict, # of a folder
-    answer:dict, # of a reader
-    dtype:str, # that the reader computes in
-    folder=None, # of the model, to find the cause of a difference; None: it is not looked for
-    **load_args, # of `load_model`
-)->list[dict]: # item, ok, told
+    certificate:dict, # certificate of the folder
+    answer:dict, # answer of a reader
+    dtype:str, # dtype in which the reader computes
+    folder=None, # folder of the model, to look for the cause of a difference; None: do not look for it
+    **load_args, # further arguments of `load_model`
+)->list[dict]: # item, ok, told (a message)
     "Compare a reader's answer with a certificate"
     rows = certificate["dialogues"]
     def rendered(d, a):
@@ -253,12 +253,12 @@ def answer_items(
 
 # %% ../../nbs/55_export/6_certificate.ipynb #cf645b52
 def certify(
-    folder, # of an export
-    reader:str="library", # library, a name of `known_readers`, or the address of a server
-    dtype:str|None=None, # that the reader computes in; None: as certified, and as stored of a server or a GGUF file
-    **load_args, # of `load_model`, for the library
-)->list[dict]: # item, ok, told
-    "Ask a reader whether it reads a folder as certified"
+    folder, # exported folder
+    reader:str="library", # library, a name in `known_readers`, or the address of a server
+    dtype:str|None=None, # dtype in which the reader computes; None: as certified; for a server or a GGUF file as stored
+    **load_args, # further arguments of `load_model`, for the reader library
+)->list[dict]: # item, ok, told (a message)
+    "Compare a folder and a reader's answer with the certificate of the folder"
     certificate = read_certificate(folder)
     if certificate is None:
         raise UserError(f"{folder} has no {CERTIFICATE}: it is written by `post-training export`.")
@@ -266,7 +266,7 @@ def certify(
     computed_in = certificate.get("computed_in", "float32")
     as_stored = reader.startswith("http") or reader == "llama.cpp" and any(Path(folder).glob("gguf/*.gguf"))
     dtype = dtype or (certificate["dtype"] if as_stored else computed_in)
-    cause = folder if computed_in == "float32" else None # to look for a cause takes the model in float32
+    cause = folder if computed_in == "float32" else None # looking for a cause needs the model in float32
     question = reader_question(folder, certificate["dialogues"], certificate["stops"], dtype,
                                certificate["max_new_tokens"])
     check_reader(reader)
@@ -279,9 +279,9 @@ def certify(
 
 # %% ../../nbs/55_export/6_certificate.ipynb #38e90b90
 def plot_certificate(
-    certificate:dict, # of a folder
-): # a figure of matplotlib
-    "The negative log-likelihood of each trained token, dialogue by dialogue, and the errors of the readers"
+    certificate:dict, # certificate of a folder
+): # matplotlib figure
+    "Plot the negative log-likelihood of each trained token and the errors of the readers"
     from matplotlib.figure import Figure
     figure = Figure(figsize=(7, 2.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[2, 1])
@@ -302,12 +302,12 @@ def plot_certificate(
 
 # %% ../../nbs/55_export/6_certificate.ipynb #07051de5
 def write_certificate(
-    folder, # exported; it is read as it is on the disk
-    dialogues:list[tuple]=None, # (name, messages, tools, perhaps arguments); None: `parity.own_dialogues`
-    readers:tuple|list=(), # that must agree, besides this package
-    **load_args, # of `load_model`, such as trust_remote_code
+    folder, # exported folder; it is read from the disk
+    dialogues:list[tuple]=None, # (name, messages, tools[, arguments of the template]); None: `parity.own_dialogues`
+    readers:tuple|list=(), # readers that must agree, in addition to this package
+    **load_args, # further arguments of `load_model`, such as trust_remote_code
 )->dict: # the certificate
-    "Write `certificate.json` and `certificate.png` into a folder, or refuse it if a reader differs"
+    "Write `certificate.json` and `certificate.png` into a folder; refuse if a reader gives another result"
     folder = Path(folder)
     certificate = make_certificate(folder, dialogues, **load_args)
     write_json(folder/CERTIFICATE, certificate)
@@ -326,10 +326,10 @@ def write_certificate(
 
 # %% ../../nbs/55_export/6_certificate.ipynb #06ca1a22
 def certificate_text(
-    certificate:dict, # of a folder
-    name:str, # of the folder
-)->str: # Markdown
-    "The section of a model card about its certificate"
+    certificate:dict, # certificate of a folder
+    name:str, # name of the folder
+)->str: # Markdown text
+    "The section about the certificate in a model card"
     rows = certificate["dialogues"]
     features = sorted({f for d in rows for f in d["features"]})
     table = "\n".join([
@@ -344,7 +344,7 @@ def certificate_text(
 
 # %% ../../nbs/55_export/6_certificate.ipynb #2a64e401
 def certify_command(
-    args, # words: a folder; reader, dtype
+    args, # parsed arguments: folder, reader, dtype
 )->int: # exit code: 0 if all items agree, else 1
     "`post-training certify FOLDER [--reader NAME|URL]`"
     name = args.words[0]
@@ -361,9 +361,9 @@ def certify_command(
 
 # %% ../../nbs/55_export/6_certificate.ipynb #15b79f3d
 def add_certify_options(
-    parser:CommandParser, # of `certify`
+    parser:CommandParser, # parser of the command `certify`
 ):
-    "The words and options of `certify`"
+    "Add the arguments and options of `certify`"
     parser.add_argument("--reader", default="library", metavar="NAME|URL",
                         help="library (this package), a NAME.yaml of container/readers, or the address of a server")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
