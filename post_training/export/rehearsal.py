@@ -20,7 +20,7 @@ def weightless_model(
     path:str, # folder, or name on the hub
     tokenizer, # tokenizer with the special ids of training
     dtype:str="float32", # dtype of the parameters
-    revision:str="main", # branch, tag or commit of a hub model
+    revision:str="main", # branch, tag or commit on the hub
     trust_remote_code:bool=False, # True: run code that comes with the model
 ): # model on torch's meta device; its attribute `notices` lists what was repaired
     "A model with the settings of a folder, whose weights take no memory"
@@ -43,7 +43,7 @@ def weightless_model(
         if "generation_config" in repaired: model.generation_config = repaired["generation_config"]
         else:
             try: model.generation_config = GenerationConfig.from_pretrained(path, revision=revision)
-            except OSError: # the folder has none; config.json may have such settings
+            except OSError: # there is none; config.json may have such settings
                 model.generation_config = GenerationConfig.from_pretrained(
                     path, config_file_name="config.json", revision=revision, _from_model_config=True)
     except Exception as e: raise UserError(f"Cannot load the model {path}: {load_error(e)}") from e
