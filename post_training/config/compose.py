@@ -337,7 +337,7 @@ def _packed(cfg:dict, packs:int)->str:
 def _finish(
     raw:dict, # composed, not resolved
     keys:dict, # known keys of the stage
-    origin, # function: key -> origin, as text for the message
+    origin, # function: key -> origin, as text
     typed=(), # dotted keys that the user typed
     holes_ok:bool=False, # accept values `???` (not set)
 )->tuple: # (checked config, derived keys, notices)
