@@ -18,10 +18,10 @@ from .mixture import seeded_generator, checked_number
 
 # %% ../../nbs/20_data/7_split.ipynb #8223f164
 def split_sizes(
-    sizes:dict, # class: its rows, at least two each
-    ratio:float, # share of the rows for evaluation
-)->dict: # class: its evaluation rows; at least one, and at least one stays
-    "Evaluation rows per class by largest remainder"
+    sizes:dict, # class -> number of rows, at least two each
+    ratio:float, # fraction of the rows for evaluation
+)->dict: # class -> number of evaluation rows, at least one; at least one row stays in training
+    "The number of evaluation rows per class, by largest remainder"
     share = Fraction(str(ratio)) # the decimal number that the user wrote
     target = math.floor(share*sum(sizes.values()) + Fraction(1, 2))
     out = {c: min(max(math.floor(share*n), 1), n - 1) for c, n in sizes.items()}
@@ -34,9 +34,9 @@ def split_sizes(
 # %% ../../nbs/20_data/7_split.ipynb #85049c4c
 def classes_of(
     dataset, # `datasets.Dataset`
-    by:str|None, # column; None: all rows are one class
-    use:str="stratify", # what for, for the message
-)->list: # the class of each row; the name of a ClassLabel; None if there is no value
+    by:str|None, # name of a column; None: all rows are one class
+    use:str="stratify", # purpose, for the message
+)->list: # class of each row (the name, for a ClassLabel); None if the row has no value
     "The class of every row"
     from datasets import ClassLabel, Json
     if by is None: return ["all rows"]*len(dataset)
@@ -55,8 +55,8 @@ def classes_of(
 # %% ../../nbs/20_data/7_split.ipynb #b60b328c
 def row_texts(
     dataset, # `datasets.Dataset` in any known format
-):          # yields (whole, prompt): digest of the conversation, and text of its prompt
-    "The texts by which rows are compared; if a row has no readable conversation, its values are compared"
+): # yields (digest of the conversation, text of its prompt)
+    "Yield the texts that are used to compare rows; the values, if a row has no readable conversation"
     columns = None
     if not is_swissai(dataset.column_names):
         try: columns = format_of(dataset.column_names)
@@ -72,9 +72,9 @@ def row_texts(
 # %% ../../nbs/20_data/7_split.ipynb #dc3f9787
 def group_keys(
     dataset, # `datasets.Dataset`
-    group_by:str|None, # column, or conversation: the same prompt; None: copies only
-)->list: # a key for each row; rows with the same key stay together
-    "Which rows belong together"
+    group_by:str|None, # name of a column; or "conversation": the same prompt; None: only copies belong together
+)->list: # one key per row; rows with the same key stay together
+    "Give rows that belong together the same key"
     if group_by == "conversation":
         if not is_swissai(dataset.column_names): format_of(dataset.column_names) # raises without a conversation
         return [("prompt", prompt) for _, prompt in row_texts(dataset)]
@@ -89,10 +89,10 @@ def group_keys(
 
 # %% ../../nbs/20_data/7_split.ipynb #2a73014c
 def units_of(
-    keys:list, # of each row, from `group_keys`
-    classes:list, # the class of each row
-)->dict: # class: list of units, each a list of row indices
-    "The units of every class; a unit has the class of its first row"
+    keys:list, # key of each row, from `group_keys`
+    classes:list, # class of each row
+)->dict: # class -> list of units, each a list of row indices
+    "Group the rows of every class into units; a unit has the class of its first row"
     units, class_of = {}, {}
     for i, (c, key) in enumerate(zip(classes, keys)):
         units.setdefault(class_of.setdefault(key, c), {}).setdefault(key, []).append(i)
@@ -100,11 +100,11 @@ def units_of(
 
 # %% ../../nbs/20_data/7_split.ipynb #d9deab98
 def check_rare_classes(
-    sizes:dict, # class: its rows
-    by:str|None, # the column, for the message
-    rare_classes:str, # error, or train
+    sizes:dict, # class -> number of rows
+    by:str|None, # name of the column, for the message
+    rare_classes:str, # error: raise an error; train: keep them in the training split
 )->list: # classes that stay in the training split
-    "Classes that are too small to split; a `UserError` names them unless they may stay in training"
+    "Find classes that are too small to split; raise a `UserError` unless they may stay in training"
     choices = ("error", "train")
     if rare_classes not in choices:
         raise UserError(f"rare_classes is {rare_classes!r}: "
@@ -123,12 +123,12 @@ def check_rare_classes(
 # %% ../../nbs/20_data/7_split.ipynb #2c147a4e
 def stratified_split(
     dataset, # `datasets.Dataset`
-    ratio:float, # share of the rows for evaluation, between 0 and 1
-    by:str|None=None, # column to stratify by; None: all rows alike
-    seed:int=42, # of the draw
-    rare_classes:str="error", # classes of a single row: error, or train keeps them in the training split
-    group_by:str|None=None, # column, or conversation: rows that stay together
-)->tuple: # (train, eval, table): two `datasets.Dataset` and a dict per class and for the total
+    ratio:float, # fraction of the rows for evaluation, between 0 and 1
+    by:str|None=None, # name of the column to stratify by; None: all rows are one class
+    seed:int=42, # seed of the draw
+    rare_classes:str="error", # for classes of a single row: error, or train to keep them in the training split
+    group_by:str|None=None, # name of a column, or "conversation": rows that stay together; None: only copies
+)->tuple: # (train, eval, table): two `datasets.Dataset`, and one dict per class and for the total
     "Draw an evaluation split with the same share of every class; rows keep their order, columns their types"
     if not 0 < checked_number(ratio, "ratio") < 1:
         raise UserError(f"ratio is {ratio}: a share between 0 and 1, such as 0.01, is needed.")
@@ -150,16 +150,16 @@ def stratified_split(
 
 # %% ../../nbs/20_data/7_split.ipynb #b222563e
 def split_dataset(
-    splits:dict, # split name: `datasets.Dataset`
-    train_split:str="train", # the split to take rows from
-    eval_split:str="validation", # the split to make
-    ratio:float=0.01, # share of the training rows
-    by:str|None=None, # column to stratify by
-    seed:int=42, # of the draw
-    rare_classes:str="error", # classes of a single row: error, or train
-    group_by:str|None=None, # column, or conversation: rows that stay together
+    splits:dict, # split name -> `datasets.Dataset`
+    train_split:str="train", # name of the split to take rows from
+    eval_split:str="validation", # name of the split to make
+    ratio:float=0.01, # fraction of the training rows for evaluation
+    by:str|None=None, # name of the column to stratify by; None: all rows are one class
+    seed:int=42, # seed of the draw
+    rare_classes:str="error", # for classes of a single row: error or train
+    group_by:str|None=None, # name of a column, or "conversation": rows that stay together; None: only copies
 )->tuple: # (splits, table); the table is None if the evaluation split exists already
-    "Make the evaluation split if it is missing; if it exists, change nothing"
+    "Make the evaluation split if it does not exist; otherwise change nothing"
     if not eval_split or train_split == eval_split:
         raise UserError(f"The training split is {train_split!r} and the evaluation split {eval_split!r}: give two "
                         "different names.")
@@ -172,9 +172,9 @@ def split_dataset(
 def count_both_sides(
     train, # `datasets.Dataset`: the training split
     evaluation, # `datasets.Dataset`: the evaluation split
-    n_examples:int=3, # pairs of ids to keep
+    n_examples:int=3, # number of example pairs of ids
 )->dict: # train_rows, rows, same_conversation, same_prompt, shared_ids, examples
-    "How many evaluation rows repeat a training row, and how many rows share their id with a different one"
+    "Count the evaluation rows that repeat a training row, and the rows that share their id with a different row"
     where, ids = {}, {}
     prompts = set()
     out = dict(train_rows=len(train), rows=len(evaluation), same_conversation=0, same_prompt=0, shared_ids=0,
@@ -197,9 +197,9 @@ def count_both_sides(
 
 # %% ../../nbs/20_data/7_split.ipynb #04c45bcd
 def both_sides_text(
-    counts:dict, # from `count_both_sides`
+    counts:dict, # counts from `count_both_sides`
 )->str:
-    "How many evaluation rows repeat a training row, in a phrase for a summary"
+    "Describe the evaluation rows that repeat a training row, as part of a sentence"
     same, prompts = counts["same_conversation"], counts["same_prompt"]
     if not prompts and not same: return "none of them with a conversation or a prompt of the training rows"
     return f"{same:,} of them with a conversation and {prompts:,} with a prompt of the training rows"
