@@ -351,8 +351,7 @@ def test_texts_that_are_hard_to_compare():
     texts = ["", "...", "!?", "今日はとても良い天気ですね散歩に行きましょう", "今日はとても良い天気ですね散歩に行きましょうか", "a\ud800b c d e f"]
     data = [dict(messages=[dict(role="user", content=t)]) for t in texts[:-1]]
     assert {k: count_duplicates(Dataset.from_list(data))[k] for k in ("rows", "exact", "near")} == dict(rows=5, exact=0, near=1)
-    grams, sketch = duplicates.NearDuplicateIndex(texts.__getitem__).sketch(texts[-1])
-    assert grams and sketch is not None
+    assert duplicates.sketch_texts(texts, len(texts)).words.tolist() == [False, False, False, True, True, True]
     with pytest.raises(UserError, match="no column messages"): count_duplicates(Dataset.from_dict(dict(text=["a"])))
     for wrong in (dict(threshold=2), dict(threshold=-0.1), dict(ngram=0), dict(num_perm=1)):
         with pytest.raises(UserError): count_duplicates(Dataset.from_list(data), **wrong)
