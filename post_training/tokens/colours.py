@@ -19,7 +19,7 @@ from .template_shapes import end_of_turn
 from .templates import wants_blocks
 
 # %% ../../nbs/25_tokens/6_colours.ipynb #3a5d7594
-def plain_meaning_chats()->list[tuple]: # (messages, options of the template); each text is `@INDEX:KIND@`
+def plain_meaning_chats()->list[tuple]: # (messages, arguments of the template) per conversation; each text is `@INDEX:KIND@`
     "Conversations that show the meaning of control tokens, for templates that take plain texts"
     def say(m, role): return dict(role=role, content=f"@{m}:{role}@")
     talk = [say(m, role) for m, role in enumerate(("user", "assistant")*2)]
@@ -35,7 +35,7 @@ def plain_meaning_chats()->list[tuple]: # (messages, options of the template); e
     return out
 
 # %% ../../nbs/25_tokens/6_colours.ipynb #13d4875c
-def structured_meaning_chats()->list[tuple]: # (messages, options of the template); each text is `@INDEX:KIND@`
+def structured_meaning_chats()->list[tuple]: # (messages, arguments of the template) per conversation; each text is `@INDEX:KIND@`
     "Conversations that show the meaning of control tokens, for templates that take structured contents"
     tools = [dict(name="clock", description="@1:developer@", parameters={})]
     begin = [dict(role="system", content=dict(text="@0:system@")), developer_message(tools, True),
@@ -53,10 +53,10 @@ _KIND = re.compile(r"@(\d+):([a-z ]+)@")
 # %% ../../nbs/25_tokens/6_colours.ipynb #06f3cfbb
 def pieces_between(
     encoder:ChatEncoder,
-    chat:list[dict], # messages with texts `@INDEX:KIND@`
-    options:dict, # of the template
-)->list[tuple]: # (kind before, kind after, what ends the text before, what opens the text after); None at both ends
-    "The pieces that a template writes between the texts of a conversation, each cut in two"
+    chat:list[dict], # messages whose texts are `@INDEX:KIND@`
+    options:dict, # arguments of the template
+)->list[tuple]: # (kind before, kind after, end of the text before, beginning of the text after); kinds may be None
+    "Split the pieces that a template writes between texts: the end of one text, the beginning of the next"
     def rendered(messages): # empty if the template refuses them
         text = encoder.render([messages], tuple((k, json.dumps(v)) for k, v in options.items()))[0]
         return text if isinstance(text, str) else ""
@@ -82,9 +82,9 @@ _MEANINGS = weakref.WeakKeyDictionary() # encoder: meanings of its control token
 
 # %% ../../nbs/25_tokens/6_colours.ipynb #119161bd
 def token_meanings(
-    tokenizer, # with a chat template
-)->dict[int, str]: # id of a control token: its meaning; tokens without a known meaning are missing
-    "What the control tokens of a tokenizer mean; computed once per tokenizer and template"
+    tokenizer, # tokenizer with a chat template
+)->dict[int, str]: # token id -> meaning; control tokens without a known meaning are missing
+    "Find the meanings of the control tokens of a tokenizer; cached per tokenizer and template"
     encoder = encoder_for(tokenizer)
     if encoder in _MEANINGS: return _MEANINGS[encoder]
     out = {}
@@ -109,10 +109,10 @@ def token_meanings(
 
 # %% ../../nbs/25_tokens/6_colours.ipynb #208323ad
 def shown_tokens(
-    tokenizer, # with a chat template
-    ids, # control tokens
-)->list[tuple]: # (what is shown, the tokens themselves)
-    "Control tokens by their meaning, as themselves if they have none; a repeated token once, with its count"
+    tokenizer, # tokenizer with a chat template
+    ids, # ids of control tokens
+)->list[tuple]: # (text to show, the tokens themselves)
+    "Describe control tokens by their meaning, or by themselves if they have none; repeated tokens get a count"
     out = []
     for i, same in groupby(np.asarray(ids).tolist()):
         n = len(list(same))
@@ -128,28 +128,28 @@ KIND_COLOURS = dict( # kind of token: (background in a notebook, code in a termi
 
 # %% ../../nbs/25_tokens/6_colours.ipynb #00468d48
 def depth_colour(
-    weight:float, # of a completion token, above 0
-)->str: # of the background; the opacity is in proportion to the weight
-    "The colour of a completion in a notebook by its weight"
+    weight:float, # weight of a completion token, above 0
+)->str: # background colour; its opacity is proportional to the weight
+    "The colour of a completion token in a notebook"
     return KIND_COLOURS["completion"][0] if weight == 1 else f"rgba(75,178,75,{min(max(0.3*weight, 0.06), 0.9):.2f})"
 
 # %% ../../nbs/25_tokens/6_colours.ipynb #1f7699f0
 def depth_code(
-    weight:float, # of a completion token, above 0
-)->str: # dim below 0.5, plain below 1, bold at 1, bright above
-    "The code of a completion in a terminal by its weight"
+    weight:float, # weight of a completion token, above 0
+)->str: # code: dim below 0.5, plain below 1, bold at 1, bright above 1
+    "The code of a completion token in a terminal"
     return "2;32" if weight < 0.5 else "32" if weight < 1 else KIND_COLOURS["completion"][1] if weight == 1 else "1;92"
 
 # %% ../../nbs/25_tokens/6_colours.ipynb #fcaddca5
 def split_runs(
-    tokenizer, # knows the control tokens
-    input_ids, # [T]
-    completion_mask, # [T]
-    prompt_mask=None, # [T]; None: every token that is not completion
-    max_tokens:int=800, # more are left out
-    weights=None, # [T] weight of each token in the data; None: 1
-)->list[tuple]: # (kind, special, ids, weight)
-    "Runs of tokens of one kind and one weight"
+    tokenizer, # tokenizer; it knows the control tokens
+    input_ids, # [T] token ids
+    completion_mask, # [T] 1 on tokens that the model writes
+    prompt_mask=None, # [T] 1 on prompt tokens; None: all tokens that are not completion
+    max_tokens:int=800, # maximum number of tokens to show
+    weights=None, # [T] data weight of each token; None: all 1
+)->list[tuple]: # (kind, special, ids, weight) per run
+    "Split a row into runs of tokens with the same kind and weight"
     ids = np.asarray(input_ids)[:max_tokens]
     completion = np.asarray(completion_mask, bool)[:max_tokens]
     prompt = ~completion if prompt_mask is None else np.asarray(prompt_mask, bool)[:max_tokens]
@@ -162,14 +162,14 @@ def split_runs(
 
 # %% ../../nbs/25_tokens/6_colours.ipynb #a3b6f587
 def token_runs(
-    tokenizer, # for decoding
-    input_ids, # [T]
-    completion_mask, # [T]
-    prompt_mask=None, # [T]; None: every token that is not completion
-    max_tokens:int=800, # more are left out
-    weights=None, # [T] weight of each token in the data; None: 1
-)->list[tuple]: # (kind, special, text), and the weight if there are weights
-    "Runs of tokens of one kind, with their text; control tokens as themselves"
+    tokenizer, # tokenizer for decoding
+    input_ids, # [T] token ids
+    completion_mask, # [T] 1 on tokens that the model writes
+    prompt_mask=None, # [T] 1 on prompt tokens; None: all tokens that are not completion
+    max_tokens:int=800, # maximum number of tokens to show
+    weights=None, # [T] data weight of each token; None: all 1
+)->list[tuple]: # (kind, special, text) per run, and the weight if weights are given
+    "Split a row into runs of tokens of the same kind, with their texts; control tokens are shown as themselves"
     runs = split_runs(tokenizer, input_ids, completion_mask, prompt_mask, max_tokens, weights)
     return [(kind, special, tokenizer.decode(ids.tolist(), skip_special_tokens=False),
              *(() if weights is None else (weight,))) for kind, special, ids, weight in runs]
@@ -193,24 +193,24 @@ def _html_span(kind:str, text:str, token:str|None=None, weight:float=1.)->str: #
 
 # %% ../../nbs/25_tokens/6_colours.ipynb #5ef11efd
 def weight_legend(
-    weights, # of completion tokens
-    shown:int=5, # more are left out, except the smallest and the largest
-)->list[float]: # ascending, without 1; empty if all are 1
-    "The weights that a legend explains"
+    weights, # weights of the completion tokens
+    shown:int=5, # maximum number of weights to list; the smallest and the largest are always listed
+)->list[float]: # ascending weights without 1; empty if all are 1
+    "Choose the weights that a legend explains"
     found = sorted({round(float(w), 6) for w in weights} - {1.})
     return found if len(found) <= shown else [found[0], found[len(found)//2], found[-1]]
 
 # %% ../../nbs/25_tokens/6_colours.ipynb #09125ec1
 def colour_html(
-    tokenizer, # for decoding
-    input_ids, # [T]
-    completion_mask, # [T]
-    prompt_mask=None, # [T]; None: every token that is not completion
-    max_tokens:int=800, # more are left out
-    legend:bool=True, # explain the colours
-    weights=None, # [T] weight of each token in the data; None: 1
+    tokenizer, # tokenizer for decoding
+    input_ids, # [T] token ids
+    completion_mask, # [T] 1 on tokens that the model writes
+    prompt_mask=None, # [T] 1 on prompt tokens; None: all tokens that are not completion
+    max_tokens:int=800, # maximum number of tokens to show
+    legend:bool=True, # True: add a legend
+    weights=None, # [T] data weight of each token; None: all 1
 )->HtmlText:
-    "A tokenized row in colours for a notebook; control tokens by their meaning, the token and its weight on hover"
+    "Show a tokenized row in colour in a notebook; a control token appears as its meaning, and as itself on hover"
     body, seen = "", []
     for kind, special, ids, w in split_runs(tokenizer, input_ids, completion_mask, prompt_mask, max_tokens, weights):
         if kind in ("completion", "untrained"): seen.append(w)
@@ -226,14 +226,14 @@ def colour_html(
 
 # %% ../../nbs/25_tokens/6_colours.ipynb #3ed29835
 def colour_ansi(
-    tokenizer, # for decoding
-    input_ids, # [T]
-    completion_mask, # [T]
-    prompt_mask=None, # [T]; None: every token that is not completion
-    max_tokens:int=800, # more are left out
-    weights=None, # [T] weight of each token in the data; None: 1
+    tokenizer, # tokenizer for decoding
+    input_ids, # [T] token ids
+    completion_mask, # [T] 1 on tokens that the model writes
+    prompt_mask=None, # [T] 1 on prompt tokens; None: all tokens that are not completion
+    max_tokens:int=800, # maximum number of tokens to show
+    weights=None, # [T] data weight of each token; None: all 1
 )->str:
-    "A tokenized row in colours for a terminal; control tokens by their meaning, control characters made visible"
+    "Show a tokenized row in colour in a terminal; a control token appears as its meaning"
     out = []
     for kind, special, ids, w in split_runs(tokenizer, input_ids, completion_mask, prompt_mask, max_tokens, weights):
         text = ("".join(shown for shown, _ in shown_tokens(tokenizer, ids)) if special

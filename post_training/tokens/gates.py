@@ -18,8 +18,8 @@ from post_training.tokens.masks import (
 
 # %% ../../nbs/25_tokens/5_gates.ipynb #46b98a7a
 def turn_end_tokens(
-    chat:TokenizedChat,
-)->list[int]: # the last token id of each assistant turn
+    chat:TokenizedChat, # tokenized conversation
+)->list[int]: # index [T] of the last token of each assistant turn
     "The token that ends each assistant turn"
     return [int(chat.input_ids[last]) for _, _, last in chat.turn_tokens]
 
@@ -27,10 +27,10 @@ def turn_end_tokens(
 @patch
 def end_fault(
     self:ChatEncoder,
-    chat:TokenizedChat,
-    last:int, # the token that holds the end of a turn
-    stop_ids:frozenset, # ids that generation stops at
-)->str: # one sentence; empty if there is none
+    chat:TokenizedChat, # tokenized conversation
+    last:int, # index of the token with the end of a turn
+    stop_ids:frozenset, # token ids that stop generation
+)->str: # one sentence; empty if there is no fault
     "The reason why a model would not learn to stop after a turn"
     i = int(chat.input_ids[last])
     if i in stop_ids and chat.completion_mask[last]: return ""
@@ -45,12 +45,12 @@ def end_fault(
 
 # %% ../../nbs/25_tokens/5_gates.ipynb #51d58982
 def check_stop_tokens(
-    tokenizer, # of the chats
-    chats:list[TokenizedChat],
-    stop_ids, # ids that generation stops at: one or several
-    on_missing_stop:str="error", # error or warn
-)->str|None: # the warning; None if every turn ends with a stop token
-    "Check that each turn of some chats ends with a token that generation stops at"
+    tokenizer, # tokenizer of the chats
+    chats:list[TokenizedChat], # tokenized conversations
+    stop_ids, # token ids that stop generation: one id or several
+    on_missing_stop:str="error", # error (raise) or warn (return the warning)
+)->str|None: # warning; None if every turn ends with a stop token
+    "Check that each turn of some conversations ends with a token that stops generation"
     encoder, stops = encoder_for(tokenizer), frozenset([stop_ids] if isinstance(stop_ids, int) else stop_ids or ())
     faults = [encoder.end_fault(c, last, stops) for c in chats for _, _, last in c.turn_tokens.tolist()]
     wrong = [f for f in faults if f]
@@ -61,13 +61,13 @@ def check_stop_tokens(
 
 # %% ../../nbs/25_tokens/5_gates.ipynb #73d0325c
 def prompt_ids(
-    tokenizer, # with a chat template
-    messages:list[dict], # a conversation that ends before an answer
-    allow_control_tokens_in_content:bool=False, # as for `tokenize_chats`
-    tools=None, # the tools on offer, for a template that takes them
-    template_kwargs:dict|None=None, # further arguments of the template
-)->np.ndarray: # [T]
-    "The ids that a model is given: a conversation and the generation prompt"
+    tokenizer, # tokenizer with a chat template
+    messages:list[dict], # messages of a conversation that ends before an answer
+    allow_control_tokens_in_content:bool=False, # as for `tokenize_chats`: control tokens typed in a content keep their ids
+    tools=None, # tools that the model may call; None: no tools
+    template_kwargs:dict|None=None, # further arguments of the template; None: none
+)->np.ndarray: # [T] token ids
+    "Token ids of a conversation and the generation prompt: the input of generation"
     return encoder_for(tokenizer).ids_of_prompt(messages, template_options(tools, template_kwargs=template_kwargs),
                                              allow_control_tokens_in_content)
 
@@ -75,11 +75,11 @@ def prompt_ids(
 @patch
 def ids_of_prompt(
     self:ChatEncoder,
-    messages:list[dict], # a conversation that ends before an answer
-    options:tuple=(), # from `template_options`
+    messages:list[dict], # messages of a conversation that ends before an answer
+    options:tuple=(), # arguments of the template, from `template_options`
     allow_control_tokens_in_content:bool=False, # as for `tokenize_chats`
-)->np.ndarray: # [T]
-    "The ids that a model is given, for the options of a template"
+)->np.ndarray: # [T] token ids
+    "As `prompt_ids`, with prepared arguments of the template"
     text = self.render([messages], options := with_prompt(options))[0]
     if isinstance(text, Refused): raise UserError(text.detail)
     row, (ids, cuts, where) = self.verify(messages, text, True, options), self.encode([text])
@@ -91,12 +91,12 @@ def ids_of_prompt(
 
 # %% ../../nbs/25_tokens/5_gates.ipynb #454a0ea0
 class TurnPrompt(NamedTuple):
-    "What precedes a turn, for all conversations of one shape"
-    asked:str # the rendering that asks for the turn
-    written:str # what the whole rendering has before the turn; if the two are equal, both are stored as empty texts
-    tail_ids:np.ndarray|None # ids from the last safe cut up to the turn; None: the prefix has to be encoded
-    refusal:str="" # why the template cannot be asked for the turn
-    sure:bytes|None=None # `tail_ids` if nothing else can differ: int32 as bytes; None: the turn has to be looked at
+    "The text before a turn, for all conversations of one shape"
+    asked:str # rendering that ends with the generation prompt of the turn
+    written:str # text before the turn in the whole rendering; if the two are equal, both are stored as empty
+    tail_ids:np.ndarray|None # token ids from the last safe cut to the turn; None: the prefix must be encoded
+    refusal:str="" # reason why the template cannot ask for the turn; empty if it can
+    sure:bytes|None=None # `tail_ids` as int32 bytes if nothing else can differ; None: check the turn itself
 
 # %% ../../nbs/25_tokens/5_gates.ipynb #519c2d41
 # what may follow a generation prompt: the beginnings of answers that a tokenizer treats differently
@@ -106,9 +106,9 @@ ANSWER_STARTS = ("", "a", "A", "7", " ", "  b", "\n", "\n\nc", "\t", ".", "'s", 
 @patch
 def safe_cut(
     self:ChatEncoder,
-    piece:str, # what the template writes between a text and a turn
+    piece:str, # text that the template writes between a content and a turn
 )->int|None: # index in `piece`; None if there is none
-    "A position such that no id before it depends on the text after it: the last control token, else the end of a word"
+    "A position whose preceding ids do not depend on the text after it: last control token, or end of a word"
     if tokens := [x.start() for x in self.special.finditer(piece)]: return tokens[-1]
     if self.n_bytes is None: return None
     for c in [m.end() for m in re.finditer(r"[A-Za-z](?=[<>|\[\](){}:;,.!?#*=+/])", piece)][::-1]:
@@ -120,9 +120,9 @@ def safe_cut(
 @patch
 def turn_prompts(
     self:ChatEncoder,
-    skeleton:Skeleton,
-)->list[TurnPrompt]: # of each turn
-    "What precedes each turn of a shape in training, compared with inference"
+    skeleton:Skeleton, # pieces of the template for one shape
+)->list[TurnPrompt]: # one per turn
+    "Compare the text before each turn of a shape in training with that at inference"
     if skeleton.prompts is None:
         shape, options = skeleton.key
         text, probes, *_ = self.parse_shape(shape, options)
@@ -145,10 +145,10 @@ def turn_prompts(
 
 # %% ../../nbs/25_tokens/5_gates.ipynb #e521d384
 def prompt_difference(
-    asked:str, # the rendering that asks for an answer
-    written:str, # what the whole rendering has there
+    asked:str, # rendering that ends with the generation prompt
+    written:str, # text at the same position in the whole rendering
 )->str: # one sentence
-    "The first difference between two renderings, in words"
+    "Describe the first difference between two renderings"
     texts = [re.sub("\\s*\ue001.*?\ue002\\s*", "...", text) for text in (asked, written)] # without probes
     if texts[0] == texts[1]: texts = [asked, written]
     at = max(len(os.path.commonprefix(texts)) - 16, 0)
@@ -160,11 +160,11 @@ def prompt_difference(
 @patch
 def prompt_fault(
     self:ChatEncoder,
-    chat:TokenizedChat,
+    chat:TokenizedChat, # tokenized conversation
     n:int, # index of a turn
-    messages:list, # of the conversation
-    rendered:bool, # render the prefix of this row
-)->str: # one sentence; empty if there is none
+    messages:list, # messages of the conversation
+    rendered:bool, # True: render the prefix of this row
+)->str: # one sentence; empty if there is no fault
     "The reason why a model would start a turn from ids that it has not seen in training"
     first, exact, _ = chat.turn_tokens[n].tolist()
     start, m = chat.turns[n][0], chat.skeleton.turn_messages[n]
@@ -192,10 +192,10 @@ def prompt_fault(
 @patch
 def is_sound(
     self:ChatEncoder,
-    chat:TokenizedChat,
-    stop_ids:frozenset, # ids that generation stops at
-)->bool: # false: the turns have to be looked at one by one
-    "Whether the ids around each turn show that all turns are right; the template looks for no text of the row"
+    chat:TokenizedChat, # tokenized conversation
+    stop_ids:frozenset, # token ids that stop generation
+)->bool: # False: check the turns one by one
+    "True if the ids around each turn show that all turns are correct and the template looks for no text of the row"
     ids, mask = chat.input_ids, chat.completion_mask
     prompts = chat.skeleton.prompts or self.turn_prompts(chat.skeleton)
     for (first, exact, last), prompt in zip(chat.turn_tokens.tolist(), prompts):
@@ -208,12 +208,12 @@ def is_sound(
 @patch
 def split_advice(
     self:ChatEncoder,
-    chat:TokenizedChat,
-    n:int, # index of a turn with a fault
-    messages:list, # of the conversation
-    stop_ids:frozenset, # ids that generation stops at
-)->str: # empty if it would not help
-    "Advice to make a row of each turn, if only the last turn of a conversation is rendered as at inference"
+    chat:TokenizedChat, # tokenized conversation
+    n:int, # index of the turn with the fault
+    messages:list, # messages of the conversation
+    stop_ids:frozenset, # token ids that stop generation
+)->str: # advice; empty if it would not help
+    "Advise to make one row per turn, if only the last turn of a conversation is rendered as at inference"
     end = len(chat.turn_tokens) - 1
     if n == end or self.end_fault(chat, int(chat.turn_tokens[end][2]), stop_ids): return ""
     if self.prompt_fault(chat, end, messages, bool(self.triggers_in([content_text(m["content"]) for m in messages]))):
@@ -224,11 +224,11 @@ def split_advice(
 @patch
 def turn_fault(
     self:ChatEncoder,
-    chat:TokenizedChat,
-    messages:list, # of the conversation, in the template's format
-    stop_ids:frozenset, # ids that generation stops at
+    chat:TokenizedChat, # tokenized conversation
+    messages:list, # messages of the conversation, in the form that the template takes
+    stop_ids:frozenset, # token ids that stop generation
 )->Refused|None:
-    "The first fault of the turns that are trained on"
+    "Find the first fault of the turns that are trained on"
     if self.is_sound(chat, stop_ids): return None
     contents = [content_text(m["content"]) for m in messages]
     words = self.triggers_in(contents)
@@ -244,12 +244,12 @@ def turn_fault(
 
 # %% ../../nbs/25_tokens/5_gates.ipynb #d5844c74
 def check_turns(
-    tokenizer, # with a chat template
-    conversations:list[list[dict]], # messages, in the format the template takes
-    stop_ids, # ids that generation stops at: one or several
-    on_missing_stop:str="error", # error or warn
+    tokenizer, # tokenizer with a chat template
+    conversations:list[list[dict]], # messages of each conversation, in the form that the template takes
+    stop_ids, # token ids that stop generation: one id or several
+    on_missing_stop:str="error", # error (raise) or warn (return the warning)
     **kwargs, # tools, template_kwargs and weights of the conversations, as for `tokenize_chats`
-)->str|None: # the warning; None if every turn is right
+)->str|None: # warning; None if every turn is correct
     "Check the turns of some conversations; conversations that are refused for other reasons are skipped"
     stops, encoder = frozenset([stop_ids] if isinstance(stop_ids, int) else stop_ids or ()), encoder_for(tokenizer)
     chats = tokenize_chats(tokenizer, conversations, unsupported_roles="drop", **kwargs)

@@ -17,12 +17,12 @@ ID_SLOT = ("id",) # stands for the id of a call
 
 # %% ../../nbs/25_tokens/3_template_shapes.ipynb #baaa9025
 def shape_of(
-    obj, # messages, or a part of them
-    texts:list[str], # collects the texts in order
-    key=None, # the key that `obj` was found under
-    names=frozenset(), # names that belong to the shape, because the template treats them specially
-):           # a hashable shape
-    "The shape of a conversation; its texts are appended to `texts`"
+    obj, # messages, or a value inside them
+    texts:list[str], # list to which the texts are appended in order
+    key=None, # dict key of `obj`; None: none
+    names=frozenset(), # tool names that belong to the shape, because the template treats them specially
+): # the shape, a hashable value
+    "Compute the shape of a conversation, and append its texts to `texts`"
     if isinstance(obj, str):
         if not obj or key in ("role", "type") and obj.isidentifier() or obj.isspace(): return obj
         if key == "name" and obj in names: return obj
@@ -35,13 +35,13 @@ def shape_of(
     return obj if obj is None else ("=", repr(obj), obj) # 1, 1.0 and True are equal and render differently
 
 # %% ../../nbs/25_tokens/3_template_shapes.ipynb #6a794442
-def probe_text(i)->str: # a text that shows how a template transforms the i-th text
+def probe_text(i)->str: # probe text
     "The probe for the i-th text of a shape"
     return f"\n\n\n\n\u2003\ue001\"{i}\ue002\u2003\n\n\n\n"
 
 # %% ../../nbs/25_tokens/3_template_shapes.ipynb #ad968f5e
-def id_probe(i:int)->str: # nine characters
-    "The probe for the i-th text of a shape if that is the id of a call"
+def id_probe(i:int)->str: # probe of nine characters
+    "The probe for the i-th text of a shape if this text is the id of a call"
     return f"\ue001{i:07d}\ue002"
 
 # %% ../../nbs/25_tokens/3_template_shapes.ipynb #5ef69785
@@ -62,7 +62,7 @@ _CORE = re.compile(r'(?:\ue001|\\ue001)(?:\\?"(\d+|N)|(\d{7}))(?:\ue002|\\ue002)
 
 # %% ../../nbs/25_tokens/3_template_shapes.ipynb #cdd5aad9
 def _edges(name:str)->tuple[str, str, str]:
-    "The parts of a probe after a transform: before its core, the core with an N for the number, after it"
+    "The parts of a transformed probe: before its core, the core (N stands for the number), after its core"
     text = TEXT_TRANSFORMS[name](probe_text("N")) if TEXT_TRANSFORMS[name] else probe_text("N")
     return text.partition(_CORE.search(text)[0])
 
@@ -72,9 +72,9 @@ TRANSFORM_EDGES = sorted(((name, *_edges(name)) for name in TEXT_TRANSFORMS), ke
 
 # %% ../../nbs/25_tokens/3_template_shapes.ipynb #8f8b57fd
 def find_probes(
-    rendered:str, # a rendering of probes
-)->list[tuple]: # (start, end, index of the text, transform or None), in order
-    "The positions of the probes in a rendering, and how the template transformed them"
+    rendered:str, # rendering of probes
+)->list[tuple]: # (start, end, index of the text, transform or None) per probe, in order
+    "Find the probes in a rendering, and how the template transformed them"
     probes = []
     for m in _CORE.finditer(rendered):
         if m[2]: # the id of a call
@@ -90,11 +90,11 @@ def find_probes(
 
 # %% ../../nbs/25_tokens/3_template_shapes.ipynb #23379bbc
 def fill_with_probes(
-    shape, # from `shape_of`
-    paths:list, # collects the path of keys to each text, first the index of the message
-    path=(), # path so far
-):          # messages with probes in place of the texts
-    "Messages of a shape, with a probe for each text"
+    shape, # shape of a conversation, from `shape_of`
+    paths:list, # list to which the path (message index, then keys) of each text is appended
+    path=(), # path of `shape` in the whole conversation
+): # messages with probes in place of the texts
+    "Make messages of a given shape with a probe for each text"
     if not isinstance(shape, tuple): return shape
     if shape in (TEXT_SLOT, ID_SLOT):
         paths.append(path)
@@ -105,10 +105,10 @@ def fill_with_probes(
 
 # %% ../../nbs/25_tokens/3_template_shapes.ipynb #5a25df18
 def slot_paths(
-    shape, # from `shape_of`
-    path=(), # path so far
-):          # yields the keys and indices that lead to each text
-    "The positions of the texts in a shape"
+    shape, # shape of a conversation, from `shape_of`
+    path=(), # path of `shape` in the whole conversation
+): # yields the path (indices and keys) of each text
+    "Yield the paths of the texts in a shape"
     if shape in (TEXT_SLOT, ID_SLOT): yield path
     elif isinstance(shape, tuple) and shape[0] in "{[":
         for i, part in enumerate(shape[1:]):
@@ -122,54 +122,54 @@ TOOL_OUTPUT_KEYS = { # keys under which an assistant message holds the output of
 
 # %% ../../nbs/25_tokens/3_template_shapes.ipynb #95a56f4e
 def is_written(
-    role:str, # of the message
-    path:tuple, # keys that lead to the text, from `fill_with_probes`
+    role:str, # role of the message
+    path:tuple, # path of the text in the messages, from `fill_with_probes`
 )->bool:
-    "Whether the model writes a text; inside the arguments of a call it writes everything"
+    "True if the model writes a text; it writes everything inside the arguments of a call"
     outside_arguments = path[:path.index("arguments")] if "arguments" in path else path
     return role == "assistant" and TOOL_OUTPUT_KEYS.isdisjoint(outside_arguments)
 
 # %% ../../nbs/25_tokens/3_template_shapes.ipynb #c5114793
 def is_needed(
-    path:tuple, # keys that lead to the text, from `fill_with_probes`
+    path:tuple, # path of the text in the messages, from `fill_with_probes`
 )->bool:
-    "Whether a template must render a text: contents, arguments and outputs, but not names, ids or a copy of the tools"
+    "True if a template must render a text: contents, arguments, outputs; not names, ids or a copy of the tools"
     return path[-1] in ("content", "text", "output", "formatted_tools") or "arguments" in path
 
 # %% ../../nbs/25_tokens/3_template_shapes.ipynb #da1816bb
-def first_special(special:re.Pattern, piece:str)->int: # index; the length of the piece if there is none
-    "Where the first control token of a piece begins"
+def first_special(special:re.Pattern, piece:str)->int: # index in the piece; its length if there is no control token
+    "The position of the first control token in a piece"
     m = special.search(piece)
     return m.start() if m else len(piece)
 
 # %% ../../nbs/25_tokens/3_template_shapes.ipynb #14dab5a3
 def cut_at_token(
-    special:re.Pattern, # matches control tokens
-    piece:str, # a piece of the template
-    n:int, # length of the wanted beginning, in characters
+    special:re.Pattern, # pattern that matches control tokens
+    piece:str, # piece of the template
+    n:int, # number of characters
 )->str:
-    "The first `n` characters of a piece, or fewer where they would end inside a control token"
+    "The first `n` characters of a piece, or fewer if the cut would be inside a control token"
     return piece[:next((m.start() for m in special.finditer(piece) if m.start() < n < m.end()), n)]
 
 # %% ../../nbs/25_tokens/3_template_shapes.ipynb #62ae6e48
 def end_of_turn(
-    special:re.Pattern, # matches control tokens
-    piece:str, # what the template writes after the last text of a turn
-    tail:str, # what it writes there at the end of a conversation
-)->int: # characters of `piece` that belong to the turn
-    "The end of a turn: the last control token, else the last visible character, that `piece` and `tail` share"
+    special:re.Pattern, # pattern that matches control tokens
+    piece:str, # piece that the template writes after the last text of a turn
+    tail:str, # piece that it writes there at the end of a conversation
+)->int: # number of characters of `piece` that belong to the turn
+    "The end of a turn: the last control token, or else the last visible character, common to `piece` and `tail`"
     common = cut_at_token(special, piece, len(os.path.commonprefix([piece, tail])))
     ends = [m.end() for m in special.finditer(common)]
     return ends[-1] if ends else len(common.rstrip())
 
 # %% ../../nbs/25_tokens/3_template_shapes.ipynb #9255e447
 def start_of_turn(
-    special:re.Pattern, # matches control tokens
-    piece:str, # what the template writes before the first text of a turn
-    header:str, # the generation prompt
-    prompt_piece:str|None=None, # what it writes there to ask for an answer; None if no turn can continue
-)->int: # characters of `piece` that are given to the model
-    "The position in the piece before a turn's first text at which the turn begins"
+    special:re.Pattern, # pattern that matches control tokens
+    piece:str, # piece that the template writes before the first text of a turn
+    header:str, # generation prompt
+    prompt_piece:str|None=None, # piece that it writes there to ask for an answer; None: the turn cannot continue an earlier one
+)->int: # number of characters of `piece` that the model is given
+    "Find the position at which a turn begins, in the piece before its first text"
     for cut in range(len(header), 0, -1):
         missing_words = re.search(r"\w", re.sub(r"<[^<>]*>", "", header[cut:]))
         if header[:cut] in piece and not missing_words: return piece.rfind(header[:cut]) + cut
@@ -179,15 +179,15 @@ def start_of_turn(
 
 # %% ../../nbs/25_tokens/3_template_shapes.ipynb #07bbc0bb
 def turn_regions(
-    k:int, # first text of the turn, as its number in the rendering
-    j:int, # last text of the turn
-    written:list[bool], # of each text: whether the model writes it
-    pieces:list[str], # of each text: the piece before it; one more for the end
-    special:re.Pattern, # matches control tokens
-    context_length:int, # characters of the piece before text `k` that precede the turn, from `start_of_turn`
-    end:int, # characters of the piece after text `j` that belong to the turn, from `end_of_turn`
-)->list[tuple]: # (edge, shift, edge, shift) of each region: from edge + shift to edge + shift
-    "The regions of one turn that the model writes"
+    k:int, # index of the first text of the turn in the rendering
+    j:int, # index of the last text of the turn
+    written:list[bool], # for each text, True if the model writes it
+    pieces:list[str], # for each text, the piece before it; and the last piece
+    special:re.Pattern, # pattern that matches control tokens
+    context_length:int, # number of characters before the turn in the piece before text `k`, from `start_of_turn`
+    end:int, # number of characters of the turn in the piece after text `j`, from `end_of_turn`
+)->list[tuple]: # (edge, shift, edge, shift) per region: start and end position
+    "Find the regions of a turn: the parts that the model writes"
     start = (2*k, context_length - len(pieces[k])) if written[k] else None
     out = []
     for a in range(k, j):

@@ -29,9 +29,9 @@ CHAT_TEMPLATES = {name: f"{name}.jinja" for name in """
 # %% ../../nbs/25_tokens/1_templates.ipynb #8c36b65b
 @lru_cache
 def template_text(
-    name:str, # one of `CHAT_TEMPLATES`
+    name:str, # name of a template in `CHAT_TEMPLATES`
 )->str: # Jinja source
-    "The Jinja source of a template by name"
+    "Read the Jinja source of a template"
     if name not in CHAT_TEMPLATES:
         raise UserError(f"Unknown chat template {name!r}.{did_you_mean(name, CHAT_TEMPLATES)} Known: "
                         f"{', '.join(CHAT_TEMPLATES)}; or null for the tokenizer's own.")
@@ -40,9 +40,9 @@ def template_text(
 # %% ../../nbs/25_tokens/1_templates.ipynb #1e84d7a4
 @dataclass(frozen=True)
 class TemplateRule:
-    "What a template needs of a tokenizer"
-    bos: str = "before" # before: the BOS is put before the rendering; template: the template writes it itself
-    end: str|None = "eos" # end of a turn: eos (the tokenizer's own end token), another token by its text, None: none
+    "The requirements of a template on the tokenizer"
+    bos: str = "before" # before: BOS is put before the rendering; template: the template writes BOS itself
+    end: str|None = "eos" # token that ends a turn: eos (the tokenizer's end token), the text of another token, or None
     every_turn: bool = True # False: only the last turn of a conversation ends with this token
 
 # %% ../../nbs/25_tokens/1_templates.ipynb #40df6655
@@ -58,27 +58,27 @@ TEMPLATE_RULES = { # name: rule
 # %% ../../nbs/25_tokens/1_templates.ipynb #092990fc
 def rule_stop_id(
     rule:TemplateRule,
-    tokenizer, # in its own state
-)->int|None: # None where the tokenizer does not have the token
-    "The id at which generation stops under a rule"
+    tokenizer, # tokenizer before the template is attached
+)->int|None: # token id; None if the tokenizer does not have the token
+    "The id of the token at which generation stops under a rule"
     if rule.end in ("eos", None): return tokenizer.eos_token_id
     return tokenizer.get_vocab().get(rule.end)
 
 # %% ../../nbs/25_tokens/1_templates.ipynb #c4e3ff6f
 def named_templates(
-    templates, # Jinja source, or several: name -> source, or the older list of name and template
-)->dict: # name -> source; empty where there is none
-    "The templates of a tokenizer by name; a single one is called default"
+    templates, # Jinja source; or several templates: a dict from name to source, or a list of name and template
+)->dict: # name -> source; empty if there is no template
+    "Convert the templates of a tokenizer to a dict; a single template gets the name default"
     if not templates: return {}
     if isinstance(templates, str): return dict(default=templates)
     return dict(templates) if isinstance(templates, dict) else {t["name"]: t["template"] for t in templates}
 
 # %% ../../nbs/25_tokens/1_templates.ipynb #3c0c2e1c
 def template_source(
-    templates, # as for `named_templates`
-    tools:bool=False, # for conversations with tools
+    templates, # one or several templates, as for `named_templates`
+    tools:bool=False, # True: for conversations with tools
 )->str: # Jinja source
-    "The template that `apply_chat_template` takes for conversations with or without tools"
+    "The template that `apply_chat_template` uses for conversations with or without tools"
     named = named_templates(templates)
     name = "tool_use" if tools and "tool_use" in named else "default"
     if name not in named:
@@ -88,18 +88,18 @@ def template_source(
 
 # %% ../../nbs/25_tokens/1_templates.ipynb #5803e6d1
 def with_each_source(
-    templates, # as for `named_templates`
+    templates, # one or several templates, as for `named_templates`
     change, # function: Jinja source -> Jinja source
-): # a source, or name -> source where there are several
-    "Change every template of a tokenizer in the same way"
+): # Jinja source, or name -> source if there are several
+    "Apply the same change to every template of a tokenizer"
     if isinstance(templates, str): return change(templates)
     return {name: change(source) for name, source in named_templates(templates).items()}
 
 # %% ../../nbs/25_tokens/1_templates.ipynb #7e6ff55e
 def template_name(
     source:str, # Jinja source
-)->str|None: # a name of `CHAT_TEMPLATES`; None for any other template
-    "The name of a template, recognised by its source"
+)->str|None: # name in `CHAT_TEMPLATES`; None for any other template
+    "Recognise a known template by its source"
     return next((name for name in CHAT_TEMPLATES if source.rstrip().endswith(template_text(name).rstrip())), None)
 
 # %% ../../nbs/25_tokens/1_templates.ipynb #10035b23
@@ -113,24 +113,24 @@ _SIZE = [0., 0] # when the size of this process was read, and the bytes
 
 # %% ../../nbs/25_tokens/1_templates.ipynb #c0b5add2
 class TemplateLimit(UserError):
-    "A chat template that does not end, or that needs more memory than the limit"
+    "A chat template exceeds a limit on time, memory or size"
 
 # %% ../../nbs/25_tokens/1_templates.ipynb #eac2c2b3
 class _Excess(Exception):
-    "Describes a limit that a template exceeds"
+    "A template exceeds a limit; the message describes it"
 
 # %% ../../nbs/25_tokens/1_templates.ipynb #34e3dacb
 def template_place(
     source:str, # Jinja source
 )->str:
-    "A description of a template: its name, or the tokenizer that it belongs to, or its beginning"
+    "Describe a template for a message: its name, its tokenizer, or the beginning of its source"
     if name := template_name(source): return name
     place = next((p for text, p in _PLACES.items() if text in source), None)
     return f"of {place}" if place else f"that begins with {source.strip()[:40]!r}"
 
 # %% ../../nbs/25_tokens/1_templates.ipynb #48beae93
 def _process_bytes()->int:
-    "The address space of this process, read at most five times a second"
+    "The size of this process' address space in bytes, read at most five times a second"
     if time.monotonic() - _SIZE[0] > 0.2:
         with open("/proc/self/statm") as f: _SIZE[1] = int(f.read().split()[0])*resource.getpagesize()
         _SIZE[0] = time.monotonic()
@@ -169,7 +169,7 @@ def _limited_time():
 def template_limits(
     source:str, # Jinja source
 ):
-    "Limit time and memory while a template is compiled or rendered; `TemplateLimit` says which one it exceeds"
+    "Limit time and memory while a template is compiled or rendered; `TemplateLimit` names the exceeded limit"
     if source in _OVER_LIMIT: raise TemplateLimit(_OVER_LIMIT[source])
     try:
         with _limited_memory(), _limited_time(): yield
@@ -228,9 +228,9 @@ class LimitedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 # %% ../../nbs/25_tokens/1_templates.ipynb #b9fa739c
 def limit_templates(
-    tokenizer=None, # whose folder an error names
+    tokenizer=None, # tokenizer whose folder errors name; None: no folder is named
 ):
-    "Have transformers render every chat template of this process within limits"
+    "Make transformers render every chat template of this process within limits"
     import transformers.utils.chat_template_utils as rendering
     for source in named_templates(getattr(tokenizer, "chat_template", None)).values():
         if len(_PLACES) > 99: _PLACES.clear()
@@ -241,9 +241,9 @@ def limit_templates(
 
 # %% ../../nbs/25_tokens/1_templates.ipynb #b6f6e740
 def jinja_literal(
-    value, # of JSON: text, number, bool, None, list or dict
+    value, # JSON value: text, number, bool, None, list or dict
 )->str:
-    "A value as Jinja source"
+    "Write a value as Jinja source"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{jinja_literal(str(k))}: {jinja_literal(v)}" for k, v in value.items()) + "}"
     if isinstance(value, (list, tuple)): return "[" + ", ".join(map(jinja_literal, value)) + "]"
@@ -253,9 +253,9 @@ def jinja_literal(
 # %% ../../nbs/25_tokens/1_templates.ipynb #b730850b
 def with_defaults(
     source:str, # Jinja source
-    values:dict, # name of a variable -> its value
+    values:dict, # name of a variable -> its default value
 )->str: # Jinja source
-    "A template with default values for variables that a call does not pass"
+    "Add default values to a template, for variables that a call does not pass"
     # Jinja drops the line break behind a block, so that the template below begins as it did
     return "".join(f"{{% if {name} is not defined %}}{{% set {name} = {jinja_literal(value)} %}}{{% endif %}}\n"
                    for name, value in values.items()) + source
@@ -263,8 +263,8 @@ def with_defaults(
 # %% ../../nbs/25_tokens/1_templates.ipynb #14ef6c6e
 def split_defaults(
     source:str, # Jinja source
-)->tuple[str, str]: # what `with_defaults` put before it, and the template
-    "Separate a template from the default values before it"
+)->tuple[str, str]: # (the part that `with_defaults` added, the template)
+    "Separate a template from its default values"
     n = re.match(r"(?:\{% if \w+ is not defined %\}\{% set .* %\}\{% endif %\}\n)*", source).end()
     return source[:n], source[n:]
 
@@ -272,8 +272,8 @@ def split_defaults(
 @lru_cache(64)
 def template_tree(
     source:str, # Jinja source
-):              # a `jinja2` tree; None if the source has a mistake
-    "A chat template as a tree, with the tags that transformers knows"
+): # `jinja2` syntax tree; None if the source has a syntax error
+    "Parse a chat template, including the tags that transformers adds"
     env = LimitedEnvironment(extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do"])
     try: return env.parse(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", source))
     except (jinja2.TemplateError, RecursionError): return None
@@ -282,8 +282,8 @@ def template_tree(
 @lru_cache(64)
 def template_variables(
     source:str, # Jinja source
-)->frozenset:
-    "The names that a template reads and does not set itself: those that a call can give a value"
+)->frozenset: # names of variables
+    "The variables that a template reads and does not set, so that a call can pass them"
     import jinja2.meta
     if (tree := template_tree(source)) is None: return frozenset(re.findall(r"\w+", source))
     nodes = jinja2.nodes
@@ -295,20 +295,20 @@ def template_variables(
 
 # %% ../../nbs/25_tokens/1_templates.ipynb #1e1b9b75
 def wants_blocks(
-    template, # Jinja source, or several by name: the one for conversations without tools counts
-)->bool: # whether it takes structured contents
-    "Whether a template takes the structured messages of the Swiss-AI format: assistant blocks and a developer message"
+    template, # Jinja source, or several by name; then the one for conversations without tools
+)->bool: # True: the template takes structured contents
+    "True if a template takes the structured messages of the Swiss-AI format"
     code = re.sub(r"\{#.*?#\}", "", template_source(template), flags=re.S)
     return bool(re.search(r"\bblocks\b", code) and re.search(r"\b(developer|formatted_tools|has_thinking)\b", code))
 
 # %% ../../nbs/25_tokens/1_templates.ipynb #9f84405f
 def render_template(
     template:str, # Jinja source
-    messages:list[dict], # one conversation
-    add_generation_prompt:bool=False, # end with what precedes an answer
-    **special_tokens, # bos_token, eos_token and so on, as texts
-)->str: # the conversation as one text
-    "Render one conversation with a template, without a tokenizer"
+    messages:list[dict], # messages of one conversation
+    add_generation_prompt:bool=False, # True: end with the text that comes before an answer
+    **special_tokens, # bos_token, eos_token and others, as texts
+)->str: # rendered text
+    "Render a conversation with a template, without a tokenizer"
     from transformers.utils.chat_template_utils import render_jinja_template
     limit_templates()
     return render_jinja_template([messages], chat_template=template, add_generation_prompt=add_generation_prompt,

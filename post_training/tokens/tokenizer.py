@@ -39,10 +39,10 @@ SAMPLE_TEXT = ("Hello, how are you? Fine, thank you! What is 2 + 2? The result i
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #8f6a7bd7
 def fast_tokenizer(
-    backend, # `tokenizers.Tokenizer` with the special tokens of `special_tokens`
-    chat_template:str|None=None, # Jinja source
-):           # `PreTrainedTokenizerFast`
-    "Wrap a tokenizer of the tokenizers library, with `<s>`, `</s>`, `<unk>` and `<pad>` in their roles"
+    backend, # `tokenizers.Tokenizer` with the tokens of `special_tokens`
+    chat_template:str|None=None, # Jinja source; None: no template
+): # `PreTrainedTokenizerFast`
+    "Wrap a tokenizer of the tokenizers library, and set `<s>`, `</s>`, `<unk>` and `<pad>` as special tokens"
     from transformers import PreTrainedTokenizerFast
     out = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
                                   pad_token="<pad>")
@@ -51,12 +51,12 @@ def fast_tokenizer(
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #151fb546
 def toy_tokenizer(
-    kind:str="bpe", # bpe (trained on the spot) or char (one token per character)
-    template:str|None=None, # name of a chat template
-    texts=(SAMPLE_TEXT,), # what to train on
-    vocab_size:int=600, # of the BPE
-):                      # `PreTrainedTokenizerFast`
-    "A small tokenizer for examples and tests"
+    kind:str="bpe", # bpe (trained by this call) or char (one token per character)
+    template:str|None=None, # name of a chat template; None: no template
+    texts=(SAMPLE_TEXT,), # texts on which the BPE is trained
+    vocab_size:int=600, # number of ids of the BPE
+): # `PreTrainedTokenizerFast`
+    "Make a small tokenizer for examples and tests"
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     special = [AddedToken(t, special=True, normalized=False) for t in special_tokens()]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -80,10 +80,10 @@ def toy_tokenizer(
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #bb1285d2
 @lru_cache(1)
 def tekken_backend(
-    vocab_size:int=131_072, # ids, including the special ones
-    n_special:int=1000, # special ids among them
-):                      # `tokenizers.Tokenizer`
-    "The Tekken vocabulary of mistral-common as a fast tokenizer; takes some seconds"
+    vocab_size:int=131_072, # number of ids, including special ones
+    n_special:int=1000, # number of special ids
+): # `tokenizers.Tokenizer`
+    "Build a fast tokenizer with the Tekken vocabulary of mistral-common; this takes some seconds"
     import base64, mistral_common
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     data = json.loads((Path(mistral_common.__file__).parent/"data"/"tekken_240911.json").read_text())
@@ -105,27 +105,27 @@ def tekken_backend(
     return out
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #efdd127f
-def byte_letters()->dict[int, str]: # byte: the letter that stands for it
-    "The letters that byte-level vocabularies write bytes with"
+def byte_letters()->dict[int, str]: # byte -> letter
+    "The letters that stand for bytes in byte-level vocabularies"
     keep = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in keep]
     return {**{b: chr(b) for b in keep}, **{b: chr(256 + i) for i, b in enumerate(rest)}}
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #526e0984
 def tekken_tokenizer(
-    template:str|None=None, # name of a chat template
-):                          # `PreTrainedTokenizerFast` with 131,072 ids
-    "A tokenizer with the Tekken vocabulary"
+    template:str|None=None, # name of a chat template; None: no template
+): # `PreTrainedTokenizerFast` with 131,072 ids
+    "Make a tokenizer with the Tekken vocabulary"
     return fast_tokenizer(tekken_backend(), template and template_text(template))
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #fc71192b
 def set_special(
     tokenizer, # changed in place
-    role:str, # pad or eos
-    token_id:int, # the id that takes this role
-    key:str, # the config key it came from, for the message
+    role:str, # special role: pad or eos
+    token_id:int, # id of the token that gets this role
+    key:str, # config key with the id, for the message
 ):
-    "Give a special role to a token by its id"
+    "Give a special role to a token"
     n = len(tokenizer)
     if not 0 <= token_id < n: raise UserError(f"tokenizer_args.{key}={token_id} is not in the vocabulary of {n} ids.")
     setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(token_id))
@@ -133,8 +133,8 @@ def set_special(
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #9552e7b3
 def unused_token(
     tokenizer,
-)->int|None: # its id; None where there is none
-    "A control token that could serve as pad: without a role, and not written by a template"
+)->int|None: # token id; None if there is none
+    "Find a control token that could serve as pad: it has no role and no template writes it"
     written = "".join(named_templates(tokenizer.chat_template).values())
     roles = {str(v) for k, v in tokenizer.special_tokens_map.items() if k != "pad_token"} - {tokenizer.pad_token}
     ends = tokenizer.eos_token_id
@@ -145,7 +145,7 @@ def unused_token(
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #b21bf3e8
 def check_pad(tokenizer):
-    "Raise a `UserError` if pad or eos is missing, or both are the same token"
+    "Raise a `UserError` if pad or eos is missing, or if both are the same token"
     if tokenizer.eos_token_id is None:
         raise UserError("The tokenizer has no eos token, and without one no answer ends: set "
                         "tokenizer_args.model_eos_token_id to the id of the token that ends a turn.")
@@ -161,24 +161,24 @@ def check_pad(tokenizer):
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #1acf4ff6
 def config_ids(
     tokenizer, # a loaded tokenizer
-)->dict[str, int]: # what config and generation_config must carry
+)->dict[str, int]: # token ids by config key, such as eos_token_id
     "The ids of BOS, eos and pad, for the model's config and generation config"
     return {f"{r}_token_id": i for r in ("bos", "eos", "pad") if (i := getattr(tokenizer, f"{r}_token_id")) is not None}
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #eff68974
 def template_of(
-    tokenizer, # with one chat template, or several by name
-    tools:bool=False, # for conversations with tools
+    tokenizer, # tokenizer with one chat template, or several by name
+    tools:bool=False, # True: for conversations with tools
 )->str: # Jinja source
-    "The chat template that is used for conversations with or without tools"
+    "The chat template of a tokenizer for conversations with or without tools"
     return template_source(tokenizer.chat_template, tools)
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #73580f91
 def sample_forms(
-    tokenizer, # with a chat template
-    system:bool=False, # with a system message
-)->list[list[dict]]: # the same conversation with contents as text (or structured), and as lists of parts
-    "A short conversation in the forms that templates take"
+    tokenizer, # tokenizer with a chat template
+    system:bool=False, # True: include a system message
+)->list[list[dict]]: # the same messages in several forms: contents as texts or structured, and as lists of parts
+    "A short conversation in each form that a template may take"
     plain = [dict(role="user", content="Name a city."), dict(role="assistant", content="Bern.")]
     if system: plain.insert(0, dict(role="system", content="Be brief."))
     if wants_blocks(tokenizer.chat_template): return [to_structured(plain)]
@@ -190,10 +190,10 @@ SAMPLE_TOOL = dict(type="function", function=dict(
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #552a19dc
 def render_sample(
-    tokenizer, # with a chat template
-    system:bool=False, # with a system message
-    tools:bool=False, # with a tool on offer
-)->tuple: # (messages, rendering, None) of the first form whose answer is rendered; (None, None, error) if none is
+    tokenizer, # tokenizer with a chat template
+    system:bool=False, # True: include a system message
+    tools:bool=False, # True: offer a tool
+)->tuple: # (messages, rendered text, None) of the first form that works; (None, None, error) if none works
     "Render a short conversation in the form that the template takes"
     error = None
     for messages in sample_forms(tokenizer, system):
@@ -205,18 +205,18 @@ def render_sample(
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #0a6874de
 def sample_messages(
-    tokenizer, # with a chat template
-    system:bool=False, # with a system message
-)->list[dict]: # a short conversation in the form that the template takes
-    "A short conversation to try a template with"
+    tokenizer, # tokenizer with a chat template
+    system:bool=False, # True: include a system message
+)->list[dict]: # list of messages
+    "A short conversation in the form that the template takes"
     return render_sample(tokenizer, system)[0] or sample_forms(tokenizer, system)[0]
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #e90e0c9e
 def check_written_tokens(
-    tokenizer, # with a chat template
-    error:Exception, # that the template raised
+    tokenizer, # tokenizer with a chat template
+    error:Exception, # exception that the template raised
 ):
-    "If a template cannot be rendered, raise a `UserError` that says what is missing"
+    "Raise a `UserError` that says why a template cannot be rendered"
     for role in ("bos", "eos"):
         if getattr(tokenizer, f"{role}_token") is None and f"{role}_token" in str(error):
             raise UserError(f"The chat template writes {role}_token, and the tokenizer has no {role.upper()} token: "
@@ -227,8 +227,8 @@ def check_written_tokens(
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #b813d847
 def check_bos(
-    tokenizer, # with a chat template
-)->int: # BOS tokens in a rendered conversation: 0 or 1
+    tokenizer, # tokenizer with a chat template
+)->int: # number of BOS tokens in a rendered conversation: 0 or 1
     "Count the BOS tokens of a rendered conversation; raise a `UserError` at two"
     several = "tool_use" in named_templates(tokenizer.chat_template)
     cases = [render_sample(tokenizer, system, tools) for tools in (False, True)[:1 + several]
@@ -249,10 +249,10 @@ def check_bos(
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #bcb17230
 def check_needs(
-    tokenizer, # with the template
-    name:str|None=None, # of the template; None: the tokenizer's own
-    add_bos:bool|None=None, # typed; None: the rule of the template decides
-    eos_token_id:int|None=None, # typed; None: the rule of the template decides
+    tokenizer, # tokenizer with the template
+    name:str|None=None, # name of the template; None: the tokenizer's own
+    add_bos:bool|None=None, # value that the user set; None: use the template's rule
+    eos_token_id:int|None=None, # value that the user set; None: use the template's rule
 ):
     "Raise a `UserError` if a tokenizer lacks a token that the rule of its template needs"
     own = template_name(template_of(tokenizer))
@@ -274,10 +274,10 @@ def check_needs(
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #663e3a6e
 def set_end_token(
-    tokenizer, # with its chat template; changed in place
-    token_id:int|None=None, # typed; None: the rule of the template decides
-)->list[str]: # notices
-    "Make the token that ends a turn the tokenizer's eos"
+    tokenizer, # tokenizer with its chat template; changed in place
+    token_id:int|None=None, # value that the user set; None: use the template's rule
+)->list[str]: # notices, one sentence each
+    "Set the token that ends a turn as the tokenizer's eos"
     name = template_name(template_of(tokenizer))
     rule, own = TEMPLATE_RULES.get(name), tokenizer.eos_token_id
     wanted = rule_stop_id(rule, tokenizer) if rule else own
@@ -295,11 +295,11 @@ def set_end_token(
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #9769ea0b
 def set_bos(
-    tokenizer, # with its chat template; changed in place
-    name:str|None=None, # of the template; None: the tokenizer's own
-    wanted:bool|None=None, # typed; None: the rule of the template decides
-)->list[str]: # notices
-    "Put the BOS before the chat template if its rule or the user asks for it"
+    tokenizer, # tokenizer with its chat template; changed in place
+    name:str|None=None, # name of the template; None: the tokenizer's own
+    wanted:bool|None=None, # value that the user set; None: use the template's rule
+)->list[str]: # notices, one sentence each
+    "Put the BOS before the chat template if its rule or the user requires it"
     key, rule = "tokenizer_args.add_bos_to_chat_template", TEMPLATE_RULES.get(name)
     bos = tokenizer.bos_token
     before = rule is not None and rule.bos == "before"
@@ -315,10 +315,10 @@ def set_bos(
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #f6362799
 def missing_marks(
-    tokenizer, # with the template
-    name:str|None, # of the template; None: the tokenizer's own
-)->list[str]: # notices
-    "Control tokens of Apertus that a template writes and the tokenizer does not have"
+    tokenizer, # tokenizer with the template
+    name:str|None, # name of the template; None: the tokenizer's own
+)->list[str]: # notices, one sentence each
+    "Find control tokens of Apertus that a template writes and the tokenizer does not have"
     code = re.sub(r"\{#.*?#\}", "", template_text(name), flags=re.S) if name else ""
     vocabulary = tokenizer.get_vocab()
     marks = [m for m in dict.fromkeys(re.findall(r"<SPECIAL_\d+>|\[/?INST\]", code)) if m not in vocabulary]
@@ -329,11 +329,11 @@ def missing_marks(
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #2dbae560
 def set_template(
     tokenizer, # changed in place
-    name:str|None=None, # one of `CHAT_TEMPLATES`; None keeps the tokenizer's own
-    add_bos:bool|None=None, # put the BOS before what the template renders; None: by the template's rule
-    eos_token_id:int|None=None, # of the token that ends a turn; None: by the template's rule
+    name:str|None=None, # name in `CHAT_TEMPLATES`; None: keep the tokenizer's own template
+    add_bos:bool|None=None, # put the BOS before the rendered text; None: use the template's rule
+    eos_token_id:int|None=None, # id of the token that ends a turn; None: use the template's rule
 ):
-    "Attach a chat template and apply its rule; notices are kept as `tokenizer.notices`"
+    "Attach a chat template and apply its rule; notices are stored as `tokenizer.notices`"
     if name: tokenizer.chat_template = template_text(name)
     elif isinstance(tokenizer.chat_template, list): tokenizer.chat_template = named_templates(tokenizer.chat_template)
     check_needs(tokenizer, name, add_bos, eos_token_id)
@@ -349,10 +349,10 @@ RESERVED_ARGUMENTS = frozenset("""conversation messages tools documents chat_tem
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #65136c2e
 def arguments_fault(
-    templates, # Jinja source, or several by name
-    values:dict, # name of a variable of the template -> its value
-)->str|None: # what is wrong with the first that is wrong; None if all reach the template
-    "The reason why an argument of a chat template has no effect, or another effect than intended"
+    templates, # Jinja source, or several templates by name
+    values:dict, # name of a template variable -> its value
+)->str|None: # the first fault, one sentence; None if all arguments have an effect
+    "Find an argument of a chat template that has no effect, or another effect than intended"
     sources = named_templates(templates).values()
     read = frozenset().union(*map(template_variables, sources)) - RESERVED_ARGUMENTS
     for name, value in values.items():
@@ -367,10 +367,10 @@ def arguments_fault(
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #db10483b
 def set_template_kwargs(
-    tokenizer, # with its chat template; changed in place
-    values:dict|None, # name of a variable of the template -> its value
+    tokenizer, # tokenizer with its chat template; changed in place
+    values:dict|None, # name of a template variable -> its value; None: nothing to set
 ):
-    "Give the variables of a template their values; they are kept as `tokenizer.chat_template_kwargs`"
+    "Set values of template variables; they are stored as `tokenizer.chat_template_kwargs`"
     tokenizer.chat_template_kwargs = dict(values or {})
     if fault := arguments_fault(tokenizer.chat_template, values or {}):
         raise UserError(f"tokenizer_args.chat_template_kwargs: {fault}.")
@@ -378,16 +378,16 @@ def set_template_kwargs(
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #76b6e354
 def load_tokenizer(
-    tokenizer_name_or_path:str, # folder or hub name
-    chat_template_name:str|None=None, # a name of `CHAT_TEMPLATES`; None keeps the tokenizer's own
+    tokenizer_name_or_path:str, # folder or name on the hub
+    chat_template_name:str|None=None, # name in `CHAT_TEMPLATES`; None: keep the tokenizer's own template
     padding_side:str="right", # right or left
-    add_bos_to_chat_template:bool|None=None, # put the BOS before what the template renders; None: by its rule
-    model_pad_token_id:int|None=None, # another pad token
-    model_eos_token_id:int|None=None, # the token that ends a turn; None: by the template's rule
+    add_bos_to_chat_template:bool|None=None, # put the BOS before the rendered text; None: use the template's rule
+    model_pad_token_id:int|None=None, # id of the pad token; None: keep the tokenizer's
+    model_eos_token_id:int|None=None, # id of the token that ends a turn; None: use the template's rule
     trust_remote_code:bool=False, # run code that comes with the tokenizer
-    chat_template_kwargs:dict|None=None, # values of variables that the template reads, such as enable_thinking
-    revision:str="main", # of a name on the hub, from `run.tokenizer_revision`
-):                                # a fast tokenizer; with `notices` and `chat_template_kwargs`
+    chat_template_kwargs:dict|None=None, # values of template variables, such as enable_thinking
+    revision:str="main", # branch, tag or commit of a name on the hub
+): # fast tokenizer with `notices` and `chat_template_kwargs`
     "Load a tokenizer, attach its chat template, set and check its special tokens"
     if chat_template_name: template_text(chat_template_name) # a wrong name fails before anything is loaded
     tokenizer = read_tokenizer(tokenizer_name_or_path, trust_remote_code, revision)
@@ -406,11 +406,11 @@ def load_tokenizer(
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #f82e1d88
 def read_tokenizer(
-    name_or_path:str, # folder or hub name
-    trust_remote_code:bool=False, # run code that comes with it
-    revision:str="main", # of a name on the hub: branch, tag or commit
-):                                # a fast tokenizer
-    "Read a fast tokenizer, with an error that says what to do if there is none"
+    name_or_path:str, # folder or name on the hub
+    trust_remote_code:bool=False, # run code that comes with the tokenizer
+    revision:str="main", # branch, tag or commit of a name on the hub
+): # fast tokenizer
+    "Read a fast tokenizer; the error says what to do if there is none"
     from transformers import AutoTokenizer
     path = Path(name_or_path).expanduser()
     if not path.exists() and (path.is_absolute() or str(name_or_path).count("/") > 1):
@@ -431,8 +431,8 @@ _BACKENDS = weakref.WeakKeyDictionary() # tokenizer: its `plain_backend`
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #c1bc48d5
 def plain_backend(
     tokenizer, # a fast tokenizer
-):             # `tokenizers.Tokenizer` of our own
-    "A copy of the backend that adds no tokens, cuts nothing and reports exact offsets; made once per tokenizer"
+): # a new `tokenizers.Tokenizer`
+    "Copy the backend without added tokens, truncation and padding, and with exact offsets; cached per tokenizer"
     from tokenizers import Tokenizer
     out = _BACKENDS.get(tokenizer)
     if out is None or out.get_vocab_size() != len(tokenizer): # tokens added since make a new copy
@@ -453,7 +453,7 @@ def tokenizer_fingerprint(
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #a86ee4c9
 def template_fingerprint(tokenizer)->str:
-    "SHA-256 of the text of the chat template; of names and texts where there are several"
+    "SHA-256 of the text of the chat template, or of names and texts if there are several"
     templates = tokenizer.chat_template or ""
     if not isinstance(templates, str): templates = json.dumps(named_templates(templates), sort_keys=True)
     return hashlib.sha256(templates.encode()).hexdigest()
