@@ -18,11 +18,11 @@ from .mixture import checked_number
 
 # %% ../../nbs/20_data/6_duplicates.ipynb #c270513a
 def lsh_bands(
-    threshold:float, # similarity from which pairs are to be found
-    num_perm:int=128, # length of a sketch
+    threshold:float, # similarity above which pairs should be found
+    num_perm:int=128, # number of hash functions, the length of a sketch
     miss:float=0.01, # highest probability of missing a pair at the threshold
-)->tuple[int, int]: # (b, r): bands, positions in a band
-    "The longest bands that miss few pairs at the threshold, so that few other pairs become candidates"
+)->tuple[int, int]: # (b, r): number of bands, positions per band
+    "Choose the longest bands whose miss rate is low enough; longer bands give fewer candidates"
     fits = [(num_perm//r, r) for r in range(1, num_perm + 1) if (1 - threshold**r)**(num_perm//r) <= miss]
     return fits[-1] if fits else (num_perm, 1)
 
@@ -34,25 +34,25 @@ _WORD = re.compile(rf"[{_WIDE}]|[^\W{_WIDE}]+")
 # %% ../../nbs/20_data/6_duplicates.ipynb #f95466fe
 def shingles(
     text:str, # any text
-    ngram:int=5, # words in a shingle
-)->set[str]: # empty if the text holds no word
-    "The word n-grams of a text, without case and punctuation; a text with fewer words is one shingle"
+    ngram:int=5, # number of words in a shingle
+)->set[str]: # set of shingles; empty if the text has no word
+    "The word n-grams of a text, without case and punctuation; a shorter text is one shingle"
     words = _WORD.findall(text.lower())
     return {" ".join(words[i:i + ngram]) for i in range(max(1, len(words) - ngram + 1))} if words else set()
 
 # %% ../../nbs/20_data/6_duplicates.ipynb #963f9fcc
 def jaccard(
-    a:set, # one set
-    b:set, # another
-)->float: # 0 where both are empty
-    "Common elements over all elements"
+    a:set, # first set
+    b:set, # second set
+)->float: # similarity from 0 to 1; 0 if both sets are empty
+    "The number of common elements divided by the number of all elements"
     return len(a & b)/len(a | b) if a or b else 0.0
 
 # %% ../../nbs/20_data/6_duplicates.ipynb #04cc617d
 def check_duplicate_settings(
-    threshold:float, # similarity from which texts are near duplicates; 0 looks for exact ones only
-    num_perm:int, # length of a sketch
-    ngram:int, # words in a shingle
+    threshold:float, # similarity from which texts are near duplicates; 0: exact duplicates only
+    num_perm:int, # number of hash functions, the length of a sketch
+    ngram:int, # number of words in a shingle
 ):
     "Raise a `UserError` for impossible settings"
     if not 0 <= checked_number(threshold, "threshold") <= 1:
@@ -403,13 +403,13 @@ def repeat_examples(
 
 # %% ../../nbs/20_data/6_duplicates.ipynb #c25fd604
 def count_duplicates(
-    dataset, # `datasets.Dataset` with messages, and id and source if there are any
-    threshold:float=0.8, # similarity from which rows are near duplicates; 0 counts exact ones only
-    num_perm:int=128, # length of a sketch
-    ngram:int=5, # words in an n-gram
-    n_examples:int=5, # pairs of each kind to keep
+    dataset, # `datasets.Dataset` with messages, and optionally id and source
+    threshold:float=0.8, # similarity from which rows are near duplicates; 0: count exact duplicates only
+    num_perm:int=128, # number of hash functions, the length of a sketch
+    ngram:int=5, # number of words in a shingle
+    n_examples:int=5, # number of example pairs of each kind
 )->dict: # rows, copies, exact, near, uncompared, by_source, examples
-    "How many rows repeat, or nearly repeat, an earlier one"
+    "Count the rows that repeat, or nearly repeat, an earlier row"
     found = find_repeats(dataset, SketchSettings(threshold, num_perm, ngram))
     count = lambda of, k: int(np.count_nonzero(found.kind[of] == found.KINDS.index(k)))
     totals = lambda of: dict(rows=len(found.kind[of]) - count(of, "copy"), exact=count(of, "exact"),
@@ -423,11 +423,11 @@ def count_duplicates(
 # %% ../../nbs/20_data/6_duplicates.ipynb #c36223a9
 def find_in_train(
     train, # `datasets.Dataset` with messages
-    texts:dict, # key: a text to look for
-    kind:str, # prompt or conversation
+    texts:dict, # key -> text to look for
+    kind:str, # text of the training rows to compare with: prompt or conversation
     settings:SketchSettings=SketchSettings(),
-)->dict: # key: (similarity, exact or near, id, source) of the most similar training row
-    "Which of some texts occur among the training rows"
+)->dict: # key -> (similarity, exact or near, id, source) of the most similar training row
+    "Find the texts that occur among the training rows"
     keys, n = [*texts], len(texts)
     def both():
         yield from texts.values()
@@ -451,14 +451,14 @@ def find_in_train(
 
 # %% ../../nbs/20_data/6_duplicates.ipynb #3d6298c8
 def count_overlap(
-    train, # `datasets.Dataset` with messages, and id and source if there are any
-    other_datasets:dict, # name: `datasets.Dataset` with messages that should not be among the training rows
-    threshold:float=0.8, # similarity from which texts are near duplicates; 0 looks for exact ones only
-    num_perm:int=128, # length of a sketch
-    ngram:int=5, # words in a shingle
-    n_examples:int=5, # pairs to keep per dataset
-)->dict: # name: rows, found, prompt_exact, prompt_near, conversation_exact, conversation_near, examples
-    "How many rows of other datasets occur, exactly or nearly, among the training rows"
+    train, # `datasets.Dataset` with messages, and optionally id and source
+    other_datasets:dict, # name -> `datasets.Dataset` with messages that should not be in the training rows
+    threshold:float=0.8, # similarity from which texts are near duplicates; 0: exact duplicates only
+    num_perm:int=128, # number of hash functions, the length of a sketch
+    ngram:int=5, # number of words in a shingle
+    n_examples:int=5, # number of example pairs per dataset
+)->dict: # name -> rows, found, prompt_exact, prompt_near, conversation_exact, conversation_near, examples
+    "Count the rows of other datasets that occur, exactly or nearly, among the training rows"
     settings = SketchSettings(threshold, num_perm, ngram)
     rows = {(other, i): (name, texts) for other, data in other_datasets.items()
             for i, name, _, texts in dataset_texts(data)}
