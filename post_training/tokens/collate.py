@@ -12,9 +12,9 @@ from ..core.files import UserError
 
 # %% ../../nbs/25_tokens/9_collate.ipynb #1c475a35
 def row_arrays(
-    row:dict, # input_ids and completion_mask, and row_index where known
-)->tuple: # ids_T, prompt_T, completion_T
-    "One row as arrays; its first token is no target"
+    row:dict, # dict with input_ids and completion_mask, and optionally row_index
+)->tuple: # (ids_T, prompt_T, completion_T)
+    "Convert a row to arrays; its first token is not a target"
     ids_T = np.asarray(row["input_ids"], np.int64)
     completion_T = np.asarray(row["completion_mask"], bool).copy()
     prompt_T = np.asarray(row["prompt_mask"], bool).copy() if "prompt_mask" in row else ~completion_T
@@ -23,18 +23,18 @@ def row_arrays(
 
 # %% ../../nbs/25_tokens/9_collate.ipynb #d72aa000
 def empty_row(
-    token_id:int=0, # any id of the vocabulary
-    length:int=2, # tokens; with two, a forward pass has one prediction
-)->dict: # a row without prompt and completion
-    "A filler row: its masks are all zero"
+    token_id:int=0, # any token id of the vocabulary
+    length:int=2, # number of tokens; with two, a forward pass has one prediction
+)->dict: # row without prompt and completion
+    "Make a filler row: all its masks are 0"
     return dict(input_ids=[token_id]*length, completion_mask=[0]*length, prompt_mask=[0]*length, row_index=-1)
 
 # %% ../../nbs/25_tokens/9_collate.ipynb #bcd69bbe
 def weight_array(
-    weights, # of one row
-    row:dict, # for the message
-)->np.ndarray: # fp32
-    "The weights of a row; a negative or infinite one raises"
+    weights, # weights of one row
+    row:dict, # the row, for the message
+)->np.ndarray: # fp32 array
+    "Check the weights of a row; raise a `UserError` for a weight that is negative or not finite"
     weights = np.asarray(weights, np.float32)
     bad = ~(np.isfinite(weights) & (weights >= 0))
     if not bad.any(): return weights
@@ -44,9 +44,9 @@ def weight_array(
 
 # %% ../../nbs/25_tokens/9_collate.ipynb #e989dbc6
 def row_token_weights(
-    row:dict, # with input_ids, and weights or not
-)->np.ndarray: # fp32 [T]
-    "The weight of each token of a row; 1 without the column"
+    row:dict, # dict with input_ids, and optionally weights
+)->np.ndarray: # [T] fp32
+    "The weight of each token of a row; 1 if the row has no weights"
     n = len(row["input_ids"])
     if row.get("weights") is None: return np.ones(n, np.float32)
     weights = weight_array(row["weights"], row)
@@ -57,25 +57,25 @@ def row_token_weights(
 
 # %% ../../nbs/25_tokens/9_collate.ipynb #1a9a4701
 def row_weights_of(
-    rows:list[dict], # of a batch
-)->np.ndarray|None: # fp32, one per row; None if no row has the column
-    "The weight of each row or pair; 1 for a row without it"
+    rows:list[dict], # rows of a batch
+)->np.ndarray|None: # one fp32 weight per row; None if no row has the column
+    "The weight of each row or pair; 1 for a row without a weight"
     if not any("row_weight" in r for r in rows): return None
     return np.array([weight_array(1. if r.get("row_weight") is None else r["row_weight"], r) for r in rows],
                     np.float32)
 
 # %% ../../nbs/25_tokens/9_collate.ipynb #fb72804f
-def round_up(n:int, multiple:int|None)->int: # the next multiple of `multiple`
-    "A length rounded up to a multiple; unchanged without one"
+def round_up(n:int, multiple:int|None)->int: # the smallest multiple that is not smaller than `n`
+    "Round a length up to a multiple; without a multiple, return it unchanged"
     return n if not multiple else -(-n//multiple)*multiple
 
 # %% ../../nbs/25_tokens/9_collate.ipynb #50e2b62a
 class PadCollator:
-    "One row per line, padded to the longest"
+    "Make a padded batch: one row per line, padded to the longest row"
     def __init__(self,
-        pad_token_id:int, # id of the padding
-        padding_side:str="right", # right or left
-        pad_to_multiple_of:int|None=None, # round the length up
+        pad_token_id:int, # token id of the padding
+        padding_side:str="right", # side of the padding: right or left
+        pad_to_multiple_of:int|None=None, # round the length up to a multiple of this; None: do not round
     ):
         if padding_side not in ("left", "right"): raise UserError(f"padding_side is {padding_side!r}: left or right.")
         self.pad_token_id = pad_token_id
@@ -103,10 +103,10 @@ class PadCollator:
 
 # %% ../../nbs/25_tokens/9_collate.ipynb #b234a1f3
 class PackCollator:
-    "Rows end to end in one line, with positions that restart in each"
+    "Make a packed batch: rows end to end in one line; positions restart in each row"
     def __init__(self,
-        pad_token_id:int=0, # id of the padding up to the multiple
-        pad_to_multiple_of:int|None=None, # round the length up; the padding is a document without targets
+        pad_token_id:int=0, # token id of the padding up to the multiple
+        pad_to_multiple_of:int|None=None, # round the length up to a multiple; the padding is a document without targets
     ): self.pad_token_id, self.pad_to_multiple_of = pad_token_id, pad_to_multiple_of
     def __call__(self, rows:list[dict])->dict: # batch of tensors
         import torch
@@ -128,9 +128,9 @@ class PackCollator:
 
 # %% ../../nbs/25_tokens/9_collate.ipynb #cf29725a
 def pair_sides(
-    pair:dict, # a tokenized pair
-)->list[dict]: # the chosen and the rejected sequence as rows
-    "The two sequences of a pair as rows; outputs of tools inside an answer are prompt"
+    pair:dict, # tokenized pair
+)->list[dict]: # [chosen row, rejected row]
+    "Convert a pair to two rows; outputs of tools inside an answer count as prompt"
     nothing = np.zeros(len(pair["prompt_ids"]), bool)
     return [dict(input_ids=np.concatenate([np.asarray(pair[k], np.int64) for k in ("prompt_ids", f"{s}_ids")]),
                  completion_mask=np.concatenate([nothing, np.asarray(pair[f"{s}_scored"], bool)]))
@@ -138,18 +138,18 @@ def pair_sides(
 
 # %% ../../nbs/25_tokens/9_collate.ipynb #eed89bfa
 def empty_pair(
-    token_id:int=0, # any id of the vocabulary
-)->dict: # a pair without answers
-    "A filler pair: its masks are all zero"
+    token_id:int=0, # any token id of the vocabulary
+)->dict: # pair without answers
+    "Make a filler pair: all its masks are 0"
     return dict(prompt_ids=[token_id], chosen_ids=[token_id], chosen_scored=[0], rejected_ids=[token_id],
                 rejected_scored=[0], row_index=-1)
 
 # %% ../../nbs/25_tokens/9_collate.ipynb #38c1ddae
 def reference_sums(
-    pair:dict, # a tokenized pair
-    ld_alpha:float|None=None, # LD-DPO: weight of an answer's tokens beyond the shorter answer's length; None: 1
-)->list: # chosen, rejected; NaN where unknown
-    "The reference's log-probability of both answers"
+    pair:dict, # tokenized pair
+    ld_alpha:float|None=None, # LD-DPO: weight of an answer's tokens beyond the length of the shorter answer; None: 1
+)->list: # [chosen, rejected]; NaN if unknown
+    "The log-probability of both answers under the reference"
     if ld_alpha is None:
         sums = [pair.get("ref_chosen_logprob"), pair.get("ref_rejected_logprob")]
         return [float("nan") if x is None else x for x in sums]
@@ -160,10 +160,10 @@ def reference_sums(
 
 # %% ../../nbs/25_tokens/9_collate.ipynb #8809ef61
 class PairCollator:
-    "Pairs as a padded or packed batch of twice as many sequences, with the numbers that a loss needs"
+    "Make a batch from pairs: twice as many sequences, and the numbers that a preference loss needs"
     def __init__(self,
         collator, # `PadCollator` or `PackCollator`
-        ld_alpha:float|None=None, # as for `reference_sums`
+        ld_alpha:float|None=None, # weight of LD-DPO, as for `reference_sums`
     ): self.collator, self.ld_alpha = collator, ld_alpha
     def __call__(self, pairs:list[dict])->dict: # batch of tensors
         import torch
@@ -182,10 +182,10 @@ class PairCollator:
 
 # %% ../../nbs/25_tokens/9_collate.ipynb #9462365c
 def best_fit_pack(
-    lengths, # tokens of each row
-    max_length:int, # tokens of a pack
-)->list[list[int]]: # rows of each pack, in order; each row in one pack
-    "Distribute rows over packs of at most `max_length` tokens: best fit, longest first"
+    lengths, # number of tokens of each row
+    max_length:int, # maximum number of tokens of a pack
+)->list[list[int]]: # row indices of each pack; each row is in one pack
+    "Distribute rows over packs of at most `max_length` tokens (best fit, longest row first)"
     lengths = np.asarray(lengths, np.int64)
     if len(lengths) and lengths.max() > max_length:
         raise UserError(f"Row {int(lengths.argmax())} has {lengths.max()} tokens and does not fit into a pack of "

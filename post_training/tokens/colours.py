@@ -19,7 +19,7 @@ from .template_shapes import end_of_turn
 from .templates import wants_blocks
 
 # %% ../../nbs/25_tokens/6_colours.ipynb #3a5d7594
-def plain_meaning_chats()->list[tuple]: # (messages, arguments of the template) per conversation; each text is `@INDEX:KIND@`
+def plain_meaning_chats()->list[tuple]: # (messages, template arguments); each text is `@INDEX:KIND@`
     "Conversations that show the meaning of control tokens, for templates that take plain texts"
     def say(m, role): return dict(role=role, content=f"@{m}:{role}@")
     talk = [say(m, role) for m, role in enumerate(("user", "assistant")*2)]
@@ -35,7 +35,7 @@ def plain_meaning_chats()->list[tuple]: # (messages, arguments of the template) 
     return out
 
 # %% ../../nbs/25_tokens/6_colours.ipynb #13d4875c
-def structured_meaning_chats()->list[tuple]: # (messages, arguments of the template) per conversation; each text is `@INDEX:KIND@`
+def structured_meaning_chats()->list[tuple]: # (messages, template arguments); each text is `@INDEX:KIND@`
     "Conversations that show the meaning of control tokens, for templates that take structured contents"
     tools = [dict(name="clock", description="@1:developer@", parameters={})]
     begin = [dict(role="system", content=dict(text="@0:system@")), developer_message(tools, True),

@@ -18,25 +18,25 @@ from .dataset import (
 # %% ../../nbs/25_tokens/10_completions.ipynb #5d50e390
 @dataclass
 class EncodedCompletion:
-    "An answer as tokens: everything after the prompt, up to and including the token that ends the turn"
+    "A tokenized answer: all tokens after the prompt, up to the token that ends the turn"
     ids: list # token ids
-    scored: list # of each token: whether the model writes it; False for outputs of tools
+    scored: list # one bool per token: True if the model writes it; False for outputs of tools
     @property
     def length(self): return sum(self.scored) # the |y| of a loss
 
 # %% ../../nbs/25_tokens/10_completions.ipynb #6e04e4f1
 @dataclass
 class EncodedRow:
-    "A prompt with its answers as tokens"
-    prompt_ids: list # ends with the generation prompt
-    completions: list # an `EncodedCompletion` or a `Refused` for each
+    "A tokenized prompt and its tokenized answers"
+    prompt_ids: list # token ids; the generation prompt is at the end
+    completions: list # one `EncodedCompletion` or `Refused` per answer
 
 # %% ../../nbs/25_tokens/10_completions.ipynb #4eb09ba0
 def prepared_chat(
-    tokenizer, # with a chat template
-    c:Conversation, # plain or structured messages, and their tools
+    tokenizer, # tokenizer with a chat template
+    c:Conversation, # conversation with plain or structured messages
 )->TemplateChat|Refused:
-    "A conversation as a tokenizer's template takes it"
+    "Convert a conversation to the form that the tokenizer's template takes"
     try: return template_chat(c, encoder_for(tokenizer), complete=False)
     except MalformedRow as e: return Refused(f"malformed: {e}", str(e))
     except UnsupportedContent as e:
@@ -46,20 +46,20 @@ def prepared_chat(
 
 # %% ../../nbs/25_tokens/10_completions.ipynb #b41991e4
 def chat_for(
-    tokenizer, # with a chat template
-    messages:list[dict], # plain or structured
-)->list[dict]|Refused: # in the format that the template takes
-    "Messages in the format of a tokenizer's template"
+    tokenizer, # tokenizer with a chat template
+    messages:list[dict], # plain or structured messages
+)->list[dict]|Refused: # messages in the form that the template takes
+    "Convert messages to the form that the tokenizer's template takes"
     out = prepared_chat(tokenizer, Conversation(messages))
     return out if isinstance(out, Refused) else out.messages
 
 # %% ../../nbs/25_tokens/10_completions.ipynb #357ffdec
 def prompt_chats(
-    tokenizer, # with a chat template
-    chats:list, # prompts: messages in the template's format, or a `TemplateChat` for each
-    allow_control_tokens_in_content:bool=False, # as for `tokenize_chats`
-)->list: # list of ids, or a `Refused`, for each
-    "The ids of each prompt, as the model is given them"
+    tokenizer, # tokenizer with a chat template
+    chats:list, # prompts: messages in the form that the template takes, or `TemplateChat` objects
+    allow_control_tokens_in_content:bool=False, # encode control tokens in contents as control tokens
+)->list: # for each prompt, a list of token ids or a `Refused`
+    "Render and encode prompts, each with the generation prompt at its end"
     encoder = encoder_for(tokenizer)
     chats = [c if isinstance(c, TemplateChat) else TemplateChat(c) for c in chats]
     rendered = encoder.render_with([c.messages for c in chats], [c.tools for c in chats],
@@ -72,10 +72,10 @@ def prompt_chats(
 
 # %% ../../nbs/25_tokens/10_completions.ipynb #cdf467f8
 def cut_completion(
-    chat, # a `TokenizedChat` of the prompt and the answer
-    prompt:list[int], # ids of the prompt
+    chat, # tokenized conversation of the prompt and the answer
+    prompt:list[int], # token ids of the prompt
 )->EncodedCompletion|Refused:
-    "The answer of a tokenized conversation; refused if the ids before it are not exactly the prompt"
+    "Cut the answer from a tokenized conversation; refuse it if the ids before it are not the prompt"
     ids_T = chat.input_ids
     mask_T = chat.completion_mask
     n = len(prompt)
@@ -90,29 +90,29 @@ def cut_completion(
 
 # %% ../../nbs/25_tokens/10_completions.ipynb #a6bd309d
 def answer_message(
-    answer, # a content (text or blocks), or a whole message of the assistant
-)->dict: # message
-    "An answer as a message"
+    answer, # content (text or blocks), or a whole message of the assistant
+)->dict: # message of the assistant
+    "Convert an answer to a message"
     is_message = isinstance(answer, dict) and "role" in answer
     return answer if is_message else dict(role="assistant", content=answer)
 
 # %% ../../nbs/25_tokens/10_completions.ipynb #8da60886
 def is_empty(
-    message:dict, # of the assistant
+    message:dict, # message of the assistant
 )->bool:
-    "Whether a message holds neither text nor thoughts nor calls"
+    "True if a message has neither text nor thoughts nor calls"
     return not (content_text(message.get("content")).strip() or message.get("tool_calls")
                 or any(message.get(k) for k in REASONING_KEYS))
 
 # %% ../../nbs/25_tokens/10_completions.ipynb #3e56d6ce
 def encode_answers(
-    tokenizer, # with a chat template
-    prompts:list, # of each answer: its prompt, as messages or as a `Conversation`
-    contents:list, # of each answer: a content, or a message
-    prompt_ids:list, # of each answer: the ids of its prompt
-    allow_control_tokens_in_content:bool=False, # as for `tokenize_chats`
-)->list: # an `EncodedCompletion` or a `Refused` for each
-    "Answers to prompts whose ids are known"
+    tokenizer, # tokenizer with a chat template
+    prompts:list, # prompt of each answer, as messages or as a `Conversation`
+    contents:list, # the answers, each a content or a message
+    prompt_ids:list, # token ids of each answer's prompt
+    allow_control_tokens_in_content:bool=False, # encode control tokens in contents as control tokens
+)->list: # for each answer, an `EncodedCompletion` or a `Refused`
+    "Encode answers to prompts whose token ids are known"
     out = []
     for p, answer in zip(prompts, map(answer_message, contents)):
         p = p if isinstance(p, Conversation) else Conversation(p)
@@ -124,19 +124,19 @@ def encode_answers(
 
 # %% ../../nbs/25_tokens/10_completions.ipynb #f519ba9d
 def holds_thought(
-    answer, # a content, or a message
+    answer, # content or message
 )->bool:
-    "Whether an answer of plain text holds a thought"
+    "True if a plain answer has a thought"
     m = answer_message(answer)
     inline = isinstance(m["content"], str) and "</think>" in m["content"]
     return inline or any(m.get(k) for k in REASONING_KEYS)
 
 # %% ../../nbs/25_tokens/10_completions.ipynb #60819aaa
 def structured_row(
-    c:Conversation, # a prompt of plain messages that ends with the user
-    answers:list, # contents or messages
-)->tuple: # the prompt and its answers with structured contents
-    "A prompt and its answers for a template with structured contents, with one developer message for all"
+    c:Conversation, # prompt with plain messages; the last message is the user's
+    answers:list, # answers, as contents or messages
+)->tuple: # (prompt, answers), with structured contents
+    "Convert a prompt and its answers to structured contents, with one developer message for all answers"
     wholes = [structured_conversation(replace(c, messages=with_thought_fields([*c.messages, answer_message(a)], {})))
               for a in answers]
     messages = structured_conversation(c).messages
@@ -148,12 +148,12 @@ def structured_row(
 
 # %% ../../nbs/25_tokens/10_completions.ipynb #24a4728d
 def encode_completions(
-    tokenizer, # a fast tokenizer with a chat template
-    prompts:list, # messages, plain or structured, or a `Conversation` each; each ends before an answer
-    contents:list[list], # of each prompt: its answers, as contents or messages
+    tokenizer, # fast tokenizer with a chat template
+    prompts:list, # prompts that end before an answer: messages, or `Conversation` objects
+    contents:list[list], # answers to each prompt, as contents or messages
     allow_control_tokens_in_content:bool=False, # encode control tokens in contents as control tokens
-)->list: # an `EncodedRow` or a `Refused` for each prompt
-    "Prompts with their answers as tokens: each conversation is rendered and encoded once"
+)->list: # for each prompt, an `EncodedRow` or a `Refused`
+    "Tokenize prompts and their answers; each conversation is rendered and encoded once"
     prompts, contents = [p if isinstance(p, Conversation) else Conversation(p) for p in prompts], list(contents)
     if encoder_for(tokenizer).takes_blocks():
         for i, (p, answers) in enumerate(zip(prompts, contents)):

@@ -19,7 +19,7 @@ from post_training.tokens.masks import (
 # %% ../../nbs/25_tokens/5_gates.ipynb #46b98a7a
 def turn_end_tokens(
     chat:TokenizedChat, # tokenized conversation
-)->list[int]: # index [T] of the last token of each assistant turn
+)->list[int]: # token id at the end of each assistant turn
     "The token that ends each assistant turn"
     return [int(chat.input_ids[last]) for _, _, last in chat.turn_tokens]
 
@@ -63,7 +63,7 @@ def check_stop_tokens(
 def prompt_ids(
     tokenizer, # tokenizer with a chat template
     messages:list[dict], # messages of a conversation that ends before an answer
-    allow_control_tokens_in_content:bool=False, # as for `tokenize_chats`: control tokens typed in a content keep their ids
+    allow_control_tokens_in_content:bool=False, # encode control tokens in contents as control tokens
     tools=None, # tools that the model may call; None: no tools
     template_kwargs:dict|None=None, # further arguments of the template; None: none
 )->np.ndarray: # [T] token ids
@@ -77,7 +77,7 @@ def ids_of_prompt(
     self:ChatEncoder,
     messages:list[dict], # messages of a conversation that ends before an answer
     options:tuple=(), # arguments of the template, from `template_options`
-    allow_control_tokens_in_content:bool=False, # as for `tokenize_chats`
+    allow_control_tokens_in_content:bool=False, # encode control tokens in contents as control tokens
 )->np.ndarray: # [T] token ids
     "As `prompt_ids`, with prepared arguments of the template"
     text = self.render([messages], options := with_prompt(options))[0]

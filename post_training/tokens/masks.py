@@ -29,20 +29,20 @@ from post_training.tokens.template_shapes import (
 # %% ../../nbs/25_tokens/4_masks.ipynb #72c78341
 @dataclass
 class Skeleton:
-    "What a template writes around the texts of one shape of conversation"
-    items:list # (piece before the text, index of the text, what the template does to the text) for each text
+    "The pieces that a template writes around the texts of one shape, and the regions between them"
+    items:list # for each text: (piece before it, index of the text, name of the template's transform of the text)
     tail:str # piece after the last text
     written:list # indices of the items that the model writes
     regions:list # (edge, shift, edge, shift): from the first edge + shift to the second edge + shift
-    turns:list # (first region, last region) of each assistant turn
+    turns:list # (index of the first region, index of the last region) of each assistant turn
     turn_messages:list # index of the message of each assistant turn
-    owners:list # index of the message that each item belongs to
-    paths:list # of each text: the index of its message and the keys that lead to it
-    missing_texts:list # "role.keys" of needed texts that the template leaves out
-    forgotten:list # "role.keys" of thoughts that the template leaves out because the turn is not the last
-    special_ids:np.ndarray # control tokens that the template writes, in order
-    key:tuple # (shape, options)
-    prompts:list|None = None # what precedes each turn at inference, from `turn_prompts` of the gates
+    owners:list # for each item, the index of the message to which it belongs
+    paths:list # for each text, the index of its message and the keys that lead to it
+    missing_texts:list # "role.keys" of required texts that the template omits
+    forgotten:list # "role.keys" of thoughts that the template omits because the turn is not the last one
+    special_ids:np.ndarray # ids of the control tokens that the template writes, in order
+    key:tuple # (shape, arguments of the template)
+    prompts:list|None = None # text before each turn at inference, from `turn_prompts` of the gates; None: not computed
     @cached_property
     def message_spans(self): # message: (edge, shift, edge, shift) of its turns, or of each of its texts
         out = {}
@@ -54,34 +54,34 @@ class Skeleton:
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #00d1fa54
 class VerifiedRow(NamedTuple):
-    "A conversation whose rendering is that of its skeleton"
-    text:str # the rendering
+    "A conversation whose rendering agrees with its skeleton"
+    text:str # rendered text
     skeleton:Skeleton
-    edges:list # start and end of each text, in characters
-    weights:list|None=None # (start, end, weight) of the characters whose weight is not 1, from `weight_spans`
+    edges:list # start and end of each text, as character positions
+    weights:list|None=None # (start, end, weight) of characters whose weight is not 1, from `weight_spans`; None: all 1
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #5a7d11e0
 class ParsedShape(NamedTuple):
-    "A rendering of the probes of a shape, and where they are"
-    text:str # the rendering
-    probes:list # (start, end, index of the text, transform), from `find_probes`
-    paths:list # of each text: the index of its message and the keys that lead to it
-    roles:list # of the messages
+    "A rendering of the probes of a shape, and the positions of the probes"
+    text:str # rendered text
+    probes:list # (start, end, index of the text, transform) of each probe, from `find_probes`
+    paths:list # for each text, the index of its message and the keys that lead to it
+    roles:list # role of each message
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #b362e3fe
 @dataclass
 class TokenizedChat:
-    "A conversation as tokens: each is either prompt or completion"
-    text:str # the rendering
-    input_ids:np.ndarray # [T] int32
-    completion_mask:np.ndarray # [T] bool: the model has to write this token
-    encoding:object # byte lengths of the tokens, or their character offsets: the input of `offsets_of`
-    spans:list # (start, end) characters of the regions that the model writes
-    turns:list # (start, end) characters of each assistant turn
-    skeleton:Skeleton # of its shape
-    dropped:list = field(default_factory=list) # texts that the template left out, if that is allowed
-    weights:np.ndarray|None = None # [T] float32 weight of each token in the data; None: all 1
-    turn_tokens:np.ndarray|None = None # [turns, 3] from `turn_tokens_of`; None: not known yet
+    "A tokenized conversation; each token is either prompt or completion"
+    text:str # rendered text
+    input_ids:np.ndarray # [T] int32 token ids
+    completion_mask:np.ndarray # [T] bool: true if the model has to write this token
+    encoding:object # byte lengths [T] of the tokens, or their character offsets; the input of `offsets_of`
+    spans:list # (start, end) character positions of the regions that the model writes
+    turns:list # (start, end) character positions of each assistant turn
+    skeleton:Skeleton # skeleton of the conversation's shape
+    dropped:list = field(default_factory=list) # texts that the template omitted, if that is allowed
+    weights:np.ndarray|None = None # [T] float32 data weight of each token; None: all 1
+    turn_tokens:np.ndarray|None = None # [turns, 3] from `turn_tokens_of`; None: not computed
     @property
     def prompt_mask(self): return ~self.completion_mask
     @property
@@ -92,15 +92,15 @@ class TokenizedChat:
 # %% ../../nbs/25_tokens/4_masks.ipynb #83885eb8
 @dataclass
 class Refused:
-    "A conversation that is not used for training, with the reason"
-    reason:str # counted under this: unverifiable, template, unsupported_roles, generation prompt, malformed, ...
-    detail:str # one sentence
+    "A conversation that is not used for training, and why"
+    reason:str # short reason, used for counting: unverifiable, template, unsupported_roles, malformed, ...
+    detail:str # reason in one sentence
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #10649381
 def token_bytes(
-    backend, # `plain_backend` of a tokenizer
-)->np.ndarray|None: # [V] bytes of each token; None if the tokens' bytes are not those of the text
-    "The number of bytes of a text that each token covers"
+    backend, # tokenizer from `plain_backend`
+)->np.ndarray|None: # [V] number of bytes per token id; None if the bytes of the tokens are not those of the text
+    "The number of bytes of text that each token covers"
     steps = json.loads(backend.pre_tokenizer.__getstate__()) if backend.pre_tokenizer else {}
     steps = steps.get("pretokenizers", [steps])
     model = backend.model
@@ -119,17 +119,17 @@ def token_bytes(
     return out
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #96b3b97b
-def char_starts(text:str)->np.ndarray: # [C+1]
-    "The byte at which each character of a text begins, followed by the number of bytes"
+def char_starts(text:str)->np.ndarray: # [C+1] byte positions
+    "The byte position of each character of a text, and the number of all bytes"
     data = np.frombuffer(text.encode(), np.uint8)
     return np.append(np.flatnonzero((data & 0xC0) != 0x80), len(data))
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #1459e366
 def offsets_of(
     encoding, # byte lengths [T], offsets [T, 2] (returned unchanged), or a `tokenizers.Encoding`
-    text:str="", # the text, for lengths
-)->np.ndarray: # [T, 2]
-    "Character offsets of the tokens of one row; a token of some bytes of a character counts as all of it"
+    text:str="", # encoded text; needed for byte lengths
+)->np.ndarray: # [T, 2] first and last (exclusive) character
+    "Character offsets of the tokens of a row; a token with some bytes of a character covers the whole character"
     if not isinstance(encoding, np.ndarray):
         return np.fromiter(chain.from_iterable(encoding.offsets), np.int64, 2*len(encoding)).reshape(-1, 2)
     if encoding.ndim == 2: return encoding
@@ -140,7 +140,7 @@ def offsets_of(
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #ea323fcd
 class ChatEncoder:
-    "Renders and encodes conversations with one tokenizer and its template, in batches"
+    "Renders and encodes batches of conversations with one tokenizer and its template"
     def __init__(self, tokenizer):
         if not tokenizer.chat_template:
             raise UserError("The tokenizer has no chat template: set tokenizer_args.chat_template_name.")
@@ -167,7 +167,7 @@ class ChatEncoder:
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #0e0005ba
 def encoder_state(tokenizer)->tuple:
-    "The properties of a tokenizer that an encoder depends on and a user may change: template and special tokens"
+    "The properties of a tokenizer on which an encoder depends: template and special tokens"
     special = sorted((k, str(v)) for k, v in tokenizer.special_tokens_map.items())
     kwargs = json.dumps(getattr(tokenizer, "chat_template_kwargs", None) or {}, sort_keys=True)
     template = tokenizer.chat_template
@@ -178,9 +178,9 @@ _ENCODERS = {} # id(tokenizer): its encoder, which also keeps the tokenizer aliv
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #02c8fe45
 def encoder_for(
-    tokenizer, # a fast tokenizer with a chat template
+    tokenizer, # fast tokenizer with a chat template
 )->ChatEncoder:
-    "The encoder of a tokenizer; made anew when its template or special tokens have changed"
+    "The encoder of a tokenizer; a new one is made if the template or the special tokens have changed"
     out = _ENCODERS.get(id(tokenizer))
     if out is None or out.state != encoder_state(tokenizer):
         while len(_ENCODERS) >= 8: del _ENCODERS[next(iter(_ENCODERS))]
@@ -191,10 +191,10 @@ def encoder_for(
 @patch
 def render(
     self:ChatEncoder,
-    chats:list, # conversations
-    options:tuple=(), # from `template_options`
-)->list: # a text or a `Refused` for each
-    "Render a batch of conversations with transformers' own call; a bad row affects no other row"
+    chats:list, # conversations, each a list of messages
+    options:tuple=(), # arguments of the template, from `template_options`
+)->list: # for each conversation, a text or a `Refused`
+    "Render a batch of conversations with transformers; a faulty row does not affect the others"
     kwargs = {**(getattr(self.tokenizer, "chat_template_kwargs", None) or {}), **{k: json.loads(v) for k, v in options}}
     try: return self.tokenizer.apply_chat_template(chats, tokenize=False, **kwargs) if chats else []
     except TemplateLimit: raise
@@ -206,9 +206,9 @@ def render(
 @patch
 def encode(
     self:ChatEncoder,
-    texts:list[str],
-)->tuple: # (ids [N] of all rows, start of each row and the end [R+1], byte lengths [N] or an encoding per row)
-    "Encode texts in one call"
+    texts:list[str], # rendered texts of R rows
+)->tuple: # (ids [N] of all rows, boundaries of the rows [R+1], byte lengths [N] or one encoding per row)
+    "Encode several texts in one call"
     encode_all = self.backend.encode_batch if self.n_bytes is None else self.backend.encode_batch_fast
     try: encodings = encode_all(texts, add_special_tokens=False)
     except BaseException as e: # the library's panics are no `Exception`
@@ -226,11 +226,11 @@ def encode(
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #8598b93e
 def template_options(
-    tools=None, # tool definitions: a list, JSON text, or None
+    tools=None, # tool definitions: list, JSON text, or None
     add_generation_prompt:bool=False, # end with the generation prompt
-    template_kwargs:dict|None=None, # further arguments of the template, by name
-)->tuple: # hashable: pairs of an argument of the template and its value as JSON
-    "The options of a template; raises a `ValueError` if the tools are not a JSON list"
+    template_kwargs:dict|None=None, # name -> value of further arguments; None: none
+)->tuple: # hashable pairs (name of an argument, its value as JSON)
+    "Collect the arguments of a template; raise a `ValueError` if the tools are not a JSON list"
     if isinstance(tools, str): tools = json.loads(tools) if tools.strip() else None
     else: tools = without_none(tools) # Arrow gives each tool the fields of all others
     if tools and not isinstance(tools, list): raise ValueError("the tools are not a list")
@@ -240,18 +240,18 @@ def template_options(
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #bca4ad9e
 def with_prompt(
-    options:tuple, # from `template_options`
+    options:tuple, # arguments of the template, from `template_options`
 )->tuple:
-    "The same options, and the generation prompt at the end"
+    "The same arguments, with the generation prompt at the end of the rendering"
     return (*options, ("add_generation_prompt", "true"))
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #57df4efe
 @patch
 def takes_blocks(
     self:ChatEncoder,
-    tools:bool=False, # of conversations with tools
+    tools:bool=False, # True: for conversations with tools
 )->bool:
-    "Whether the template takes structured contents"
+    "True if the template takes structured contents"
     if not hasattr(self, "_takes_blocks"):
         self._takes_blocks = [wants_blocks(template_of(self.tokenizer, tools)) for tools in (False, True)]
     return self._takes_blocks[bool(tools)]
@@ -260,9 +260,9 @@ def takes_blocks(
 @patch
 def header(
     self:ChatEncoder,
-    options:tuple=(), # from `template_options`
-)->str: # text; empty for templates without one
-    "The generation prompt: what the template writes before an answer"
+    options:tuple=(), # arguments of the template, from `template_options`
+)->str: # text; empty if the template has no generation prompt
+    "The generation prompt: the text that the template writes before an answer"
     options = tuple(o for o in options if o[0] not in ("tools", "add_generation_prompt"))
     if options not in self.headers:
         question = [dict(role="user", content="a")]
@@ -276,10 +276,10 @@ def header(
 @patch
 def parse_shape(
     self:ChatEncoder,
-    shape, # from `shape_of`
-    options:tuple=(), # from `template_options`
+    shape, # shape of a conversation, from `shape_of`
+    options:tuple=(), # arguments of the template, from `template_options`
 )->ParsedShape|Refused:
-    "Render the probes of a shape and find them again"
+    "Render the probes of a shape and find them in the rendering"
     if (shape, options) not in self.parsed:
         paths = []
         messages = fill_with_probes(shape, paths)
@@ -296,11 +296,11 @@ def parse_shape(
 @patch
 def text_endings(
     self:ChatEncoder,
-    shape, # of a conversation
-    options:tuple, # from `template_options`
+    shape, # shape of a conversation, from `shape_of`
+    options:tuple, # arguments of the template, from `template_options`
     m:int, # index of a message
-)->dict: # {(text of the message, how often it has occurred): what follows it}
-    "The texts of message `m` in a conversation that stops after it, with what the template writes after each"
+)->dict: # {(index of the text in the message, number of its earlier occurrences): text after it}
+    "Render the conversation up to message `m`; return the text after each content of this message"
     key = options, shape[m], shape[m+1]
     if key not in self.endings: # once for each pair of shapes of messages
         parsed = self.parse_shape(shape[:m+2], options)
@@ -318,11 +318,11 @@ def text_endings(
 @patch
 def asked_for(
     self:ChatEncoder,
-    shape, # of a conversation
-    options:tuple, # from `template_options`
+    shape, # shape of a conversation, from `shape_of`
+    options:tuple, # arguments of the template, from `template_options`
     m:int, # index of a message
-)->str: # empty if the template cannot be asked
-    "The rendering of the probes that asks for message `m`"
+)->str: # rendered probes; empty if the template cannot ask for this message
+    "Render the probes before message `m` with the generation prompt"
     parsed = self.parse_shape(shape[:m+1], with_prompt(options))
     return "" if isinstance(parsed, Refused) else parsed.text
 
@@ -330,9 +330,9 @@ def asked_for(
 @patch
 def writes_no_mark(
     self:ChatEncoder,
-    options:tuple=(), # from `template_options`
+    options:tuple=(), # arguments of the template, from `template_options`
 )->bool:
-    "Whether no visible text is between the rendering that asks for an answer and a plain answer"
+    "True if the template writes no visible text between the generation prompt and a plain answer"
     options = tuple(o for o in options if o[0] not in ("tools", "add_generation_prompt"))
     if ("mark", options) not in self.headers:
         talk = [dict(role="user", content="a"), dict(role="assistant", content="b")]
@@ -347,11 +347,11 @@ def writes_no_mark(
 @patch
 def owners(
     self:ChatEncoder,
-    shape, # from `shape_of`
-    options:tuple, # from `template_options`
-    parsed:ParsedShape,
-)->list[tuple]: # (message, index of the text in it, how often it has occurred)
-    "The message that each text of a rendering belongs to; -1 for an assistant's text repeated outside its turn"
+    shape, # shape of a conversation, from `shape_of`
+    options:tuple, # arguments of the template, from `template_options`
+    parsed:ParsedShape, # rendering of the probes
+)->list[tuple]: # (message index or -1, index of the text in it, number of its earlier occurrences) per text
+    "The message of each text in a rendering; -1 for an assistant's text that is repeated outside its turn"
     _, probes, paths, roles = parsed
     out = []
     seen = Counter()
@@ -369,16 +369,16 @@ def owners(
 @patch
 def turn_edges(
     self:ChatEncoder,
-    shape, # from `shape_of`
-    options:tuple, # from `template_options`
-    roles:list, # of the messages
-    last:tuple, # the last text of the turn, from `owners`
-    continued:bool, # whether a text of the same message came before
+    shape, # shape of a conversation, from `shape_of`
+    options:tuple, # arguments of the template, from `template_options`
+    roles:list, # role of each message
+    last:tuple, # last text of the turn, an entry of `owners`
+    continued:bool, # True: an earlier text belongs to the same message
     until:str, # rendering up to the first text of the turn
-    before:str, # piece before this text, the end of `until`
-    after:str, # piece after its last text
-)->tuple[int, int]: # (context_length, end) of `turn_regions`
-    "How many characters of `before` precede the turn, and how many of `after` belong to its end"
+    before:str, # piece before the first text of the turn, the end of `until`
+    after:str, # piece after the last text of the turn
+)->tuple[int, int]: # (context_length, end), arguments of `turn_regions`
+    "Count the characters of `before` that precede the turn, and those of `after` that belong to it"
     m, *text = last
     # After a tool output the assistant's turn may continue. Then the generation prompt is found by rendering the
     # conversation up to here with add_generation_prompt.
@@ -401,11 +401,11 @@ def turn_edges(
 @patch
 def missing_texts(
     self:ChatEncoder,
-    shape, # from `shape_of`
-    options:tuple, # from `template_options`
-    parsed:ParsedShape,
-)->tuple[list, list]: # "role.keys" of each text, and "tools"; "role.keys" of the thoughts of earlier answers
-    "The texts that a rendering leaves out although it should not, and those that it leaves out in earlier answers"
+    shape, # shape of a conversation, from `shape_of`
+    options:tuple, # arguments of the template, from `template_options`
+    parsed:ParsedShape, # rendering of the probes
+)->tuple[list, list]: # ("role.keys" or "tools" of required texts, "role.keys" of thoughts of earlier answers)
+    "Find the required texts, and the thoughts of earlier answers, that a rendering omits"
     text, probes, paths, roles = parsed
     seen = {i for *_, i, _ in probes}
     first = {}
@@ -431,11 +431,11 @@ def missing_texts(
 @patch
 def build_skeleton(
     self:ChatEncoder,
-    shape, # from `shape_of`
-    options:tuple, # from `template_options`
-    parsed:ParsedShape,
+    shape, # shape of a conversation, from `shape_of`
+    options:tuple, # arguments of the template, from `template_options`
+    parsed:ParsedShape, # rendering of the probes
 )->Skeleton:
-    "The skeleton of a shape from its parsed rendering"
+    "Make the skeleton of a shape from the rendering of its probes"
     text, probes, paths, roles = parsed
     ends = [0, *(end for _, end, *_ in probes)]
     pieces = [text[e:start] for e, (start, *_) in zip(ends, probes)] + [text[ends[-1]:]]
@@ -475,13 +475,13 @@ def names_in(shape):
 # %% ../../nbs/25_tokens/4_masks.ipynb #f30f2a7e
 @patch
 def forget_shapes(self:ChatEncoder):
-    "Delete everything that is stored per shape"
+    "Delete all stored results of shapes"
     for kept in (self.skeletons, self.parsed, self.endings): kept.clear()
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #5b569f07
 @patch
 def skeleton(self:ChatEncoder, shape, options:tuple=())->Skeleton|Refused:
-    "The skeleton of a shape, computed once"
+    "The skeleton of a shape; it is computed once and stored"
     key = shape, options
     if key in self.skeletons: return self.skeletons[key]
     parsed = self.parse_shape(shape, options)
@@ -498,10 +498,10 @@ def skeleton(self:ChatEncoder, shape, options:tuple=())->Skeleton|Refused:
 def locate(
     self:ChatEncoder,
     skeleton:Skeleton,
-    text:str, # a rendering
-    texts:list[str], # of the conversation, from `shape_of`
-)->list[int]|None: # the edges: start and end of each text
-    "Follow a rendering, piece and text in alternation; None if it differs from the skeleton"
+    text:str, # rendering of the row
+    texts:list[str], # texts of the conversation, from `shape_of`
+)->list[int]|None: # edges: start and end of each text, as character positions; None if the rendering differs
+    "Find the texts in a rendering that must consist of the skeleton's pieces and the texts in alternation"
     edges, pos = [], 0
     for piece, i, f in skeleton.items:
         if not text.startswith(piece, pos): return None
@@ -517,10 +517,10 @@ def locate(
 @patch
 def refuse_missing(
     self:ChatEncoder,
-    missing:list[str], # from `missing_texts`
-    drop_unsupported:bool, # whether the template may leave out system texts and thoughts
+    missing:list[str], # required texts that the template omits, from `missing_texts`
+    drop_unsupported:bool, # True: the template may omit system texts and thoughts
 )->Refused|None:
-    "A `Refused` if a template leaves out texts that must be rendered"
+    "Refuse a conversation if the template omits required texts"
     droppable = [s.startswith(("system.", "developer.")) or s.split(".")[-1] in REASONING_KEYS for s in missing]
     if not missing or drop_unsupported and all(droppable): return None
     roles = ", ".join(sorted({s.split(".")[0] for s in missing}))
@@ -530,7 +530,7 @@ def refuse_missing(
 # %% ../../nbs/25_tokens/4_masks.ipynb #776bd812
 @patch
 def takes_thoughts(self:ChatEncoder)->bool:
-    "Whether the template writes the thoughts of a message's reasoning_content, or takes structured contents"
+    "True if the template writes `reasoning_content` of messages, or takes structured contents"
     if not hasattr(self, "_takes_thoughts"):
         talk = [dict(role="user", content="a"), dict(role="assistant", content="b", reasoning_content="c")]
         parsed = self.parse_shape(shape_of(talk, []))
@@ -542,8 +542,8 @@ def takes_thoughts(self:ChatEncoder)->bool:
 @patch
 def writes_names(
     self:ChatEncoder,
-)->set: # roles
-    "The roles for which the template writes the `name` of a message"
+)->set: # set of roles
+    "The roles for which the template writes the key `name` of a message"
     if not hasattr(self, "_writes_names"):
         call = dict(id="call00001", type="function", function=dict(name="f", arguments=dict(a="x")))
         talk = [dict(role="user", content="a", name="b"), dict(role="assistant", content="c", name="d")]
@@ -562,11 +562,11 @@ def writes_names(
 @patch
 def blame_role(
     self:ChatEncoder,
-    chat:list, # messages
-    refused:Refused, # by the template
-    options:tuple, # from `template_options`
-)->Refused: # the same, or `unsupported_roles` where the template takes the conversation without one of its roles
-    "Whether a template refuses a conversation because of a role"
+    chat:list, # messages of a conversation
+    refused:Refused, # refusal by the template
+    options:tuple, # arguments of the template, from `template_options`
+)->Refused: # `unsupported_roles` if the conversation can be rendered without one of its roles; else unchanged
+    "Find out whether a template refuses a conversation because of a role"
     roles = [m.get("role") for m in chat or [] if isinstance(m, dict)]
     if any(isinstance(m, dict) and m.get("tool_calls") for m in chat or []): roles.append("tool")
     for role in ("system", "developer", "tool"):
@@ -580,7 +580,7 @@ def blame_role(
 def content_triggers(
     template:str, # Jinja source
 )->list[str]: # words, the longest first
-    "The words that a template looks for in texts: those that it tests with `in`, or cuts, strips or replaces"
+    "The words that a template looks for in texts: words that it tests with `in`, splits at, strips or replaces"
     methods = {"startswith", "endswith", "split", "rsplit", "replace", "partition", "rpartition", "find", "index"}
     env = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do"])
     source = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template) # a tag of transformers
@@ -598,18 +598,18 @@ def content_triggers(
 @patch
 def triggers_in(
     self:ChatEncoder,
-    texts:list[str],
-)->list[str]: # words of `content_triggers`
-    "The words of these texts that the template looks for"
+    texts:list[str], # texts of a conversation
+)->list[str]: # words from `content_triggers`
+    "The words in these texts that the template looks for"
     return [w for w in self.triggers if any(w in t for t in texts)]
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #5884f5ab
 @patch
 def why_unverifiable(
     self:ChatEncoder,
-    texts:list[str], # of the conversation
+    texts:list[str], # texts of the conversation
 )->str:
-    "Why a rendering is not the template's pieces and the texts in order"
+    "Explain why a rendering does not consist of the template's pieces and the texts in order"
     words = self.triggers_in(texts)
     if not words: return "the rendering does not consist of the template's pieces and the contents, in this order"
     tags, flags = any("think>" in w for w in words), any(w.startswith("/") for w in words)
@@ -619,10 +619,10 @@ def why_unverifiable(
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #f0ec9f3e
 def names_of(
-    obj, # messages, or a part of them
-    key=None, # the key that it was found under
-):           # yields texts
-    "The names in a conversation that may belong to its shape"
+    obj, # messages, or a value inside them
+    key=None, # dict key of `obj`; None: none
+): # yields names
+    "Yield the names in a conversation that may belong to its shape"
     if isinstance(obj, str) and key == "name": yield obj
     elif isinstance(obj, dict) and key != "arguments":
         for k, v in obj.items(): yield from names_of(v, k)
@@ -633,11 +633,11 @@ def names_of(
 @patch
 def by_name(
     self:ChatEncoder,
-    chat:list, # messages
-    text:str, # their rendering, which is not that of the shape with other names
-    options:tuple, # from `template_options`
+    chat:list, # messages of a conversation
+    text:str, # rendering that does not agree with the skeleton
+    options:tuple, # arguments of the template, from `template_options`
 )->VerifiedRow|None: # None if the names make no difference
-    "Verify a rendering whose template treats the name of a tool specially; the name is stored"
+    "Verify a rendering again with the names of tools in its shape; names that make a difference are stored"
     names = [*dict.fromkeys(n for n in names_of(chat) if n not in self.own_names)]
     for own in [*([n] for n in names), names][:1 if len(names) < 2 else None]:
         texts = []
@@ -651,12 +651,12 @@ def by_name(
 @patch
 def verify(
     self:ChatEncoder,
-    chat:list, # messages
-    text, # their rendering, or a `Refused`
-    drop_unsupported:bool=False, # whether the template may leave out system texts and thoughts
-    options:tuple=(), # from `template_options`
+    chat:list, # messages of a conversation
+    text, # rendering of the conversation, or a `Refused`
+    drop_unsupported:bool=False, # True: the template may omit system texts and thoughts
+    options:tuple=(), # arguments of the template, from `template_options`
 )->VerifiedRow|Refused:
-    "Compare one rendering with the skeleton of its shape"
+    "Compare a rendering with the skeleton of its shape"
     if isinstance(text, Refused): return self.blame_role(chat, text, options)
     texts = []
     try:
@@ -681,11 +681,11 @@ def verify(
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #8e700100
 def tokens_in_spans(
-    offsets_T2:np.ndarray, # [T, 2] characters of the tokens
-    spans_S2:np.ndarray, # [S, 2] spans in order, without overlap
-    overlap:bool=False, # True: tokens that share a character with a span; False: tokens entirely inside one
+    offsets_T2:np.ndarray, # [T, 2] first and last (exclusive) character of each token
+    spans_S2:np.ndarray, # [S, 2] spans, in order and without overlap
+    overlap:bool=False, # True: tokens that share a character with a span; False: tokens inside one span
 )->np.ndarray: # [T] bool
-    "Which tokens lie in a span"
+    "Mark the tokens that lie in a span"
     if not len(spans_S2): return np.zeros(len(offsets_T2), bool)
     a, b = offsets_T2.T
     i = np.searchsorted(spans_S2[:, 1], a, side="right") # the first span that ends after the token begins
@@ -694,10 +694,10 @@ def tokens_in_spans(
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #e36fa63f
 def region_tokens(
-    ends_N:np.ndarray, # [N] where each token ends, in bytes
-    regions_S4:np.ndarray, # [S, 4] start, end of each region; begin of its first text, end of its last
+    ends_N:np.ndarray, # [N] end of each token, as byte position
+    regions_S4:np.ndarray, # [S, 4] start and end of each region, start of its first text, end of its last text
 )->np.ndarray: # [N] bool
-    "The tokens entirely inside a region, and those that overlap its texts"
+    "Mark the tokens inside a region, and the tokens that overlap its texts"
     n = len(ends_N)
     start, end, first, last = regions_S4.T
     a = np.searchsorted(ends_N, start, "right") # the token that holds the first byte
@@ -711,11 +711,11 @@ def region_tokens(
 @patch
 def rows_with_literal_tokens(
     self:ChatEncoder,
-    rows:list[VerifiedRow],
-    ids_N:np.ndarray, # from `encode`
-    cuts:list, # from `encode`
-)->list[int]: # indices
-    "The rows of a batch with control tokens that their template does not write"
+    rows:list[VerifiedRow], # verified rows of a batch
+    ids_N:np.ndarray, # token ids of all rows, from `encode`
+    cuts:list, # boundaries of the rows, from `encode`
+)->list[int]: # row indices
+    "Find the rows with control tokens that their template does not write"
     special_N = self.is_special[ids_N]
     counts = np.diff(np.append(0, np.cumsum(special_N))[cuts])
     expected = [row.skeleton.special_ids for row in rows]
@@ -730,7 +730,7 @@ MARK_BASE = 0xF0000 # a private plane of Unicode: no text has a reason to use it
 # %% ../../nbs/25_tokens/4_masks.ipynb #0ddaba01
 @patch
 def literal_tokenizer(self:ChatEncoder)->tuple|None: # (`tokenizers.Tokenizer`, {id of a mark: id of the control token})
-    "A copy that reads control tokens as text, with a mark for each; None if its normaliser changes marks"
+    "Copy the tokenizer so that control tokens are text and each has a mark; None if marks would be changed"
     if not hasattr(self, "_literal_tokenizer"):
         from tokenizers import AddedToken, Tokenizer
         copy = Tokenizer.from_str(self.backend.to_str())
@@ -748,9 +748,9 @@ def literal_tokenizer(self:ChatEncoder)->tuple|None: # (`tokenizers.Tokenizer`, 
 @patch
 def encode_literal(
     self:ChatEncoder,
-    row:VerifiedRow,
-    ids:np.ndarray, # [T] of its first encoding
-    offsets:np.ndarray, # [T, 2] of its first encoding
+    row:VerifiedRow, # verified row
+    ids:np.ndarray, # [T] token ids of the first encoding
+    offsets:np.ndarray, # [T, 2] character offsets of the first encoding
 )->tuple|Refused: # (ids [T], offsets [T, 2])
     "Encode one row again with the control tokens of its contents as plain text"
     text, skeleton, edges, _ = row
@@ -780,12 +780,12 @@ def encode_literal(
 @patch
 def batch_tokens(
     self:ChatEncoder,
-    rows:list[VerifiedRow],
-    spans:list, # of each row: (start, end) characters of its regions
-    cuts:list, # from `encode`
-    lengths_N:np.ndarray, # from `encode`
-)->tuple: # completion mask [N] bool; `turn_tokens_of` [turns of all rows, 3]; weights [N] float32, None: all 1
-    "Masks, turns and weights of a batch whose tokens are known by their byte lengths"
+    rows:list[VerifiedRow], # verified rows of a batch
+    spans:list, # for each row, (start, end) character positions of its regions
+    cuts:list, # boundaries of the rows, from `encode`
+    lengths_N:np.ndarray, # byte length of each token, from `encode`
+)->tuple: # mask [N] bool, turn tokens [turns, 3] (see `turn_tokens_of`), weights [N] float32 or None (all 1)
+    "Compute masks, turns and weights of a batch from the byte lengths of its tokens"
     ends_N = np.cumsum(lengths_N)
     regions, turns = [], []
     weighted = []
@@ -812,13 +812,13 @@ def batch_tokens(
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #5beb7c99
 def completion_mask_of(
-    skeleton:Skeleton, # of the row
-    edges:list[int], # start and end of each text
-    spans:list[tuple], # (start, end) characters of the regions
-    offsets_T2:np.ndarray, # [T, 2] characters of the tokens
-    control_T:np.ndarray|None=None, # [T] whether a token is a control token that may cover whitespace beside its name
+    skeleton:Skeleton, # skeleton of the row's shape
+    edges:list[int], # start and end of each text, as character positions
+    spans:list[tuple], # (start, end) character positions of the regions
+    offsets_T2:np.ndarray, # [T, 2] first and last (exclusive) character of each token
+    control_T:np.ndarray|None=None, # [T] bool: control token that may cover whitespace next to its name; None: none
 )->np.ndarray: # [T] bool
-    "The completion mask of one row from the character offsets of its tokens"
+    "Compute the completion mask of a row from the character offsets of its tokens"
     regions = np.array(spans, np.int64).reshape(-1, 2)
     texts = np.array([edges[2*k:2*k+2] for k in skeleton.written], np.int64).reshape(-1, 2)
     out = tokens_in_spans(offsets_T2, regions) | tokens_in_spans(offsets_T2, texts, overlap=True)
@@ -830,10 +830,10 @@ def completion_mask_of(
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #549cd4c0
 def turn_tokens_of(
-    places_T2:np.ndarray, # [T, 2] first and last (exclusive) place of each token: characters or bytes
+    places_T2:np.ndarray, # [T, 2] first and last (exclusive) position of each token, in characters or bytes
     turns:list[tuple], # (start, end) of each turn, in the same unit
-)->np.ndarray: # [turns, 3] int64: the token that holds the start, whether it begins there, the token that holds the end
-    "The first and the last token of each turn"
+)->np.ndarray: # [turns, 3] int64: token at the start, 1 if it begins there, token at the end
+    "Find the first and the last token of each turn"
     starts, ends = np.array(turns, np.int64).reshape(-1, 2).T
     first = np.minimum(np.searchsorted(places_T2[:, 1], starts, "right"), max(len(places_T2) - 1, 0))
     last = np.searchsorted(places_T2[:, 0], ends, "left") - 1
@@ -842,7 +842,7 @@ def turn_tokens_of(
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #bb65acb0
 def token_weights_of(
-    places_T2:np.ndarray, # [T, 2] first and last (exclusive) place of each token: characters or bytes
+    places_T2:np.ndarray, # [T, 2] first and last (exclusive) position of each token, in characters or bytes
     spans:list[tuple], # (start, end, weight), in the same unit
 )->np.ndarray: # [T] float32
     "The weight of each token: the smallest weight of the spans that it overlaps; 1 outside of them"
@@ -855,22 +855,22 @@ def token_weights_of(
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #c287a4a7
 def weight_segments(
-    n:int, # characters of a content
-    weight:float, # of the message
-    parts:list[tuple], # (start, end, weight) of parts of the content; later ones hold where they overlap
-)->list[tuple]: # (start, end, weight)
-    "The parts of a content with the product of both weights, in order and without overlap"
+    n:int, # number of characters of the content
+    weight:float, # weight of the message
+    parts:list[tuple], # (start, end, weight) of parts of the content; later ones override earlier ones
+)->list[tuple]: # (start, end, weight) per segment
+    "Split a content into segments, each with the product of both weights; in order and without overlap"
     cuts = sorted({0, n, *(min(max(x, 0), n) for a, b, _ in parts for x in (a, b))})
     def of(a): return next((w for start, end, w in reversed(parts) if start <= a < end), 1.)
     return [(a, b, weight*of(a)) for a, b in zip(cuts, cuts[1:]) if weight*of(a) != 1]
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #279491db
 def spanned_texts(
-    skeleton:Skeleton, # of the conversation
-    chat:list, # messages, in the template's format
-    parts:dict, # index of a message: weights of parts of its content; {index: weights} for those of its blocks or parts
-)->dict: # index of a text of the shape: (the text, (start, end, weight) of its parts)
-    "The texts that have weights of their parts"
+    skeleton:Skeleton, # skeleton of the conversation's shape
+    chat:list, # messages of the conversation, in the form that the template takes
+    parts:dict, # message index -> part weights of its content, or {block index: part weights}
+)->dict: # index of the text in the shape -> (the text, (start, end, weight) of its parts)
+    "Find the texts whose parts have weights"
     out = {}
     for i, (m, *path) in enumerate(slot_paths(skeleton.key[0])):
         if m not in parts or path[0] != "content" or path[-1] not in ("content", "text"): continue
@@ -886,12 +886,12 @@ def spanned_texts(
 @patch
 def weight_spans(
     self:ChatEncoder,
-    row:VerifiedRow,
-    chat:list, # its messages, in the template's format
-    weights:list|None, # of each message; None: all 1
-    parts:dict|None=None, # index of a message: (start, end, weight) of parts of its content, or of its blocks
-)->list: # (start, end, weight) characters of the rendering, where the weight is not 1
-    "The weights of messages and of parts of contents as spans of the rendering"
+    row:VerifiedRow, # verified row
+    chat:list, # messages of the conversation, in the form that the template takes
+    weights:list|None, # weight of each message; None: all 1
+    parts:dict|None=None, # message index -> part weights of its content, or {block index: part weights}
+)->list: # (start, end, weight) in characters of the rendering, where the weight is not 1
+    "Convert the weights of messages and of parts of contents to spans of the rendering"
     text, s, edges, _ = row
     weights = weights or [1.]*len(chat)
     spans = {m: [(edges[e] + x, edges[f] + y) for e, x, f, y in s.message_spans.get(m, ())]
@@ -914,10 +914,10 @@ def weight_spans(
 @patch
 def encode_verified(
     self:ChatEncoder,
-    rows:list[VerifiedRow],
+    rows:list[VerifiedRow], # verified rows of a batch
     allow_control_tokens:bool=False, # encode control tokens in contents as control tokens
-)->list: # a `TokenizedChat` or a `Refused` for each
-    "Encode verified rows and make their masks"
+)->list: # for each row, a `TokenizedChat` or a `Refused`
+    "Encode verified rows and compute their masks"
     if not rows: return []
     try: ids_N, cuts, places = self.encode([row.text for row in rows])
     except UserError as e: # a bad row affects no other row
@@ -948,13 +948,13 @@ def encode_verified(
 @patch
 def tokenized_row(
     self:ChatEncoder,
-    row:VerifiedRow,
-    spans:list, # (start, end) characters of its regions
-    ids_T:np.ndarray, # of its first encoding
+    row:VerifiedRow, # verified row
+    spans:list, # (start, end) character positions of its regions
+    ids_T:np.ndarray, # token ids of the first encoding
     encoding, # byte lengths or offsets of these tokens
-    literal:bool, # whether a content holds control tokens, which are to be text
+    literal:bool, # True: a content holds control tokens that must be encoded as text
 )->TokenizedChat|Refused:
-    "One row from the character offsets of its tokens"
+    "Tokenize one row by the character offsets of its tokens"
     s = row.skeleton
     if literal:
         second = self.encode_literal(row, ids_T, offsets_of(encoding, row.text))
@@ -971,12 +971,12 @@ def tokenized_row(
 @patch
 def render_with(
     self:ChatEncoder,
-    chats:list, # conversations
-    tools:list|None=None, # of each conversation: its tools (list, JSON text or None)
-    template_kwargs:list|None=None, # of each conversation: further arguments of the template
+    chats:list, # conversations, each a list of messages
+    tools:list|None=None, # tools of each conversation (list, JSON text or None); None: no tools
+    template_kwargs:list|None=None, # further template arguments of each conversation; None: none
     add_generation_prompt:bool=False, # end with the generation prompt
-)->list: # (text or `Refused`, options) of each
-    "Render conversations that may each have their own tools and arguments; those with the same ones in one call"
+)->list: # for each conversation, (text or `Refused`, arguments of the template)
+    "Render conversations with their own tools and arguments; equal arguments are rendered in one call"
     if not any(tools or ()) and not any(template_kwargs or ()):
         same = template_options(add_generation_prompt=add_generation_prompt)
         return [(text, same) for text in self.render(chats, same)]
@@ -993,14 +993,14 @@ def render_with(
 # %% ../../nbs/25_tokens/4_masks.ipynb #c4326552
 def tokenize_chats(
     tokenizer, # a fast tokenizer with a chat template
-    chats:list[list[dict]], # conversations in the format of the template
+    chats:list[list[dict]], # conversations, each a list of messages in the form that the template takes
     allow_control_tokens_in_content:bool=False, # encode control tokens in contents as control tokens
-    unsupported_roles:str="error", # if the template omits texts: error refuses, drop allows system and thoughts
-    tools:list|None=None, # of each conversation: its tools (list, JSON text or None)
-    template_kwargs:list|None=None, # of each conversation: further arguments of the template
-    weights:list|None=None, # of each conversation: None, or weights of its messages and of parts of their contents
-)->list: # a `TokenizedChat` or a `Refused` for each
-    "Conversations to token ids and masks: one rendering and one encoding"
+    unsupported_roles:str="error", # if the template omits texts: error refuses the row, drop allows system texts and thoughts
+    tools:list|None=None, # tools of each conversation (list, JSON text or None); None: no tools
+    template_kwargs:list|None=None, # further template arguments of each conversation; None: none
+    weights:list|None=None, # for each conversation, None or (message weights, part weights); None: all 1
+)->list: # for each conversation, a `TokenizedChat` or a `Refused`
+    "Convert conversations to token ids and masks with one rendering and one encoding"
     encoder = encoder_for(tokenizer)
     rendered = encoder.render_with(chats, tools, template_kwargs)
     out = [encoder.verify(c, text, unsupported_roles == "drop", o) for c, (text, o) in zip(chats, rendered)]
@@ -1016,21 +1016,21 @@ def tokenize_chats(
 # %% ../../nbs/25_tokens/4_masks.ipynb #2e46ba92
 def tokenize_chat(
     tokenizer, # a fast tokenizer with a chat template
-    messages:list[dict], # one conversation
-    tools=None, # its tools
-    template_kwargs:dict|None=None, # further arguments of the template
-    weights:tuple|None=None, # weights of its messages and of parts of their contents
-    **kwargs, # as for `tokenize_chats`
+    messages:list[dict], # messages of one conversation
+    tools=None, # tools of the conversation; None: no tools
+    template_kwargs:dict|None=None, # further arguments of the template; None: none
+    weights:tuple|None=None, # (message weights, part weights); None: all 1
+    **kwargs, # further arguments of `tokenize_chats`
 )->TokenizedChat:
-    "One conversation to token ids and masks; raises a `UserError` if it is refused"
+    "Convert one conversation to token ids and masks; raise a `UserError` if it is refused"
     out = tokenize_chats(tokenizer, [messages], tools=[tools], template_kwargs=[template_kwargs], weights=[weights],
                          **kwargs)[0]
     if isinstance(out, Refused): raise UserError(out.detail[0].upper() + out.detail[1:] + ".")
     return out
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #de640deb
-def support_probes()->dict[str, list]: # kind of text: conversations of which a template that supports it takes one
-    "Conversations that try one kind of text each, in the plain and the structured form"
+def support_probes()->dict[str, list]: # kind of text -> conversations; a template that supports the kind can render one of them
+    "Conversations that each test one kind of text, in plain and structured form"
     ask, answer, tool = (dict(role=r, content=c) for r, c in (("user", "2+2?"), ("assistant", "4"), ("tool", "4")))
     calls = [dict(role="assistant", content="",
                   tool_calls=[dict(id="call00001", type="function", function=dict(name="add", arguments=a))])
@@ -1052,9 +1052,9 @@ def support_probes()->dict[str, list]: # kind of text: conversations of which a 
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #db4f979c
 def template_supports(
-    tokenizer, # with a chat template
-)->dict[str, bool]: # kind of text: whether the template renders it
-    "Which kinds of text the chat template of a tokenizer supports"
+    tokenizer, # tokenizer with a chat template
+)->dict[str, bool]: # kind of text -> True if the template renders it
+    "Find out which kinds of text the chat template of a tokenizer supports"
     add = dict(name="add", description="Add", parameters=dict(type="object", properties=dict(a=dict(type="number"))))
     def fits(chat, tools=None): return isinstance(tokenize_chats(tokenizer, [chat], tools=[tools])[0], TokenizedChat)
     out = {kind: any(map(fits, chats)) for kind, chats in support_probes().items()}

@@ -17,9 +17,9 @@ from .dataset import (
 
 # %% ../../nbs/25_tokens/8_ratios.ipynb #316245f0
 def first_and_rest(
-    messages:list[dict], # one conversation, plain or structured
-)->tuple[int, int]: # characters of the first message's content, and of all others
-    "Characters of the contents of a conversation: of its first message, and of the rest"
+    messages:list[dict], # messages of one conversation, plain or structured
+)->tuple[int, int]: # (characters of the first message, characters of all others)
+    "Count the characters of the first message and of the others"
     sizes = [len(content_text(m.get("content"))) for m in messages if m["role"] != "developer"]
     return (sizes[0], sum(sizes[1:])) if sizes else (0, 0)
 
@@ -28,11 +28,11 @@ RATIO_COLUMNS = ("prompt_chars", "completion_chars", "prompt_tokens", "completio
 
 # %% ../../nbs/25_tokens/8_ratios.ipynb #324ac98d
 def row_sizes(
-    chat, # a `TokenizedChat`
-    messages=None, # its conversation, for `first_chars` and `rest_chars`; None: 0 and 0
-    max_length:int|None=None, # count only these tokens; without effect on `first_chars` and `rest_chars`
-)->dict: # the numbers of `RATIO_COLUMNS`
-    "The lengths of what the model is given and of what it writes, in characters and in tokens"
+    chat, # tokenized conversation
+    messages=None, # messages of the conversation, for `first_chars` and `rest_chars`; None: both are 0
+    max_length:int|None=None, # number of tokens to count; None: all; no effect on `first_chars` and `rest_chars`
+)->dict: # a number for each name in `RATIO_COLUMNS`
+    "Lengths of the prompt and of the completion, in characters and in tokens"
     end = chat.offsets[max_length - 1, 1] if max_length and len(chat) > max_length else len(chat.text)
     written = sum(max(0, min(b, end) - a) for a, b in chat.spans)
     n, tokens = len(chat.input_ids[:max_length]), int(chat.completion_mask[:max_length].sum())
@@ -42,7 +42,7 @@ def row_sizes(
 # %% ../../nbs/25_tokens/8_ratios.ipynb #63eb7ab6
 def ratio_columns(
     df, # data frame with `RATIO_COLUMNS`
-):      # the same frame with ratio_tokens, ratio_chars and ratio_first
+): # the same data frame with ratio_tokens, ratio_chars and ratio_first
     "Add the three ratios; a row without a prompt has NaN, not infinity"
     pairs = dict(ratio_chars=("completion_chars", "prompt_chars"), ratio_tokens=("completion_tokens", "prompt_tokens"),
                  ratio_first=("rest_chars", "first_chars"))
@@ -51,12 +51,12 @@ def ratio_columns(
 
 # %% ../../nbs/25_tokens/8_ratios.ipynb #79f80716
 def generation_ratios(
-    chats:list, # `TokenizedChat`s
-    ids:list[str], # ids of the rows
-    sources:list[str], # sources of the rows
-    conversations=None, # their messages, for `ratio_first`; None leaves it out
-):                      # data frame: row_id, source, lengths and ratios
-    "Generation ratios of tokenized conversations, one row each"
+    chats:list, # tokenized conversations
+    ids:list[str], # row ids
+    sources:list[str], # source of each row
+    conversations=None, # messages of each conversation, for `ratio_first`; None: leave it out
+): # data frame with row_id, source, lengths and ratios
+    "Compute the generation ratio of each tokenized conversation"
     import pandas as pd
     sizes = [row_sizes(c, m) for c, m in zip(chats, conversations or [None]*len(chats))]
     return ratio_columns(pd.DataFrame(dict(row_id=list(ids), source=list(sources))
@@ -64,16 +64,16 @@ def generation_ratios(
 
 # %% ../../nbs/25_tokens/8_ratios.ipynb #73bb209a
 def measure_ratio_batch(
-    batch:dict, # columns of raw rows
-    indices:list[int], # their indices
-    tokenizer, # with a chat template
-    ignore:tuple, # columns that are treated as absent
-    policies:dict, # from `check_policies`
+    batch:dict, # column name -> values of raw rows
+    indices:list[int], # indices of the rows
+    tokenizer, # tokenizer with a chat template
+    ignore:tuple, # columns to treat as absent
+    policies:dict, # name -> choice, from `check_policies`
     allow_control_tokens_in_content:bool=False, # encode control tokens in contents as control tokens
-    max_length:int|None=None, # tokens of a row that count
-    serial:bool=False, # several processes share the work: one thread each
-)->dict: # columns: row_id, source, reason and `RATIO_COLUMNS`
-    "Lengths of a batch of raw rows; every row comes out, with a reason if it has none"
+    max_length:int|None=None, # number of tokens of a row to count; None: all
+    serial:bool=False, # True: several processes share the work, so each uses one thread
+)->dict: # column name -> values: row_id, source, reason and `RATIO_COLUMNS`
+    "Measure the lengths of a batch of raw rows; a row without lengths is returned with the reason"
     if serial: os.environ["TOKENIZERS_PARALLELISM"] = "false"
     rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
     conversations, chats = tokenize_conversations(rows, tokenizer, policies["unsupported_roles"],
@@ -92,15 +92,15 @@ def measure_ratio_batch(
 # %% ../../nbs/25_tokens/8_ratios.ipynb #116dd2a5
 def measure_ratios(
     dataset, # `datasets.Dataset` of raw rows in a known format
-    tokenizer, # with a chat template
+    tokenizer, # tokenizer with a chat template
     *,
-    max_length:int|None=None, # tokens of a row that count; None: all
+    max_length:int|None=None, # number of tokens of a row to count; None: all
     allow_control_tokens_in_content:bool=False, # encode control tokens in contents as control tokens
-    num_proc:int|None=None, # processes; None chooses
-    ignore_columns=(), # columns that are treated as absent
-    **policies, # overlength, on_unverifiable, unsupported_roles, on_malformed
+    num_proc:int|None=None, # number of processes; None: choose by the number of rows
+    ignore_columns=(), # columns to treat as absent
+    **policies, # name -> choice: overlength, on_unverifiable, unsupported_roles, on_malformed
 )->tuple: # (data frame as from `generation_ratios`, counts: in, out, dropped by reason, first id of each reason)
-    "Generation ratios of a dataset, and counts of the rows that have none"
+    "Compute the generation ratios of a dataset, and count the rows that have none"
     from datasets import Features, Value
     policies = check_policies(**policies)
     if not len(dataset): raise UserError("The dataset has no rows.")
@@ -123,10 +123,10 @@ def measure_ratios(
 
 # %% ../../nbs/25_tokens/8_ratios.ipynb #c478d31c
 def trim_tails(
-    values, # numbers; NaN is left out
-    share:float=0.0025, # left out at each end, rounded down to whole values
-)->np.ndarray: # sorted
-    "The sorted values, without a share of them at both ends"
+    values, # numbers; NaN are left out
+    share:float=0.0025, # fraction to remove at each end, rounded down to whole values
+)->np.ndarray: # sorted array
+    "Sort values and remove a fraction of them at both ends"
     if not 0 <= share < 0.5:
         raise UserError(f"A share of {share} cannot be left out at each end: it is at least 0 and below 0.5.")
     v = np.sort(np.asarray(values, float))
@@ -136,9 +136,9 @@ def trim_tails(
 
 # %% ../../nbs/25_tokens/8_ratios.ipynb #a2333360
 def ratio_row(
-    df, # rows of one source
-    share:float=0.0025, # trimmed at both ends
-)->dict: # rows, and mean, median, 5 % and 95 % quantile of each kind of ratio
+    df, # data frame with the rows of one source
+    share:float=0.0025, # fraction to remove at each end
+)->dict: # number of rows, and mean, median, 5 % and 95 % quantile of each kind of ratio
     "Statistics of the ratios of some rows; None if no row has a ratio"
     out = dict(rows=len(df))
     for kind in ("tokens", "chars", "first"):
@@ -151,10 +151,10 @@ def ratio_row(
 
 # %% ../../nbs/25_tokens/8_ratios.ipynb #f5bc3e0d
 def summarise_ratios(
-    df, # from `measure_ratios`
-    share:float=0.0025, # trimmed at both ends
-):      # data frame: a row per source, the largest first, then `all`
-    "Generation ratios per source and in total"
+    df, # data frame from `measure_ratios`
+    share:float=0.0025, # fraction to remove at each end
+): # data frame with one row per source, the largest first, then `all`
+    "Summarise the generation ratios per source and in total"
     import pandas as pd
     parts = [(s, df[df.source == s]) for s in df.source.value_counts().index if s]
     return pd.DataFrame([dict(source=s, **ratio_row(part, share)) for s, part in [*parts, ("all", df)]])
@@ -163,7 +163,7 @@ def summarise_ratios(
 def plain_ticks(
     ax, # matplotlib axes with a logarithmic x axis
 ):
-    "Ticks at 1, 2 and 5 of each decade as plain numbers; if there are many decades, at each decade"
+    "Set plain numbers as ticks: 1, 2 and 5 of each decade, or only the decades if there are many"
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
     low, high = ax.get_xlim()
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 5000*low else (1,), numticks=15))
@@ -172,12 +172,12 @@ def plain_ticks(
 
 # %% ../../nbs/25_tokens/8_ratios.ipynb #41fa6402
 def plot_ratios(
-    df, # from `measure_ratios`
-    kind:str="tokens", # tokens, chars or first
-    share:float=0.0025, # trimmed at both ends
-    max_sources:int=8, # the largest sources are shown by name, the others as one
-):              # a matplotlib figure
-    "Histogram of the trimmed ratios, a curve per source"
+    df, # data frame from `measure_ratios`
+    kind:str="tokens", # kind of ratio: tokens, chars or first
+    share:float=0.0025, # fraction to remove at each end
+    max_sources:int=8, # number of sources to show by name; all others are shown as one
+): # matplotlib figure
+    "Plot a histogram of the trimmed ratios, with a curve per source"
     from matplotlib import pyplot as plt
     whole = trim_tails(df[f"ratio_{kind}"], share)
     whole = whole[whole > 0]

@@ -167,7 +167,7 @@ def start_of_turn(
     special:re.Pattern, # pattern that matches control tokens
     piece:str, # piece that the template writes before the first text of a turn
     header:str, # generation prompt
-    prompt_piece:str|None=None, # piece that it writes there to ask for an answer; None: the turn cannot continue an earlier one
+    prompt_piece:str|None=None, # piece that asks for an answer there; None: the turn continues no earlier one
 )->int: # number of characters of `piece` that the model is given
     "Find the position at which a turn begins, in the piece before its first text"
     for cut in range(len(header), 0, -1):
