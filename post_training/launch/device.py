@@ -10,8 +10,8 @@ from ..config.batch import visible_gpus
 
 # %% ../../nbs/70_launch/1_device.ipynb #5a15d5e4
 def device_of(
-    cfg:dict, # a composed, resolved config
-)->str: # cpu or cuda
-    "The device of a run: the config's, with `auto` resolved by this machine"
+    cfg:dict, # composed, resolved config
+)->str: # "cpu" or "cuda"
+    "The device of a run; `auto` depends on this machine"
     device = (cfg.get("cluster") or {}).get("device") or "auto"
     return ("cuda" if visible_gpus() else "cpu") if device == "auto" else device
