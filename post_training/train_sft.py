@@ -18,7 +18,8 @@ def sft_objective(
     "The loss of a config"
     from post_training.training.objective import SFTObjective
     p, i = cfg["plw_args"], cfg["irl_args"]
-    return SFTObjective(cfg["trainer"], p["prompt_loss_weight"], p["sequence_level_loss"], i["lambda_td"], i["gamma"])
+    alpha = cfg[f"{name}_args"]["alpha"] if (name := cfg["trainer"]) in ("dft", "eaft") else 1.
+    return SFTObjective(name, p["prompt_loss_weight"], p["sequence_level_loss"], i["lambda_td"], i["gamma"], alpha)
 
 # %% ../nbs/80_entry/1_train_sft.ipynb #ad60f079
 def make_sft_trainer(

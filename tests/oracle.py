@@ -1,5 +1,9 @@
 "The supervised losses written out from their definitions: fp64, full logits, one sequence after the other. Slow on purpose."
+import math
+
 import torch
+
+ONE_TERM = ("sft", "plw", "dft", "eaft")  # normalised by one sum over prompt and completion
 
 
 def token_losses(name, logits_TV, ids, lambda_td=0.5, gamma=1.0):
@@ -10,6 +14,10 @@ def token_losses(name, logits_TV, ids, lambda_td=0.5, gamma=1.0):
     for t in range(len(ids) - 1):
         logp = logits_TV[t, ids[t + 1]] - value_T[t]
         loss = -logp
+        if name == "dft": loss = loss * logp.detach().exp()
+        if name == "eaft":
+            p = logits_TV[t].detach().softmax(-1)
+            loss = loss * -(p * p.log()).sum() / math.log(20)
         if name == "irl":
             after = value_T[t + 1] if t + 2 < len(ids) else 0.0  # nothing follows the last token
             loss = loss + lambda_td * (value_T[t] + logp - gamma * after) ** 2
@@ -24,7 +32,7 @@ def fraction(name, sequences, w):
         for loss, flag in zip(losses, is_completion):
             if flag: completion, n_completion = completion + loss, n_completion + 1
             else: prompt, n_prompt = prompt + loss, n_prompt + 1
-    if name in ("sft", "plw"):
+    if name in ONE_TERM:
         norm = w * n_prompt + n_completion
         return (w * prompt + completion) / norm if norm else 0.0
     return (w * prompt / n_prompt if n_prompt else 0.0) + (completion / n_completion if n_completion else 0.0)
@@ -33,7 +41,7 @@ def fraction(name, sequences, w):
 def oracle(name, model, rows, prompt_loss_weight=0.0, sequence_level=False, lambda_td=0.5, gamma=1.0):
     """The loss of one optimizer step, an fp64 scalar with gradient.
 
-    name: sft, plw, ln-plw or irl. model: a causal language model (use `.double()` for gradients in fp64), or the list of each row's
+    name: sft, plw, ln-plw, irl, dft or eaft. model: a causal language model (use `.double()` for gradients in fp64), or the list of each row's
     logits [T, V]. rows: all sequences of the step over all micro-batches and ranks, each (ids, completion_mask) without padding; every
     token that is not completion is prompt. Sequences without a weighted token do not count on the sequence level.
     """
@@ -58,7 +66,7 @@ def weighted_fraction(name, sequences, w):
             if weight * row_weight == 0: continue
             sums[flag] = sums[flag] + row_weight * weight * loss
             norms[flag] += row_weight * weight
-    if name in ("sft", "plw"):
+    if name in ONE_TERM:
         norm = w * norms[0] + norms[1]
         return (w * sums[0] + sums[1]) / norm if norm else 0.0
     return sum(part * sums[k] / norms[k] for k, part in enumerate((w, 1.0)) if norms[k])

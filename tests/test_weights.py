@@ -19,7 +19,7 @@ from trainer_worker import make_model as trainer_model
 from transformers import ApertusConfig, ApertusForCausalLM
 
 from post_training.core.files import UserError
-from post_training.losses.irl import SFT_LOSSES
+from post_training.losses.dft import SFT_LOSSES
 from post_training.losses.sft import reduce_terms
 from post_training.models.score import add_score_head
 from post_training.tokens.collate import PackCollator, PadCollator

@@ -13,7 +13,7 @@ from .logps import at_least_fp32, sequence_sums
 
 # %% ../../nbs/05_losses/2_sft.ipynb #f56dfa7c
 def token_weights(
-    name:str, # sft, plw, ln-plw or irl
+    name:str, # a value of the key `trainer`
     prompt_mask_BT:torch.Tensor, # 1 on prompt tokens
     completion_mask_BT:torch.Tensor, # 1 on completion tokens
     prompt_loss_weight:float=0., # w in [0,1]; sft always takes 1
@@ -73,7 +73,7 @@ def count_masked(
 
 # %% ../../nbs/05_losses/2_sft.ipynb #9863fe36
 def loss_denominators(
-    name:str, # sft, plw, ln-plw or irl
+    name:str, # a value of the key `trainer`
     prompt_mask_BT:torch.Tensor, # 1 on prompt tokens
     completion_mask_BT:torch.Tensor, # 1 on completion tokens
     sequence_BT:torch.Tensor, # sequence number, -1 on padding
@@ -85,7 +85,7 @@ def loss_denominators(
     w = 1. if name == "sft" else float(prompt_loss_weight)
     n_prompt, n_completion, n_sequences = count_masked(prompt_mask_BT, completion_mask_BT, sequence_BT, w,
                                                        data).double()
-    one_term = name in ("sft", "plw")
+    one_term = name not in ("ln-plw", "irl")
     if sequence_level: denominators = [n_sequences] if one_term else [n_sequences, n_sequences]
     else: denominators = [n_completion + w*n_prompt] if one_term else [n_prompt, n_completion]
     return torch.stack(denominators)

@@ -391,7 +391,8 @@ def loss_text(
         return f"{' + '.join([names] if isinstance(names, str) else names)}, beta {args['beta']:g}"
     name = cfg["trainer"]
     if name == "irl": return f"irl, lambda_td {cfg['irl_args']['lambda_td']:g}, gamma {cfg['irl_args']['gamma']:g}"
-    return name if name == "sft" else f"{name}, prompt loss weight {cfg['plw_args']['prompt_loss_weight']:g}"
+    alpha = f", alpha {cfg[f'{name}_args']['alpha']:g}" if name in ("dft", "eaft") else ""
+    return name if name == "sft" else f"{name}, prompt loss weight {cfg['plw_args']['prompt_loss_weight']:g}{alpha}"
 
 # %% ../../nbs/75_view/1_report.ipynb #dc413b9a
 # stages that run one model
