@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from oracle import oracle
-from post_training.losses.irl import SFT_LOSSES, scored_tokens
+from post_training.losses.dft import SFT_LOSSES
+from post_training.losses.irl import scored_tokens
 from post_training.losses.logps import masked_labels
 from post_training.losses.sft import loss_denominators, reduce_terms
 from post_training.models import score
@@ -20,7 +21,7 @@ HERE = Path(__file__).parent
 SIZES = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 IRL = dict(lambda_td=0.5, gamma=0.9)
-SETTINGS = [(name, w, level) for name in SFT_LOSSES for w in (0.0, 0.1, 1.0) for level in (False, True)]
+SETTINGS = [(name, w, level) for name in SFT_LOSSES for w in ((0.1,) if name in ("dft", "eaft") else (0.0, 0.1, 1.0)) for level in (False, True)]
 
 
 def make_model(seed=0, **more):
@@ -68,9 +69,9 @@ def micro_loss(model, name, batch, w, level, total=None):
     "One micro-batch's share of the step's loss; `total` holds the step's denominators"
     inputs, *masks = batch
     labels = masked_labels(inputs["input_ids"], scored_tokens(name, *masks, w, IRL["lambda_td"]))
-    out = model(**inputs, labels=labels, score=True, with_values=name == "irl")
+    out = model(**inputs, labels=labels, score=True, with_values=name == "irl", with_entropy=name == "eaft")
     shifted = [m[:, 1:] for m in masks]
-    extra = dict(IRL, values_BT=out.state_values) if name == "irl" else {}
+    extra = dict(irl=dict(IRL, values_BT=out.state_values), eaft=dict(entropy_BT=out.entropy)).get(name, {})
     return reduce_terms(SFT_LOSSES[name](out.log_probs, *shifted, w, level, **extra), total)
 
 
@@ -145,7 +146,7 @@ def test_no_tensor_of_tokens_by_vocabulary(model):
             sizes.extend(x.shape for x in (out if isinstance(out, tuple) else [out]) if isinstance(x, torch.Tensor))
             return out
 
-    for name in ("plw", "irl"):
+    for name in ("plw", "irl", "dft", "eaft"):
         with Watch(): micro_loss(big, name, collate(rows, "right"), 0.0, False).backward()
         big.zero_grad()
     assert not [s for s in sizes if len(s) > 1 and s[-1] == 70_000]  # no logits

@@ -84,10 +84,11 @@ def training_facts(
     c = record.get("config") or {}
     t, m = c.get("training_args") or {}, c.get("model_args") or {}
     world, final = record.get("topology") or {}, record.get("final") or {}
-    weighted, irl = c.get("trainer") in ("plw", "ln-plw", "irl"), c.get("trainer") == "irl"
+    weighted, irl = c.get("trainer") not in (None, "sft"), c.get("trainer") == "irl"
     loss = {"stage": record.get("stage"), "loss": c.get("trainer"),
             "prompt loss weight": (c.get("plw_args") or {}).get("prompt_loss_weight") if weighted else None,
             "lambda_td": (c.get("irl_args") or {}).get("lambda_td") if irl else None,
+            "alpha": (c.get(f"{c.get('trainer')}_args") or {}).get("alpha"),
             "base model": m.get("model_name_or_path"), "global batch": c.get("global_batch_size"),
             "processes": world.get("world_size"), "ZeRO stage": world.get("zero_stage")}
     results = {"precision": (record.get("resolved") or {}).get("dtype"), "steps": final.get("step"),
