@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['non_text_answers', 'tokenized_rows', 'completion_weights', 'weighted_bytes', 'served_logprobs', 'scored_logprobs',
-           'completion_likelihoods', 'resampled_rates', 'perplexity_rates', 'perplexity_of']
+           'completion_likelihoods', 'left_out_rates', 'jackknife_interval', 'rate_interval', 'perplexity_rates',
+           'perplexity_of']
 
 # %% ../../nbs/60_evaluation/3_perplexity.ipynb #cba535d3
 import math, numpy as np
@@ -132,21 +133,40 @@ def completion_likelihoods(
             if weighted: out["weights"][i] = weights_BT[b, 1:].sum().item()
     return out
 
-# %% ../../nbs/60_evaluation/3_perplexity.ipynb #a5f536e4
-def resampled_rates(
+# %% ../../nbs/60_evaluation/3_perplexity.ipynb #2628e562
+def left_out_rates(
     total, # [N] of each row
     units, # [N] of each row
-    n:int=2000, # resamples of the rows
-    seed:int=0, # of the resampling
-)->np.ndarray: # [n] sum of totals divided by sum of units
-    "A rate on resampled rows; the same seed draws the same rows"
-    total = np.asarray(total, float)
-    units = np.asarray(units, float)
-    rng, out = np.random.default_rng(seed), []
-    for i in range(0, n, 200):
-        at = rng.integers(len(total), size=(min(200, n - i), len(total)))
-        out.append(total[at].sum(1)/np.maximum(units[at].sum(1), 1e-9))
-    return np.concatenate(out)
+)->np.ndarray: # [N] sum of totals divided by sum of units, without each row in turn
+    "A rate without each of its rows"
+    total, units = np.asarray(total, float), np.asarray(units, float)
+    return (total.sum() - total)/np.maximum(units.sum() - units, 1e-9)
+
+# %% ../../nbs/60_evaluation/3_perplexity.ipynb #877773d4
+def jackknife_interval(
+    value:float, # of all rows
+    left_out:np.ndarray, # [N] without each row in turn
+    level:float=.95, # chance that the interval contains the truth
+)->list[float]|None: # lower and upper end; None for a single row
+    "The interval of a number that is computed from rows"
+    from scipy.special import stdtrit
+    n = len(left_out)
+    if n < 2: return None
+    error = math.sqrt((n - 1)/n*((left_out - left_out.mean())**2).sum())
+    half = float(stdtrit(n - 1, (1 + level)/2))*error
+    return [value - half, value + half]
+
+# %% ../../nbs/60_evaluation/3_perplexity.ipynb #f4436658
+def rate_interval(
+    total, # [N] of each row
+    units, # [N] of each row
+)->list[float]|None: # lower and upper end; None for a single row
+    "The 95 % interval of a sum divided by another sum"
+    rate, rates = np.sum(total)/np.sum(units), left_out_rates(total, units)
+    if min(rate, *rates) <= 0: # no logarithm
+        return jackknife_interval(rate, rates)
+    ends = jackknife_interval(math.log(rate), np.log(rates))
+    return ends and [math.exp(min(x, 700)) for x in ends]
 
 # %% ../../nbs/60_evaluation/3_perplexity.ipynb #f0c95a49
 def perplexity_rates(
@@ -161,9 +181,9 @@ def perplexity_rates(
     if "weights" in scored: out["weight"] = float(units.sum())
     if not len(at): return out | dict(nats_per_token=None, perplexity=None, bits_per_byte=None)
     mean = float(nats.sum()/units.sum())
-    low, high = np.quantile(resampled_rates(nats, units), [.025, .975])
-    return out | dict(nats_per_token=round(mean, 5), interval=[round(float(low), 5), round(float(high), 5)],
-                      perplexity=round(math.exp(min(mean, 700)), 5),
+    ends = rate_interval(nats, units)
+    return out | dict(nats_per_token=round(mean, 5), interval=ends and [round(x, 5) for x in ends],
+                      interval_method="jackknife", perplexity=round(math.exp(min(mean, 700)), 5),
                       bits_per_byte=round(float(nats.sum()/math.log(2)/size.sum()), 5) if size.sum() else None)
 
 # %% ../../nbs/60_evaluation/3_perplexity.ipynb #92b29d77

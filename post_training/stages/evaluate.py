@@ -17,7 +17,8 @@ from ..core.files import (
     MANIFEST, UserError, atomic_dir, did_you_mean, write_atomic, write_json, write_manifest)
 from ..evaluation import answers as evaluation_answers
 from ..evaluation.answers import Sampling, verdict_text
-from ..evaluation.perplexity import completion_likelihoods, perplexity_of, resampled_rates, tokenized_rows
+from ..evaluation.perplexity import (completion_likelihoods, jackknife_interval, left_out_rates,
+                                                 perplexity_of, tokenized_rows)
 from ..evaluation.statistics import evenly_spaced_indices, paired_difference
 from ..models.verifiers import row_verifier
 from ..preferences.completions import ServedModel, open_server
@@ -284,11 +285,12 @@ def bits_difference(
     sides = a["scored"], b["scored"]
     at = np.flatnonzero(np.all([s[k] > 0 for s in sides for k in ("tokens", "bytes")], axis=0))
     if not len(at): return {}
-    resampled = [resampled_rates(s["nats"][at]/math.log(2), s["bytes"][at]) for s in sides]
+    without = [left_out_rates(s["nats"][at]/math.log(2), s["bytes"][at]) for s in sides]
     before, after = (float(s["nats"][at].sum()/math.log(2)/s["bytes"][at].sum()) for s in sides)
-    interval = [round(float(q), 5) for q in np.quantile(resampled[1] - resampled[0], [.025, .975])]
+    ends = jackknife_interval(after - before, without[1] - without[0])
     return dict(bits_per_byte=dict(before=round(before, 5), after=round(after, 5), difference=round(after - before, 5),
-                                   interval=interval, interval_method="bootstrap", n=len(at)))
+                                   interval=ends and [round(x, 5) for x in ends], interval_method="jackknife",
+                                   n=len(at)))
 
 # %% ../../nbs/65_stages/6_evaluate.ipynb #cfe84ee2
 def read_results(
