@@ -16,9 +16,9 @@ from ..core.files import UserError
 # %% ../../nbs/30_models/5_agreement.ipynb #66e02424
 def token_logprobs(
     model, # a causal language model in evaluation mode
-    rows:Sequence[Sequence[int]], # ids
-)->list[list[float]]: # for each row, of its second token to its last
-    "The log-probability of each token of some rows, one row at a time"
+    rows:Sequence[Sequence[int]], # token ids of each row
+)->list[list[float]]: # per row, log-probabilities in nats of its second to its last token
+    "Compute the log-probability of each token, one row at a time"
     import torch
     out = []
     for ids in rows:
@@ -29,11 +29,11 @@ def token_logprobs(
 
 # %% ../../nbs/30_models/5_agreement.ipynb #1f5062fe
 def logprob_errors(
-    expected:Sequence[Sequence[float]], # of `token_logprobs`
-    got:Sequence[Sequence[float]], # of another reader; a number that it does not give is None
-    counted:Sequence[Sequence[bool]]|None=None, # the tokens that count; None: all
-)->dict: # tokens, mean and max (errors per token), nll and reader_nll (per token), row and token of the largest error
-    "Compare the log-probabilities of two readers; a missing number or one that is not finite is an infinite error"
+    expected:Sequence[Sequence[float]], # log-probabilities per row, from `token_logprobs`
+    got:Sequence[Sequence[float]], # log-probabilities per row of another reader; None for a missing number
+    counted:Sequence[Sequence[bool]]|None=None, # bool per token: compare this token; None: compare all
+)->dict: # tokens, mean, max, nll, reader_nll (nats per token); row and token of the largest error
+    "Compare the log-probabilities of two readers; a missing or non-finite number is an infinite error"
     gaps, sums = [], [0., 0.]
     for i, (e, g) in enumerate(zip(expected, got, strict=True)):
         g = list(g or [])[:len(e)] + [None]*(len(e) - len(g or []))
@@ -56,35 +56,35 @@ HALF_BOUND = dict(mean=.02, max=.3) # nats per token, where the dtype's own erro
 
 # %% ../../nbs/30_models/5_agreement.ipynb #dd8ad958
 def error_bound(
-    dtype:str, # that the reader computes in
-    own:dict|None=None, # mean and max of this package's error in that dtype; None: `HALF_BOUND`
-    factor:float=3., # of the own error
-)->dict: # mean and max
-    "The largest allowed differences of another reader from the log-probabilities in float32"
+    dtype:str, # dtype of the reader's computation
+    own:dict|None=None, # mean and max of this package's error in that dtype; None: use `HALF_BOUND`
+    factor:float=3., # allowed multiple of this package's error
+)->dict: # mean and max, in nats per token
+    "The largest allowed differences of a reader from the log-probabilities in float32"
     if dtype == "float32": return dict(FLOAT32_BOUND)
     if not own: return dict(HALF_BOUND)
     return {k: max(factor*own[k], FLOAT32_BOUND[k]) for k in FLOAT32_BOUND}
 
 # %% ../../nbs/30_models/5_agreement.ipynb #e6297ccf
 def agrees(
-    errors:dict, # of `logprob_errors`
-    bound:dict, # of `error_bound`
+    errors:dict, # errors from `logprob_errors`
+    bound:dict, # bound from `error_bound`
 )->bool:
-    "Whether the errors of a reader are within a bound"
+    "True if the errors of a reader are within a bound"
     return errors["tokens"] > 0 and all(errors[k] <= bound[k] for k in bound)
 
 # %% ../../nbs/30_models/5_agreement.ipynb #233a28d3
 def _with_rope(rope:dict, **changes)->dict:
-    "Rope parameters with changes; some models have a set for each kind of layer"
+    "Change rope parameters; some models have a set of them for each kind of layer"
     if any(isinstance(v, dict) for v in rope.values()):
         return {k: _with_rope(v, **changes) if isinstance(v, dict) else v for k, v in rope.items()}
     return {k: v for k, v in rope.items() if k == "rope_theta" or k == "partial_rotary_factor"} | changes
 
 # %% ../../nbs/30_models/5_agreement.ipynb #cb4e259c
 def reader_faults(
-    config, # of transformers
-)->list[tuple]: # (sentence, changed config)
-    "The known faults of readers that do not know all keys of a config"
+    config, # config of transformers
+)->list[tuple]: # (sentence that describes the fault, config of a reader with the fault)
+    "List known faults of readers that do not know all keys of a config"
     text = config.get_text_config()
     rope = copy.deepcopy(getattr(text, "rope_parameters", None) or {})
     thetas = sorted({v["rope_theta"] for v in (rope, *rope.values()) if isinstance(v, dict) and "rope_theta" in v})
@@ -111,8 +111,8 @@ def reader_faults(
 # %% ../../nbs/30_models/5_agreement.ipynb #e6beec70
 def round_xielu(
     model, # changed in place
-)->dict[str, float]: # name of a parameter -> largest change by rounding
-    "Hold the parameters of the activation xIELU in bfloat16, as transformers 4 and vLLM do in every dtype"
+)->dict[str, float]: # name of a parameter -> largest change by the rounding
+    "Round the parameters of the activation xIELU to bfloat16, as transformers 4 and vLLM do in every dtype"
     out = {}
     for module in model.modules():
         if type(module).__name__ != "XIELUActivation": continue
@@ -123,10 +123,10 @@ def round_xielu(
 
 # %% ../../nbs/30_models/5_agreement.ipynb #1138eeb7
 def xielu_text(
-    rounded:dict[str, float], # from `round_xielu`
-    rest:dict, # of `logprob_errors`: what is left after the same rounding here
-)->str: # a sentence without a full stop
-    "The cause of a difference that comes from the parameters of xIELU alone"
+    rounded:dict[str, float], # changes by the rounding, from `round_xielu`
+    rest:dict, # errors from `logprob_errors` that remain after the same rounding in this process
+)->str: # sentence without a full stop
+    "Describe a difference that comes from the parameters of xIELU"
     shown = ", ".join(f"{k} by up to {v:.2g}" for k, v in sorted(rounded.items()))
     all_of_it = ", so all other parts are read as written" if agrees(rest, FLOAT32_BOUND) else ""
     return (f"xIELU: the reader holds the parameters of the activation in bfloat16, whatever the dtype of the weights "
@@ -137,12 +137,12 @@ def xielu_text(
 # %% ../../nbs/30_models/5_agreement.ipynb #28176e26
 def likely_cause(
     path:str, # folder of the model
-    rows:Sequence[Sequence[int]], # ids
-    expected:Sequence[Sequence[float]], # of `token_logprobs`, in float32
-    got:Sequence[Sequence[float]], # of the reader
-    **load_args, # of `load_model`, such as trust_remote_code
-)->str: # a sentence without a full stop
-    "The likely reason why a reader gives other log-probabilities, found by testing the known faults"
+    rows:Sequence[Sequence[int]], # token ids of each row
+    expected:Sequence[Sequence[float]], # log-probabilities in float32, from `token_logprobs`
+    got:Sequence[Sequence[float]], # log-probabilities of the reader
+    **load_args, # arguments of `load_model`, such as trust_remote_code
+)->str: # sentence without a full stop
+    "Find the likely reason for a reader's different log-probabilities by testing the known faults"
     from transformers import AutoConfig
     from post_training.models.load import load_model
     def numbers(dtype="float32", **kwargs):
@@ -172,9 +172,9 @@ CERTIFICATE = "certificate.json" # name of the file in the folder of an export
 
 # %% ../../nbs/30_models/5_agreement.ipynb #18059c9d
 def read_certificate(
-    folder, # of an export
-)->dict|None: # None: there is none
-    "The certificate of a folder"
+    folder, # folder of an export
+)->dict|None: # content of the certificate; None if there is none
+    "Read the certificate of an export"
     path = Path(folder)/CERTIFICATE
     if not path.is_file(): return None
     try: certificate = json.loads(path.read_text())
@@ -188,9 +188,9 @@ def read_certificate(
 # %% ../../nbs/30_models/5_agreement.ipynb #0f43e2c1
 def fits_in_memory(
     path:str, # folder of a model
-    bytes_per_parameter:int=4, # of the dtype that it is loaded in
-)->bool: # True where the folder has no safetensors: loading it gives the error
-    "Whether the weights of a folder fit into the free memory of this machine, with a fifth to spare"
+    bytes_per_parameter:int=4, # bytes per parameter of the loaded model, by its dtype
+)->bool: # also True if the folder has no safetensors; loading it then gives the error
+    "True if the weights of a folder fit into the free memory of this machine, with a fifth to spare"
     import psutil
     from safetensors import safe_open
     parameters = 0
@@ -201,10 +201,10 @@ def fits_in_memory(
 # %% ../../nbs/30_models/5_agreement.ipynb #ee7fd4aa
 def own_numbers(
     path:str, # folder of a model
-    rows:Sequence[Sequence[int]], # ids
-    **load_args, # of `load_model`, such as trust_remote_code
-)->tuple[list, dict]: # log-probabilities in float32; errors of this package in bfloat16 (mean, max)
-    "The log-probabilities of a model in this process, and what bfloat16 changes"
+    rows:Sequence[Sequence[int]], # token ids of each row
+    **load_args, # arguments of `load_model`, such as trust_remote_code
+)->tuple[list, dict]: # (log-probabilities in float32, errors in bfloat16: mean and max)
+    "Compute the log-probabilities of a model in this process, and the error of bfloat16"
     from post_training.models.load import load_model
     half = token_logprobs(load_model(path, "bfloat16", **load_args).eval(), rows)
     expected = token_logprobs(load_model(path, "float32", **load_args).eval(), rows)
@@ -212,11 +212,11 @@ def own_numbers(
 
 # %% ../../nbs/30_models/5_agreement.ipynb #4434b909
 def numbers_to_compare(
-    path:str, # folder or hub name of a model
-    rows:Sequence[Sequence[int]], # ids, where the folder has no certificate
-    **load_args, # of `load_model`, such as trust_remote_code
-)->dict: # compared_with (None: nothing fits), rows, expected, own
-    "Log-probabilities that another reader of a model must give: of its certificate, or of the model in this process"
+    path:str, # folder of a model, or name on the hub
+    rows:Sequence[Sequence[int]], # token ids of each row, used if the folder has no certificate
+    **load_args, # arguments of `load_model`, such as trust_remote_code
+)->dict: # compared_with (None: the model does not fit into memory), rows, expected, own
+    "The log-probabilities to compare a reader with: of the certificate, or of the model in this process"
     certificate = read_certificate(path)
     if certificate:
         dialogues = certificate["dialogues"]

@@ -14,9 +14,9 @@ from ..core.files import UserError
 # %% ../../nbs/30_models/3_generate.ipynb #a626b5b9
 def left_pad(
     prompts:Sequence[Sequence[int]], # token ids of each prompt
-    pad_id:int, # id of the padding
-)->tuple[torch.Tensor, torch.Tensor]: # ids_BT and attention mask_BT
-    "Prompts as one batch, padded on the left"
+    pad_id:int, # token id of the padding
+)->tuple[torch.Tensor, torch.Tensor]: # (ids_BT, attention_mask_BT)
+    "Make one batch of prompts, padded on the left"
     width = max(map(len, prompts))
     ids_BT = torch.tensor([[pad_id]*(width - len(p)) + list(p) for p in prompts])
     mask_BT = torch.tensor([[0]*(width - len(p)) + [1]*len(p) for p in prompts])
@@ -24,21 +24,21 @@ def left_pad(
 
 # %% ../../nbs/30_models/3_generate.ipynb #16b561b3
 def length_batches(
-    lengths:Sequence[int], # of the prompts
-    batch_size:int, # prompts in a batch
-)->list[list[int]]: # indices, the longest prompts first
-    "Batches of prompts of similar length, to keep padding small"
+    lengths:Sequence[int], # number of tokens of each prompt
+    batch_size:int, # maximum number of prompts in a batch
+)->list[list[int]]: # prompt indices of each batch, the longest prompts first
+    "Group prompts of similar length into batches, to keep padding small"
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
 
 # %% ../../nbs/30_models/3_generate.ipynb #af6cba8c
 def pick_token(
-    logits_BV:torch.Tensor, # of the next position
-    u_B:torch.Tensor, # a uniform number for each row
-    temperature:float=0., # 0: the largest logit
-    top_p:float=1., # smallest set of tokens with this probability; 1 is all
-)->torch.Tensor: # ids_B
-    "The next token of each row"
+    logits_BV:torch.Tensor, # logits of the next position
+    u_B:torch.Tensor, # one uniform random number in [0, 1) per row
+    temperature:float=0., # sampling temperature; 0: take the largest logit
+    top_p:float=1., # sample from the smallest set of tokens with at least this probability; 1: all tokens
+)->torch.Tensor: # token ids_B
+    "Choose the next token of each row"
     if temperature == 0: return logits_BV.argmax(-1)
     probs_BV, ids_BV = torch.softmax(logits_BV.float()/temperature, -1), None
     if top_p < 1: # otherwise the order of the vocabulary does as well, and needs no sorting
@@ -52,19 +52,19 @@ def pick_token(
 
 # %% ../../nbs/30_models/3_generate.ipynb #675857af
 def row_noise(
-    seeds:Sequence[int], # one seed a row
-    n:int, # how many numbers each
-)->torch.Tensor: # [B, n] uniform numbers
-    "Uniform numbers of each row, from a generator of its own that reads all 64 bits of the seed"
+    seeds:Sequence[int], # one seed per row
+    n:int, # number of random numbers per row
+)->torch.Tensor: # [B, n] uniform numbers in [0, 1)
+    "Draw the random numbers of each row from a generator of its own, which uses all 64 bits of the seed"
     rows = [np.random.Generator(np.random.Philox(key=int(s) % 2**64)).random(n, dtype=np.float32) for s in seeds]
     return torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, n)
 
 # %% ../../nbs/30_models/3_generate.ipynb #7ca00ae6
 def model_stop_ids(
-    model, # with a generation config
-    extra:Sequence[int]=(), # more ids to stop at
-)->list[int]: # sorted
-    "The ids at which generation ends"
+    model, # model with a generation config
+    extra:Sequence[int]=(), # further token ids to stop at
+)->list[int]: # sorted token ids
+    "The token ids that end generation"
     eos = model.generation_config.eos_token_id
     own = [] if eos is None else eos if isinstance(eos, (list, tuple)) else [eos]
     ids = {*own, *extra}
@@ -76,15 +76,15 @@ def model_stop_ids(
 @torch.no_grad()
 def token_steps(
     model, # a causal language model
-    prompts:Sequence[Sequence[int]], # token ids
-    u_BN:torch.Tensor, # uniform numbers for each row and new token; the samples of a prompt are adjacent rows
-    stop:Sequence[int], # ids that end a row
-    pad_id:int, # id of the padding
-    temperature:float=0., # 0: greedy
-    top_p:float=1., # see `pick_token`
-    samples:int=1, # of each prompt
-)->Iterator[list[tuple[int, int]]]: # of each step: row and new id, for the rows that had not ended
-    "Continue one batch of prompts, step by step; at most N = `u_BN.shape[1]` steps"
+    prompts:Sequence[Sequence[int]], # token ids of each prompt
+    u_BN:torch.Tensor, # uniform numbers per row and new token; samples of one prompt are adjacent rows
+    stop:Sequence[int], # token ids that end a row
+    pad_id:int, # token id of the padding
+    temperature:float=0., # sampling temperature; 0: greedy
+    top_p:float=1., # as for `pick_token`
+    samples:int=1, # number of samples per prompt
+)->Iterator[list[tuple[int, int]]]: # yields per step (row, new token id) of the rows that have not ended
+    "Continue one batch of prompts step by step, for at most N = `u_BN.shape[1]` steps"
     from transformers import DynamicCache
     live = list(range(len(prompts)*samples)) # rows of the batch; finished rows stay until a quarter has finished
     finished = set()
@@ -113,15 +113,15 @@ def token_steps(
 # %% ../../nbs/30_models/3_generate.ipynb #3339dc9c
 def complete_batch(
     model, # a causal language model
-    prompts:Sequence[Sequence[int]], # token ids
-    u_BN:torch.Tensor, # uniform numbers for each row and new token; the samples of a prompt are adjacent rows
-    stop:Sequence[int], # ids that end a row
-    pad_id:int, # id of the padding
-    temperature:float=0., # 0: greedy
-    top_p:float=1., # see `pick_token`
-    samples:int=1, # of each prompt
-)->list[list[int]]: # new ids of each row, the stop token included
-    "Complete one batch of prompts; at most N = `u_BN.shape[1]` new tokens"
+    prompts:Sequence[Sequence[int]], # token ids of each prompt
+    u_BN:torch.Tensor, # uniform numbers per row and new token; samples of one prompt are adjacent rows
+    stop:Sequence[int], # token ids that end a row
+    pad_id:int, # token id of the padding
+    temperature:float=0., # sampling temperature; 0: greedy
+    top_p:float=1., # as for `pick_token`
+    samples:int=1, # number of samples per prompt
+)->list[list[int]]: # new token ids of each row, including the stop token
+    "Complete one batch of prompts with at most N = `u_BN.shape[1]` new tokens"
     out = [[] for _ in range(len(prompts)*samples)]
     for step in token_steps(model, prompts, u_BN, stop, pad_id, temperature, top_p, samples):
         for row, token in step: out[row].append(token)
@@ -129,9 +129,9 @@ def complete_batch(
 
 # %% ../../nbs/30_models/3_generate.ipynb #5b0a2d5d
 def check_prompts(
-    model, # for its longest position
-    prompts:Sequence[Sequence[int]], # token ids
-    max_new_tokens:int, # of each prompt
+    model, # model; its maximum number of positions is used
+    prompts:Sequence[Sequence[int]], # token ids of each prompt
+    max_new_tokens:int, # maximum number of new tokens per prompt
 ):
     "Raise a `UserError` for an empty prompt or one that leaves no room for new tokens"
     room = getattr(model.config, "max_position_embeddings", None)
@@ -143,17 +143,17 @@ def check_prompts(
 
 # %% ../../nbs/30_models/3_generate.ipynb #c5227305
 def generate_completions(
-    model, # a causal language model; its training mode is restored
-    tokenizer, # decodes the result, and knows the pad token
-    prompts:Sequence[Sequence[int]], # token ids, each up to the position where the assistant begins
-    max_new_tokens:int=64, # the limit for each row
-    temperature:float=0., # 0: greedy
-    top_p:float=1., # see `pick_token`
-    seeds:Sequence[int]|None=None, # one for each prompt if temperature is above 0; their indices by default
-    extra_stop:Sequence[int]=(), # ids to stop at, in addition to the model's own
-    batch_size:int=64, # prompts in a batch
-    progress=lambda batches: batches, # wraps the list of batches, for a progress bar
-)->list[dict]: # text (without special tokens), ids, finish_reason (stop or length), in the order of the prompts
+    model, # causal language model; its training mode is restored
+    tokenizer, # tokenizer for decoding, with a pad token
+    prompts:Sequence[Sequence[int]], # token ids of each prompt, up to the beginning of the answer
+    max_new_tokens:int=64, # maximum number of new tokens per row
+    temperature:float=0., # sampling temperature; 0: greedy
+    top_p:float=1., # as for `pick_token`
+    seeds:Sequence[int]|None=None, # one seed per prompt, if temperature is above 0; None: the indices of the prompts
+    extra_stop:Sequence[int]=(), # token ids to stop at, in addition to the model's own
+    batch_size:int=64, # maximum number of prompts in a batch
+    progress=lambda batches: batches, # function that wraps the list of batches, for a progress bar
+)->list[dict]: # per prompt: text (without special tokens), ids, finish_reason (stop or length)
     "Complete prompts in batches sorted by length"
     check_prompts(model, prompts, max_new_tokens)
     stop = model_stop_ids(model, extra_stop)

@@ -28,14 +28,14 @@ ATTENTION_FLAGS = {"flash_attention_2": "_supports_flash_attn", "sdpa": "_suppor
 
 # %% ../../nbs/30_models/1_load.ipynb #8a905666
 def resolve_auto(
-    device:str, # cpu or cuda
+    device:str, # device: cpu or cuda
     engine:str="none", # none (plain training, DDP), deepspeed, or inference
-    dtype:str="auto", # of the parameters, as configured
-    attn_implementation:str|None="auto", # as configured
-    flash:bool=False, # flash-attention is installed and the device has it
-    has:tuple|None=None, # attention implementations of the model, from `attention_kinds`; None: not known
+    dtype:str="auto", # configured dtype of the parameters
+    attn_implementation:str|None="auto", # configured attention implementation; None: the library's choice
+    flash:bool=False, # True: flash-attention is installed and the device supports it
+    has:tuple|None=None, # attention implementations of the model, from `attention_kinds`; None: unknown
 )->dict: # dtype, autocast (or None), attn_implementation
-    "Resolve `auto` for precision and attention; a pure function of its arguments"
+    "Resolve `auto` for precision and attention"
     if dtype not in DTYPE_CHOICES: raise UserError(f"model_args.dtype={dtype!r}: one of {', '.join(DTYPE_CHOICES)}.")
     if engine not in ENGINES: raise ValueError(f"engine {engine!r}: one of {', '.join(ENGINES)}")
     gpu, autocast = device != "cpu", None
@@ -53,9 +53,9 @@ def resolve_auto(
 
 # %% ../../nbs/30_models/1_load.ipynb #8be9e0c4
 def flash_available(
-    device:str, # cpu or cuda
+    device:str, # device: cpu or cuda
 )->bool:
-    "Whether flash-attention is installed and this machine's GPU can run it (compute capability 8 or later)"
+    "True if flash-attention is installed and this machine's GPU supports it (compute capability 8 or later)"
     if device == "cpu" or importlib.util.find_spec("flash_attn") is None: return False
     import torch
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
@@ -80,8 +80,8 @@ def no_safetensors(
 
 # %% ../../nbs/30_models/1_load.ipynb #df0554c7
 def folder_fault(
-    path:Path, # that a user named
-)->str: # the rest of a sentence that begins with its name; empty: none, or no folder
+    path:Path, # path that the user named
+)->str: # end of a sentence that begins with the path; empty if there is no fault, or no folder
     "The reason why a folder or file is not a model, or could be read in several ways"
     if path.suffix == ".gguf" or path.is_dir() and not (path/"config.json").is_file() and [*path.glob("*.gguf")]:
         return "is a GGUF, which is not trained or read here: name the folder of safetensors that it was made from."
@@ -101,9 +101,9 @@ def folder_fault(
 
 # %% ../../nbs/30_models/1_load.ipynb #b46aa12d
 def pointer_file(
-    path:str, # folder of a model, or hub name
-)->str: # a sentence; empty: none
-    "Whether a file of weights is a pointer of Git LFS instead"
+    path:str, # folder of a model, or name on the hub
+)->str: # one sentence; empty if there is none
+    "Find a file of weights that is only a pointer of Git LFS"
     for file in Path(path).glob("*.safetensors"):
         with open(file, "rb") as f:
             if f.read(24) == b"version https://git-lfs.": return f"{file.name} is a pointer of Git LFS: `git lfs pull`."
@@ -111,9 +111,9 @@ def pointer_file(
 
 # %% ../../nbs/30_models/1_load.ipynb #343bacba
 def model_path(
-    name:str, # folder or hub name
-)->str: # for the library's `from_pretrained`
-    "The folder if it exists, the hub name if it looks like one, else a `UserError`"
+    name:str, # folder of a model, or name on the hub
+)->str: # folder or name, for the library's `from_pretrained`
+    "Return the folder if it exists or the name if it looks like a hub name; raise a `UserError` otherwise"
     path, name = Path(name).expanduser(), str(name)
     if fault := folder_fault(path): raise UserError(f"{name} {fault}")
     if path.is_dir(): return str(path)
@@ -125,11 +125,11 @@ def model_path(
 
 # %% ../../nbs/30_models/1_load.ipynb #f129fe1a
 def attention_kinds(
-    name:str, # folder or hub name
-    revision:str="main", # of a hub model
+    name:str, # folder of a model, or name on the hub
+    revision:str="main", # branch, tag or commit of a hub model
     trust_remote_code:bool=False, # run code that comes with the model
-)->tuple|None: # names for `attn_implementation`; None if the class is not known
-    "The attention implementations of a model"
+)->tuple|None: # names for `attn_implementation`; None if the model's class is unknown
+    "Find the attention implementations of a model"
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
     try: config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception: return None # loading the model reports the fault
@@ -141,12 +141,12 @@ def attention_kinds(
 
 # %% ../../nbs/30_models/1_load.ipynb #875406ee
 def resolve_for_model(
-    name:str, # folder or hub name
-    device:str, # cpu or cuda
-    engine:str="none", # see `ENGINES`
-    dtype:str="auto", # of the parameters, as configured
-    attn_implementation:str|None="auto", # as configured
-    revision:str="main", # of a hub model
+    name:str, # folder of a model, or name on the hub
+    device:str, # device: cpu or cuda
+    engine:str="none", # one of `ENGINES`
+    dtype:str="auto", # configured dtype of the parameters
+    attn_implementation:str|None="auto", # configured attention implementation; None: the library's choice
+    revision:str="main", # branch, tag or commit of a hub model
     trust_remote_code:bool=False, # run code that comes with the model
 )->dict: # dtype, autocast (or None), attn_implementation
     "Resolve `auto` for one model on this machine"
@@ -156,7 +156,7 @@ def resolve_for_model(
 # %% ../../nbs/30_models/1_load.ipynb #cb226c8c
 @contextlib.contextmanager
 def quiet_activation():
-    "Suppress the warning about a missing kernel for xIELU, which concerns GPUs only"
+    "Suppress the warning about a missing kernel for the activation xIELU, which only concerns GPUs"
     log = logging.getLogger("transformers.activations")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -172,9 +172,9 @@ MODE_KEYS = ("do_sample", "num_beams", "return_dict_in_generate", "use_cache")
 
 # %% ../../nbs/30_models/1_load.ipynb #705e3430
 def generation_fault(
-    settings:dict, # of generation_config.json
-)->str: # empty if they can be saved
-    "The reason why transformers would refuse to save generation settings"
+    settings:dict, # content of generation_config.json
+)->str: # reason; empty if the settings can be saved
+    "Find the reason why transformers would refuse to save generation settings"
     from transformers import GenerationConfig, logging
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error() # a fault is returned
@@ -185,9 +185,9 @@ def generation_fault(
 
 # %% ../../nbs/30_models/1_load.ipynb #37a9ede4
 def repaired_generation(
-    settings:dict, # of generation_config.json
+    settings:dict, # content of generation_config.json
 )->tuple[dict, list[str]]: # (settings that can be saved, notices)
-    "Generation settings without what transformers refuses to save"
+    "Remove or complete the generation settings that transformers refuses to save"
     out, notices = dict(settings), []
     sampled = {k: out[k] for k, default in SAMPLING_DEFAULTS.items() if out.get(k) not in (None, default)}
     if sampled and out.get("do_sample") is None:
@@ -210,10 +210,10 @@ def repaired_generation(
 
 # %% ../../nbs/30_models/1_load.ipynb #2f4d238a
 def rope_of_older_names(
-    raw:dict, # of config.json, without rope_parameters
-    used:dict, # rope_parameters that transformers 5 made of it
-)->dict: # rope_parameters as written; `used` where that is the same
-    "The rotary positions of a config that has `rope_theta` or `rope_scaling` only"
+    raw:dict, # content of a config.json without rope_parameters
+    used:dict, # rope_parameters that transformers 5 made from it
+)->dict: # rope_parameters as the file says; `used` if there is no difference
+    "Read the rotary positions of a config that has only `rope_theta` or `rope_scaling`"
     if not used or any(isinstance(v, dict) for v in used.values()): return used
     wanted = dict(used)
     scaling = raw.get("rope_scaling")
@@ -225,11 +225,11 @@ def rope_of_older_names(
 
 # %% ../../nbs/30_models/1_load.ipynb #be7b071d
 def rope_notices(
-    path:str, # folder or hub name
-    config, # of transformers, as it was read from there; repaired in place where the file has older names only
-    revision:str="main", # of a hub model
-)->list[str]: # notices
-    "Values of the rotary positions that a config.json has under the names of both generations, and that differ"
+    path:str, # folder of a model, or name on the hub
+    config, # transformers' config read from `path`; repaired in place if the file has older names only
+    revision:str="main", # branch, tag or commit of a hub model
+)->list[str]: # notices, one sentence each
+    "Report rotary positions whose values differ between the older and the newer key names of a config.json"
     from transformers.utils import cached_file
     file = cached_file(path, "config.json", revision=revision)
     raw = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -262,11 +262,11 @@ def rope_notices(
 
 # %% ../../nbs/30_models/1_load.ipynb #3c2761f5
 def repaired_settings(
-    path:str, # folder or hub name
-    revision:str="main", # of a hub model
+    path:str, # folder of a model, or name on the hub
+    revision:str="main", # branch, tag or commit of a hub model
     trust_remote_code:bool=False, # run code that comes with the model
-)->tuple[dict, list[str]]: # (arguments for `from_pretrained`, empty if nothing has to be repaired; notices)
-    "The generation settings and the padding id of a model, repaired if they could not be loaded or saved"
+)->tuple[dict, list[str]]: # (arguments for `from_pretrained`, empty if nothing must be repaired; notices)
+    "Repair the generation settings and the padding id of a model if they cannot be loaded or saved"
     from transformers import AutoConfig, GenerationConfig
     from transformers.utils import cached_file
     out, notices = {}, []
@@ -299,9 +299,9 @@ def repaired_settings(
 
 # %% ../../nbs/30_models/1_load.ipynb #87fa39b4
 def repair_generation(
-    model, # loaded; changed in place
-)->list[str]: # notices
-    "Repair generation settings that came with a model in another way, such as from its config.json"
+    model, # loaded model; changed in place
+)->list[str]: # notices, one sentence each
+    "Repair generation settings of a loaded model, for example settings from its config.json"
     from transformers import GenerationConfig
     generation = getattr(model, "generation_config", None)
     if generation is None or not generation_fault(generation.to_diff_dict()): return []
@@ -311,9 +311,9 @@ def repair_generation(
 
 # %% ../../nbs/30_models/1_load.ipynb #0b853052
 def load_error(
-    e:Exception, # raised by a load
-)->str: # one sentence that names our key
-    "The message of a load that failed; the advice about attention names the key of the config"
+    e:Exception, # exception that the loading raised
+)->str: # one sentence; advice about attention names this project's key
+    "Explain why a model could not be loaded"
     lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
     if "scaled_dot_product_attention" in lines[0] or "does not support Flash" in lines[0]:
         return "it does not have this attention. Set model_args.attn_implementation=auto, or eager."
@@ -325,11 +325,11 @@ def load_error(
 
 # %% ../../nbs/30_models/1_load.ipynb #1790c162
 def check_loaded(
-    model, # loaded
-    info:dict, # of `from_pretrained` with output_loading_info=True
-    name:str, # for the message
-)->list[str]: # notices
-    "Refuse a model with parameters that its files lack; tensors without a place in the model give a notice"
+    model, # loaded model
+    info:dict, # loading info of `from_pretrained` (output_loading_info=True)
+    name:str, # name of the model, for the message
+)->list[str]: # notices, one sentence each
+    "Refuse a model if parameters are missing in its files; unused tensors give a notice"
     parameters = dict(model.named_parameters())
     missing, extra = (sorted(map(str, info.get(k) or ())) for k in ("missing_keys", "unexpected_keys"))
     if lacking := [k for k in missing if k in parameters]:
@@ -373,15 +373,15 @@ def check_finite_weights(
 
 # %% ../../nbs/30_models/1_load.ipynb #545921d1
 def load_model(
-    name:str, # folder or hub name
-    dtype:str="float32", # of the parameters; `resolve_auto` resolves auto
-    attn_implementation:str|None=None, # None leaves it to the library
-    device:str|None=None, # cpu or cuda; None leaves the model where the library puts it
-    revision:str="main", # of a hub model
+    name:str, # folder of a model, or name on the hub
+    dtype:str="float32", # dtype of the parameters; not auto, which `resolve_auto` resolves
+    attn_implementation:str|None=None, # attention implementation; None: the library's choice
+    device:str|None=None, # cpu or cuda; None: do not move the model
+    revision:str="main", # branch, tag or commit of a hub model
     trust_remote_code:bool=False, # run code that comes with the model
-    **kwargs, # for `from_pretrained`
-): # the model, for causal language modelling; with output_loading_info=True also what was loaded
-    "Load a causal language model, with errors that say what to do; `notices` has what was repaired"
+    **kwargs, # further arguments of `from_pretrained`
+): # causal language model; with output_loading_info=True (model, loading info)
+    "Load a causal language model; the errors say what to do, and `notices` lists the repairs"
     import torch
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
@@ -409,10 +409,10 @@ def load_model(
 
 # %% ../../nbs/30_models/1_load.ipynb #98f7d542
 def padded_rows(
-    ids:int, # that the tokenizer has: its largest id plus one
-    rows:int, # of the model's embedding
-)->str: # a notice; empty if there are no more rows than ids
-    "A notice about rows of the embedding above the tokenizer's ids"
+    ids:int, # number of the tokenizer's ids: its largest id plus one
+    rows:int, # number of rows of the model's embedding
+)->str: # notice; empty if there are no more rows than ids
+    "Give a notice about rows of the embedding that belong to no id of the tokenizer"
     if rows <= ids: return ""
     return (f"The model has {rows - ids} rows of embeddings above the tokenizer's {ids} ids. They are kept in every "
             "checkpoint and export: no text has these ids, and their logits only take part in the softmax.")
@@ -420,9 +420,9 @@ def padded_rows(
 # %% ../../nbs/30_models/1_load.ipynb #sp3c1d02
 def set_special_ids(
     model, # changed in place
-    ids:dict, # from `tokens.tokenizer.config_ids`
+    ids:dict, # special ids, from `tokens.tokenizer.config_ids`
 ):
-    "Give a model the special ids of a tokenizer; the tokenizer's end token comes first among the stop tokens"
+    "Set the special ids of a tokenizer in a model; the tokenizer's end token becomes the first stop token"
     text_config, generation = model.config.get_text_config(), model.generation_config
     stops = generation.eos_token_id
     stops = [stops] if isinstance(stops, int) else list(stops or [])
@@ -440,8 +440,8 @@ TINY_SHAPE = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, n
 
 # %% ../../nbs/30_models/1_load.ipynb #9d635dc0
 def tiny_config(
-    vocab_size:int, # ids of the tokenizer
-    **changes, # keys of `ApertusConfig` that differ from `TINY_SHAPE`
+    vocab_size:int, # number of ids of the tokenizer
+    **changes, # keys of `ApertusConfig` with values that differ from `TINY_SHAPE`
 ): # `ApertusConfig`
     "The configuration of the tiny model"
     from transformers import ApertusConfig
@@ -454,9 +454,9 @@ PRETOKENIZE_PATTERN = r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+"
 # %% ../../nbs/30_models/1_load.ipynb #8b7859d4
 def train_bpe(
     texts, # iterable of texts
-    vocab_size:int=1024, # at most; fewer ids if the texts have no more merges
+    vocab_size:int=1024, # maximum number of ids; fewer if the texts have fewer merges
 ): # `tokenizers.Tokenizer`
-    "A byte-level BPE with single digits and Apertus' special tokens"
+    "Train a byte-level BPE with single digits and Apertus' special tokens"
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     special = [AddedToken(t, special=True, normalized=False) for t in special_tokens()]
     out = Tokenizer(models.BPE())
@@ -472,20 +472,20 @@ def train_bpe(
 def rendered_texts(
     rows, # Swiss-AI rows
 )->list[str]: # one text per row
-    "Rows as the apertus template renders them, without the BOS"
+    "Render rows with the template apertus, without the BOS"
     template = template_text("apertus")
     return [render_template(template, linearise_branch(row), bos_token="") for row in rows]
 
 # %% ../../nbs/30_models/1_load.ipynb #949a4629
 def build_tiny(
-    folder, # for model and tokenizer
-    rows, # Swiss-AI rows to train the tokenizer on
-    seed:int=0, # of the initial weights
-    vocab_size:int=1024, # at most
-    replace:bool=False, # replace an older model
-    **facts, # for the manifest
-)->Path: # the folder
-    "Build the tiny model and its tokenizer, with safetensors, chat template, generation config and manifest"
+    folder, # folder for the model and the tokenizer
+    rows, # Swiss-AI rows on which the tokenizer is trained
+    seed:int=0, # seed of the initial weights
+    vocab_size:int=1024, # maximum number of ids
+    replace:bool=False, # True: replace an existing model
+    **facts, # further entries of the manifest
+)->Path: # path of the folder
+    "Build the tiny model with tokenizer, safetensors, chat template, generation config and manifest"
     import torch
     from transformers import ApertusForCausalLM, GenerationConfig
     tokenizer = fast_tokenizer(train_bpe(rendered_texts(rows), vocab_size), template_text("apertus"))

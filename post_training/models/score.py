@@ -15,17 +15,17 @@ from ..losses.logps import IGNORE, label_logits, tiled_logps
 # %% ../../nbs/30_models/2_score.ipynb #796bd125
 @dataclass
 class ScoreOutput(ModelOutput):
-    "Per-token results, [B, T-1], entry t for token t+1; 0 (False) if there is no label"
+    "Results per token, [B, T-1]: entry t belongs to token t+1; 0 or False at tokens without a label"
     log_probs: torch.Tensor|None = None # fp32, with gradient
-    is_top1: torch.Tensor|None = None # bool: the label is the likeliest token; None unless asked for
-    state_values: torch.Tensor|None = None # fp32, with gradient: logsumexp of the logits; None unless asked for
-    entropy: torch.Tensor|None = None # fp32, no gradient: entropy of the next token in nats; None unless asked for
+    is_top1: torch.Tensor|None = None # bool: the label has the largest logit; None if not requested
+    state_values: torch.Tensor|None = None # fp32, with gradient: logsumexp of the logits; None if not requested
+    entropy: torch.Tensor|None = None # fp32, without gradient: entropy of the next token in nats; None if not requested
 
 # %% ../../nbs/30_models/2_score.ipynb #02e61931
 def head_transform(
-    config, # a model's config
-)->tuple[float, float|None]: # factor on the logits, softcap or None
-    "The transformation of a model's logits before the softmax: first the factor, then the softcap"
+    config, # config of a model
+)->tuple[float, float|None]: # (factor on the logits, softcap or None)
+    "The factor and the softcap of a model's logits; the factor is applied first"
     config = config.get_text_config()
     named = [getattr(config, k, None) for k in ("logit_scale", "output_multiplier", "lm_head_multiplier")]
     scale = next((x for x in named if x is not None), None)
@@ -35,34 +35,34 @@ def head_transform(
 
 # %% ../../nbs/30_models/2_score.ipynb #4959605b
 def head_kernel(
-    device:torch.device, # where the hidden states are
-)->str: # "trl" or "tiles"
-    "TRL's kernel on devices for which Triton compiles it, otherwise our own tiles"
+    device:torch.device, # device of the hidden states
+)->str: # trl or tiles
+    "Choose TRL's kernel if Triton can compile it for the device, otherwise this project's tiles"
     from trl.kernels.chunked_logprob import _use_triton
     return "trl" if _use_triton(device) else "tiles"
 
 # %% ../../nbs/30_models/2_score.ipynb #d403883f
 def tile_columns(
-    n:int, # positions to score
-    kernel:str="tiles", # "trl" or "tiles"
-)->int: # columns of the vocabulary per tile
-    "Wide tiles for a GPU; on a CPU about a million numbers (512 to 32,768 columns), so that a tile stays in the cache"
+    n:int, # number of positions to score
+    kernel:str="tiles", # trl or tiles
+)->int: # number of vocabulary columns per tile
+    "Choose the width of a tile: wide for a GPU; about a million numbers on a CPU, so that it fits in the cache"
     return 32768 if kernel == "trl" else min(32768, max(512, 2**20//max(n, 1)))
 
 # %% ../../nbs/30_models/2_score.ipynb #891340ac
 def score_positions(
-    hidden_NH:torch.Tensor, # hidden states of the picked positions
-    weight_VH:torch.Tensor, # the head's weight, gathered
-    bias_V:torch.Tensor|None, # the head's bias
-    labels_N:torch.Tensor, # the token that each position predicts
+    hidden_NH:torch.Tensor, # hidden states of the N scored positions
+    weight_VH:torch.Tensor, # weight of the head; whole, not sharded
+    bias_V:torch.Tensor|None, # bias of the head; None: no bias
+    labels_N:torch.Tensor, # int64: the token id that each position predicts
     scale:float=1., # factor on the logits
-    softcap:float|None=None, # softcap on the logits
-    with_top1:bool=False, # also whether the label is the likeliest token
-    with_values:bool=False, # also the value of each state
-    kernel:str|None=None, # "trl" or "tiles"; None asks `head_kernel`
-    with_entropy:bool=False, # also the entropy of the next token
-)->tuple: # log_probs_N, is_top1_N or None, values_N or None, and entropy_N if asked for
-    "Log-probabilities of labels from hidden states, in tiles over the vocabulary"
+    softcap:float|None=None, # c of the softcap, applied after the scale; None: no softcap
+    with_top1:bool=False, # also compute whether the label has the largest logit
+    with_values:bool=False, # also compute the value of each state
+    kernel:str|None=None, # trl or tiles; None: choose with `head_kernel`
+    with_entropy:bool=False, # also compute the entropy of the next token
+)->tuple: # log_probs_N, is_top1_N or None, values_N or None, entropy_N (only if requested)
+    "Compute log-probabilities of labels from hidden states, in tiles over the vocabulary"
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import maybe_gather_lm_head_ctx
     kind, kernel = hidden_NH.device.type, kernel or head_kernel(hidden_NH.device)
@@ -82,25 +82,25 @@ def score_positions(
 
 # %% ../../nbs/30_models/2_score.ipynb #f995698a
 def find_scored_positions(
-    labels_BT:torch.Tensor, # aligned with the ids, -100 at positions that are not scored
-)->torch.Tensor: # positions_N, int64: indices of the labelled positions in the flattened [B, T-1]
-    "The positions that are scored; on a GPU this waits for the device"
+    labels_BT:torch.Tensor, # labels aligned with the ids; -100 at positions that are not scored
+)->torch.Tensor: # int64 [N]: indices of the labelled positions in the flattened [B, T-1]
+    "Find the scored positions; on a GPU the host waits for the device"
     return (labels_BT[:, 1:] != IGNORE).flatten().nonzero()[:, 0]
 
 # %% ../../nbs/30_models/2_score.ipynb #794c3718
 def packed_seqlens(
-    position_ids_1T:torch.Tensor, # positions that restart in each packed document, on the host
-)->tuple[torch.Tensor, int]: # cu_seqlens, int32 [D + 1]: where each document begins, and the end; max_seqlen
-    "The documents of a packed row, as flash attention takes them"
+    position_ids_1T:torch.Tensor, # position ids on the host; they restart in each packed document
+)->tuple[torch.Tensor, int]: # (cu_seqlens: int32 [D + 1] start of each of D documents, and the end; max_seqlen)
+    "Find the documents of a packed row, in the form that flash attention takes"
     ends = torch.tensor([position_ids_1T.numel()])
     cu_seqlens = torch.cat([(position_ids_1T.flatten() == 0).nonzero()[:, 0], ends]).int()
     return cu_seqlens, int(cu_seqlens.diff().max())
 
 # %% ../../nbs/30_models/2_score.ipynb #02503ce1
 def add_score_head(
-    model, # a causal language model, or one wrapped by peft
+    model, # causal language model, or one wrapped by peft
 ): # the same model
-    "Add a scoring forward: `model(..., labels=..., score=True)`, with the other arguments of `score_forward`"
+    "Add a scoring forward: `model(..., labels=..., score=True)`; `score_forward` lists the other arguments"
     target = model.get_base_model() if hasattr(model, "get_base_model") else model
     if getattr(target, "has_score_head", False): return model
     inner = target.forward.__func__ # not bound: a deep copy of the model must not call the original
@@ -116,17 +116,17 @@ def add_score_head(
 
 # %% ../../nbs/30_models/2_score.ipynb #0d7e421c
 def score_forward(
-    model, # a causal language model, inside its own forward
+    model, # causal language model, inside its own forward
     *args, # of the backbone
-    labels:torch.Tensor, # labels_BT aligned with the ids, -100: not scored
-    scored_positions:torch.Tensor|None=None, # if the host knows them; None: found from the labels
-    cu_seqlens:torch.Tensor|None=None, # of `packed_seqlens`, if rows are packed and the host knows them
-    max_seqlen:int|None=None, # of `packed_seqlens`
-    with_top1:bool=False, # also whether each label is the top token
-    with_values:bool=False, # also the logsumexp of the logits
-    with_entropy:bool=False, # also the entropy of the next token
+    labels:torch.Tensor, # int64 labels_BT, aligned with the ids; -100: not scored
+    scored_positions:torch.Tensor|None=None, # from `find_scored_positions`; None: find them here
+    cu_seqlens:torch.Tensor|None=None, # from `packed_seqlens`, for packed rows
+    max_seqlen:int|None=None, # from `packed_seqlens`
+    with_top1:bool=False, # also compute top-1 flags
+    with_values:bool=False, # also compute values (logsumexp)
+    with_entropy:bool=False, # also compute the entropy
     **kwargs, # of the backbone
-)->ScoreOutput: # per-token results, [B, T-1]
+)->ScoreOutput: # [B, T-1]
     "Run the backbone once, then the head in tiles on the labelled positions"
     from trl.trainer.utils import maybe_gather_lm_head_ctx
     if getattr(model.config.get_text_config(), "output_router_logits", False):

@@ -23,8 +23,8 @@ NUMBER_PATTERN = re.compile(r"(?:(?<![\w.)\]}])[-−–+]\s?)?[$€£]?\s?(?:\d+
 # %% ../../nbs/30_models/4_verifiers.ipynb #4dd1bf45
 def plain_digits(
     text:str, # digits with separators
-)->str: # digits, with a point before the decimals
-    "Digits without thousands separators, with a decimal point"
+)->str: # digits with a decimal point
+    "Remove thousands separators, and write a decimal point"
     text = re.sub(r"['’\s]", "", text)
     seps = [c for c in text if c in ".,"]
     if len(set(seps)) == 2: # 1,234.5 or 1.234,5: the last separator is the decimal one
@@ -40,9 +40,9 @@ def plain_digits(
 
 # %% ../../nbs/30_models/4_verifiers.ipynb #e0d3acfe
 def to_number(
-    text:str, # one number as `NUMBER_PATTERN` finds it
-)->Fraction|None: # None for a division by zero, over 1000 characters, or an exponent of more than three digits
-    "The exact value of a written number"
+    text:str, # text of one number, as `NUMBER_PATTERN` finds it
+)->Fraction|None: # None for a division by zero, more than 1,000 characters, or an exponent of more than three digits
+    "Convert a written number to its exact value"
     text = re.sub(r"[$€£]", "", text.strip())
     sign = -1 if text[:1] in "-−–" and text else 1
     text = text.lstrip("-−–+ ")
@@ -61,7 +61,7 @@ ANSWER_MARKS = (re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}"), re.compile
 
 # %% ../../nbs/30_models/4_verifiers.ipynb #e6ad6ad1
 def clean_math_text(text:str)->str:
-    "Text with fractions (LaTeX or ½) written a/b, without calculator markup, thin spaces and dollar delimiters"
+    "Write fractions (LaTeX or ½) as a/b, and remove calculator markup, thin spaces and dollar delimiters"
     text = re.sub(r"<<[^<>]*>>", "", text)
     text = re.sub(r"(?<=\d)\s*(?=\\[dt]?frac|[¼-¾⅐-⅞])", " ", text) # 2 and a half, not 21/2
     text = re.sub(r"[¼-¾⅐-⅞]", lambda m: unicodedata.normalize("NFKC", m[0]).replace("⁄", "/"), text)
@@ -78,9 +78,9 @@ _STEP = re.compile(r"[\s()%$€£]*(?:(?:[+\-−–*/×·÷^=≈]|\\times|\\cdot
 
 # %% ../../nbs/30_models/4_verifiers.ipynb #6b936ef8
 def calculation_result(
-    text:str, # the text behind a mark
-)->str|None: # a number as `NUMBER_PATTERN` finds it; None if there is none
-    "The result of the calculation that a text begins with, else its first number"
+    text:str, # text after a mark
+)->str|None: # text of a number, as `NUMBER_PATTERN` finds it; None if there is none
+    "The result of the calculation at the beginning of a text, or else its first number"
     numbers = list(NUMBER_PATTERN.finditer(text))
     between = lambda a, b: text[a.end():b.start()] + re.match(r"[-−–+]?", b[0])[0]
     breaks = (k for k in range(1, len(numbers)) if not _STEP.fullmatch(between(numbers[k-1], numbers[k])))
@@ -90,9 +90,9 @@ def calculation_result(
 
 # %% ../../nbs/30_models/4_verifiers.ipynb #1c1d1063
 def find_number(
-    text:str|None, # written by a model, or a known answer
-)->Fraction|None: # None if there is no number
-    "The number that a text marks as its answer, else its last number"
+    text:str|None, # text of a model, or a known answer
+)->Fraction|None: # value; None if there is no number
+    "Find the number that a text marks as its answer, or else its last number"
     text = clean_math_text(text or "")
     last_number = lambda t: ([m[0] for m in NUMBER_PATTERN.finditer(t)] or [None])[-1]
     for mark in ANSWER_MARKS:
@@ -103,11 +103,11 @@ def find_number(
 
 # %% ../../nbs/30_models/4_verifiers.ipynb #d0c787e8
 def final_number(
-    text:str, # written by the model
-    answer:str, # contains the right number, found in the same way
-    tolerance:float=1e-6, # relative to the right number
+    text:str, # text that the model wrote
+    answer:str, # known answer; its number is found in the same way
+    tolerance:float=1e-6, # allowed difference, relative to the known number
 )->float: # 1.0 or 0.0
-    "Whether the final number of a text is the right one"
+    "1.0 if the final number of a text equals the known number"
     number, expected = find_number(text), find_number(str(answer))
     if expected is None:
         raise UserError(f"The answer {str(answer)[:60]!r} contains no number: use another verifier for this row, or "
@@ -116,20 +116,20 @@ def final_number(
 
 # %% ../../nbs/30_models/4_verifiers.ipynb #7c72eb47
 def exact_match(
-    text:str, # written by the model
-    answer:str, # the right text
+    text:str, # text that the model wrote
+    answer:str, # known answer
 )->float: # 1.0 or 0.0
-    "Whether two texts are the same, apart from spaces at the ends and repeated spaces"
+    "1.0 if two texts are equal, apart from spaces at the ends and repeated spaces"
     norm = lambda t: " ".join(unicodedata.normalize("NFKC", str(t or "")).split())
     return float(norm(text) == norm(answer))
 
 # %% ../../nbs/30_models/4_verifiers.ipynb #45101f7c
 def regex_match(
-    text:str, # written by the model
+    text:str, # text that the model wrote
     answer:str, # a regular expression
-    seconds:float=5., # time limit
+    seconds:float=5., # time limit in seconds
 )->float: # 1.0 or 0.0
-    "Whether a regular expression is found in the text; anchor it with ^ and $ to match the whole text"
+    "1.0 if a regular expression is found in the text; ^ and $ make it match the whole text"
     import regex as engine # like re, with a time limit
     try: return float(engine.search(answer, text or "", timeout=seconds) is not None)
     except TimeoutError:
@@ -139,20 +139,20 @@ def regex_match(
 
 # %% ../../nbs/30_models/4_verifiers.ipynb #82a9ef4f
 def length_match(
-    text:str, # written by the model
-    answer:str, # `MAX` or `MIN-MAX`, in words
+    text:str, # text that the model wrote
+    answer:str, # allowed number of words: `MAX` or `MIN-MAX`
 )->float: # 1.0 or 0.0
-    "Whether the text has a permitted number of words"
+    "1.0 if the text has an allowed number of words"
     m = re.fullmatch(r"\s*(?:(\d+)\s*-\s*)?(\d+)\s*", str(answer))
     if not m: raise UserError(f"The answer {str(answer)[:60]!r} is not a length: write MAX or MIN-MAX, in words.")
     return float(int(m[1] or 0) <= len((text or "").split()) <= int(m[2]))
 
 # %% ../../nbs/30_models/4_verifiers.ipynb #45ba4daf
 def json_match(
-    text:str, # written by the model
-    answer:str, # the right JSON
+    text:str, # text that the model wrote
+    answer:str, # known answer, JSON text
 )->float: # 1.0 or 0.0
-    "Whether two texts are the same JSON value"
+    "1.0 if two texts are the same JSON value"
     try: expected = json.loads(answer)
     except ValueError as e: raise UserError(f"The answer {str(answer)[:60]!r} is not JSON: {e}.") from e
     try: return float(json.loads(text or "") == expected)
@@ -160,10 +160,10 @@ def json_match(
 
 # %% ../../nbs/30_models/4_verifiers.ipynb #292a3356
 def json_schema(
-    text:str, # written by the model
-    answer:str, # a JSON schema, as JSON text or a dict
+    text:str, # text that the model wrote
+    answer:str, # JSON schema, as JSON text or a dict
 )->float: # 1.0 or 0.0
-    "Whether the text is JSON that the schema accepts; needs the package jsonschema"
+    "1.0 if the text is JSON that the schema accepts; needs the package jsonschema"
     try: import jsonschema
     except ImportError as e:
         raise UserError("The verifier json_schema needs the package jsonschema: install it.") from e
@@ -187,11 +187,11 @@ SHARED_ENDS = ("<|end|>",)
 
 # %% ../../nbs/30_models/4_verifiers.ipynb #c57368b9
 def answer_text(
-    text:str, # written by a model, with its control tokens
-    prompt:str="", # the end of the prompt, which may open a thought
-    marks:tuple=(), # (beginning, end) of the template's thoughts, from `thought_marks`
-)->str: # empty if a thought was begun and not ended
-    "The text behind the thoughts"
+    text:str, # text that the model wrote, with its control tokens
+    prompt:str="", # end of the prompt, which may begin a thought
+    marks:tuple=(), # pairs (beginning, end) around thoughts of the template, from `thought_marks`
+)->str: # text; empty if a thought does not end
+    "Remove the thoughts before an answer"
     for start in ANSWER_HEADERS:
         if start in text: return text.rsplit(start, 1)[1]
     for begin, end in dict.fromkeys((*marks, *THOUGHT_MARKS)):
@@ -204,9 +204,9 @@ def answer_text(
 
 # %% ../../nbs/30_models/4_verifiers.ipynb #2a3bcbb6
 def thought_marks(
-    tokenizer, # with a chat template
-)->tuple: # of (beginning, end); empty if the template writes no thoughts, or without marks
-    "The marks that a chat template writes around a thought, found by rendering one"
+    tokenizer, # tokenizer with a chat template
+)->tuple: # pairs (beginning, end); empty if the template writes no thoughts, or no marks around them
+    "Find the marks that a chat template writes around a thought, by rendering one"
     from post_training.data.swissai import to_structured
     template = tokenizer.chat_template
     known = getattr(tokenizer, "_thought_marks", None)
@@ -238,11 +238,11 @@ VERIFIERS = dict(final_number=final_number, exact_match=exact_match, regex=regex
 
 # %% ../../nbs/30_models/4_verifiers.ipynb #fe179ea6
 def run_verifier(
-    name:str, # one of `VERIFIERS`
-    text:str, # written by the model
-    answer, # the answer of the row
+    name:str, # name of a verifier in `VERIFIERS`
+    text:str, # text that the model wrote
+    answer, # known answer of the row
 )->float: # 1.0 or 0.0
-    "Check a text with a verifier chosen by name"
+    "Check a text with a named verifier"
     if name not in VERIFIERS:
         raise UserError(f"Unknown verifier {name!r}.{did_you_mean(name, VERIFIERS)} Known: {', '.join(VERIFIERS)}.")
     if answer is None:
@@ -251,9 +251,9 @@ def run_verifier(
 
 # %% ../../nbs/30_models/4_verifiers.ipynb #5ce414b3
 def row_verifier(
-    row:dict, # with answer, and perhaps verifier
+    row:dict, # row with the key answer, and optionally verifier
 )->str|None: # name of a verifier; None if there is nothing to check
-    "The verifier that a row names or that its answer selects"
+    "The verifier that a row names, or that the form of its answer selects"
     answer = row.get("answer")
     if answer is None: return None
     if row.get("verifier"): return row["verifier"]

@@ -74,7 +74,7 @@ class PadCollator:
     "Make a padded batch: one row per line, padded to the longest row"
     def __init__(self,
         pad_token_id:int, # token id of the padding
-        padding_side:str="right", # side of the padding: right or left
+        padding_side:str="right", # side of the padding: left or right
         pad_to_multiple_of:int|None=None, # round the length up to a multiple of this; None: do not round
     ):
         if padding_side not in ("left", "right"): raise UserError(f"padding_side is {padding_side!r}: left or right.")

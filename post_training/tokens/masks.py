@@ -995,7 +995,7 @@ def tokenize_chats(
     tokenizer, # a fast tokenizer with a chat template
     chats:list[list[dict]], # conversations, each a list of messages in the form that the template takes
     allow_control_tokens_in_content:bool=False, # encode control tokens in contents as control tokens
-    unsupported_roles:str="error", # if the template omits texts: error refuses the row, drop allows system texts and thoughts
+    unsupported_roles:str="error", # if the template omits texts: error or drop (omit system and thoughts)
     tools:list|None=None, # tools of each conversation (list, JSON text or None); None: no tools
     template_kwargs:list|None=None, # further template arguments of each conversation; None: none
     weights:list|None=None, # for each conversation, None or (message weights, part weights); None: all 1
@@ -1029,7 +1029,7 @@ def tokenize_chat(
     return out
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #de640deb
-def support_probes()->dict[str, list]: # kind of text -> conversations; a template that supports the kind can render one of them
+def support_probes()->dict[str, list]: # kind of text -> conversations that show support for it
     "Conversations that each test one kind of text, in plain and structured form"
     ask, answer, tool = (dict(role=r, content=c) for r, c in (("user", "2+2?"), ("assistant", "4"), ("tool", "4")))
     calls = [dict(role="assistant", content="",
