@@ -12,18 +12,18 @@ from .sft import DataWeights, LossTerm, length_normalised, ln_plw, token_weights
 
 # %% ../../nbs/05_losses/3_irl.ipynb #72a3b436
 def has_successor(
-    sequence_BT:torch.Tensor, # sequence number, -1 on padding
-)->torch.Tensor: # bool, true where the next entry continues the sequence
-    "Whether a token is followed by another of its own sequence"
+    sequence_BT:torch.Tensor, # index of the sequence of each token, from 0; -1 on padding
+)->torch.Tensor: # bool [B, T]: true if the next entry belongs to the same sequence
+    "Mark the tokens that are followed by another token of their sequence"
     same_BT = (sequence_BT[:, :-1] == sequence_BT[:, 1:]) & (sequence_BT[:, :-1] >= 0)
     # the last entry of a row has no successor; in rows with fewer than two entries all are false
     return torch.cat([same_BT, torch.zeros_like(same_BT[:, :1]) if same_BT.shape[1] else sequence_BT < -1], 1)
 
 # %% ../../nbs/05_losses/3_irl.ipynb #5b9fdc06
 def next_values(
-    values_BT:torch.Tensor, # value of the state before each token
-    sequence_BT:torch.Tensor, # sequence number, -1 on padding
-)->torch.Tensor: # the value after each token, 0 after a sequence's last
+    values_BT:torch.Tensor, # value of the state before each token (logsumexp of the logits that predict it)
+    sequence_BT:torch.Tensor, # index of the sequence of each token, from 0; -1 on padding
+)->torch.Tensor: # [B, T]; 0 after the last token of a sequence
     "The value of the state after each token"
     shifted_BT = torch.cat([values_BT[:, 1:], values_BT[:, :1]], 1) # the last column is never used
     return torch.where(has_successor(sequence_BT), shifted_BT, values_BT.new_zeros(()))
@@ -31,53 +31,53 @@ def next_values(
 # %% ../../nbs/05_losses/3_irl.ipynb #c315bd5b
 def value_mask(
     weights_BT:torch.Tensor, # weight of each token
-    sequence_BT:torch.Tensor, # sequence number, -1 on padding
-)->torch.Tensor: # bool, a superset of weights_BT > 0
-    "True for the tokens with a weight above 0 and for the successor of each"
+    sequence_BT:torch.Tensor, # index of the sequence of each token, from 0; -1 on padding
+)->torch.Tensor: # bool [B, T]
+    "Mark the tokens with a weight above 0 and the successor of each of them"
     weighted_BT = weights_BT > 0
     followed_BT = weighted_BT & has_successor(sequence_BT)
     return weighted_BT | torch.cat([torch.zeros_like(followed_BT[:, :1]), followed_BT[:, :-1]], 1)
 
 # %% ../../nbs/05_losses/3_irl.ipynb #3338ce2c
 def scored_tokens(
-    name:str, # a value of the key `trainer`
+    name:str, # name of the loss: sft, plw, ln-plw or irl
     prompt_mask_BT:torch.Tensor, # 1 on prompt tokens
     completion_mask_BT:torch.Tensor, # 1 on completion tokens
-    sequence_BT:torch.Tensor, # sequence number, -1 on padding
-    prompt_loss_weight:float=0., # w
-    lambda_td:float=0.5, # without the temporal-difference term irl needs no values
+    sequence_BT:torch.Tensor, # index of the sequence of each token, from 0; -1 on padding
+    prompt_loss_weight:float=0., # w, from 0 to 1
+    lambda_td:float=0.5, # weight of the temporal-difference term; at 0 irl needs no values
     data:DataWeights|None=None, # weights of the data; None: all are 1
-)->torch.Tensor: # bool: tokens whose log-probability (and value) the loss reads
-    "The tokens that the forward has to score for a loss"
+)->torch.Tensor: # bool [B, T]: the loss reads the log-probability (and the value) of this token
+    "Mark the tokens that the forward pass must score for a loss"
     w_BT = token_weights(name, prompt_mask_BT, completion_mask_BT, prompt_loss_weight)
     if data is not None: w_BT = w_BT*data.products(sequence_BT)
     return value_mask(w_BT, sequence_BT) if name == "irl" and lambda_td else w_BT > 0
 
 # %% ../../nbs/05_losses/3_irl.ipynb #f4860357
 def td_terms(
-    logps_BT:torch.Tensor, # token log-probabilities
-    values_BT:torch.Tensor, # logsumexp of the logits that predict each token
-    sequence_BT:torch.Tensor, # sequence number, -1 on padding
-    gamma:float=1., # discount
-)->torch.Tensor: # the squared implied reward of each token
+    logps_BT:torch.Tensor, # token log-probabilities in nats
+    values_BT:torch.Tensor, # value of the state before each token: logsumexp of the logits that predict it
+    sequence_BT:torch.Tensor, # index of the sequence of each token, from 0; -1 on padding
+    gamma:float=1., # discount factor
+)->torch.Tensor: # [B, T]: squared implied reward of each token
     "(v_t + log pi_t - gamma v_{t+1})^2, with gradient through all three"
     values_BT = at_least_fp32(values_BT)
     return (values_BT + logps_BT - gamma*next_values(values_BT, sequence_BT))**2
 
 # %% ../../nbs/05_losses/3_irl.ipynb #81a85fa3
 def irl(
-    logps_BT:torch.Tensor, # token log-probabilities, also at the successors of weighted tokens
+    logps_BT:torch.Tensor, # token log-probabilities in nats, also at the successors of weighted tokens
     prompt_mask_BT:torch.Tensor, # 1 on prompt tokens
     completion_mask_BT:torch.Tensor, # 1 on completion tokens
-    sequence_BT:torch.Tensor, # sequence number, -1 on padding
-    prompt_loss_weight:float=0., # w
-    sequence_level:bool=False, # means per sequence, then the mean over sequences
-    values_BT:torch.Tensor|None=None, # logsumexp of the logits at `value_mask`; needed unless lambda_td is 0
+    sequence_BT:torch.Tensor, # index of the sequence of each token, from 0; -1 on padding
+    prompt_loss_weight:float=0., # w, from 0 to 1
+    sequence_level:bool=False, # True: compute the means of each sequence, then the mean over sequences
+    values_BT:torch.Tensor|None=None, # logsumexp of the logits at the tokens of `value_mask`; may be None only if lambda_td is 0
     lambda_td:float=0.5, # weight of the temporal-difference term
-    gamma:float=1., # discount
+    gamma:float=1., # discount factor
     data:DataWeights|None=None, # weights of the data; None: all are 1
-)->list[LossTerm]: # two terms: prompt, completion
-    "Temporal-difference regularised maximum likelihood, normalised as LN-PLW"
+)->list[LossTerm]: # two loss terms: prompt, completion
+    "The IRL loss, normalised like LN-PLW"
     rest = prompt_mask_BT, completion_mask_BT, sequence_BT, prompt_loss_weight, sequence_level
     if lambda_td < 0: raise ValueError(f"lambda_td is {lambda_td}; it must be 0 (plain LN-PLW) or above.")
     if lambda_td == 0: return ln_plw(logps_BT, *rest, data)

@@ -13,12 +13,12 @@ from .logps import at_least_fp32, sequence_sums
 
 # %% ../../nbs/05_losses/2_sft.ipynb #f56dfa7c
 def token_weights(
-    name:str, # a value of the key `trainer`
-    prompt_mask_BT:torch.Tensor, # 1 on prompt tokens
-    completion_mask_BT:torch.Tensor, # 1 on completion tokens
-    prompt_loss_weight:float=0., # w in [0,1]; sft always takes 1
+    name:str, # name of the loss: sft, plw, ln-plw or irl
+    prompt_mask_BT:torch.Tensor, # 1 on prompt tokens, else 0
+    completion_mask_BT:torch.Tensor, # 1 on completion tokens, else 0
+    prompt_loss_weight:float=0., # w, from 0 to 1; sft always uses 1
 )->torch.Tensor: # weights_BT in fp32
-    "The weight of each token as prompt or completion; a token of weight 0 needs no log-probability"
+    "The weight of each token: w on the prompt, 1 on the completion, 0 elsewhere"
     if not 0 <= prompt_loss_weight <= 1:
         raise ValueError(f"prompt_loss_weight is {prompt_loss_weight}; it must be between 0 (completions only) and 1.")
     w = 1. if name == "sft" else float(prompt_loss_weight)
@@ -26,8 +26,8 @@ def token_weights(
 
 # %% ../../nbs/05_losses/2_sft.ipynb #8b4d63f8
 class DataWeights(NamedTuple):
-    "Weights that the data brings; both are fp32 and at least 0"
-    tokens_BT: torch.Tensor # d: weight of each token: message times part of the message
+    "Weights that come with the dataset; both tensors are fp32 and at least 0"
+    tokens_BT: torch.Tensor # d: weight of each token (message weight times part weight)
     rows_S: torch.Tensor # r: weight of each sequence of the micro-batch
     def rows_of(self, sequence_BT): # r of the sequence of each token; anything on padding
         return self.rows_S[sequence_BT.clamp(min=0)]
@@ -37,11 +37,11 @@ class DataWeights(NamedTuple):
 # %% ../../nbs/05_losses/2_sft.ipynb #081de82e
 def weighted_sum(
     loss_BT:torch.Tensor, # loss of each token
-    weights_BT:torch.Tensor, # weight of each token; 0 leaves it out
-    sequence_BT:torch.Tensor, # sequence number, -1 on padding
-    sequence_level:bool=False, # weighted mean per sequence, then the sum over sequences
+    weights_BT:torch.Tensor, # weight of each token; a token of weight 0 is left out
+    sequence_BT:torch.Tensor, # index of the sequence of each token, from 0; -1 on padding
+    sequence_level:bool=False, # True: take the weighted mean of each sequence, then sum over sequences
     data:DataWeights|None=None, # weights of the data; None: all are 1
-)->torch.Tensor: # a scalar in fp32 or better
+)->torch.Tensor: # scalar in fp32 or fp64
     "The sum of the weighted token losses, or the sum of the weighted means of the sequences"
     loss_BT = at_least_fp32(loss_BT)
     if data is not None: weights_BT = weights_BT*data.tokens_BT
@@ -55,11 +55,11 @@ def weighted_sum(
 def count_masked(
     prompt_mask_BT:torch.Tensor, # 1 on prompt tokens
     completion_mask_BT:torch.Tensor, # 1 on completion tokens
-    sequence_BT:torch.Tensor, # sequence number, -1 on padding
-    prompt_loss_weight:float=0., # at 0, a sequence without completion tokens is not counted
+    sequence_BT:torch.Tensor, # index of the sequence of each token, from 0; -1 on padding
+    prompt_loss_weight:float=0., # w; if it is 0, a sequence without completion tokens is not counted
     data:DataWeights|None=None, # weights of the data; None: all are 1
-)->torch.Tensor: # int64 [3]: prompt tokens, completion tokens, sequences; fp64 sums of their weights if there are any
-    "The numbers of prompt tokens, completion tokens and sequences in these masks, or the sums of their weights"
+)->torch.Tensor: # [3]: prompt tokens, completion tokens, sequences; int64, or fp64 sums of weights if `data` is given
+    "Count prompt tokens, completion tokens and sequences, or sum their weights"
     prompt_BT, completion_BT = prompt_mask_BT.bool(), completion_mask_BT.bool()
     counted_BT = completion_BT | prompt_BT if prompt_loss_weight > 0 else completion_BT
     if data is not None:
@@ -73,14 +73,14 @@ def count_masked(
 
 # %% ../../nbs/05_losses/2_sft.ipynb #9863fe36
 def loss_denominators(
-    name:str, # a value of the key `trainer`
+    name:str, # name of the loss: sft, plw, ln-plw or irl
     prompt_mask_BT:torch.Tensor, # 1 on prompt tokens
     completion_mask_BT:torch.Tensor, # 1 on completion tokens
-    sequence_BT:torch.Tensor, # sequence number, -1 on padding
-    prompt_loss_weight:float=0., # w
+    sequence_BT:torch.Tensor, # index of the sequence of each token, from 0; -1 on padding
+    prompt_loss_weight:float=0., # w, from 0 to 1
     sequence_level:bool=False, # count sequences instead of tokens
     data:DataWeights|None=None, # weights of the data; None: all are 1
-)->torch.Tensor: # fp64 [K], one per term of the loss: exact for integers, and summable over ranks
+)->torch.Tensor: # fp64 [K], one entry per loss term; the trainer adds it over micro-batches and ranks
     "The contribution of this micro-batch to the denominator of each loss term"
     w = 1. if name == "sft" else float(prompt_loss_weight)
     n_prompt, n_completion, n_sequences = count_masked(prompt_mask_BT, completion_mask_BT, sequence_BT, w,
@@ -93,16 +93,16 @@ def loss_denominators(
 # %% ../../nbs/05_losses/2_sft.ipynb #10bbd994
 class LossTerm(NamedTuple):
     "One term of a loss: weight * numerator / denominator"
-    numerator: torch.Tensor # scalar with gradient, of this micro-batch
-    denominator: torch.Tensor # fp64 scalar, of this micro-batch
+    numerator: torch.Tensor # scalar with gradient: the sum over this micro-batch
+    denominator: torch.Tensor # fp64 scalar: the count of this micro-batch
     weight: float # factor of the fraction in the loss
 
 # %% ../../nbs/05_losses/2_sft.ipynb #98b8c6c1
 def reduce_terms(
-    terms:list[LossTerm], # of one micro-batch
-    denominators_K:torch.Tensor|None=None, # sums over the step; None: the micro-batch is the whole step
-)->torch.Tensor: # scalar with gradient; its sum over the step's micro-batches and ranks is the step's loss
-    "Weighted sum of fractions; a fraction with denominator 0 is 0, never NaN"
+    terms:list[LossTerm], # loss terms of one micro-batch
+    denominators_K:torch.Tensor|None=None, # denominators summed over the step; None: the micro-batch is the whole step
+)->torch.Tensor: # scalar with gradient; summed over micro-batches and ranks it is the loss of the step
+    "Weighted sum of the fractions; a fraction with denominator 0 is 0"
     ds = [t.denominator for t in terms] if denominators_K is None else list(denominators_K.unbind())
     if len(ds) != len(terms):
         raise ValueError(f"{len(terms)} loss terms but {len(ds)} denominators: both must come from the same loss.")
@@ -111,14 +111,14 @@ def reduce_terms(
 
 # %% ../../nbs/05_losses/2_sft.ipynb #5551ae34
 def plw(
-    logps_BT:torch.Tensor, # token log-probabilities; anything where the weight is 0
+    logps_BT:torch.Tensor, # token log-probabilities in nats; not read where the weight is 0
     prompt_mask_BT:torch.Tensor, # 1 on prompt tokens
     completion_mask_BT:torch.Tensor, # 1 on completion tokens
-    sequence_BT:torch.Tensor, # sequence number, -1 on padding
-    prompt_loss_weight:float=0., # w
-    sequence_level:bool=False, # the fraction per sequence, then the mean over sequences
+    sequence_BT:torch.Tensor, # index of the sequence of each token, from 0; -1 on padding
+    prompt_loss_weight:float=0., # w, from 0 to 1
+    sequence_level:bool=False, # True: compute the fraction for each sequence, then the mean over sequences
     data:DataWeights|None=None, # weights of the data; None: all are 1
-)->list[LossTerm]: # one term
+)->list[LossTerm]: # one loss term
     "Prompt loss weight: the weighted mean of the token losses"
     masks = prompt_mask_BT, completion_mask_BT
     w_BT = token_weights("plw", *masks, prompt_loss_weight)
@@ -127,14 +127,14 @@ def plw(
 
 # %% ../../nbs/05_losses/2_sft.ipynb #dca1ad11
 def sft(
-    logps_BT:torch.Tensor, # token log-probabilities
+    logps_BT:torch.Tensor, # token log-probabilities in nats
     prompt_mask_BT:torch.Tensor, # 1 on prompt tokens
     completion_mask_BT:torch.Tensor, # 1 on completion tokens
-    sequence_BT:torch.Tensor, # sequence number, -1 on padding
-    prompt_loss_weight:float=1., # not used: sft weighs all tokens alike
-    sequence_level:bool=False, # the mean per sequence, then the mean over sequences
+    sequence_BT:torch.Tensor, # index of the sequence of each token, from 0; -1 on padding
+    prompt_loss_weight:float=1., # not used: sft gives all tokens the weight 1
+    sequence_level:bool=False, # True: compute the mean of each sequence, then the mean over sequences
     data:DataWeights|None=None, # weights of the data; None: all are 1
-)->list[LossTerm]: # one term
+)->list[LossTerm]: # one loss term
     "The mean over prompt and completion tokens"
     return plw(logps_BT, prompt_mask_BT, completion_mask_BT, sequence_BT, 1., sequence_level, data)
 
@@ -143,12 +143,12 @@ def length_normalised(
     loss_BT:torch.Tensor, # loss of each token
     prompt_mask_BT:torch.Tensor, # 1 on prompt tokens
     completion_mask_BT:torch.Tensor, # 1 on completion tokens
-    sequence_BT:torch.Tensor, # sequence number, -1 on padding
-    prompt_loss_weight:float=0., # w
-    sequence_level:bool=False, # means per sequence, then the mean over sequences
+    sequence_BT:torch.Tensor, # index of the sequence of each token, from 0; -1 on padding
+    prompt_loss_weight:float=0., # w, from 0 to 1
+    sequence_level:bool=False, # True: compute the means of each sequence, then the mean over sequences
     data:DataWeights|None=None, # weights of the data; None: all are 1
-)->list[LossTerm]: # two terms: prompt, completion
-    "w times the prompt's mean loss, plus the completion's mean loss"
+)->list[LossTerm]: # two loss terms: prompt, completion
+    "w times the mean loss of the prompt, plus the mean loss of the completion"
     masks = prompt_mask_BT, completion_mask_BT
     token_weights("ln-plw", *masks, prompt_loss_weight) # refuses a weight outside of [0,1]
     ds = loss_denominators("ln-plw", *masks, sequence_BT, prompt_loss_weight, sequence_level, data)
@@ -157,15 +157,15 @@ def length_normalised(
 
 # %% ../../nbs/05_losses/2_sft.ipynb #a2331928
 def ln_plw(
-    logps_BT:torch.Tensor, # token log-probabilities
+    logps_BT:torch.Tensor, # token log-probabilities in nats
     prompt_mask_BT:torch.Tensor, # 1 on prompt tokens
     completion_mask_BT:torch.Tensor, # 1 on completion tokens
-    sequence_BT:torch.Tensor, # sequence number, -1 on padding
-    prompt_loss_weight:float=0., # w
-    sequence_level:bool=False, # means per sequence, then the mean over sequences
+    sequence_BT:torch.Tensor, # index of the sequence of each token, from 0; -1 on padding
+    prompt_loss_weight:float=0., # w, from 0 to 1
+    sequence_level:bool=False, # True: compute the means of each sequence, then the mean over sequences
     data:DataWeights|None=None, # weights of the data; None: all are 1
-)->list[LossTerm]: # two terms: prompt, completion
-    "Length-normalised prompt loss weight"
+)->list[LossTerm]: # two loss terms: prompt, completion
+    "LN-PLW: prompt loss weight, with prompt and completion normalised by their lengths"
     return length_normalised(-logps_BT, prompt_mask_BT, completion_mask_BT, sequence_BT, prompt_loss_weight,
                              sequence_level, data)
 
