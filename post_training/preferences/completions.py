@@ -26,40 +26,40 @@ from .rows import make_completion, row_prompt, batch_prompts
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #3b70df7d
 def prompts_as_ids(
-    tokenizer, # with a chat template
-    prompts:list, # of each prompt its messages, up to the answer, or a `Conversation`
-)->list: # list of ids, or a `Refused`, for each
-    "The model's input ids for each prompt"
+    tokenizer, # tokenizer with a chat template
+    prompts:list, # prompts: messages up to the answer, or `Conversation` objects
+)->list: # for each prompt, a list of token ids or a `Refused`
+    "Render and encode prompts: the input of the model"
     return [e if isinstance(e, Refused) else e.prompt_ids
             for e in encode_completions(tokenizer, prompts, [[]]*len(prompts))]
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #c2b3ea0c
 def prompt_lengths(
-    rows, # `datasets.Dataset` in row form
-    tokenizer, # with a chat template
-    chunk:int=1000, # rows at a time
-)->list[int]: # tokens of each prompt; 0 if it is refused
-    "The lengths of the prompts, for the plan"
+    rows, # `datasets.Dataset` of prompts and completions
+    tokenizer, # tokenizer with a chat template
+    chunk:int=1000, # number of rows to read at a time
+)->list[int]: # number of tokens per prompt; 0 if the prompt is refused
+    "Measure the lengths of the prompts, for the plan of batches"
     ids = (p for i in range(0, len(rows), chunk) for p in prompts_as_ids(tokenizer, batch_prompts(rows[i:i + chunk])))
     return [0 if isinstance(p, Refused) else len(p) for p in ids]
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #41bf0c53
 def plan_lengths(
-    lengths:Sequence[int], # tokens of each prompt
-    n:int, # samples of each
-    max_new_tokens:int, # of each sample
-    max_seq_len:int|None=None, # of prompt and completion together; longer rows are dropped
-)->list[int]: # tokens of each row in the token budget of a batch
-    "The tokens of a row's prompt with all its samples"
+    lengths:Sequence[int], # number of tokens of each prompt
+    n:int, # number of samples per prompt
+    max_new_tokens:int, # maximum tokens of a sample
+    max_seq_len:int|None=None, # maximum tokens of prompt and completion together; None: no limit
+)->list[int]: # tokens per row that count in the token budget of a batch
+    "Compute the tokens of a row: its prompt and its samples at full length, for each sample"
     return [0 if not t or too_long(t, max_new_tokens, max_seq_len) else n*(t + max_new_tokens) for t in lengths]
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #f1e5da09
 def too_long(
-    tokens:int, # of a prompt
-    max_new_tokens:int, # of a completion
-    max_seq_len:int|None, # of both together; None: no limit
+    tokens:int, # number of tokens of a prompt
+    max_new_tokens:int, # maximum tokens of a completion
+    max_seq_len:int|None, # maximum tokens of prompt and completion together; None: no limit
 )->bool:
-    "Whether a prompt leaves no room for a completion"
+    "True if a prompt leaves no room for a completion"
     return bool(max_seq_len) and tokens + max_new_tokens > max_seq_len
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #c163bdbc
@@ -68,19 +68,19 @@ TURN_MARKS = {"<SPECIAL_69>": "thoughts", "<SPECIAL_70>": "response", "<SPECIAL_
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #8d656c98
 def call_stop_ids(
-    tokenizer, # with a chat template
-)->list[int]: # ids to stop at, in addition to the model's own
-    "The id of the token after which a tool would answer, if the template has one"
+    tokenizer, # tokenizer with a chat template
+)->list[int]: # token ids to stop at, in addition to the model's own
+    "The id of the token that ends a tool call, if the template has one"
     end_of_call = "<SPECIAL_72>"
     sources = named_templates(tokenizer.chat_template).values()
     return [tokenizer.convert_tokens_to_ids(end_of_call)] if any(end_of_call in s for s in sources) else []
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #17cd6497
 def written_blocks(
-    tokenizer, # with a chat template
-    ids:Sequence[int], # written by the model, without the stop token
-)->list[tuple[str, str]]|str: # kind and text of each block, or the reason why the completion is skipped
-    "The blocks of a generated turn"
+    tokenizer, # tokenizer with a chat template
+    ids:Sequence[int], # token ids that the model wrote, without the stop token
+)->list[tuple[str, str]]|str: # (kind, text) per block; or the reason why the completion is skipped
+    "Split a generated turn into blocks"
     marks = ({tokenizer.convert_tokens_to_ids(m): kind for m, kind in TURN_MARKS.items()}
              if encoder_for(tokenizer).takes_blocks() else {})
     special = encoder_for(tokenizer).is_special
@@ -99,10 +99,10 @@ def written_blocks(
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #066875f9
 def content_of_blocks(
-    written:list[tuple[str, str]], # kind (thoughts or response) and text of each block
-    blocks:bool, # whether the row is structured
-)->tuple: # as for `answer_content`
-    "The content of a generated turn in the form of its row"
+    written:list[tuple[str, str]], # (kind, text) per block; kind is thoughts or response
+    blocks:bool, # True: the row is structured
+)->tuple: # result as for `answer_content`
+    "Convert the blocks of a generated turn to a content in the form of its row"
     if blocks: return dict(blocks=[make_block(kind, text) for kind, text in written]), None
     kinds = [kind for kind, _ in written]
     text = "".join(text for kind, text in written if kind == "response")
@@ -112,11 +112,11 @@ def content_of_blocks(
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #155a7775
 def separated_thought(
-    tokenizer, # with a chat template
-    text:str, # generated
-    prompt_end:str="", # text at the end of the prompt
-)->list[tuple[str, str]]|str: # kind and text of each block, or the reason why the completion is skipped
-    "A generated text, divided at `<think>` and `</think>` if the template writes thoughts between them"
+    tokenizer, # tokenizer with a chat template
+    text:str, # generated text
+    prompt_end:str="", # text at the end of the prompt, which may begin a thought
+)->list[tuple[str, str]]|str: # (kind, text) per block; or the reason why the completion is skipped
+    "Split a generated text at `<think>` and `</think>`, if the template writes thoughts between them"
     opened = prompt_end.rstrip().endswith("<think>")
     if not encoder_for(tokenizer).takes_thoughts() or not opened and "think>" not in text: return [("response", text)]
     whole = f"<think>{text}" if opened else text
@@ -128,12 +128,12 @@ def separated_thought(
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #47df565b
 def answer_content(
-    tokenizer, # with a chat template
-    answer:dict, # ids (None if a server gives none; they end with the stop token), text, finish_reason
-    blocks:bool, # whether the row is structured
-    prompt_end:str="", # text at the end of the prompt
-)->tuple: # (content, None), or (None, the reason why it is skipped); a plain answer with thoughts: a dict of fields
-    "The content of a generated completion"
+    tokenizer, # tokenizer with a chat template
+    answer:dict, # ids (with the stop token; None if the server returns none), text, finish_reason
+    blocks:bool, # True: the row is structured
+    prompt_end:str="", # text at the end of the prompt, which may begin a thought
+)->tuple: # (content, None) or (None, reason to skip); content is a dict of fields if a plain answer has thoughts
+    "Convert a generated completion to a content"
     reason, takes_blocks = answer["finish_reason"], encoder_for(tokenizer).takes_blocks()
     if reason != "stop": return None, "stopped by length" if reason == "length" else f"ended by {reason}"
     ids, text = answer["ids"], answer["text"]
@@ -155,21 +155,21 @@ def answer_content(
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #53cc5d4d
 def sample_seeds(
-    seed:int, # of the run
-    row_id:str,
-    n:int, # samples
-)->list[int]:
-    "The seeds of a row's samples"
+    seed:int, # seed of the run
+    row_id:str, # id of the row
+    n:int, # number of samples
+)->list[int]: # one seed per sample
+    "Compute the seeds of a row's samples"
     return [seed_of(seed, row_id, j) for j in range(n)]
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #de41c527
 def check_sampling(
-    n:int, # samples of each prompt
-    max_new_tokens:int,
-    temperature:float,
-    top_p:float,
+    n:int, # number of samples per prompt
+    max_new_tokens:int, # maximum tokens of a sample
+    temperature:float, # sampling temperature, at least 0
+    top_p:float, # above 0 and at most 1
 ):
-    "Raise a `UserError` for invalid options"
+    "Raise a `UserError` for invalid settings of sampling"
     if n < 1: raise UserError(f"generation.n={n}: set it to 1 or more.")
     if max_new_tokens < 1: raise UserError(f"generation.max_new_tokens={max_new_tokens}: set it to 1 or more.")
     if temperature < 0:
@@ -181,15 +181,15 @@ def check_sampling(
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #c9af7c40
 def transformers_backend(
-    model, # a causal language model; it is put into evaluation mode
-    tokenizer, # decodes, and knows the pad token
-    max_new_tokens:int, # of each sample
+    model, # causal language model; it is set to evaluation mode
+    tokenizer, # tokenizer for decoding, with a pad token
+    max_new_tokens:int, # maximum tokens of a sample
     temperature:float=1.,
     top_p:float=1.,
-    extra_stop:Sequence[int]=None, # ids to stop at, in addition to the model's own; None: `call_stop_ids`
-    share_prompts:bool=True, # read each prompt once for all its samples
-)->Callable: # complete(prompts, n, seeds)
-    "Completions by a model in this process"
+    extra_stop:Sequence[int]=None, # token ids to stop at, in addition to the model's own; None: `call_stop_ids`
+    share_prompts:bool=True, # True: read each prompt once for all its samples
+)->Callable: # function complete(prompts, n, seeds)
+    "Make a backend with a model in this process"
     from post_training.models.generate import check_prompts, complete_batch, row_noise, model_stop_ids
     stop = model_stop_ids(model.eval(), call_stop_ids(tokenizer) if extra_stop is None else extra_stop)
     def text_of(ids): # without the stop token, as servers return it
@@ -218,9 +218,9 @@ class ServerFailed(RuntimeError):
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #d8b1feda
 def base_url(
-    url:str, # of a server, with or without /v1
+    url:str, # address of a server, with or without /v1
 )->str:
-    "The address before /v1"
+    "The part of the address before /v1"
     url = (url or "").strip().rstrip("/").removesuffix("/v1")
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -231,9 +231,9 @@ def base_url(
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #76020183
 def is_local(
-    url:str, # of a server
+    url:str, # address of a server
 )->bool:
-    "Whether an address belongs to this machine"
+    "True if an address belongs to this machine"
     host = urllib.parse.urlsplit(url).hostname
     try: return ipaddress.ip_address(host).is_loopback
     except ValueError: return host == "localhost"
@@ -241,19 +241,19 @@ def is_local(
 # %% ../../nbs/35_preferences/3_completions.ipynb #7ba05202
 @functools.cache
 def http_client(
-    local:bool, # requests go to this machine, so no proxy is used
+    local:bool, # True: requests go to this machine, so no proxy is used
 ): # `httpx.Client`
-    "A client for all threads; a new connection for each request, so that no retry meets a closed one"
+    "Make a client for all threads; each request opens a new connection, because an old one may be closed"
     import httpx
     return httpx.Client(trust_env=not local, limits=httpx.Limits(max_connections=None, max_keepalive_connections=0))
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #8ac9adcb
 def http_json(
     url:str,
-    body:dict|None=None, # to post; None: get
-    key:str|None=None, # sent as a bearer token
-    timeout:float=60., # seconds
-)->tuple[int, object]: # status, and the parsed JSON or the text of the answer
+    body:dict|None=None, # JSON value to post; None: send a GET request
+    key:str|None=None, # key that is sent as a bearer token; None: no key
+    timeout:float=60., # time limit in seconds
+)->tuple[int, object]: # (status code, parsed JSON or text of the answer)
     "Send one request; raises an `OSError` if there is no answer"
     import httpx
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
@@ -267,15 +267,15 @@ def http_json(
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #0a1f1e3c
 def request_error(
-    status:int, # 4xx, or a redirect
-    answer, # of the server
-    url:str, # base address
+    status:int, # HTTP status code: 4xx or a redirect
+    answer, # answer of the server
+    url:str, # address before /v1
     requested_model:str="", # name of the model in the request
-    tokens:int=0, # of the prompt
+    tokens:int=0, # number of tokens of the prompt
     max_new_tokens:int=0,
-    secret:str|None=None, # removed from the message
+    secret:str|None=None, # text to remove from the message; None: nothing
 )->UserError:
-    "The error that says what to do about a refused request"
+    "Make the error that says what to do about a refused request"
     text = redact(answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False))
     said = f"It says ({status}): {(text.replace(secret, '[redacted]') if secret else text)[:400]}"
     low, at = said.lower(), f"The server at {url}"
@@ -298,16 +298,16 @@ def request_error(
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #b003a0c2
 def request_with_retries(
-    url:str, # base address
-    path:str, # below it
-    body:dict|None=None, # to post; None: get
+    url:str, # address before /v1
+    path:str, # path below the address
+    body:dict|None=None, # JSON value to post; None: send a GET request
     key:str|None=None,
-    timeout:float=1800., # seconds for one answer
-    retries:int=6, # after the first try
-    pause:float=1., # seconds before the second try; doubled each time, up to 30
-    **error_facts, # requested_model, tokens and max_new_tokens of `request_error`
-)->dict: # the answer
-    "Send a request, and repeat it if the server could not answer"
+    timeout:float=1800., # time limit of one answer in seconds
+    retries:int=6, # maximum number of repetitions
+    pause:float=1., # seconds before the first repetition; doubled each time, up to 30
+    **error_facts, # requested_model, tokens and max_new_tokens, for `request_error`
+)->dict: # answer of the server
+    "Send a request, and repeat it if the server is busy or unreachable"
     for k in range(retries + 1):
         if k: time.sleep(min(pause*2**(k - 1), 30.))
         try: status, answer = http_json(url + path, body, key, timeout)
@@ -324,12 +324,12 @@ def request_with_retries(
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #70ec4877
 def served_model(
-    url:str, # base address
-    model:str|None=None, # its name; None: the only one that the server lists
-    max_seq_len:int|None=None, # tokens of prompt and completion that the server must accept
+    url:str, # address before /v1
+    model:str|None=None, # name of the model; None: the only one that the server lists
+    max_seq_len:int|None=None, # tokens of prompt and completion that the server must accept; None: any number
     **tries, # timeout, retries and pause of `request_with_retries`
-)->str: # the name for requests
-    "The name of the model that a server has, checked"
+)->str: # name of the model for requests
+    "Check the model of a server and return its name"
     try:
         listed = request_with_retries(url, "/v1/models", key=os.environ.get(KEY_VARIABLE),
                                       **{"timeout": 60., "retries": 3, **tries})
@@ -349,12 +349,12 @@ def served_model(
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #f7901e8c
 def checked_choices(
-    answer:dict, # of /v1/completions
-    n:int, # requested completions
-    tokens:int, # of the prompt
-    url:str, # base address
-)->list[dict]: # ids (None if the server gives none), text, finish_reason
-    "The completions in an answer"
+    answer:dict, # answer of /v1/completions
+    n:int, # number of requested completions
+    tokens:int, # number of tokens of the prompt
+    url:str, # address before /v1
+)->list[dict]: # ids (None if the server returns none), text and finish_reason of each completion
+    "Check the completions in an answer of the server"
     choices, at = answer.get("choices") or [], f"The server at {url}"
     if len(choices) != n:
         raise UserError(f"{at} gave {len(choices)} completions and {n} were requested. Use a server with n, such as "
@@ -369,9 +369,9 @@ def checked_choices(
 # %% ../../nbs/35_preferences/3_completions.ipynb #92873a26
 def in_threads(
     f:Callable, # function of one item
-    items:Sequence,
-    threads:int, # at the same time
-)->list: # results, in the order of the items
+    items:Sequence, # arguments of the calls
+    threads:int, # maximum number of threads
+)->list: # results in the order of the items
     "Apply `f` to each item in threads; the first error is raised"
     todo = queue.SimpleQueue()
     done = queue.SimpleQueue()
@@ -395,18 +395,18 @@ def in_threads(
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #7d9aeb3e
 def server_backend(
-    url:str, # of the server, with or without /v1
-    model:str, # its name of the model, see `served_model`
-    max_new_tokens:int, # of each sample
+    url:str, # address of the server, with or without /v1
+    model:str, # name of the model on the server, from `served_model`
+    max_new_tokens:int, # maximum tokens of a sample
     temperature:float=1.,
     top_p:float=1.,
-    stop:Sequence[int]=(), # ids to stop at, in addition to the server's own
-    concurrency:int=64, # requests at a time
+    stop:Sequence[int]=(), # token ids to stop at, in addition to the server's own
+    concurrency:int=64, # maximum number of requests at a time
     samples_per_request:int=1,
-    fields:dict=VLLM_FIELDS, # in addition to those of OpenAI's interface
+    fields:dict=VLLM_FIELDS, # further fields of a request, not part of OpenAI's interface
     **tries, # timeout, retries and pause of `request_with_retries`
-)->Callable: # complete(prompts, n, seeds)
-    "Completions by an OpenAI-compatible server that takes token ids"
+)->Callable: # function complete(prompts, n, seeds)
+    "Make a backend with an OpenAI-compatible server that takes token ids"
     url, key = base_url(url), os.environ.get(KEY_VARIABLE)
     http_client(is_local(url)) # made once, before the threads need it
     fixed = dict(model=model, max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, **fields,
@@ -426,10 +426,10 @@ def server_backend(
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #2d2124f6
 def listed_logprobs(
-    choice:dict, # of an answer of /v1/completions
-    ids:Sequence[int], # the prompt
-)->list|None: # of the second token to the last; None: the answer has none
-    "The log-probabilities of a prompt in an answer, as vLLM gives them or as OpenAI's `echo` does"
+    choice:dict, # one completion in an answer of /v1/completions
+    ids:Sequence[int], # token ids of the prompt
+)->list|None: # log-probabilities of the second to the last token; None if the answer has none
+    "Read the log-probabilities of a prompt from an answer of vLLM, or of OpenAI's `echo`"
     given = choice.get("prompt_logprobs")
     if given and len(given) == len(ids):
         return [((entry or {}).get(str(i)) or {}).get("logprob") for entry, i in zip(given[1:], ids[1:])]
@@ -438,13 +438,13 @@ def listed_logprobs(
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #ea21cf01
 def server_logprobs(
-    url:str, # base address
-    model:str, # its name of the model
-    rows:Sequence[Sequence[int]], # ids
-    concurrency:int=8, # requests at a time
+    url:str, # address before /v1
+    model:str, # name of the model on the server
+    rows:Sequence[Sequence[int]], # token ids of each row
+    concurrency:int=8, # maximum number of requests at a time
     **tries, # timeout, retries and pause of `request_with_retries`
-)->list|None: # for each row, of its second token to its last; None: the server gives no log-probabilities of a prompt
-    "Log-probabilities of the tokens of some rows, by a server"
+)->list|None: # per row, log-probabilities of its second to its last token; None: the server returns none
+    "Request the log-probabilities of some rows from a server"
     key = os.environ.get(KEY_VARIABLE)
     http_client(is_local(url)) # made once, before the threads need it
     def one(ids):
@@ -466,9 +466,9 @@ def server_logprobs(
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #521efc8e
 def difference_text(
-    told:dict, # of `check_server_model`
+    told:dict, # result of `check_server_model`
 )->str:
-    "The errors of a server, for a message"
+    "Describe the errors of a server for a message"
     bound = told["bound"]
     accepted = f"{bound['mean']:.3g} on average" + (f", {bound['max']:.3g} at most" if "max" in bound else "")
     return (f"{told['mean']:.3g} nats per token off on average, {told['max']:.3g} at most, over {told['tokens']} "
@@ -478,14 +478,14 @@ def difference_text(
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #57b07fc1
 def check_server_model(
-    url:str, # of the server, with or without /v1
-    model:str, # its name of the model, see `served_model`
-    path:str, # folder or hub name of the reference model
-    prompts:Sequence[Sequence[int]], # ids of a few prompts
-    max_error:float|None=None, # mean error per token in nats that is accepted; None: three times that of bfloat16
-    **load_args, # of `models.load.load_model`, such as trust_remote_code
-)->dict: # for the record: compared_with, tokens, mean, max, bound, nll, server_nll; or compared_with=None and why
-    "Compare a server with the reference model by the log-probabilities of some prompts, or raise a `UserError`"
+    url:str, # address of the server, with or without /v1
+    model:str, # name of the model on the server, from `served_model`
+    path:str, # folder of the reference model, or name on the hub
+    prompts:Sequence[Sequence[int]], # token ids of a few prompts
+    max_error:float|None=None, # accepted mean error in nats per token; None: three times the error of bfloat16
+    **load_args, # arguments of `load_model`, such as trust_remote_code
+)->dict: # compared_with, tokens, mean, max, bound, nll, server_nll; or compared_with=None and why
+    "Compare the log-probabilities of a server and of the reference model; raise a `UserError` if they differ"
     from post_training.models.agreement import (
         FLOAT32_BOUND, agrees, error_bound, fits_in_memory, likely_cause, logprob_errors, numbers_to_compare)
     url = base_url(url)
@@ -510,12 +510,12 @@ def check_server_model(
 # %% ../../nbs/35_preferences/3_completions.ipynb #f02d45f9
 @dataclass
 class ServedModel:
-    "A model on a server that was compared with a folder"
-    url: str # base address
-    name: str # of the model in requests
-    room: int|None # tokens of prompt and completion; None: not told
-    stops: list # ids at which an answer ends
-    check: dict # of `check_server_model`
+    "A model on a server, after the comparison with a folder"
+    url: str # address before /v1
+    name: str # name of the model in requests
+    room: int|None # maximum tokens of prompt and completion; None: unknown
+    stops: list # token ids that end an answer
+    check: dict # result of `check_server_model`
     def complete(self, prompts, seeds, samples=1, max_new_tokens=64, temperature=0., top_p=1., stop=()):
         "Completions of prompts: for each prompt its samples, with ids and finish_reason"
         ask = server_backend(self.url, self.name, max_new_tokens, temperature, top_p, sorted({*self.stops, *stop}))
@@ -527,13 +527,13 @@ class ServedModel:
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #ae472334
 def open_server(
-    url:str, # with or without /v1
-    path:str, # folder or hub name that the server reads
-    prompts:Sequence[Sequence[int]], # ids of a few prompts, to compare
-    stops:Sequence[int], # ids at which an answer ends
-    **load_args, # of `models.load.load_model`, such as trust_remote_code
+    url:str, # address of the server, with or without /v1
+    path:str, # folder that the server reads, or name on the hub
+    prompts:Sequence[Sequence[int]], # token ids of a few prompts for the comparison
+    stops:Sequence[int], # token ids that end an answer
+    **load_args, # arguments of `load_model`, such as trust_remote_code
 )->ServedModel:
-    "A server to use instead of a model; it is compared with its folder first"
+    "Connect to a server that replaces a model, and compare it with its folder"
     url = base_url(url)
     name = served_model(url)
     check = check_server_model(url, name, path, prompts, **load_args)
@@ -544,10 +544,10 @@ def open_server(
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #7a3e8ecb
 def token_rate(
-    say:Callable=print, # called with each line
-    every:float=30., # seconds between two lines
-)->Callable: # to be called with the new tokens of each batch
-    "A meter of new tokens per second"
+    say:Callable=print, # function that is called with each line of text
+    every:float=30., # minimum seconds between two lines
+)->Callable: # function that takes the number of new tokens of a batch
+    "Make a meter that reports new tokens per second"
     state = dict(tokens=0, since=time.monotonic(), reported=time.monotonic())
     def count(tokens):
         state["tokens"] += tokens
@@ -559,15 +559,15 @@ def token_rate(
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #1c2d3ec4
 def kept_completions(
-    tokenizer, # with a chat template
-    prompt:Sequence[int], # ids
-    answers:list[dict], # of a backend
-    seeds:list[int], # of the answers
-    policy:str, # name of the model that wrote them
-    blocks:bool, # whether the row is structured
-    prompt_end:str="", # text at the end of the prompt
-)->tuple[list[dict], dict]: # completions, and the number of skipped ones by reason
-    "The complete completions of a row"
+    tokenizer, # tokenizer with a chat template
+    prompt:Sequence[int], # token ids of the prompt
+    answers:list[dict], # answers of a backend
+    seeds:list[int], # seed of each answer
+    policy:str, # name of the model that wrote the answers
+    blocks:bool, # True: the row is structured
+    prompt_end:str="", # text at the end of the prompt, which may begin a thought
+)->tuple[list[dict], dict]: # (completions, reason -> number of skipped completions)
+    "Make the completions of a row from the answers of a backend, and skip unusable answers"
     out, skipped = [], Counter()
     for answer, seed in zip(answers, seeds):
         content, reason = answer_content(tokenizer, answer, blocks, prompt_end)
@@ -582,18 +582,18 @@ def kept_completions(
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #c2498ff1
 def completions_batch_fn(
-    rows, # in row form; `rows[i]` is a row
-    tokenizer, # with a chat template
-    complete:Callable, # of `transformers_backend` or `server_backend`
-    policy:str, # name of the model, kept with each completion
-    n:int, # completions of each prompt
-    seed:int, # of the run
-    max_seq_len:int|None, # of prompt and completion; None: no limit
-    max_new_tokens:int, # the backend's limit
-    keep_existing:bool=True, # keep the completions that a row already has, before the new ones
-    meter:Callable=lambda tokens: None, # called with the new tokens of each batch, see `token_rate`
-)->Callable: # make: indices of rows to a dict for each
-    "Reference completions of rows"
+    rows, # rows of prompts and completions; `rows[i]` is a row
+    tokenizer, # tokenizer with a chat template
+    complete:Callable, # backend from `transformers_backend` or `server_backend`
+    policy:str, # name of the model, stored with each completion
+    n:int, # number of completions per prompt
+    seed:int, # seed of the run
+    max_seq_len:int|None, # maximum tokens of prompt and completion together; None: no limit
+    max_new_tokens:int, # maximum tokens of a sample, as in the backend
+    keep_existing:bool=True, # True: keep the completions that a row already has, before the new ones
+    meter:Callable=lambda tokens: None, # function that takes the number of new tokens of a batch, from `token_rate`
+)->Callable: # function: row indices -> one dict per row
+    "Make the batch function that adds reference completions to rows"
     def made(row, prompt, answers, seeds):
         new, skipped = kept_completions(tokenizer, prompt, answers, seeds, policy, is_structured(row["prompt"]),
                                         tokenizer.decode(prompt[-8:]))

@@ -16,9 +16,9 @@ from .rows import completion_message, batch_prompts
 # %% ../../nbs/35_preferences/2_filter.ipynb #60666d81
 def filtering_lengths(
     rows, # `datasets.Dataset` of prompts and completions
-    tokenizer=None, # not needed for the estimate
-)->list[int]: # of each row, at least 1
-    "About how many tokens each row has, with the prompt and its tools once for each completion"
+    tokenizer=None, # not used for the estimate
+)->list[int]: # estimated tokens per row, at least 1
+    "Estimate the tokens of each row: the prompt with its tools, once for each completion"
     out = []
     for start in range(0, len(rows), 1000):
         batch = rows[start:start + 1000]
@@ -32,10 +32,10 @@ def filtering_lengths(
 # %% ../../nbs/35_preferences/2_filter.ipynb #c8b978ff
 def without_other_logprobs(
     c:dict, # a completion
-    length:int, # its scored tokens under the tokenizer and template of this stage
-    prompt_length:int, # tokens of the prompt
+    length:int, # number of scored tokens under this stage's tokenizer and template
+    prompt_length:int, # number of tokens of the prompt
 )->tuple: # (completion, reasons)
-    "A completion without log-probabilities that were computed for other numbers of tokens"
+    "Remove log-probabilities that were computed for other numbers of tokens"
     if c["ref_logprob"] is None: return c, []
     scored = (c["num_tokens"], len(c["ref_logprobs"]) if c["ref_logprobs"] else None)
     if all(n in (None, length) for n in scored) and c["prompt_tokens"] in (None, prompt_length): return c, []
@@ -43,12 +43,12 @@ def without_other_logprobs(
 
 # %% ../../nbs/35_preferences/2_filter.ipynb #df2ae4a5
 def filter_row(
-    completions:list[dict], # of the row
-    encoded, # an `EncodedRow`, or a `Refused`
-    max_seq_len:int, # tokens of prompt and completion at most
-    min_completions:int=0, # a row with fewer completions left is dropped
-)->dict: # completions, or dropped; skipped completions by reason under lost
-    "The completions of a row that fit, with their lengths"
+    completions:list[dict], # completions of the row
+    encoded, # `EncodedRow`, or a `Refused`
+    max_seq_len:int, # maximum tokens of prompt and completion together
+    min_completions:int=0, # drop the row if fewer completions are left
+)->dict: # completions, or dropped (reason); lost: number of skipped completions by reason
+    "Keep the completions of a row that fit, with their lengths"
     if isinstance(encoded, Refused): return dict(dropped=encoded.reason, lost={})
     n = len(encoded.prompt_ids)
     kept = []
@@ -68,11 +68,11 @@ def filter_row(
 # %% ../../nbs/35_preferences/2_filter.ipynb #11dd3393
 def filter_batch_fn(
     rows, # `datasets.Dataset` of prompts and completions
-    tokenizer, # with a chat template
-    max_seq_len:int, # tokens of prompt and completion at most
-    min_completions:int=0, # rows with fewer are dropped; 0: rows without completions pass
-): # function: indices of rows -> a dict for each
-    "Count the tokens of completions, and leave out those that do not fit"
+    tokenizer, # tokenizer with a chat template
+    max_seq_len:int, # maximum tokens of prompt and completion together
+    min_completions:int=0, # drop rows with fewer completions; 0: keep rows without completions
+): # function: row indices -> one dict per row
+    "Make the batch function that counts tokens and removes completions that do not fit"
     if max_seq_len < 2:
         raise UserError(f"max_seq_len is {max_seq_len}: it must be at least 2 (one prompt token, one answer token).")
     if min_completions < 0: raise UserError(f"min_completions is {min_completions}: it must be at least 0.")
@@ -85,10 +85,10 @@ def filter_batch_fn(
 
 # %% ../../nbs/35_preferences/2_filter.ipynb #0d09ba80
 def plot_fit(
-    totals:list[int], # tokens of prompt and completion together, for each completion
-    max_seq_len:int|None=None, # a limit to mark
-): # a matplotlib figure
-    "Share of completions that fit, by limit"
+    totals:list[int], # tokens of prompt and completion together, per completion
+    max_seq_len:int|None=None, # limit to mark in the figure; None: no mark
+): # matplotlib figure
+    "Plot the share of completions that fit, for each limit"
     from matplotlib import pyplot as plt
     fig, ax = plt.subplots(figsize=(6, 2.4), dpi=70, layout="constrained")
     plt.close(fig)

@@ -55,10 +55,10 @@ ROW_COLUMNS = tuple(CARRIED_COLUMNS) # columns of a row that belong to its promp
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #6ce33680
 def make_completion(
-    content, # of the assistant's message
-    **fields, # others of `COMPLETION_KEYS` and of `ANSWER_KEYS`
+    content, # content of the assistant's message
+    **fields, # other fields, from `COMPLETION_KEYS` and `ANSWER_KEYS`
 )->dict:
-    "A completion with all its fields; those of `ANSWER_KEYS` only if they are given"
+    "Make a completion with all its fields; those of `ANSWER_KEYS` only if they are given"
     if unknown := fields.keys() - {*COMPLETION_KEYS, *ANSWER_KEYS}:
         raise UserError(f"A completion has no field {sorted(unknown)[0]!r}: {', '.join(COMPLETION_KEYS)}.")
     more = {k: fields.pop(k) for k in ANSWER_KEYS if k in fields}
@@ -67,9 +67,9 @@ def make_completion(
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #abda0a4c
 def read_message(
-    m:dict, # a message of a row
-)->dict: # without nulls; arguments of calls as objects; structured contents unchanged
-    "A message of a row as the library's other chapters take it"
+    m:dict, # message as stored in a row
+)->dict: # message without nulls; arguments of calls are objects
+    "Restore a message from its stored form"
     out = {k: v for k, v in m.items() if k in ("role", "content") or v is not None and v != []}
     if out.get("tool_calls"): out["tool_calls"] = [read_call(c, {}, exact=True) for c in out["tool_calls"]]
     return out
@@ -77,44 +77,44 @@ def read_message(
 # %% ../../nbs/35_preferences/1_rows.ipynb #2470bd6b
 def completion_message(
     c:dict, # a completion
-)->dict: # message
-    "The assistant's message of a completion"
+)->dict: # message of the assistant
+    "Convert a completion to the assistant's message"
     return read_message(dict(role="assistant", content=c["content"], **{k: c[k] for k in ANSWER_KEYS if k in c}))
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #6b377e7f
 def row_prompt(
-    row:dict, # in row form, or a pair of the stage `pairs`
-)->Conversation: # messages up to the answer, tools, arguments of the template, weight
-    "The prompt of a row with all that belongs to it"
+    row:dict, # row of a prompt with completions, or a pair of the stage `pairs`
+)->Conversation: # messages up to the answer, with tools, template arguments and weight
+    "Read the prompt of a row"
     tools, kwargs = (parse_json(row.get(k), k) for k in ("tools", "chat_template_kwargs"))
     return Conversation([read_message(m) for m in row["prompt"]], tools or None, kwargs or {},
                         1. if row.get("weight") is None else row["weight"])
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #9124cdd7
 def batch_prompts(
-    batch:dict, # columns of rows
+    batch:dict, # column name -> values of rows
 )->list[Conversation]:
-    "The prompts of a batch of rows"
+    "Read the prompts of a batch of rows"
     names = [k for k in ("prompt", *ROW_COLUMNS) if k in batch]
     return [row_prompt(dict(zip(names, values))) for values in zip(*(batch[k] for k in names))]
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #0c4ef5f3
 def text_content(
-    text:str, # generated
-    blocks:bool, # whether the row is structured
-): # content of an assistant's message
-    "A generated text as the content of a completion"
+    text:str, # generated text
+    blocks:bool, # True: the row is structured
+): # content of the assistant's message
+    "Convert a generated text to the content of a completion"
     if not blocks: return text
     return dict(blocks=[dict(type="response", text=text, calls=[dict(name="", arguments="")],
                              outputs=[dict(name="", output="")])])
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #bf9d63fe
 def row_features(
-    blocks:bool, # structured contents
-    extra:dict|None=None, # features of further columns
-    fields:dict|None=None, # prompt, completions: further fields of plain messages, from `message_fields`
+    blocks:bool, # True: structured contents
+    extra:dict|None=None, # column name -> feature, for further columns; None: none
+    fields:dict|None=None, # prompt, completions -> features of further message fields, from `message_fields`; None: none
 ): # `datasets.Features`
-    "The types of rows"
+    "The Arrow types of rows"
     from datasets import Features, List, Value
     text, fields = Value("string"), fields or {}
     messages = message_features(blocks, fields.get("prompt", ()))
@@ -128,9 +128,9 @@ def row_features(
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #ea105a60
 def row_fields(
-    features, # of rows, or of pairs
-)->dict: # prompt, completions: names of further fields of their messages, sorted
-    "The further fields of the messages and answers of rows"
+    features, # features of rows or of pairs
+)->dict: # prompt, completions -> sorted names of further message fields
+    "Find the further fields of the messages and answers of rows"
     def names(column):
         inner = getattr(features.get(column), "feature", None)
         return sorted(k for k in message_fields(False) if isinstance(inner, dict) and k in inner)
@@ -139,8 +139,8 @@ def row_fields(
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #b5e09eb5
 def prompt_column_features(
-    names=ROW_COLUMNS, # some of `ROW_COLUMNS`
-)->dict: # name: `datasets` feature
+    names=ROW_COLUMNS, # names in `ROW_COLUMNS`
+)->dict: # column name -> `datasets` feature
     "The types of the columns that belong to a prompt"
     from datasets import Value
     return {k: Value("float64" if k == "weight" else "string") for k in ROW_COLUMNS if k in names}
@@ -155,18 +155,18 @@ LIST_KEYS = ("ref_logprobs", "token_ids") # fields of a completion that are list
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #e28c07cb
 def field_value(
-    name:str, # of a field of a completion
-    value, # a value, or for other fields than `LIST_KEYS` a list that holds just one
+    name:str, # name of a field of a completion
+    value, # the value; for a field that is not a list also a list with one element
 ): # the value
-    "The value of a field; a number in a list of length one is read as the number"
+    "Read the value of a field; a number in a list of length one is returned as the number"
     while name not in LIST_KEYS and isinstance(value, (list, tuple)) and len(value) == 1: value = value[0]
     return value
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #98a4b782
 def last_metadata(
-    branch:dict, # of a Swiss-AI row
-)->dict: # of the parts of its last message
-    "The metadata of a branch's answer; JSON text is read"
+    branch:dict, # branch of a Swiss-AI row
+)->dict: # metadata of the parts of the last message
+    "Read the metadata of a branch's answer; JSON text is parsed"
     messages = branch.get("messages")
     last = messages[-1] if isinstance(messages, list) and messages and isinstance(messages[-1], dict) else {}
     out, parts = {}, last.get("parts")
@@ -177,9 +177,9 @@ def last_metadata(
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #159be450
 def branch_fields(
-    branch:dict, # of a Swiss-AI row
-)->dict: # those that are known, and policy
-    "The fields of a completion that a branch has, in itself or in the metadata of its answer"
+    branch:dict, # branch of a Swiss-AI row
+)->dict: # known fields, and policy
+    "Read the fields of a completion from a branch, or from the metadata of its answer"
     found = {k: next((branch[n] for n in (k, *BRANCH_NAMES.get(k, ())) if branch.get(n) is not None), None)
              for k in COMPLETION_KEYS if k != "content"}
     meta = read_or_error(last_metadata, branch)
@@ -198,16 +198,16 @@ def read_or_error(
     *args,
     **kwargs,
 ): # `Conversation`, or the `MalformedRow` or `UnsupportedContent` that was raised
-    "A conversation, or the error that says why it cannot be read"
+    "Read a conversation; return the error if it cannot be read"
     try: return reader(*args, **kwargs)
     except (MalformedRow, UnsupportedContent) as e: return e
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #648ea870
 def branch_conversations(
     row:dict,
-    **how, # ignore and exact of `conversation_of`
-)->list[tuple]: # (`Conversation` or an error, fields of the completion)
-    "The branches of a Swiss-AI row"
+    **how, # `ignore` and `exact` of `conversation_of`
+)->list[tuple]: # (`Conversation` or error, fields of the completion) per branch
+    "Read the branches of a Swiss-AI row"
     out = []
     for b, branch in enumerate(row["conversation_branches"] or [dict(messages=[])]):
         branch = branch if isinstance(branch, dict) else {}
@@ -225,8 +225,8 @@ SIDE_COLUMNS = { # field of a completion: columns of a pair that hold it, {} is 
 # %% ../../nbs/35_preferences/1_rows.ipynb #6bdf99e3
 def without_repeats(
     row:dict, # a pair
-)->dict: # the row without columns that repeat one of its sides
-    "A pair without the columns that hold one of its conversations once more"
+)->dict: # row without columns that repeat one of its sides
+    "Remove the columns of a pair that repeat one of its conversations"
     prompts = [c for c in PROMPT_COLUMNS if not empty_value(row.get(c))]
     sides = [row["chosen"], row["rejected"]]
     whole = any(isinstance(s, list) and any(map(is_user, s)) for s in sides)
@@ -237,9 +237,9 @@ def without_repeats(
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #8f7ea57e
 def reference_texts(
-    value, # of a column `ref_completions`
+    value, # value of a column `ref_completions`
 )->list[str]:
-    "The texts of reference completions: a list, a list as JSON text, a conversation that ends in one, or conversations"
+    "Read the texts of reference completions: a list (or its JSON text), a conversation that ends in one, or conversations"
     if isinstance(value, str): value = parse_json(value, "ref_completions")
     if isinstance(value, list) and value and isinstance(value[-1], dict) and "role" in value[-1]: # a conversation
         last = value[-1].get("content")
@@ -252,10 +252,10 @@ def reference_texts(
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #509a3970
 def reference_conversations(
-    row:dict, # a pair with ref_completions
-    chosen, # its `Conversation`, or the error in its place
-)->list[tuple]: # (`Conversation` or an error, fields of the completion)
-    "The reference completions of a pair as further completions of its prompt"
+    row:dict, # pair with the column ref_completions
+    chosen, # `Conversation` of the chosen side, or its error
+)->list[tuple]: # (`Conversation` or error, fields of the completion) per text
+    "Read the reference completions of a pair as further completions of its prompt"
     try:
         texts = reference_texts(row["ref_completions"])
         rewards = row.get("ref_rewards")
@@ -273,9 +273,9 @@ def reference_conversations(
 # %% ../../nbs/35_preferences/1_rows.ipynb #2138dfbc
 def pair_conversations(
     row:dict,
-    **how, # ignore and exact of `read_conversation`
-)->list[tuple]: # (`Conversation` or an error, fields of the completion)
-    "The chosen and the rejected side of a pair, and the completions of `ref_completions`"
+    **how, # `ignore` and `exact` of `read_conversation`
+)->list[tuple]: # (`Conversation` or error, fields of the completion) per completion
+    "Read the chosen and the rejected side of a pair, and the completions of `ref_completions`"
     out, given = [], row
     row = {k: v for k, v in without_repeats(row).items() if k != "ref_completions"}
     for side in ("chosen", "rejected"):
@@ -289,17 +289,17 @@ def pair_conversations(
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #8b93f0a0
 def solution_columns(
-    features, # of a dataset
+    features, # features of a dataset
 )->list[str]:
-    "The columns that hold a model's solutions"
+    "Find the columns that hold solutions of models"
     return sorted(k for k, f in features.items() if isinstance(f, dict) and "solution" in f)
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #3f24a0ea
 def prompt_alone(
-    row:dict, # with a column prompt
-    **how, # ignore and exact of `read_conversation`
+    row:dict, # row with the column prompt
+    **how, # `ignore` and `exact` of `read_conversation`
 )->Conversation:
-    "The prompt of a row without an answer"
+    "Read the prompt of a row without an answer"
     answer = [dict(role="assistant", content="-")] # in the place of an answer
     c = read_conversation(dict(row, completion=answer), ("prompt", "completion"), **how)
     if "reasoning_content" in c.messages[-1]: raise UnsupportedContent("a thought without an answer")
@@ -308,10 +308,10 @@ def prompt_alone(
 # %% ../../nbs/35_preferences/1_rows.ipynb #945d4cff
 def solution_conversations(
     row:dict,
-    names:list[str], # from `solution_columns`
-    **how, # ignore and exact of `read_conversation`
-)->list[tuple]: # (`Conversation` or an error, fields of the completion)
-    "The models' solutions of a question"
+    names:list[str], # names of columns, from `solution_columns`
+    **how, # `ignore` and `exact` of `read_conversation`
+)->list[tuple]: # (`Conversation` or error, fields of the completion) per solution
+    "Read the models' solutions of a question"
     out, rest = [], {k: v for k, v in row.items() if k not in (*names, "answer", "solution")}
     for name in names:
         if not (solution := row.get(name)): continue
@@ -323,9 +323,9 @@ def solution_conversations(
 # %% ../../nbs/35_preferences/1_rows.ipynb #f81a9219
 def completion_conversations(
     row:dict,
-    **how, # ignore and exact of `read_conversation`
-)->list[tuple]: # (`Conversation` or an error, fields of the completion)
-    "The completions of a row that has this form already, or its prompt alone"
+    **how, # `ignore` and `exact` of `read_conversation`
+)->list[tuple]: # (`Conversation` or error, fields of the completion) per completion
+    "Read the completions of a row that has this form already, or its prompt alone"
     form, out = ("prompt", "completion"), []
     rest = {k: v for k, v in row.items() if k != "completions"}
     for c in row["completions"] or []:
@@ -343,7 +343,7 @@ PREFERENCE_FORMS = dict(rows=("prompt", "completions"), branches=("conversation_
 def row_form(
     dataset, # `datasets.Dataset`
 )->str: # one of `PREFERENCE_FORMS`, messages or prompt
-    "The form that the rows of a dataset have"
+    "Recognise the form of a dataset by its columns"
     columns = set(dataset.column_names)
     for form, needed in PREFERENCE_FORMS.items():
         if set(needed) <= columns and (form != "solutions" or solution_columns(dataset.features)): return form
@@ -355,9 +355,9 @@ def row_form(
 # %% ../../nbs/35_preferences/1_rows.ipynb #ac916347
 def used_columns(
     dataset, # `datasets.Dataset`
-    form:str, # from `row_form`
+    form:str, # form of the dataset, from `row_form`
 )->list[str]:
-    "The columns whose content becomes part of the row form, so that they are not kept as columns"
+    "The columns whose content becomes part of the rows; they are not kept as columns"
     own = [*row_features(False), *(c for sources in CARRIED_COLUMNS.values() for c in sources)]
     sides = [c.format(s) for names in SIDE_COLUMNS.values() for c in names for s in ("chosen", "rejected")]
     solutions = [*PREFERENCE_FORMS["solutions"], *solution_columns(dataset.features), *SYSTEM_COLUMNS]
@@ -375,7 +375,7 @@ def used_columns(
 def thinks_or_calls(
     dataset, # `datasets.Dataset` in any form
 )->bool:
-    "Whether rows hold tools, calls or thoughts, also inline ones"
+    "True if rows have tools, calls or thoughts, including inline thoughts"
     a = account(dataset, pairs=True)
     names = {u.name for u in a.columns + a.message_keys if u.kind == "conversation" and u.rows}
     inner = getattr(dataset.features.get("completions"), "feature", None)
@@ -386,9 +386,9 @@ def thinks_or_calls(
 # %% ../../nbs/35_preferences/1_rows.ipynb #ab621e64
 def holds_text(
     dataset, # `datasets.Dataset`
-    text:str, # to look for
+    text:str, # text to search for
 )->bool:
-    "Whether any text of a dataset holds another one"
+    "True if some text of a dataset contains a given text"
     import pyarrow as pa, pyarrow.compute as pc
     def inside(a):
         a = plain_array(a)
@@ -403,9 +403,9 @@ def holds_text(
 def needs_blocks(
     dataset, # `datasets.Dataset`
     structure:str="auto", # auto, plain or structured
-    template_blocks:bool=False, # whether the template of the rows takes structured contents
+    template_blocks:bool=False, # True: the chat template of the stage takes structured contents
 )->bool:
-    "Whether rows get structured contents: if they have them, or if the template takes them and rows think or use tools"
+    "True if rows get structured contents: they have them, or the template takes them and rows have thoughts or tools"
     if structure not in ("auto", "plain", "structured"):
         raise UserError(f"structure={structure!r}: auto, plain or structured.")
     if structure != "auto": return structure == "structured"
@@ -416,9 +416,9 @@ def needs_blocks(
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #dae48aa1
 def common_prompt(
-    prompts:list[list[dict]], # of the completions of one row
+    prompts:list[list[dict]], # messages of the prompt of each completion of one row
 )->list[dict]: # messages
-    "The one prompt that all completions answer"
+    "Find the one prompt that all completions of a row answer"
     is_note = lambda m: m["role"] == "developer" and isinstance(m["content"], dict)
     turns = [[m for m in p if not is_note(m)] for p in prompts]
     if any(t != turns[0] for t in turns): raise MalformedRow("the completions answer different prompts")
@@ -432,10 +432,10 @@ def common_prompt(
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #b36f91ae
 def split_conversation(
-    c:Conversation, # plain or structured
-    blocks:bool, # structured contents
-)->tuple: # (`Conversation` of the prompt, message of the answer; None if there is none)
-    "A conversation as prompt and answer; raises with the reason if that is impossible"
+    c:Conversation, # conversation with plain or structured messages
+    blocks:bool, # True: return structured contents
+)->tuple: # (prompt as `Conversation`, message of the answer or None)
+    "Split a conversation into prompt and answer; raise an error with the reason if that is impossible"
     if c.message_weights or c.span_weights:
         raise UnsupportedContent("messages have weights; preferences take a weight of the row (column weight)")
     alone = not c.messages or c.messages[-1]["role"] in ("user", "tool")
@@ -457,9 +457,9 @@ def split_conversation(
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #7aebc8e6
 def known_answer_text(
-    value, # of a column
+    value, # value of the column `answer`
 )->str|None:
-    "A known answer in the form that verifiers take: a text as it is, any other value as JSON"
+    "Convert a known answer to text for verifiers; a value that is not text becomes JSON"
     return value if value is None or isinstance(value, str) else json.dumps(without_none(value), ensure_ascii=False)
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #70b07b1a
@@ -471,15 +471,15 @@ INTEGER_KEYS = ("num_tokens", "prompt_tokens", "seed", "token_ids") # fields of 
 def all_numbers_finite(
     value, # a number, or a list of numbers
 )->bool:
-    "Whether no number is NaN or infinite"
+    "True if no number is NaN or infinite"
     return all(map(math.isfinite, value if isinstance(value, list) else [value]))
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #c86e136a
 def field_fault(
-    name:str, # of a field of a completion
-    value,
-)->str|None: # None if it can be kept
-    "What is wrong with the value of a field: its type, or a number that is NaN or infinite"
+    name:str, # name of a field of a completion
+    value, # value of the field
+)->str|None: # the fault; None if the value can be kept
+    "Find a fault in the value of a field: a wrong type, or a number that is NaN or infinite"
     if value is None: return None
     if name == "is_reference_completion": return None if isinstance(value, bool) else "is not true or false"
     if name not in (*NUMBER_KEYS, *INTEGER_KEYS): return None if isinstance(value, str) else "is no text"
@@ -491,37 +491,37 @@ def field_fault(
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #06d8e3df
 def stored_field(
-    name:str, # of a field of a completion
-    value, # without fault
-): # the value in its type
-    "The value of a field as rows store it"
+    name:str, # name of a field of a completion
+    value, # value without a fault
+): # value in the type of the field
+    "Convert the value of a field to its stored form"
     if value is None or name in LIST_KEYS: return value
     return int(value) if name in INTEGER_KEYS else float(value) if name in NUMBER_KEYS else value
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #401da982
 def stored_answer(
-    message:dict, # of the assistant
-)->dict: # content, and those of `ANSWER_KEYS` that it has; arguments of calls as JSON text
-    "An answer as fields of a completion"
+    message:dict, # message of the assistant
+)->dict: # content and the used fields of `ANSWER_KEYS`; arguments of calls are JSON text
+    "Convert an answer to fields of a completion"
     m, = stored_messages(Conversation([message]))
     return {k: m[k] for k in ("content", *ANSWER_KEYS) if k in m}
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #d0512e29
 def stored_columns(
-    c:Conversation, # a prompt
-)->dict: # of `ROW_COLUMNS`; null without a value
-    "Tools, template arguments and weight of a prompt as columns of its row"
+    c:Conversation, # conversation of a prompt
+)->dict: # a value for each name in `ROW_COLUMNS`; null if there is none
+    "Convert tools, template arguments and weight of a prompt to columns of its row"
     texts = [json.dumps(x, ensure_ascii=False) if x else None for x in (c.tools, c.template_kwargs)]
     return dict(zip(ROW_COLUMNS, (*texts, None if c.weight == 1 else c.weight)))
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #44fe5987
 def make_completion_row(
-    row:dict, # a row of a dataset
-    index:int, # its index
-    conversations:list[tuple], # of the row, each with the known fields of its completion
-    blocks:bool, # structured contents
-)->tuple[dict, list[str]]: # the row, and the reasons against skipped completions
-    "A row of prompt and completions; raises if nothing can be made of it"
+    row:dict, # row of a dataset
+    index:int, # index of the row
+    conversations:list[tuple], # (`Conversation` or error, fields of the completion) per completion
+    blocks:bool, # True: structured contents
+)->tuple[dict, list[str]]: # (row, reasons for skipped completions)
+    "Make a row of a prompt and its completions; raise if no conversation can be used"
     prompts = []
     completions = []
     skipped = []
@@ -548,13 +548,13 @@ def make_completion_row(
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #1038159e
 def row_conversations(
-    row:dict, # a row of a dataset
-    form:str, # from `row_form`
-    columns, # of messages, from `format_of`
-    names:list[str], # of solutions, from `solution_columns`
-    how:dict, # ignore and exact of `read_conversation`
-)->list[tuple]: # (`Conversation` or an error, fields of the completion)
-    "The conversations of a row of any form"
+    row:dict, # row of a dataset
+    form:str, # form of the dataset, from `row_form`
+    columns, # columns of the message format, from `format_of`
+    names:list[str], # columns of solutions, from `solution_columns`
+    how:dict, # `ignore` and `exact` of `read_conversation`
+)->list[tuple]: # (`Conversation` or error, fields of the completion) per completion
+    "Read the conversations of a row of any form"
     if form == "messages": return [(read_conversation(row, columns, **how), {})]
     if form == "solutions": return solution_conversations(row, names, **how)
     if form == "prompt": return completion_conversations(dict(row, completions=[]), **how)
@@ -563,17 +563,17 @@ def row_conversations(
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #0aa3e690
 def rows_batch(
-    batch:dict, # columns
-    indices:list[int], # of the rows
-    form:str, # from `row_form`
-    columns, # of messages, from `format_of`
-    names:list[str], # of solutions, from `solution_columns`
-    blocks:bool, # structured contents
+    batch:dict, # column name -> values
+    indices:list[int], # indices of the rows
+    form:str, # form of the dataset, from `row_form`
+    columns, # columns of the message format, from `format_of`
+    names:list[str], # columns of solutions, from `solution_columns`
+    blocks:bool, # True: structured contents
     on_malformed:str, # drop or error
     ignore=(), # columns and message keys to treat as absent
-    exact:bool=False, # nulls in objects are real, not filled in by Arrow
-)->dict: # columns of rows, with the reason against a row in `_fault`
-    "A batch of rows; every row comes out, with a fault if it is not to be kept"
+    exact:bool=False, # True: nulls in objects are in the data, not added by Arrow
+)->dict: # column name -> values, with the fault of a row in `_fault`
+    "Convert a batch of rows; a row to drop is returned with its fault"
     how = dict(ignore=ignore, exact=exact)
     out = {k: [] for k in (*row_features(False), *ROW_COLUMNS, "_fault", "_row", "_lost")}
     for i, values in zip(indices, zip(*batch.values())):
@@ -596,7 +596,7 @@ def rows_batch(
 def unique_ids(
     ids:list[str],
 )->list[str]:
-    "Ids, with a suffix for each id that repeats an earlier one"
+    "Add a suffix to each id that repeats an earlier one"
     seen = set(ids)
     out = []
     count = Counter()
@@ -613,7 +613,7 @@ def unique_ids(
 # %% ../../nbs/35_preferences/1_rows.ipynb #901a840c
 def branch_account(
     dataset, # `datasets.Dataset` of Swiss-AI rows
-)->list: # `KeyUse` of the keys of branches
+)->list: # one `KeyUse` per key
     "The use of the keys of branches, other than their messages"
     read = {n: k for k in COMPLETION_KEYS for n in (k, *BRANCH_NAMES.get(k, ()))}
     counts = Counter()
@@ -627,10 +627,10 @@ def branch_account(
 # %% ../../nbs/35_preferences/1_rows.ipynb #5b472269
 def row_account(
     dataset, # `datasets.Dataset` in any form
-    form:str, # from `row_form`
+    form:str, # form of the dataset, from `row_form`
     ignore=(), # columns and message keys to treat as absent
 ): # `Account`
-    "The account of a dataset as this stage reads it"
+    "The account of a dataset (the class of each column and key) for this stage"
     renamed = form == "rows" and "completion" not in dataset.column_names
     out = account(dataset.rename_column("completions", "completion") if renamed else dataset, ignore, pairs=True)
     sides = {c.format(s): k for k, names in SIDE_COLUMNS.items() for c in names for s in ("chosen", "rejected")}
@@ -655,7 +655,7 @@ def row_account(
 def all_finite(
     dataset, # `datasets.Dataset` of rows
 )->bool:
-    "Whether no reward or log-probability is NaN or infinite, without reading them into Python"
+    "True if no reward or log-probability is NaN or infinite; computed in Arrow"
     import pyarrow.compute as pc
     arrow = dataset.select_columns(["completions"]).with_format("arrow")
     for i in range(0, len(dataset), 5000):
@@ -669,9 +669,9 @@ def all_finite(
 # %% ../../nbs/35_preferences/1_rows.ipynb #ab56d60e
 def has_form(
     dataset, # `datasets.Dataset`
-    blocks:bool, # structured contents
+    blocks:bool, # True: structured contents
 )->bool:
-    "Whether a dataset has the columns of rows with the same types, unique ids, and finite numbers only"
+    "True if a dataset already has the columns and types of rows, unique ids, and only finite numbers"
     columns = prompt_column_features([c for c in ROW_COLUMNS if c in dataset.features])
     wanted = row_features(blocks, columns, None if blocks else row_fields(dataset.features))
     if any(dataset.features.get(k) != f for k, f in wanted.items()): return False
@@ -682,7 +682,7 @@ def has_form(
 def count_completions(
     dataset, # `datasets.Dataset` of rows
 )->int:
-    "How many completions there are, without reading them into Python"
+    "Count the completions of all rows; computed in Arrow"
     import pyarrow.compute as pc
     arrow = dataset.select_columns(["completions"]).with_format("arrow")
     return sum(pc.sum(pc.list_value_length(arrow[i:i + 5000]["completions"])).as_py() or 0
@@ -691,8 +691,8 @@ def count_completions(
 # %% ../../nbs/35_preferences/1_rows.ipynb #e50dccae
 def narrow_rows(
     data, # `datasets.Dataset` of rows with all optional fields and columns
-    blocks:bool, # structured contents
-):       # the dataset with those that some row needs
+    blocks:bool, # True: structured contents
+): # dataset with the fields and columns that some row uses
     "Remove the optional fields and columns that have no value in any row"
     from datasets import Features
     found, columns = dict(prompt=set(), completions=set()), set()
@@ -707,9 +707,9 @@ def narrow_rows(
 # %% ../../nbs/35_preferences/1_rows.ipynb #b11806f5
 def cast_rows(
     data, # `datasets.Dataset` of rows
-    features, # `datasets.Features`: of its messages some fields more or less
-): # the dataset with these fields; a field that it lacks is null
-    "Rows with other optional fields"
+    features, # target `datasets.Features`; optional message fields may be added or removed
+): # dataset with these features; added fields are null
+    "Change the optional message fields of rows"
     import pyarrow as pa, pyarrow.compute as pc
     from datasets.fingerprint import get_temporary_cache_files_directory
     schema = features.arrow_schema
@@ -734,12 +734,12 @@ def cast_rows(
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #8c06049f
 def map_to_rows(
-    dataset, # `datasets.Dataset` in a form that is to be converted
-    form:str, # from `row_form`
-    blocks:bool, # structured contents
+    dataset, # `datasets.Dataset` to convert
+    form:str, # form of the dataset, from `row_form`
+    blocks:bool, # True: structured contents
     on_malformed:str, # drop or error
     ignore=(), # columns and message keys to treat as absent
-): # `datasets.Dataset` of rows with the columns `_fault`, `_row` and `_lost`, and the other columns of the source
+): # `datasets.Dataset` of rows with `_fault`, `_row` and `_lost`, and the other columns of the source
     "Convert all rows with `rows_batch`"
     from datasets import Features, List, Value, concatenate_datasets
     from datasets.fingerprint import get_temporary_cache_files_directory
@@ -761,12 +761,12 @@ def map_to_rows(
 # %% ../../nbs/35_preferences/1_rows.ipynb #ca8de501
 def to_rows(
     dataset, # `datasets.Dataset` in any known form
-    structure:str="auto", # plain, structured, or auto, see `needs_blocks`
+    structure:str="auto", # auto (see `needs_blocks`), plain or structured
     on_malformed:str="drop", # drop or error
-    ignore=(), # columns to treat as absent; messages.KEY for a key of the messages
-    template_blocks:bool=False, # whether the template of the rows takes structured contents
+    ignore=(), # columns to treat as absent, and messages.KEY for message keys
+    template_blocks:bool=False, # True: the chat template of the stage takes structured contents
 )->tuple: # (rows, counts: in, out, dropped and lost by reason, examples, completions, columns)
-    "Any dataset as rows of prompts and completions; other columns stay"
+    "Convert a dataset of any form to rows of prompts and completions; other columns stay"
     from datasets import Value
     if on_malformed not in ("drop", "error"): raise UserError(f"on_malformed={on_malformed!r}: drop or error.")
     given, dataset = dataset, dataset.remove_columns([c for c in ignore if c in dataset.column_names])
@@ -790,9 +790,9 @@ def to_rows(
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #faca1404
 def block_parts(
-    blocks:list[dict], # of an assistant turn
+    blocks:list[dict], # blocks of an assistant turn
 )->list[dict]: # parts of a Swiss-AI message
-    "Blocks as parts; the calls of a turn and their outputs one by one"
+    "Convert blocks to parts; each call and each output becomes a part"
     part = lambda kind, **values: dict(dict(type=kind, content=None, name=None, args=None, answers=None), **values)
     out, shown = [], False # shown: the last call displayed the answers
     for b in blocks:
@@ -810,19 +810,19 @@ def block_parts(
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #7fc3abdc
 def prompt_context(
-    turns:list[dict], # structured messages of user and assistant, the first one the user's
+    turns:list[dict], # structured messages of user and assistant; the first is the user's
 )->list[dict]: # messages of a Swiss-AI branch
-    "The turns of a prompt after its first one, as they begin every branch"
+    "Convert the turns of a prompt after its first one; every branch begins with them"
     part = lambda text: dict(type="response", content=text, name=None, args=None, answers=None)
     return [dict(role=m["role"], parts=block_parts(m["content"]["blocks"]) if m["role"] == "assistant"
                  else [part(p["text"]) for p in m["content"]["parts"]]) for m in turns[1:]]
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #7a147f11
 def structured_answer(
-    prompt:Conversation, # of the row
+    prompt:Conversation, # prompt of the row
     completion:dict,
 )->dict: # content with blocks
-    "The answer of a completion as blocks"
+    "Convert the answer of a completion to blocks"
     message = completion_message(completion)
     if isinstance(message["content"], dict): # without the fields that Arrow added
         return structured_conversation(Conversation([message])).messages[-1]["content"]
@@ -837,9 +837,9 @@ SWISSAI_NAMES = dict(ref_logprob="completion_ref_logprob", num_tokens="completio
 def swissai_branch(
     c:dict, # a completion
     context:list[dict], # messages before the answer, from `prompt_context`
-    parts:list[dict]|None=None, # of the answer; None: there is none
-)->dict: # messages and the fields of the completion; the metadata of the last part hold the numbers of tokens
-    "A completion as a branch"
+    parts:list[dict]|None=None, # parts of the answer; None: no answer
+)->dict: # messages and fields; the metadata of the last part hold the numbers of tokens
+    "Convert a completion to a branch"
     fields = {SWISSAI_NAMES.get(k, k): v for k, v in c.items() if k in COMPLETION_DEFAULTS and k != "content"}
     if parts is None: return dict(messages=context, **fields)
     n, prompt = c["num_tokens"], c["prompt_tokens"]
@@ -850,9 +850,9 @@ def swissai_branch(
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #fffebbe3
 def swissai_row(
-    row:dict, # prompt and completions
+    row:dict, # row with prompt and completions
 )->dict:
-    "A row of prompt and completions in the Swiss-AI format: each completion ends its own branch"
+    "Convert a row to the Swiss-AI format; each completion becomes the end of a branch"
     given = row_prompt(row)
     if not given.messages: raise MalformedRow("the prompt is empty")
     if given.messages[-1]["role"] == "tool":
@@ -878,7 +878,7 @@ def swissai_row(
 # %% ../../nbs/35_preferences/1_rows.ipynb #ca8f7558
 def named_row(
     change, # function of a row
-    row:dict, # with an id
+    row:dict, # row with an id
     *args,
 ):
     "Apply a function to a row; an error names the row"
@@ -890,7 +890,7 @@ def named_row(
 def to_swissai(
     dataset, # `datasets.Dataset` of rows
 ): # `datasets.Dataset` of Swiss-AI rows
-    "Rows of prompts and completions as branching conversations; other columns stay"
+    "Convert rows of prompts and completions to branching conversations; other columns stay"
     from datasets import Features, List, Value, concatenate_datasets
     from datasets.fingerprint import get_temporary_cache_files_directory
     text, fields = Value("string"), {SWISSAI_NAMES.get(k, k): v
@@ -915,9 +915,9 @@ def to_swissai(
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #40d26e0c
 def pair_of(
-    row:dict, # with completions
-)->dict|None: # chosen and rejected messages; None if one of them is missing
-    "The pair that a row came with: its completions with the policies chosen and rejected"
+    row:dict, # row with completions
+)->dict|None: # chosen and rejected messages; None if one is missing
+    "The pair of a source row: its completions with the policies chosen and rejected"
     def side(name):
         c = next((c for c in row["completions"] if c["policy"] == name), None)
         return c and [dict(role="assistant", **{k: c[k] for k in ("content", *ANSWER_KEYS) if k in c})]
@@ -926,11 +926,11 @@ def pair_of(
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #a1643dba
 def preference_row(
-    row:dict, # prompt, and chosen and rejected or completions
+    row:dict, # row with prompt, and completions or chosen and rejected
     pair:dict, # chosen and rejected messages
-    texts:bool, # one text each for prompt, chosen and rejected
+    texts:bool, # True: write prompt, chosen and rejected as one text each
 )->dict:
-    "One plain row with chosen, rejected and their rewards"
+    "Make a plain row with chosen, rejected and their rewards"
     rewards = {c["policy"]: c["reward"] for c in row.get("completions") or []}
     try: messages = plain_messages([*row["prompt"], *pair["chosen"], *pair["rejected"]])
     except UnsupportedContent as e:
@@ -950,10 +950,10 @@ def preference_row(
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #78653b59
 def to_preference(
-    dataset, # pairs, or rows whose completions have the policies chosen and rejected
-    texts:bool=False, # one text each for prompt, chosen and rejected instead of messages; for prompts of a single turn
-): # `datasets.Dataset`: id, source, prompt, chosen, rejected, and rewards if they are known
-    "Plain chosen and rejected rows; a row without a pair is left out"
+    dataset, # `datasets.Dataset` of pairs, or of rows whose completions have the policies chosen and rejected
+    texts:bool=False, # True: write prompt, chosen and rejected as texts, not messages; for prompts of a single turn
+): # `datasets.Dataset` with id, source, prompt, chosen, rejected, and rewards if they are known
+    "Write plain chosen and rejected rows; a row without a pair is left out"
     from datasets import Dataset, Features, Value
     pairs = [(row, row if "chosen" in row else pair_of(row)) for row in dataset]
     out = [preference_row(row, pair, texts) for row, pair in pairs if pair]
