@@ -27,7 +27,7 @@ WORKERS ?= 2
 PYTEST ?=
 say = printf '\n== %s\n' "$(1)"
 
-.PHONY: help env readers demo annotate pipeline test test-slow hooks notebooks slow-notebooks lab bench readme clean
+.PHONY: help env readers demo annotate pipeline test test-slow hooks notebooks slow-notebooks lab bench readme docs site-env clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -91,6 +91,20 @@ readme: env ## README.md from nbs/index.ipynb, nbs/README.md from the notebooks'
 	@$(RUN) jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed 's#](\.\./#](#g' > README.md
 	@$(RUN) python nbs/notebook_map.py > nbs/README.md
 
+# Sphinx has an environment of its own: nothing else needs its packages.
+SITE := .venv-site
+SITE_LOCKED := $(SITE)/.locked-$(shell cksum < container/site.lock | cut -d' ' -f1)
+$(SITE_LOCKED): | env
+	@$(call say,environment of the site in $(SITE)); rm -rf $(SITE); $(BIN)/python -m venv $(SITE)
+	@$(SITE)/bin/python -m pip install -q --no-input --no-deps -r container/site.lock < /dev/null > $(SITE)/install.log 2>&1 || \
+	{ tail -n 15 $(SITE)/install.log >&2; exit 1; }; touch $@
+
+site-env: $(SITE_LOCKED)
+
+docs: $(SITE_LOCKED) ## a site of all notebooks as they are kept, in _docs/html (nothing is executed)
+	@$(call say,pages); rm -rf _docs; $(RUN) python nbs/site/pages.py _docs/source
+	@$(SITE)/bin/sphinx-build -W --keep-going -j $(WORKERS) -b html _docs/source _docs/html; echo "open _docs/html/index.html"
+
 clean: ## remove the environment and caches; runs/ and artifacts/ stay
-	rm -rf $(VENV) .venv-readers build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-readers .venv-site _docs build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -not -path './artifacts/*' -prune -exec rm -rf {} +
