@@ -50,7 +50,7 @@ def plan_lengths(
     max_new_tokens:int, # maximum tokens of a sample
     max_seq_len:int|None=None, # maximum tokens of prompt and completion together; None: no limit
 )->list[int]: # tokens per row that count in the token budget of a batch
-    "Compute the tokens of a row: its prompt and its samples at full length, for each sample"
+    "Compute the tokens that the prompt of each row and all its samples take"
     return [0 if not t or too_long(t, max_new_tokens, max_seq_len) else n*(t + max_new_tokens) for t in lengths]
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #f1e5da09

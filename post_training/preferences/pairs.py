@@ -27,9 +27,9 @@ from .rows import (
 # %% ../../nbs/35_preferences/6_pairs.ipynb #8401a22d
 def completion_fault(
     c:dict, # a completion
-    rewarded:bool=True, # whether it needs a reward
-)->str|None: # None if it can be used
-    "The reason why a completion cannot be used"
+    rewarded:bool=True, # True: the completion needs a reward
+)->str|None: # reason; None if the completion can be used
+    "Find the reason why a completion cannot be used"
     if not content_text(c["content"]).strip() and not c.get("tool_calls"): return "empty completion"
     if c["finish_reason"] == "length": return "stopped by length"
     if rewarded and c["reward"] is None: return "no reward"
@@ -38,17 +38,17 @@ def completion_fault(
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #b8c04f53
 def text_key(
-    content, # of a completion
-)->str: # equal for equal contents; the None that Arrow adds is ignored
-    "A key by which two contents are compared"
+    content, # content of a completion
+)->str: # text that is equal for equal contents; None values that Arrow adds are ignored
+    "A key to compare two contents"
     return (content if isinstance(content, str)
             else json.dumps(without_none(content), sort_keys=True, ensure_ascii=False))
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #0d7980a1
 def completion_key(
     c:dict, # a completion
-)->str: # equal for equal answers
-    "A key by which two completions are compared: content, thoughts and calls"
+)->str: # text that is equal for equal answers
+    "A key to compare two completions: content, thoughts and calls"
     more = {k: c[k] for k in ANSWER_KEYS if c.get(k)}
     return text_key(c["content"]) if not more else text_key(dict(content=c["content"], **more))
 
@@ -63,36 +63,36 @@ CANDIDATE_CHOICES = dict( # name: function that says whether a completion may be
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #d30afffc
 def reference_pool(
-    completions:list[dict], # of a row
+    completions:list[dict], # completions of a row
     references:str="sampled", # one of `REFERENCE_CHOICES`
-    num_ref_rewards:int|None=None, # use only the first of them; None: all
-)->list[int]: # indices
-    "The completions whose rewards are the references"
+    num_ref_rewards:int|None=None, # number of references to use, the first ones; None: all
+)->list[int]: # indices of completions
+    "Choose the references: the completions whose rewards the others are compared with"
     is_reference = REFERENCE_CHOICES[references]
     return [i for i, c in enumerate(completions) if is_reference(c) and not completion_fault(c)][:num_ref_rewards]
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #0106e3d3
 def quantile_of(
-    reward:float,
-    ref_rewards:list[float], # of the references; includes `reward` itself if the completion is a reference
-)->float|None: # k/n; None without references
-    "The share of reference rewards that are at most as large"
+    reward:float, # reward of the completion
+    ref_rewards:list[float], # rewards of the references; if the completion is a reference, its own reward is included
+)->float|None: # k/n; None if there are no references
+    "The share of reference rewards that are not larger than the reward"
     return sum(r <= reward for r in ref_rewards)/len(ref_rewards) if ref_rewards else None
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #774ea499
 class Candidate(NamedTuple):
     "A completion that may become one side of a pair"
-    index:int # in its row
+    index:int # index of the completion in its row
     reward:float
     quantile:float|None
-    key:str # of its text
+    key:str # key of its answer, from `completion_key`
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #8202e997
 def ordered_pair(
     a:Candidate,
     b:Candidate,
-)->tuple|None: # the better and the worse; None if they cannot be a pair
-    "Two candidates as a pair, if their rewards and their texts differ"
+)->tuple|None: # (better, worse); None if they cannot be a pair
+    "Order two candidates by reward, if their rewards and their answers differ"
     if a.reward == b.reward or a.key == b.key: return None
     return (a, b) if a.reward > b.reward else (b, a)
 
@@ -101,8 +101,8 @@ def first_pair(
     pool:list[Candidate],
     low:float, # largest quantile of candidates for the rejected completion
     rng:random.Random,
-)->tuple|None: # chosen and rejected
-    "A pair from the top and the bottom of the quantiles, or the nearest possible"
+)->tuple|None: # (chosen, rejected); None if no pair is possible
+    "Draw a pair from the top and the bottom of the quantiles, or the nearest possible pair"
     drawn = rng.sample(pool, len(pool)) # of equal candidates the first drawn is used
     best = lambda candidates: max(candidates, key=lambda c: c.reward)
     worst = lambda candidates: min(candidates, key=lambda c: c.reward)
@@ -122,9 +122,9 @@ def heuristic_pairs(
     pool:list[Candidate],
     num_pairs:int,
     rng:random.Random,
-    n:int, # references
+    n:int, # number of references
 )->list[tuple]: # (chosen, rejected)
-    "One pair by `first_pair`; further ones with one side from the upper half of the quantiles and one from the lower"
+    "Choose one pair with `first_pair`, and further pairs with one side from each half of the quantiles"
     first = first_pair(pool, max(.2, 1/n), rng)
     if not first: return []
     more = [ordered_pair(a, b) for a in pool for b in pool if a.quantile >= .5 > b.quantile]
@@ -135,10 +135,10 @@ def heuristic_pairs(
 def best_worst_pairs(
     pool:list[Candidate],
     num_pairs:int,
-    rng:random.Random, # decides between equal rewards
-    n:int=0, # references; not needed
+    rng:random.Random, # generator that decides between equal rewards
+    n:int=0, # number of references; not used
 )->list[tuple]: # (chosen, rejected)
-    "The best with the worst, the second best with the second worst, as long as they differ"
+    "Pair the best with the worst, the second best with the second worst, and so on, while they differ"
     by_reward = sorted(rng.sample(pool, len(pool)), key=lambda c: c.reward)
     pairs = [ordered_pair(by_reward[-1-k], by_reward[k]) for k in range(min(num_pairs, len(pool)//2))]
     return [p for p in pairs if p]
@@ -148,9 +148,9 @@ def random_pairs(
     pool:list[Candidate],
     num_pairs:int,
     rng:random.Random,
-    n:int=0, # references; not needed
+    n:int=0, # number of references; not used
 )->list[tuple]: # (chosen, rejected)
-    "Completions paired at random, each in at most one pair"
+    "Pair completions at random, each in at most one pair"
     left, out = rng.sample(pool, len(pool)), []
     while left and len(out) < num_pairs:
         a = left.pop(0)
@@ -165,9 +165,9 @@ def k_random_pairs(
     pool:list[Candidate],
     num_pairs:int,
     rng:random.Random,
-    n:int=0, # references; not needed
+    n:int=0, # number of references; not used
 )->list[tuple]: # (chosen, rejected)
-    "Pairs drawn from all possible ones, none twice"
+    "Draw pairs from all possible ones, none twice"
     possible = [p for a, b in combinations(pool, 2) if (p := ordered_pair(a, b))]
     return rng.sample(possible, min(num_pairs, len(possible)))
 
@@ -177,19 +177,19 @@ PAIR_MODES = {"heuristic": heuristic_pairs, "best-worst": best_worst_pairs, "ran
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #3ac79078
 def own_pair(
-    completions:list[dict], # of a row
-)->list[tuple]: # indices of chosen and rejected: one pair or none
-    "The pair that a row came with"
+    completions:list[dict], # completions of a row
+)->list[tuple]: # (index of chosen, index of rejected): one pair or none
+    "Find the pair of the source row"
     at = {c["policy"]: i for i, c in reversed(list(enumerate(completions))) if not completion_fault(c, rewarded=False)}
     return [(at["chosen"], at["rejected"])] if {"chosen", "rejected"} <= at.keys() else []
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #0533ecc7
 def pair_features(
-    blocks:bool, # structured contents
-    fields:dict|None=None, # prompt, completions: further fields of plain messages, from `row_fields`
-    columns=(), # of `ROW_COLUMNS`: those that the rows have
+    blocks:bool, # True: structured contents
+    fields:dict|None=None, # prompt, completions -> names of further message fields, from `row_fields`; None: none
+    columns=(), # names in `ROW_COLUMNS` that the rows have
 ): # `datasets.Features`
-    "The types of pairs"
+    "The Arrow types of pairs"
     from datasets import Features, List, Value
     from post_training.data.swissai import message_features
     text = Value("string")
@@ -206,14 +206,14 @@ def pair_features(
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #fadbf92e
 def pair_row(
-    row:dict, # of prompt and completions
-    chosen:int, # index of a completion
-    rejected:int, # index of a completion
+    row:dict, # row of a prompt and its completions
+    chosen:int, # index of the chosen completion
+    rejected:int, # index of the rejected completion
     refs:list[int], # indices of the references, from `reference_pool`
-    pair:int=0, # its number within the prompt
-    reference:str|None=None, # fingerprint of the reference model, tokenizer and template
+    pair:int=0, # number of the pair within the prompt
+    reference:str|None=None, # fingerprint of reference model, tokenizer and template; None: unknown
 )->dict:
-    "One pair with the fields that training needs"
+    "Make the row of a pair with the fields that training needs"
     rewards = [row["completions"][i]["reward"] for i in refs]
     out = {k: row.get(k) for k in ("id", "source", "prompt", "answer", "verifier")}
     out |= {k: row[k] for k in ROW_COLUMNS if k in row}
@@ -232,19 +232,19 @@ def pair_row(
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #f5fc98f7
 def given_rewards(
-    row:dict, # of prompt and completions
-)->list[float]: # empty if it brings none, or one that is no finite number
-    "The rewards of references that a set of pairs has for a row"
+    row:dict, # row of a prompt and its completions
+)->list[float]: # rewards; empty if the row has none, or one that is not finite
+    "The rewards of references that the source row has"
     rewards = [field_value("reward", r) for r in row.get("ref_rewards") or []]
     return rewards if all(isinstance(r, (int, float)) and math.isfinite(r) for r in rewards) else []
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #7c698884
 def with_given(
-    pair:dict, # from `pair_row`
-    row:dict, # it came from, with the columns of a set of pairs
-    rewards:list[float], # from `given_rewards`, those that count
+    pair:dict, # row of a pair, from `pair_row`
+    row:dict, # source row of the pair
+    rewards:list[float], # reference rewards to use, from `given_rewards`
 )->dict:
-    "A pair with the quantile rewards and references of its source row"
+    "Copy the quantile rewards and references of the source row to a pair"
     out = dict(pair, ref_rewards=rewards or pair["ref_rewards"])
     for side in ("chosen", "rejected"):
         reward, at = pair[f"{side}_reward"], row.get(f"{side}_reference")
@@ -262,14 +262,14 @@ def with_given(
 # %% ../../nbs/35_preferences/6_pairs.ipynb #9fbe413a
 @dataclass(frozen=True)
 class PairRules:
-    "How the pairs of a prompt are chosen"
+    "Settings of the choice of pairs"
     mode:str="heuristic" # one of `PAIR_MODES`
-    num_pairs:int=1 # of a prompt, at most
-    min_num_ref_rewards:int|None=None # rows with fewer usable reference rewards are dropped; None: 2, offline 0
-    num_ref_rewards:int|None=None # use only the first of the reference rewards; None: all
-    candidates:str="all" # completions that pairs are chosen from: one of `CANDIDATE_CHOICES`
-    seed:int=42 # of the draws, together with the row's id
-    references:str="sampled" # completions that the others are compared with: one of `REFERENCE_CHOICES`
+    num_pairs:int=1 # maximum number of pairs per prompt
+    min_num_ref_rewards:int|None=None # drop rows with fewer usable reference rewards; None: 2, and 0 for offline
+    num_ref_rewards:int|None=None # number of reference rewards to use, the first ones; None: all
+    candidates:str="all" # completions that may be in a pair: one of `CANDIDATE_CHOICES`
+    seed:int=42 # seed of the draws; combined with the row's id
+    references:str="sampled" # completions to compare with: one of `REFERENCE_CHOICES`
 
     def __post_init__(self):
         for name, known in (("mode", PAIR_MODES), ("candidates", CANDIDATE_CHOICES), ("references", REFERENCE_CHOICES)):
@@ -291,11 +291,11 @@ class PairRules:
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #44bc03df
 def chosen_pairs(
-    row:dict, # of prompt and completions
+    row:dict, # row of a prompt and its completions
     refs:list[int], # indices of the references, from `reference_pool`
     rules:PairRules,
-)->tuple[list, str]: # (chosen, rejected) as indices, and the reason if there are none
-    "The pairs of a row, by the mode of the rules; mode offline may give equal texts, which are left out"
+)->tuple[list, str]: # (list of (chosen, rejected) indices, reason if the list is empty)
+    "Choose the pairs of a row by the mode of the rules; pairs with equal answers are left out"
     completions = row["completions"]
     if PAIR_MODES[rules.mode] is None: pairs, reason = own_pair(completions), "the row came without a pair"
     else:
@@ -313,11 +313,11 @@ def chosen_pairs(
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #468c09e7
 def row_pairs(
-    row:dict, # of prompt and completions
+    row:dict, # row of a prompt and its completions
     rules:PairRules,
-    reference:str|None=None, # fingerprint of the reference
-)->dict: # rows, or dropped (the reason); lost: counts of unusable completions by reason
-    "The pairs of one prompt"
+    reference:str|None=None, # fingerprint of the reference; None: unknown
+)->dict: # rows, or dropped (reason); lost: reason -> number of unusable completions
+    "Make the pairs of one prompt"
     completions = row["completions"]
     needs_rewards = PAIR_MODES[rules.mode] is not None
     unused = dict(Counter(f for c in completions if (f := completion_fault(c, rewarded=needs_rewards))))
@@ -336,10 +336,10 @@ def row_pairs(
 def pairs_batch_fn(
     rows, # `datasets.Dataset` of prompts and completions with rewards
     mode:str="heuristic", # one of `PAIR_MODES`
-    reference:str|None=None, # fingerprint of reference model, tokenizer and template, if the rows do not name it
-    **rules, # the others of `PairRules`
-): # function: indices of rows -> a dict for each
-    "The function that makes the pairs of a batch of rows"
+    reference:str|None=None, # fingerprint of model, tokenizer and template, if the rows do not name it
+    **rules, # other fields of `PairRules`
+): # function: row indices -> one dict per row
+    "Make the batch function that chooses pairs"
     rules = PairRules(mode, **rules)
     def make(indices):
         batch = rows[list(indices)]
@@ -354,8 +354,8 @@ POOL_FIELDS = dict( # column of the pool: field of a completion, value if unknow
 # %% ../../nbs/35_preferences/6_pairs.ipynb #19eb062b
 def pool_columns(
     rows, # `datasets.Dataset` of prompts and completions
-)->dict: # arrays with an entry for each completion: row and the columns of `POOL_FIELDS`
-    "The fields of all completions as arrays; 5,000 rows are read at a time"
+)->dict: # column name -> array with one entry per completion: row, and the columns of `POOL_FIELDS`
+    "Read the fields of all completions into arrays; 5,000 rows are read at a time"
     import pyarrow.compute as pc
     dtypes = dict(policy=object, finish_reason=object, is_reference=bool)
     chunks = {k: [] for k in ("row", *POOL_FIELDS)}
@@ -372,10 +372,10 @@ def pool_columns(
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #76298afe
 def win_rates(
-    columns:dict, # from `pool_columns`
-    max_policies:int=8, # compare only those with the most completions
-)->dict: # (policy, policy): (share of wins of the first, prompts)
-    "How often one policy's completion has the higher reward on the same prompt, averaged over prompts"
+    columns:dict, # arrays from `pool_columns`
+    max_policies:int=8, # number of policies to compare: those with the most completions
+)->dict: # (policy, other policy) -> (share of wins, number of prompts)
+    "How often a policy's completion has a higher reward than another's on the same prompt, averaged over prompts"
     finite = np.isfinite(columns["reward"])
     names = [p for p, _ in Counter(columns["policy"][finite]).most_common(max_policies)]
     wins = {(a, b): [] for a in names for b in names if a != b}
@@ -393,10 +393,10 @@ def win_rates(
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #fd60b23e
 def pearson_correlation(
-    x, # numbers
-    y, # numbers
-)->float|None: # None if one of them does not vary
-    "Pearson's correlation of the finite pairs of numbers"
+    x, # array of numbers
+    y, # array of numbers
+)->float|None: # correlation; None if one of them does not vary
+    "Pearson's correlation of two arrays; entries that are not finite are left out"
     finite = np.isfinite(x) & np.isfinite(y)
     x, y = np.asarray(x)[finite], np.asarray(y)[finite]
     varies = len(x) > 2 and np.std(x) > 0 and np.std(y) > 0
@@ -404,10 +404,10 @@ def pearson_correlation(
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #a5d3aedb
 def within_rows(
-    values, # of each completion
-    row, # of each completion
+    values, # one number per completion
+    row, # row index per completion
 ): # numpy array
-    "Values minus the mean of their row, which removes the differences between prompts"
+    "Subtract the mean of the row from each value, to remove the differences between prompts"
     finite = np.isfinite(values)
     rows = 1 + max(row, default=0)
     count = np.bincount(row[finite], minlength=rows)
@@ -416,9 +416,9 @@ def within_rows(
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #614c91c9
 def pool_table(
-    columns:dict, # from `pool_columns`
-)->list[dict]: # a row for each policy
-    "The completions of each policy: number, endings, mean length, mean reward and win rate"
+    columns:dict, # arrays from `pool_columns`
+)->list[dict]: # one row per policy
+    "Summarise each policy: number of completions, endings, mean length, mean reward and win rate"
     out, wins = [], win_rates(columns)
     for name, n in Counter(columns["policy"]).most_common():
         at = columns["policy"] == name
@@ -434,10 +434,10 @@ def pool_table(
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #af956b17
 def histogram_counts(
-    values, # numbers; None, NaN and infinite ones are left out
-    bins=10, # a number of bins, or their edges
-)->list[dict]: # from, to, count
-    "Counts of values by bin"
+    values, # numbers; None, NaN and infinity are left out
+    bins=10, # number of bins, or their edges
+)->list[dict]: # list of dicts: from, to, count
+    "Count values per bin"
     values = np.array([v for v in values if v is not None and math.isfinite(v)])
     if not len(values): return []
     counts, edges = np.histogram(values, bins)
@@ -446,8 +446,8 @@ def histogram_counts(
 # %% ../../nbs/35_preferences/6_pairs.ipynb #a1cbb98a
 def pair_numbers(
     pairs, # `datasets.Dataset` of pairs
-)->dict: # lists of numbers, one for each pair
-    "Rewards, quantile rewards and lengths of pairs, with their margins"
+)->dict: # name -> list with one number per pair
+    "Collect rewards, quantile rewards, lengths and their margins"
     keys = [f"{s}_{k}" for s in ("chosen", "rejected") for k in ("reward", "quantile_reward", "length")]
     out = {k: np.array([math.nan if v is None else v for v in pairs[k][:]], dtype=float) for k in keys}
     return out | {f"{k}_margin": out[f"chosen_{k}"] - out[f"rejected_{k}"]
@@ -455,10 +455,10 @@ def pair_numbers(
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #19fe4153
 def tie_table(
-    columns:dict, # from `pool_columns`
-    texts=None, # keys of the completions, if equal texts are to be counted
-)->dict: # prompts, those with one reward only, shares of pairs of completions with equal rewards and equal texts
-    "How often rewards do not distinguish completions"
+    columns:dict, # arrays from `pool_columns`
+    texts=None, # keys of the completions, to count equal texts; None: do not count them
+)->dict: # prompts, prompts with one reward only, shares of pairs with equal rewards and with equal texts
+    "Measure how often rewards do not distinguish completions"
     order = np.flatnonzero(np.isfinite(columns["reward"]))
     groups = np.split(order, np.flatnonzero(np.diff(columns["row"][order])) + 1) if len(order) else []
     groups = [g for g in groups if len(g) > 1]
@@ -474,8 +474,8 @@ def tie_table(
 # %% ../../nbs/35_preferences/6_pairs.ipynb #e1d28cb0
 def text_hashes(
     rows, # `datasets.Dataset` of prompts and completions
-)->list[int]: # one for each completion
-    "A number for the answer of each completion, equal for equal answers; 1,000 rows are read at a time"
+)->list[int]: # one number per completion
+    "Hash the answer of each completion; 1,000 rows are read at a time"
     import pyarrow.compute as pc
     arrow, out = rows.select_columns(["completions"]).with_format("arrow"), []
     for start in range(0, len(rows), 1000):
@@ -488,8 +488,8 @@ def text_hashes(
 # %% ../../nbs/35_preferences/6_pairs.ipynb #76fb2aeb
 def pool_diagnostics(
     rows, # `datasets.Dataset` of prompts and completions
-)->dict: # title: rows of a table
-    "The pool of completions in tables for the record"
+)->dict: # title -> rows of a table
+    "Tables about the pool of completions, for the record"
     columns = pool_columns(rows)
     reward, length = (within_rows(columns[k], columns["row"]) for k in ("reward", "length"))
     overall = pearson_correlation(columns["length"], columns["reward"])
@@ -505,9 +505,9 @@ def pool_diagnostics(
 # %% ../../nbs/35_preferences/6_pairs.ipynb #e2436fd9
 def pair_diagnostics(
     pairs, # `datasets.Dataset` of pairs
-    rows=None, # `datasets.Dataset` they were made from
-)->dict: # title: rows of a table
-    "Pairs, and the pool they come from, in tables for the record"
+    rows=None, # `datasets.Dataset` from which the pairs were made; None: only the pairs
+)->dict: # title -> rows of a table
+    "Tables about the pairs and their pool, for the record"
     numbers, edges = pair_numbers(pairs), np.linspace(0, 1, 11)
     mean = lambda v: float(np.nanmean(v)) if np.isfinite(v).any() else None
     share = lambda v: float(np.mean(v)) if len(v) else None
@@ -531,8 +531,8 @@ def pair_diagnostics(
 # %% ../../nbs/35_preferences/6_pairs.ipynb #b2da9020
 def plot_pairs(
     pairs, # `datasets.Dataset` of pairs
-): # a matplotlib figure
-    "Quantile rewards of both sides, and margins of rewards and lengths"
+): # matplotlib figure
+    "Plot the quantile rewards of both sides, and the margins of rewards and lengths"
     from matplotlib import pyplot as plt
     numbers = pair_numbers(pairs)
     fig, axes = plt.subplots(1, 3, figsize=(9, 2.4), dpi=70, layout="constrained")
@@ -554,9 +554,9 @@ def plot_pairs(
 # %% ../../nbs/35_preferences/6_pairs.ipynb #4d6af863
 def plot_pool(
     rows, # `datasets.Dataset` of prompts and completions
-    max_completions:int=2000, # points at most
-): # a matplotlib figure
-    "Length and reward within prompts, and the win rates of policies"
+    max_completions:int=2000, # maximum number of points
+): # matplotlib figure
+    "Plot length and reward within prompts, and the win rates of policies"
     from matplotlib import pyplot as plt
     columns = pool_columns(rows)
     wins = win_rates(columns)
@@ -583,8 +583,8 @@ def plot_pool(
 # %% ../../nbs/35_preferences/6_pairs.ipynb #63eab607
 def references_of(
     dataset, # `datasets.Dataset` of pairs
-)->dict: # reference: pairs
-    "The number of pairs of each reference model"
+)->dict: # name of the reference -> number of pairs
+    "Count the pairs of each reference model"
     return dict(Counter(dataset["reference"][:] if "reference" in dataset.column_names
                         else [None]*len(dataset)).most_common())
 
@@ -593,10 +593,10 @@ KEPT_BY_PAIRS = ("pair", "chosen_policy", "rejected_policy") # columns of a set 
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #9de9e27d
 def own_pair_row(
-    row:dict, # of prompt and completions, with the columns of the set of pairs
-    rules, # `PairRules` of the mode offline
-)->tuple: # (pair or None, the reason against it)
-    "The pair that a row came with, with the other columns of its set"
+    row:dict, # row of a prompt and its completions, with the columns of the set of pairs
+    rules, # `PairRules` with the mode offline
+)->tuple: # (pair or None, reason if there is none)
+    "Make the pair of a source row, with the other columns of its set"
     made = row_pairs(row, rules)
     if "dropped" in made: return None, made["dropped"]
     return made["rows"][0] | {k: row[k] for k in KEPT_BY_PAIRS if row.get(k) is not None}, ""
@@ -604,10 +604,10 @@ def own_pair_row(
 # %% ../../nbs/35_preferences/6_pairs.ipynb #0972ef23
 def as_pairs(
     dataset, # `datasets.Dataset` with chosen and rejected answers in any form
-    blocks:bool=False, # structured contents
+    blocks:bool=False, # True: structured contents
     ignore=(), # columns and message keys to treat as absent
-)->tuple: # (`datasets.Dataset` with the columns of `pair_features` and the others, counts)
-    "Pairs of any form in the form that the stage `pairs` writes"
+)->tuple: # (`datasets.Dataset` with the columns of `pair_features` and the other columns, counts)
+    "Convert pairs of any form to the form that the stage `pairs` writes"
     from datasets import Features, Value, concatenate_datasets
     from post_training.data.swissai import keep_good
     columns = [c for c in ROW_COLUMNS if c in dataset.column_names]
@@ -631,8 +631,8 @@ def as_pairs(
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #af2d04e2
 def mixed_columns(
-    columns:list, # of each source: the names of its columns
-    blocks:bool, # structured contents
+    columns:list, # names of the columns of each source
+    blocks:bool, # True: structured contents
     ignore=(), # columns to treat as absent
 )->list[str]:
     "The columns of a mixture of pairs: those of the stage `pairs`, and the others of all sources"
@@ -645,13 +645,13 @@ def mixed_columns(
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #51ffde09
 def mix_pairs(
-    sources, # list of dicts: dataset_name, dataset_path, subsample_factor, duplication_factor, as for `mix_sources`
-    seed:int=42, # of the draw and the order
-    shuffle:bool=True, # draw and order at random
-    allow_other_references:bool=False, # mix sets whose reference models differ
-    ignore_columns=(), # columns to treat as absent; messages.KEY for a key of the messages
-): # `data.mixture.Mixture`: rows, and a table of rows and shares per source
-    "Mix sets of pairs"
+    sources, # dicts with dataset_name, dataset_path, subsample_factor, duplication_factor, as for `mix_sources`
+    seed:int=42, # seed of the draw and of the order
+    shuffle:bool=True, # True: draw and order at random
+    allow_other_references:bool=False, # True: mix sets with different reference models
+    ignore_columns=(), # columns to treat as absent, and messages.KEY for message keys
+): # `data.mixture.Mixture` with rows, and a table of rows and shares per source
+    "Mix several sets of pairs"
     columns, references = [], {}
     blocks = False
     for s in parse_sources(sources):

@@ -30,9 +30,9 @@ from ..models.generate import left_pad
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #feef52a2
 def scoring_lengths(
     rows, # `datasets.Dataset` of prompts and completions
-    tokenizer=None, # not needed for the estimate
-)->list[int]: # of each row, 1 at least
-    "About the number of computed tokens of each row: the prompt once, and its completions"
+    tokenizer=None, # not used for the estimate
+)->list[int]: # estimated tokens per row, at least 1
+    "Estimate the tokens that each row takes: the prompt once, and its completions"
     out = []
     for start in range(0, len(rows), 1000):
         batch = rows[start:start + 1000]
@@ -47,17 +47,17 @@ def scoring_lengths(
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #b801103c
 def plan_tokens(
-    batch_tokens:int, # of a forward at most
-)->int: # for the plan's batches
-    "Tokens of a batch of rows, in which completions are sorted into forwards"
+    batch_tokens:int, # maximum tokens of a forward pass
+)->int: # tokens of a planned batch
+    "The size of a planned batch, whose completions are sorted into forward passes"
     return 8*batch_tokens
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #bed72a84
 def forward_tokens(
-    batch_tokens:int, # at most, padding included
-    device, # where the model is
+    batch_tokens:int, # configured maximum, padding included
+    device, # device of the model
 )->int:
-    "Tokens of one forward"
+    "The maximum number of tokens of one forward pass"
     if batch_tokens < 1: raise UserError(f"batch_tokens is {batch_tokens}: it must be at least 1.")
     return min(batch_tokens, 1024) if torch.device(device).type == "cpu" else batch_tokens
 
@@ -65,21 +65,21 @@ def forward_tokens(
 @dataclass
 class ScoringPiece:
     "A completion to score"
-    row:int # index in the batch
+    row:int # index of the row in the batch
     number:int # index of the completion in its row
-    prompt:list # ids, ending with the generation prompt
-    ids:list # of the completion
-    scored:list # for each of them: whether the model writes it
+    prompt:list # token ids of the prompt, with the generation prompt at the end
+    ids:list # token ids of the completion
+    scored:list # one bool per token of the completion: True if the model writes it
     @property
     def total(self): return len(self.prompt) + len(self.ids)
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #7b29317d
 def read_row(
-    row:int, # its index in the batch
-    encoded, # an `EncodedRow`, or a `Refused`
-    room:int|None, # positions of the model; None: any number
-)->tuple: # pieces, reason to drop the row or None, skipped completions by reason
-    "The pieces of a row, or the reason why it is dropped"
+    row:int, # index of the row in the batch
+    encoded, # `EncodedRow`, or a `Refused`
+    room:int|None, # number of positions of the model; None: no limit
+)->tuple: # (pieces, reason to drop the row or None, reason -> number of skipped completions)
+    "Make the pieces of a row, or give the reason why it is dropped"
     if isinstance(encoded, Refused): return [], encoded.reason, {}
     if not encoded.prompt_ids: return [], "the prompt is empty", {}
     if not encoded.completions: return [], "no completions", {}
@@ -95,34 +95,34 @@ def read_row(
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #b622ed28
 def read_pieces(
-    batch:dict, # columns of rows: prompt, completions, and where they have them tools and template arguments
-    tokenizer, # with a chat template
-    room:int|None=None, # positions of the model; None: any number
+    batch:dict, # column name -> values: prompt, completions, and optionally tools and template arguments
+    tokenizer, # tokenizer with a chat template
+    room:int|None=None, # number of positions of the model; None: no limit
     allow_control_tokens_in_content:bool=False, # encode control tokens in contents as control tokens
-)->list[tuple]: # of each row: pieces, reason to drop it or None, skipped completions by reason
-    "Rows as pieces to score"
+)->list[tuple]: # per row: (pieces, reason to drop it or None, reason -> number of skipped completions)
+    "Convert rows to pieces"
     contents = [[completion_message(c) for c in cs or []] for cs in batch["completions"]]
     encoded = encode_completions(tokenizer, batch_prompts(batch), contents, allow_control_tokens_in_content)
     return [read_row(i, e, room) for i, e in enumerate(encoded)]
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #a6e7603a
 def right_pad(
-    lists:list[list[int]], # of any lengths
-    value:int, # of the padding
-)->torch.Tensor: # [B, longest]
-    "Lists as rows of a tensor, padded on the right"
+    lists:list[list[int]], # lists of token ids
+    value:int, # value of the padding
+)->torch.Tensor: # [B, length of the longest list]
+    "Make a tensor from lists, padded on the right"
     width = max(map(len, lists))
     return torch.tensor([[*x, *[value]*(width - len(x))] for x in lists])
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #b1bb0a8a
 @torch.no_grad()
 def score_after(
-    model, # with a score head
-    before:list[list[int]], # for each piece: the ids in front of it
-    pieces:list, # `ScoringPiece`s
-    **kwargs, # more for the model
-)->list: # for each piece: an fp32 array, one number for each scored token
-    "Log-probabilities of pieces in one forward"
+    model, # model with a score head
+    before:list[list[int]], # for each piece, the token ids before it
+    pieces:list, # `ScoringPiece` objects
+    **kwargs, # further arguments of the model
+)->list: # for each piece, an fp32 array with one number per scored token
+    "Compute the log-probabilities of pieces in one forward pass"
     ids_BT = right_pad([[*b, *p.ids] for b, p in zip(before, pieces)], 0)
     labels_BT = right_pad([[IGNORE]*len(b) + [i if s else IGNORE for i, s in zip(p.ids, p.scored)]
                            for b, p in zip(before, pieces)], IGNORE)
@@ -132,11 +132,11 @@ def score_after(
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #5469dacc
 def score_plain(
-    model, # with a score head
-    pieces:list, # `ScoringPiece`s
-    tokens:int, # of a forward at most, padding included; a longer piece is alone
-)->list: # for each piece: an fp32 array
-    "Log-probabilities with each prompt in front of each of its completions, in batches sorted by length"
+    model, # model with a score head
+    pieces:list, # `ScoringPiece` objects
+    tokens:int, # maximum tokens of a forward pass, padding included; a longer piece is alone
+)->list: # for each piece, an fp32 array with one number per scored token
+    "Score each completion after a copy of its prompt, in batches sorted by length"
     out = [None]*len(pieces)
     for batch in token_batches([p.total for p in pieces], tokens):
         some = [pieces[i] for i in batch]
@@ -147,9 +147,9 @@ def score_plain(
 @torch.no_grad()
 def read_prompts(
     model, # a causal language model
-    prompts:list[list[int]], # ids
-)->tuple: # cache of keys and values, mask_BP on the CPU
-    "Keys and values of prompts, padded on the left"
+    prompts:list[list[int]], # token ids of each prompt
+)->tuple: # (cache of keys and values, mask_BP on the CPU)
+    "Compute the keys and values of prompts, padded on the left"
     from transformers import DynamicCache
     target = model.get_base_model() if hasattr(model, "get_base_model") else model
     ids_BP, mask_BP = left_pad(prompts, 0)
@@ -160,10 +160,10 @@ def read_prompts(
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #7d712f46
 def take_prompts(
-    cache, # of `read_prompts`
-    index_B:torch.Tensor, # indices of prompts, in any order and any number of times
-): # a new cache; the first is not changed
-    "A cache with selected prompts of another one"
+    cache, # cache from `read_prompts`
+    index_B:torch.Tensor, # indices of prompts, in any order; an index may be repeated
+): # a new cache; `cache` is not changed
+    "Copy selected prompts of a cache"
     new = copy.copy(cache)
     new.layers = [copy.copy(layer) for layer in cache.layers]
     new.batch_select_indices(index_B)
@@ -171,13 +171,13 @@ def take_prompts(
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #6de5ebcd
 def score_group(
-    model, # with a score head
-    prompts:list[list[int]], # ids, at least two each
-    pieces:list, # `ScoringPiece`s
-    row_prompt:list[int], # for each piece: the index of its prompt
-    tokens:int, # of a forward at most
-)->list: # for each piece: an fp32 array
-    "Log-probabilities of pieces whose prompts are read together"
+    model, # model with a score head
+    prompts:list[list[int]], # token ids of each prompt, at least two
+    pieces:list, # `ScoringPiece` objects
+    row_prompt:list[int], # for each piece, the index of its prompt
+    tokens:int, # maximum tokens of a forward pass
+)->list: # for each piece, an fp32 array with one number per scored token
+    "Score pieces whose prompts are read together"
     cache, mask_BP = read_prompts(model, [p[:-1] for p in prompts])
     out, width = [None]*len(pieces), mask_BP.shape[1]
     for batch in token_batches([1 + len(p.ids) + width//4 for p in pieces], tokens):
@@ -192,11 +192,11 @@ def score_group(
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #86f30328
 def score_shared(
-    model, # with a score head
-    pieces:list, # `ScoringPiece`s, their prompts of at least two tokens
-    tokens:int, # of a forward at most
-)->list: # for each piece: an fp32 array
-    "Log-probabilities with the prompt of each row read once"
+    model, # model with a score head
+    pieces:list, # `ScoringPiece` objects with prompts of at least two tokens
+    tokens:int, # maximum tokens of a forward pass
+)->list: # for each piece, an fp32 array with one number per scored token
+    "Score pieces; the prompt of each row is read once"
     by_row = {}
     for i, p in enumerate(pieces): by_row.setdefault(p.row, []).append(i)
     rows, out = list(by_row.values()), [None]*len(pieces) # indices of pieces for each row
@@ -210,22 +210,22 @@ def score_shared(
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #b558891c
 def worth_sharing(
-    prompt:int, # tokens of the prompt
-    lengths:list[int], # tokens of each of its completions
+    prompt:int, # number of tokens of the prompt
+    lengths:list[int], # number of tokens of each completion
 )->bool:
-    "Whether reading the prompt once saves a fifth of the tokens"
+    "True if reading the prompt once saves at least a fifth of the tokens"
     plain_tokens = len(lengths)*prompt + sum(lengths)
     shared_tokens = prompt + len(lengths) + sum(lengths)
     return prompt > 1 and plain_tokens >= 1.25*shared_tokens
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #6de18fd7
 def score_pieces(
-    model, # with a score head
-    pieces:list, # `ScoringPiece`s
-    tokens:int, # of a forward at most
-    share:bool, # read a prompt once if that saves enough
-)->list: # for each piece: an fp32 array
-    "Log-probabilities of pieces, each row by the faster method"
+    model, # model with a score head
+    pieces:list, # `ScoringPiece` objects
+    tokens:int, # maximum tokens of a forward pass
+    share:bool, # True: read a prompt once if that saves enough
+)->list: # for each piece, an fp32 array with one number per scored token
+    "Score pieces, each row by the faster method"
     lengths, out = {}, [None]*len(pieces)
     for p in pieces: lengths.setdefault((p.row, len(p.prompt)), []).append(len(p.ids))
     shared_rows = {row for (row, n), ls in lengths.items() if share and worth_sharing(n, ls)}
@@ -240,11 +240,11 @@ LOGPROB_TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #c1b0a768
 def score_plain_checked(
-    model, # with a score head
-    pieces:list, # `ScoringPiece`s
-    tokens:int, # of a forward at most
-)->list: # for each piece: an fp32 array
-    "Log-probabilities by the plain method; a number that is not finite raises an error"
+    model, # model with a score head
+    pieces:list, # `ScoringPiece` objects
+    tokens:int, # maximum tokens of a forward pass
+)->list: # for each piece, an fp32 array with one number per scored token
+    "Score pieces by the plain method; raise an error if a number is not finite"
     logps = score_plain(model, pieces, tokens) if pieces else []
     if all(np.isfinite(x).all() for x in logps): return logps
     raise UserError("The model gives log-probabilities that are not finite, from the first rows on: look at its "
@@ -252,12 +252,12 @@ def score_plain_checked(
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #1d553a9c
 def probe_sharing(
-    model, # with a score head
-    pieces:list, # `ScoringPiece`s
-    plain:list, # for each piece: its fp32 array by the plain method
-    tokens:int, # of a forward at most
-)->tuple[float, str]: # mean absolute difference per token in the worst row, and an error message or ""
-    "The difference between the two methods"
+    model, # model with a score head
+    pieces:list, # `ScoringPiece` objects
+    plain:list, # for each piece, its fp32 array by the plain method
+    tokens:int, # maximum tokens of a forward pass
+)->tuple[float, str]: # (mean absolute difference per token in the worst row, error message or "")
+    "Measure the difference between the two methods"
     at, gaps = [i for i, p in enumerate(pieces) if len(p.prompt) > 1], {}
     try: shared = score_shared(model, [pieces[i] for i in at], tokens)
     except torch.OutOfMemoryError: raise
@@ -270,13 +270,13 @@ def probe_sharing(
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #8f5f9aba
 def decide_sharing(
-    model, # with a score head
-    pieces:list, # `ScoringPiece`s to try
-    tokens:int, # of a forward at most
-    share_prompts:str|bool="auto", # auto, true, false
-    notice=print, # called with the reason if the plain method is used
+    model, # model with a score head
+    pieces:list, # `ScoringPiece` objects of the probe
+    tokens:int, # maximum tokens of a forward pass
+    share_prompts:str|bool="auto", # auto (probe first), true or false
+    notice=print, # function that is called with the reason if the plain method is used
 )->bool:
-    "Whether prompts are read once, after a probe"
+    "Decide after a probe whether prompts are read once"
     if share_prompts not in ("auto", True, False):
         raise UserError(f"share_prompts={share_prompts!r}: auto, true or false.")
     plain = score_plain_checked(model, pieces, tokens)
@@ -293,21 +293,21 @@ def decide_sharing(
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #c8f6465e
 def evenly_spaced(
-    items:list, # sorted
-    n:int, # at most
+    items:list, # sorted list
+    n:int, # maximum number of items
 )->list:
-    "At most n of the items, evenly spaced, with the first and the last"
+    "Choose at most n evenly spaced items, including the first and the last"
     return [items[round(i*(len(items) - 1)/(n - 1))] for i in range(n)] if len(items) > n else list(items)
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #d797c844
 def probe_pieces(
     rows, # `datasets.Dataset` of prompts and completions
-    tokenizer, # with a chat template
-    room:int|None=None, # positions of the model
+    tokenizer, # tokenizer with a chat template
+    room:int|None=None, # number of positions of the model; None: no limit
     also=(), # indices of further rows to probe
-    **options, # of `read_pieces`
-)->list: # `ScoringPiece`s
-    "Pieces of all lengths to probe a model with; the same in every worker"
+    **options, # further arguments of `read_pieces`
+)->list: # `ScoringPiece` objects
+    "Choose pieces of all lengths for the probe; the same in every shard worker"
     at = sorted({*evenly_spaced(range(len(rows)), 32), *list(also)[:8]})
     by_row = [ps for ps, _, _ in read_pieces(rows[at], tokenizer, room, **options) if ps] if at else []
     by_row = evenly_spaced(sorted(by_row, key=lambda ps: (-max(p.total for p in ps), ps[0].row)), 4)
@@ -315,11 +315,11 @@ def probe_pieces(
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #bbc4abf2
 def sampled_pieces(
-    pieces:list, # of one row
-    completions:list[dict], # of the row
-    room:int|None=None, # positions of the model
-)->tuple: # number of compared completions, `ScoringPiece`s with the sampled ids if they differ
-    "Completions whose text encodes to other ids than those that were sampled"
+    pieces:list, # pieces of one row
+    completions:list[dict], # completions of the row
+    room:int|None=None, # number of positions of the model; None: no limit
+)->tuple: # (number of compared completions, `ScoringPiece` objects with the sampled ids if they differ)
+    "Find completions whose text is encoded to other ids than the sampled ones"
     known = [(p, list(ids)) for p in pieces
              if (c := completions[p.number])["is_reference_completion"] and (ids := c["token_ids"])]
     differ = [ScoringPiece(p.row, p.number, p.prompt, ids, [True]*len(ids)) for p, ids in known if ids != p.ids]
@@ -327,9 +327,9 @@ def sampled_pieces(
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #31b8f974
 def reencoding_report(
-    results:list[dict], # the `reencoded` of rows
-)->dict: # compared, differ, share; mean and largest difference of the sums, sampled ids minus ids of the text
-    "How often sampled ids differ from those of the text, and by how much the sums of log-probabilities differ"
+    results:list[dict], # values `reencoded` of rows
+)->dict: # compared, differ, share; mean and largest difference of the sums (sampled minus text)
+    "Report how often sampled ids differ from the ids of the text, and by how much the sums differ"
     n, k = (sum(f[key] for f in results) for key in ("compared", "differ"))
     gaps = [a - b for f in results for a, b in f["sums"]]
     return dict(compared=n, differ=k, share=k/n if n else 0., mean_difference=math.fsum(gaps)/len(gaps) if gaps else 0.,
@@ -341,9 +341,9 @@ PROBED_ROWS = 8 # rows whose log-probabilities are computed again before those o
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #2757f3c8
 def brings_logprob(
     c:dict, # a completion
-    piece, # its `ScoringPiece`
+    piece, # `ScoringPiece` of the completion
 )->bool:
-    "Whether the input has a log-probability of a completion, for the number of tokens of this tokenizer and template"
+    "True if the input has a log-probability of the completion for the same numbers of tokens"
     n = sum(map(bool, piece.scored))
     scored = (c["num_tokens"], len(c["ref_logprobs"]) if c["ref_logprobs"] else None)
     same_prompt = c["prompt_tokens"] in (None, len(piece.prompt))
@@ -351,23 +351,23 @@ def brings_logprob(
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #11dce3d8
 def kept_completion(
-    c:dict, # a completion that brings its log-probability
-    piece, # its `ScoringPiece`
+    c:dict, # completion whose log-probability is kept
+    piece, # `ScoringPiece` of the completion
 )->dict:
-    "The completion with its numbers of tokens; log-probabilities of single tokens are packed"
+    "Add the numbers of tokens to a completion; log-probabilities per token are packed"
     each = pack_floats(np.float32(c["ref_logprobs"])) if c["ref_logprobs"] else None
     return dict(c, num_tokens=sum(map(bool, piece.scored)), prompt_tokens=len(piece.prompt), ref_logprobs=each)
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #3b566cda
 def check_existing_logprobs(
     rows, # `datasets.Dataset` of prompts and completions
-    tokenizer, # with a chat template
-    model, # with a score head
-    tokens:int, # of a forward at most
-    room:int|None=None, # positions of the model
-    **options, # of `read_pieces`
-)->float: # mean absolute difference per token; 0 if no row brings any
-    "Compare log-probabilities that rows bring with the model's; a `UserError` if they are not the same"
+    tokenizer, # tokenizer with a chat template
+    model, # model with a score head
+    tokens:int, # maximum tokens of a forward pass
+    room:int|None=None, # number of positions of the model; None: no limit
+    **options, # further arguments of `read_pieces`
+)->float: # mean absolute difference per token; 0 if the input has no log-probabilities
+    "Compare log-probabilities in the input with those of the model; raise a `UserError` if they differ"
     import pyarrow.compute as pc
     arrow, found = rows.select_columns(["completions"]).with_format("arrow"), set()
     for start in range(0, len(rows), 5000):
@@ -388,9 +388,9 @@ def check_existing_logprobs(
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #2ea59608
 def existing_report(
-    results:list[dict], # the `existing` of rows
-)->dict: # kept, replaced; of the replaced the mean difference per token and the largest difference of a sum
-    "The use of log-probabilities in the input"
+    results:list[dict], # values `existing` of rows
+)->dict: # kept, replaced; for replaced ones the mean difference per token and the largest of a sum
+    "Report how many log-probabilities of the input were kept and how many were replaced"
     pairs = [x for r in results for x in r["replaced"]]
     gaps = [abs(new - old) for old, new, _ in pairs]
     tokens = sum(n for *_, n in pairs)
@@ -400,14 +400,14 @@ def existing_report(
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #a95cc32e
 def row_result(
-    completions:list[dict], # of the row
-    scored:list[tuple], # (`ScoringPiece`, fp32 array)
-    sampled:list[tuple], # the same for sampled ids, if they differ
-    compared:int, # completions whose ids were compared
-    skipped:dict, # skipped completions by reason
-    kept:tuple=(), # `ScoringPiece`s of completions that keep the log-probability that they bring
-)->dict: # completions, lost, reencoded, existing; or dropped
-    "The completions of a row with their log-probabilities"
+    completions:list[dict], # completions of the row
+    scored:list[tuple], # (`ScoringPiece`, fp32 array) per scored completion
+    sampled:list[tuple], # (`ScoringPiece`, fp32 array) for sampled ids that differ from those of the text
+    compared:int, # number of completions whose ids were compared
+    skipped:dict, # reason -> number of skipped completions
+    kept:tuple=(), # `ScoringPiece` objects of completions whose log-probability in the input is kept
+)->dict: # completions, lost, reencoded, existing; or dropped (reason)
+    "Add the log-probabilities to the completions of a row"
     if not all(np.isfinite(x).all() for _, x in [*scored, *sampled]):
         return dict(dropped="log-probabilities that are not finite", lost=skipped)
     sums = {p.number: math.fsum(x.tolist()) for p, x in scored}
@@ -423,16 +423,16 @@ def row_result(
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #b840624f
 def add_logprobs(
-    batch:dict, # columns of rows: prompt, completions
-    tokenizer, # with a chat template
-    model, # with a score head
-    tokens:int, # of a forward at most
-    share:bool, # read prompts once
-    room:int|None=None, # positions of the model
-    keep:bool=False, # completions keep the log-probability that they bring, see `brings_logprob`
-    **options, # of `read_pieces`
-)->list[dict]: # one for each row
-    "A batch of rows with the log-probabilities of their completions"
+    batch:dict, # column name -> values: prompt, completions
+    tokenizer, # tokenizer with a chat template
+    model, # model with a score head
+    tokens:int, # maximum tokens of a forward pass
+    share:bool, # True: read prompts once
+    room:int|None=None, # number of positions of the model; None: no limit
+    keep:bool=False, # True: keep log-probabilities of the input, see `brings_logprob`
+    **options, # further arguments of `read_pieces`
+)->list[dict]: # one dict per row, from `row_result`
+    "Add the log-probabilities of completions to a batch of rows"
     read = read_pieces(batch, tokenizer, room, **options)
     kept = [[p for p in ps if keep and brings_logprob((cs or [])[p.number], p)]
             for (ps, _, _), cs in zip(read, batch["completions"])]
@@ -451,16 +451,16 @@ def add_logprobs(
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #fa76b1ce
 def logprobs_batch_fn(
     rows, # `datasets.Dataset` of prompts and completions
-    tokenizer, # with a chat template
-    model, # the reference, a causal language model
-    batch_tokens:int=16384, # of a forward at most, padding included
-    share_prompts:str|bool="auto", # read a prompt once for all of its completions: auto, true, false
-    probe_rows=(), # indices of further rows to probe: the first batch of the plan holds the longest
-    notice=print, # called with a message if the plain method is used
+    tokenizer, # tokenizer with a chat template
+    model, # reference model, a causal language model
+    batch_tokens:int=16384, # maximum tokens of a forward pass, padding included
+    share_prompts:str|bool="auto", # read a prompt once for all its completions: auto, true or false
+    probe_rows=(), # indices of further rows to probe; the first batch of the plan has the longest rows
+    notice=print, # function that is called with a message if the plain method is used
     allow_control_tokens_in_content:bool=False, # encode control tokens in contents as control tokens
-    existing:str="recompute", # log-probabilities that rows bring: recompute, or keep after a check of some
-): # function: indices of rows -> a dict for each
-    "Log-probabilities of completions under the reference model"
+    existing:str="recompute", # log-probabilities in the input: recompute, or keep (after a check of some)
+): # function: row indices -> one dict per row
+    "Make the batch function that computes log-probabilities under the reference model"
     if existing not in ("recompute", "keep"): raise UserError(f"existing_logprobs={existing!r}: recompute or keep.")
     config = model.config.get_text_config()
     options = dict(allow_control_tokens_in_content=allow_control_tokens_in_content)
@@ -485,10 +485,10 @@ IGNORED_CONFIG_KEYS = ( # entries of a config that change no log-probability
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #aa972bc0
 def weights_fingerprint(
-    name_or_path:str, # folder or hub name
-    commit:str|None=None, # of a hub model: `model.config._commit_hash` of the loaded one
+    name_or_path:str, # folder of a model, or name on the hub
+    commit:str|None=None, # commit of a hub model, `model.config._commit_hash`; None: a folder
 )->str: # hex digest
-    "A digest of a model's weights and of its config"
+    "Hash a model's weights and its config"
     folder, total = Path(name_or_path).expanduser(), hashlib.sha256()
     if not folder.is_dir(): return hashlib.sha256(f"{name_or_path}@{commit}".encode()).hexdigest()
     def is_weights(p):
@@ -505,22 +505,22 @@ def weights_fingerprint(
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #602d5225
 def reference_identity(
-    name_or_path:str, # of the model: folder or hub name
-    tokenizer, # with its chat template
-    commit:str|None=None, # of a hub model
-)->dict: # model, tokenizer, template: fingerprints; reference: a short one of the three
-    "The identity of the reference that log-probabilities belong to"
+    name_or_path:str, # folder of the model, or name on the hub
+    tokenizer, # tokenizer with its chat template
+    commit:str|None=None, # commit of a hub model; None: a folder
+)->dict: # fingerprints: model, tokenizer, template, and reference (a short one of all three)
+    "Compute the identity of the reference to which log-probabilities belong"
     parts = dict(model=weights_fingerprint(name_or_path, commit), tokenizer=tokenizer_fingerprint(tokenizer),
                  template=template_fingerprint(tokenizer))
     return parts | dict(reference=hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12])
 
 # %% ../../nbs/35_preferences/4_reference_logprobs.ipynb #7cc332d2
 def check_reference(
-    reference:dict, # from `reference_identity`
-    recorded:dict|None, # the identity that the completions stage recorded; None: unknown
-    allow_other_reference:bool=False, # accept differences
-)->list[str]: # the differing parts: model, tokenizer, template
-    "Refuse a reference other than the one that wrote the reference completions"
+    reference:dict, # present identity, from `reference_identity`
+    recorded:dict|None, # identity that the stage of completions recorded; None: unknown
+    allow_other_reference:bool=False, # True: accept differences
+)->list[str]: # parts that differ: model, tokenizer, template
+    "Refuse a reference that differs from the one that wrote the reference completions"
     kinds = dict(model="model", tokenizer="tokenizer", template="chat template")
     other = [k for k in kinds if recorded and recorded.get(k) and recorded[k] != reference[k]]
     if not other or allow_other_reference: return other

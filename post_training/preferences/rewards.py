@@ -29,9 +29,9 @@ from ..models.verifiers import VERIFIERS, answer_text, row_verifier, run_verifie
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #0ad42d97
 def visible_content(
-    content, # of a message: text, or a structured content
+    content, # content of a message: text, or a structured content
 )->str:
-    "The part of a message that a reader sees: its text, tool calls and their outputs; no thoughts"
+    "The visible part of a content: text, tool calls and their outputs, without thoughts"
     if not isinstance(content, dict): return plain_text(content) or ""
     if content.get("blocks") is not None:
         return "\n".join(show_block(b) for b in content["blocks"] if b["type"] != "thoughts")
@@ -40,9 +40,9 @@ def visible_content(
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #c583eeb6
 def visible_message(
-    m:dict, # plain or structured
+    m:dict, # plain or structured message
 )->str:
-    "The part of a message that a reader sees: its text and its tool calls, or the output of a tool; no thoughts"
+    "The visible part of a message: its text and tool calls, or the output of a tool, without thoughts"
     text = visible_content(m["content"])
     if m["role"] == "tool": return f"[got {text}]"
     if m["role"] != "assistant" or isinstance(m["content"], dict): return text
@@ -57,10 +57,10 @@ SYSTEM_PROMPTS = ("keep", "drop")
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #01c7c45c
 def plain_turns(
-    messages, # a conversation: plain or structured messages, or a `Conversation`
-    system_prompt:str="keep", # keep or drop
-)->list[dict]: # role and text
-    "A conversation as the plain turns that a reward model reads"
+    messages, # plain or structured messages, or a `Conversation`
+    system_prompt:str="keep", # keep or drop (system message and tools)
+)->list[dict]: # list of {role, content} with texts
+    "Convert a conversation to the plain turns that a reward model reads"
     if system_prompt not in SYSTEM_PROMPTS:
         raise UserError(f"system_prompt={system_prompt!r}: one of {', '.join(SYSTEM_PROMPTS)}.")
     c = messages if isinstance(messages, Conversation) else Conversation(messages)
@@ -80,19 +80,19 @@ def plain_turns(
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #c4d83b6b
 def own_bos(
-    tokenizer, # of the reward model
-)->int|None:
-    "The BOS that a tokenizer puts before a text by itself; None if it puts none"
+    tokenizer, # tokenizer of the reward model
+)->int|None: # token id; None if the tokenizer adds no BOS
+    "Find the BOS that a tokenizer puts before a text by itself"
     bos = tokenizer.bos_token_id
     return bos if bos is not None and tokenizer("a").input_ids[:1] == [bos] else None
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #ef459f94
 def as_chat(
-    tokenizer, # decides between plain and structured contents
-    messages, # plain or structured, or a `Conversation`; the last one is judged
-    system_prompt:str="keep", # as for `plain_turns`
+    tokenizer, # tokenizer whose template takes plain or structured contents
+    messages, # plain or structured messages, or a `Conversation`; the last message is judged
+    system_prompt:str="keep", # keep or drop, as for `plain_turns`
 )->list[dict]|Refused:
-    "The plain turns of a conversation in the form that the template takes, or the reason why it is refused"
+    "Convert a conversation to plain turns in the form that the template takes, or refuse it"
     try:
         turns = plain_turns(messages, system_prompt)
         if not turns[-1]["content"].strip():
@@ -103,11 +103,11 @@ def as_chat(
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #12c0185c
 def conversation_ids(
-    tokenizer, # of the reward model, with its chat template
-    conversations:list, # messages, plain or structured, or a `Conversation` each
-    system_prompt:str="keep", # keep or drop
-)->list: # list of ids, or a `Refused`, for each
-    "The reward model's input ids for each conversation"
+    tokenizer, # tokenizer of the reward model, with its chat template
+    conversations:list, # plain or structured messages, or a `Conversation`, for each conversation
+    system_prompt:str="keep", # keep or drop, as for `plain_turns`
+)->list: # for each conversation, a list of token ids or a `Refused`
+    "Render and encode conversations: the input of the reward model"
     out, bos = [as_chat(tokenizer, c, system_prompt) for c in conversations], own_bos(tokenizer)
     at = [i for i, v in enumerate(out) if not isinstance(v, Refused)]
     for i, chat in zip(at, tokenize_chats(tokenizer, [out[i] for i in at])):
@@ -117,11 +117,11 @@ def conversation_ids(
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #a7750939
 def pad_batch(
-    ids:list[list[int]], # of each conversation
-    pad_id:int, # id of the padding
-    side:str="right", # of the padding: right or left
-)->tuple: # ids_BT, mask_BT (1 for a token)
-    "Conversations as one batch"
+    ids:list[list[int]], # token ids of each conversation
+    pad_id:int, # token id of the padding
+    side:str="right", # side of the padding: right or left
+)->tuple: # (ids_BT, mask_BT: 1 for a token, 0 for padding)
+    "Make one padded batch of conversations"
     import torch
     width = max(map(len, ids))
     fill = lambda x, padding: x + padding if side == "right" else padding + x
@@ -130,11 +130,11 @@ def pad_batch(
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #c42886e3
 def read_scores(
-    out, # of the model
-    score_index:int|None=None, # output that is the reward, if there are several
-    names:dict|None=None, # of the outputs, for the message: `config.id2label`
+    out, # output of the model
+    score_index:int|None=None, # index of the output that is the reward; None: the model has one output
+    names:dict|None=None, # names of the outputs (`config.id2label`), for the message
 ): # scores_B
-    "The reward of each conversation; several outputs are refused unless `score_index` chooses one"
+    "Read the reward of each conversation; several outputs are refused unless `score_index` chooses one"
     scores = out.score if getattr(out, "score", None) is not None else out.logits
     if scores.ndim == 1: scores = scores[:, None]
     if scores.ndim != 2:
@@ -152,13 +152,13 @@ def read_scores(
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #ac60fab1
 def score_batch(
-    model, # a sequence classification model
-    ids:list[list[int]], # of each conversation
-    pad_id:int, # the id by which the model finds the last token
-    score_index:int|None=None, # as for `read_scores`
-    side:str="right", # of the padding
-)->list[float]:
-    "Scores of one batch"
+    model, # sequence classification model
+    ids:list[list[int]], # token ids of each conversation
+    pad_id:int, # pad token id of the model, by which it finds the last token
+    score_index:int|None=None, # index of the output that is the reward, as for `read_scores`
+    side:str="right", # side of the padding: right or left
+)->list[float]: # one score per conversation
+    "Score one batch of conversations"
     import torch
     ids_BT, mask_BT = (x.to(model.device) for x in pad_batch(ids, pad_id, side))
     positions = dict(position_ids=(mask_BT.cumsum(1) - 1).clamp(min=0)) if side == "left" else {}
@@ -167,10 +167,10 @@ def score_batch(
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #5a2f0332
 def pad_of(
-    model, # a sequence classification model; its config is completed if it names no pad token
-    tokenizer, # of the model
+    model, # sequence classification model; a missing pad token is added to its config
+    tokenizer, # tokenizer of the model
 )->int:
-    "The id for padding a reward model's batches: the one by which the model finds the last token"
+    "The pad token id for batches of a reward model: the one by which the model finds the last token"
     config, name = model.config.get_text_config(), tokenizer.pad_token
     pad = config.pad_token_id
     if pad is None:
@@ -189,9 +189,9 @@ def pad_of(
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #99c4d969
 def widen_head(
-    model, # a sequence classification model; changed in place
+    model, # sequence classification model; changed in place
 ):
-    "Let the head of a bf16 or fp16 model compute in fp32, if it is one linear layer named `score`"
+    "Make the head of a bf16 or fp16 model compute in fp32, if it is a linear layer named `score`"
     import torch
     head = getattr(model, "score", None)
     if not isinstance(head, torch.nn.Linear) or head.weight.dtype == torch.float32: return
@@ -204,10 +204,10 @@ PARITY_TOLERANCES = dict(float32=1e-3, float16=0.02, bfloat16=0.05)
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #df5946cd
 def check_parity(
-    alone:list[float], # scores of conversations, each in a batch of its own
-    together:list[float], # their scores in one padded batch
-    dtype:str="float32", # of the model
-)->float: # the largest difference, as a share of the largest score
+    alone:list[float], # score of each conversation in a batch of its own
+    together:list[float], # score of each conversation in one padded batch
+    dtype:str="float32", # dtype of the model
+)->float: # largest difference divided by the largest score
     "Raise a `UserError` if scores depend on the batch"
     if not all(map(math.isfinite, [*alone, *together])):
         raise UserError(f"The reward model gives NaN or infinite scores in {dtype} already on a sample. Set "
@@ -225,12 +225,12 @@ def check_parity(
 # %% ../../nbs/35_preferences/5_rewards.ipynb #f0205249
 @dataclass(frozen=True)
 class ScoringOptions:
-    "How a reward model reads conversations"
-    batch_tokens:int=16384 # of a batch at most, padding included
-    max_length:int|None=None # tokens of a conversation; a longer one is refused; None: the model's positions
-    score_index:int|None=None # output that is the reward, if there are several
-    padding_side:str="right" # right or left
-    system_prompt:str="keep" # keep or drop
+    "Settings with which a reward model reads conversations"
+    batch_tokens:int=16384 # maximum tokens of a batch, padding included
+    max_length:int|None=None # maximum tokens of a conversation; a longer one is refused; None: the model's positions
+    score_index:int|None=None # index of the output that is the reward; None: the model has one output
+    padding_side:str="right" # side of the padding: right or left
+    system_prompt:str="keep" # keep or drop (system message and tools)
 
     def __post_init__(self):
         if self.padding_side not in ("right", "left"):
@@ -239,12 +239,12 @@ class ScoringOptions:
 # %% ../../nbs/35_preferences/5_rewards.ipynb #4428558e
 @dataclass
 class ModelScorer:
-    "A sequence classification model with its tokenizer and template"
-    model:object # a sequence classification model
-    tokenizer:object # with the model's own chat template
+    "A scorer with a sequence classification model, its tokenizer and its template"
+    model:object # sequence classification model
+    tokenizer:object # tokenizer with the model's own chat template
     options:ScoringOptions=ScoringOptions()
-    name:str="" # for the record
-    revision:str="main" # for the record
+    name:str="" # name of the model, for the record
+    revision:str="main" # branch, tag or commit, for the record
 
     def __post_init__(self):
         self.model.eval()
@@ -264,7 +264,7 @@ class ModelScorer:
 # %% ../../nbs/35_preferences/5_rewards.ipynb #5b7fc77f
 @patch
 def encode(self:ModelScorer, rows:list[dict])->list[list]: # of each row, for each completion: ids or a `Refused`
-    "The conversations of rows as ids; a conversation that is too long is refused, never truncated"
+    "Encode the conversations of rows; one that is too long is refused, never truncated"
     prompts = [row_prompt(r) for r in rows]
     flat = [Conversation([*p.messages, completion_message(c)], p.tools) for p, r in zip(prompts, rows)
             for c in r["completions"]]
@@ -276,19 +276,19 @@ def encode(self:ModelScorer, rows:list[dict])->list[list]: # of each row, for ea
 # %% ../../nbs/35_preferences/5_rewards.ipynb #99495d77
 @patch
 def lengths(self:ModelScorer, rows:list[dict])->list[int]: # at least 1
-    "Tokens of each row: of all its conversations"
+    "Count the tokens of all conversations of each row"
     return [max(1, sum(len(v) for v in row if isinstance(v, list))) for row in self.encode(rows)]
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #ca93a166
 @patch
 def score_ids(self:ModelScorer, ids:list[list[int]])->list[float]: # of each conversation
-    "Scores of conversations as one batch"
+    "Score conversations as one batch"
     return score_batch(self.model, ids, self.pad_id, self.options.score_index, self.options.padding_side)
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #4eba410f
 @patch
 def score_sorted(self:ModelScorer, ids:list[list[int]])->list[float]: # of each conversation
-    "Scores of conversations, in batches sorted by length"
+    "Score conversations in batches sorted by length"
     out = [0.]*len(ids)
     for batch in token_batches([len(x) for x in ids], self.options.batch_tokens):
         for i, s in zip(batch, self.score_ids([ids[i] for i in batch])): out[i] = s
@@ -311,10 +311,10 @@ def score(self:ModelScorer, rows:list[dict])->list[list]: # of each row, for eac
 def start(
     self:ModelScorer,
     rows, # in row form
-    sample:int=8, # conversations that are compared
-    among:int=64, # rows that they are chosen from, the first so many
-)->float|None: # the largest relative difference; None if there is nothing to score
-    "Check that scores do not depend on the batch, on a sample of conversations from the shortest to the longest"
+    sample:int=8, # number of conversations to compare
+    among:int=64, # number of first rows from which they are chosen
+)->float|None: # largest relative difference; None if there is nothing to score
+    "Check on a sample of conversations, from the shortest to the longest, that scores do not depend on the batch"
     encoded = self.encode([rows[i] for i in range(min(among, len(rows)))])
     ids = sorted((v for row in encoded for v in row if isinstance(v, list)), key=len)
     if not ids: return None
@@ -334,12 +334,12 @@ def facts(self:ModelScorer)->dict:
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #13bd2453
 def load_reward_model(
-    name:str, # folder or hub name
-    dtype:str="float32", # of the parameters
-    attn_implementation:str|None=None, # None leaves it to the library
-    revision:str="main", # of a hub model
+    name:str, # folder of a model, or name on the hub
+    dtype:str="float32", # dtype of the parameters
+    attn_implementation:str|None=None, # attention implementation; None: the library's choice
+    revision:str="main", # branch, tag or commit of a hub model
     trust_remote_code:bool=False, # run code that comes with the model; a hub model needs a commit as revision
-): # a sequence classification model
+): # sequence classification model
     "Load a reward model; missing weights are refused"
     import torch
     from transformers import AutoModelForSequenceClassification
@@ -366,12 +366,12 @@ def load_reward_model(
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #6c1001c1
 def load_reward_tokenizer(
-    name:str, # folder or hub name
-    chat_template_name:str|None=None, # a name of `CHAT_TEMPLATES`; None: the model's own
-    revision:str="main", # of a hub model
-    trust_remote_code:bool=False, # run code that comes with it
-): # a fast tokenizer with a chat template
-    "The tokenizer of a reward model, of the same revision, with the template it was trained with"
+    name:str, # folder of a model, or name on the hub
+    chat_template_name:str|None=None, # name in `CHAT_TEMPLATES`; None: the model's own template
+    revision:str="main", # branch, tag or commit of a hub model
+    trust_remote_code:bool=False, # run code that comes with the tokenizer
+): # fast tokenizer with a chat template
+    "Load the tokenizer of a reward model at the same revision, with the template of its training"
     from transformers import AutoTokenizer
     template = template_text(chat_template_name) if chat_template_name else None
     try:
@@ -391,16 +391,16 @@ def load_reward_tokenizer(
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #b154e54b
 def model_scorer(
-    model_name_or_path:str, # folder or hub name
-    model_revision:str="main", # of a hub model: a branch, a tag or a commit
-    dtype:str="auto", # auto, float32, bfloat16, float16
-    attn_implementation:str|None="auto", # as for a model that is trained
-    chat_template_name:str|None=None, # None: the reward model's own
+    model_name_or_path:str, # folder of a model, or name on the hub
+    model_revision:str="main", # branch, tag or commit of a hub model
+    dtype:str="auto", # auto, float32, bfloat16 or float16
+    attn_implementation:str|None="auto", # auto or an attention implementation, as for a model in training
+    chat_template_name:str|None=None, # name in `CHAT_TEMPLATES`; None: the reward model's own template
     trust_remote_code:bool=False, # run code that comes with the model; needs a commit as revision
     device:str|None=None, # cpu or cuda; None: a GPU if there is one
-    **options, # of `ScoringOptions`
+    **options, # fields of `ScoringOptions`
 )->ModelScorer:
-    "Load a reward model as a scorer, with the precision and attention of its device"
+    "Load a reward model as a scorer, with the precision and attention for its device"
     options = ScoringOptions(**options)
     device = device or default_device()
     auto = resolve_for_model(model_name_or_path, device, "inference", dtype, attn_implementation, model_revision,
@@ -412,11 +412,11 @@ def model_scorer(
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #6d234b7f
 def answer_of(
-    content, # of the completion: text or a structured content
-    calls:bool=False, # take the last tool calls, if there are any
-    tool_calls=None, # of a plain completion
+    content, # content of a completion: text or a structured content
+    calls:bool=False, # True: return the last tool calls, if there are any
+    tool_calls=None, # tool calls of a plain completion; None: none
 )->str:
-    "The answer in a completion: the text after its last thought or tool output, or its last tool calls as JSON"
+    "The answer in a completion: text after its last thought or tool output, or its last tool calls as JSON"
     if not isinstance(content, dict):
         if calls and tool_calls:
             found = [{c["function"]["name"]: c["function"]["arguments"]} for c in tool_calls]
@@ -431,9 +431,9 @@ def answer_of(
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #6dbc7dc2
 def check_verifier(
-    name:str, # of `VERIFIERS`
+    name:str, # name of a verifier in `VERIFIERS`
 ):
-    "Raise a `UserError` if there is no verifier of that name, or its package is missing"
+    "Raise a `UserError` if there is no verifier of this name, or its package is missing"
     if name not in VERIFIERS:
         raise UserError(f"Unknown verifier {name!r}.{did_you_mean(name, VERIFIERS)} Known: {', '.join(VERIFIERS)}; or "
                         "null for the verifier that each row names.")
@@ -443,9 +443,9 @@ def check_verifier(
 # %% ../../nbs/35_preferences/5_rewards.ipynb #63e6648e
 @dataclass
 class VerifierScorer:
-    "Verifiers that know the answer of a row"
-    name:str|None=None # of `VERIFIERS`; None: the one that each row names or that its answer selects
-    on_malformed:str="drop" # drop or error: for answers that the verifier cannot use
+    "A scorer that compares completions with the known answer of their row"
+    name:str|None=None # name of a verifier; None: the one that each row names or that its answer selects
+    on_malformed:str="drop" # drop or error, for answers that the verifier cannot use
 
     def __post_init__(self):
         if self.on_malformed not in ("drop", "error"):
@@ -465,7 +465,7 @@ class VerifierScorer:
 # %% ../../nbs/35_preferences/5_rewards.ipynb #4e708d52
 @patch
 def score_row(self:VerifierScorer, row:dict): # a list of 0.0 or 1.0, or a `Refused` for the row
-    "Verify the completions of one row; an empty one is wrong"
+    "Verify the completions of one row; an empty completion is wrong"
     if row.get("answer") is None: return Refused("no answer", "a verifier needs the right answer")
     name = self.name or row_verifier(row)
     if name is None:
@@ -480,28 +480,28 @@ def score_row(self:VerifierScorer, row:dict): # a list of 0.0 or 1.0, or a `Refu
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #7ad76b24
 def verifier_scorer(
-    name:str|None=None, # of `VERIFIERS`; None: the one that each row names or that its answer selects
-    on_malformed:str="drop", # drop or error: for answers that the verifier cannot use
+    name:str|None=None, # name of a verifier; None: the one that each row names or that its answer selects
+    on_malformed:str="drop", # drop or error, for answers that the verifier cannot use
 )->VerifierScorer:
-    "A verifier as a scorer"
+    "Make a scorer from a verifier"
     return VerifierScorer(name, on_malformed)
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #198c074f
 def reward_lengths(
-    rows, # in row form
-    scorer, # from `model_scorer` or `verifier_scorer`
-    chunk:int=1000, # rows at a time
-)->list[int]:
-    "The cost of scoring each row: tokens of its conversations, or completions to verify"
+    rows, # rows of prompts and completions
+    scorer, # scorer from `model_scorer` or `verifier_scorer`
+    chunk:int=1000, # number of rows to read at a time
+)->list[int]: # one cost per row
+    "The cost of scoring each row: tokens of its conversations, or number of completions to verify"
     return [n for i in range(0, len(rows), chunk)
             for n in scorer.lengths([rows[j] for j in range(i, min(i + chunk, len(rows)))])]
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #b10a361c
 def add_rewards(
-    row:dict, # in row form
-    result, # of a scorer: a float or a `Refused` for each completion, or one `Refused` for the row
-)->dict: # completions and lost, or dropped
-    "The result of one row"
+    row:dict, # row of a prompt and its completions
+    result, # from a scorer: a float or a `Refused` per completion, or one `Refused` for the row
+)->dict: # completions and lost; or dropped (reason)
+    "Add the rewards to the completions of a row"
     if isinstance(result, Refused): return dict(dropped=result.reason, detail=result.detail)
     refused = Counter(v.reason for v in result if isinstance(v, Refused))
     scored = [dict(c, reward=v) for c, v in zip(row["completions"], result) if not isinstance(v, Refused)]
@@ -513,10 +513,10 @@ def add_rewards(
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #9be66b7e
 def rewards_batch_fn(
-    rows, # in row form
-    scorer, # from `model_scorer` or `verifier_scorer`
-): # make(indices) -> list of results
-    "The function that gives rows their rewards; the scorer is checked on a sample first"
+    rows, # rows of prompts and completions
+    scorer, # scorer from `model_scorer` or `verifier_scorer`
+): # function: row indices -> one dict per row
+    "Make the batch function that adds rewards to rows; the scorer is checked on a sample first"
     scorer.start(rows)
     def make(indices):
         batch = [rows[int(i)] for i in indices]

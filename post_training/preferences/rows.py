@@ -112,7 +112,7 @@ def text_content(
 def row_features(
     blocks:bool, # True: structured contents
     extra:dict|None=None, # column name -> feature, for further columns; None: none
-    fields:dict|None=None, # prompt, completions -> features of further message fields, from `message_fields`; None: none
+    fields:dict|None=None, # prompt, completions -> further message fields with features, from `message_fields`
 ): # `datasets.Features`
     "The Arrow types of rows"
     from datasets import Features, List, Value
@@ -239,7 +239,7 @@ def without_repeats(
 def reference_texts(
     value, # value of a column `ref_completions`
 )->list[str]:
-    "Read the texts of reference completions: a list (or its JSON text), a conversation that ends in one, or conversations"
+    "Read the texts of reference completions: a list, its JSON text, a conversation that ends in one, or conversations"
     if isinstance(value, str): value = parse_json(value, "ref_completions")
     if isinstance(value, list) and value and isinstance(value[-1], dict) and "role" in value[-1]: # a conversation
         last = value[-1].get("content")
