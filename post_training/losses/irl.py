@@ -72,7 +72,7 @@ def irl(
     sequence_BT:torch.Tensor, # index of the sequence of each token, from 0; -1 on padding
     prompt_loss_weight:float=0., # w, from 0 to 1
     sequence_level:bool=False, # True: compute the means of each sequence, then the mean over sequences
-    values_BT:torch.Tensor|None=None, # logsumexp of the logits at the tokens of `value_mask`; required unless lambda_td is 0
+    values_BT:torch.Tensor|None=None, # logsumexp of the logits at `value_mask`; required unless lambda_td is 0
     lambda_td:float=0.5, # weight of the temporal-difference term
     gamma:float=1., # discount factor
     data:DataWeights|None=None, # weights of the data; None: all are 1
