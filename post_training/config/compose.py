@@ -471,7 +471,7 @@ def origin_text(
     key:str, # dotted key
     composed:ComposedConfig, # composed configuration
 )->str: # text such as "dataset=demo", "typed", "not read: trainer=plw"
-    "Where a value comes from, and why it is not read"
+    "The origin of a value, and the reason if it is not read"
     where = next((w for k,w in composed.origins.items() if k == key or k.startswith(f"{key}.")), "default")
     where = {"override": "typed"}.get(where, where.removeprefix("preset "))
     if key not in composed.unread: return where

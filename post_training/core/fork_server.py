@@ -171,8 +171,8 @@ class ServerState:
     "The state of a server"
     listener:socket.socket
     wake:int # file descriptor that can be read when a child has ended
-    env:dict # its own environment
-    pid:int # its own process id
+    env:dict # environment variables of the server
+    pid:int # process id of the server
     forks:dict = field(default_factory=dict) # connection of a command -> process id of its fork
 
 # %% ../../nbs/00_core/7_fork_server.ipynb #a9080e79

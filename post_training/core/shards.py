@@ -203,7 +203,7 @@ def unpack_floats(
 
 # %% ../../nbs/00_core/3_shards.ipynb #21be82c1
 def seed_of(
-    *parts, # what identifies the sample: seed of the run, row id, index of the sample
+    *parts, # values that identify the sample, such as seed of the run, row id, index of the sample
 )->int: # 0 to 2**53 - 1, which JSON, Arrow and every generator represent exactly
     "A seed computed from names and numbers"
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "big") >> 11
@@ -377,7 +377,7 @@ def _refuse_gaps(
     plan:ShardPlan,
     faults:list[str], # faults of shards, one sentence each
     folders:list[Path], # folders of the shards without faults
-    locations:list[list[tuple]], # from `_row_locations`
+    locations:list[list[tuple]], # for each row, (folder index, byte offset, byte count) per stored result
 ):
     "Raise if a shard is not complete, or a row does not occur exactly once"
     shard_of_row = {i: plan.shard_of[b] for b, batch in enumerate(plan.batches) for i in batch}
@@ -578,7 +578,7 @@ class _ShardWorker:
     shard:int
     process:subprocess.Popen
     log:Path
-    log_start:int # where its output begins in the log
+    log_start:int # byte position in the log at which the output of this worker begins
 
     def log_end(self, lines:int=20)->str:
         "The last lines of its output, secrets removed"

@@ -22,9 +22,9 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 # %% ../../nbs/20_data/8_contamination.ipynb #4bde6ec7
 def answer_hashes(
-    text:str|None, # an answer
-    of=re.compile(r"[^\W_]+"), # the words
-)->tuple: # (hash of the words, hash of the last number); 0 where there is none
+    text:str|None, # an answer; None: no answer
+    of=re.compile(r"[^\W_]+"), # pattern that matches a word
+)->tuple: # (hash of the words, hash of the last number); 0 if there is none
     "Hashes of a normalised answer: its words without case and punctuation, and its last number"
     words = of.findall((text or "").lower())
     numbers = _NUMBER.findall(text or "")
@@ -37,21 +37,21 @@ def answer_hashes(
 class Benchmark:
     "The prompts and answers of a benchmark, as hashes"
     name:str
-    ngram:int # words in an n-gram
-    ids:list # of the items
-    texts:list # [T] n-grams of each text, uint64
-    item:np.ndarray # [T] index of the item of a text
+    ngram:int # number of words in an n-gram
+    ids:list # id of each item
+    texts:list # [T] for each text, the uint64 hashes of its n-grams
+    item:np.ndarray # [T] index of the text's item
     is_answer:np.ndarray # [T] bool: the text is an answer, not a prompt
     answers:np.ndarray # [items, 2] uint64, from `answer_hashes`
     notes:list = field(default_factory=list) # sentences for the user
 
 # %% ../../nbs/20_data/8_contamination.ipynb #3eb2c9b1
 def hash_benchmark(
-    items, # yields (id, prompt, answer); the answer may be None
-    name:str, # of the benchmark
-    ngram:int=8, # words in an n-gram
+    items, # iterable of (id, prompt, answer); the answer may be None
+    name:str, # name of the benchmark
+    ngram:int=8, # number of words in an n-gram
 )->Benchmark:
-    "A benchmark from its texts; prompts without words are left out, with a note"
+    "Make a benchmark from its texts; prompts without words are left out, with a note"
     items = list(items)
     if not items: raise UserError(f"The benchmark {name} has no items: nothing could be found. Give one with prompts.")
     out = Benchmark(name, ngram, [str(i) for i, *_ in items], [], [], [], [])
@@ -85,8 +85,8 @@ _VERSION = 1 # of the way texts become hashes
 # %% ../../nbs/20_data/8_contamination.ipynb #84bd1823
 def save_benchmark(
     benchmark:Benchmark,
-    folder, # that is there
-)->Path: # the file
+    folder, # existing folder
+)->Path: # path of the file
     "Write a benchmark as a list of hashes"
     import pyarrow as pa, pyarrow.parquet as pq
     lists = lambda arrays: pa.array([a.tolist() for a in arrays], pa.list_(pa.uint64()))
@@ -103,10 +103,10 @@ def save_benchmark(
 
 # %% ../../nbs/20_data/8_contamination.ipynb #871148b5
 def load_hashes(
-    path, # file that `save_benchmark` wrote
-    ngram:int, # length of the n-grams that it must have
+    path, # path of a file that `save_benchmark` wrote
+    ngram:int, # required number of words in an n-gram
 )->Benchmark:
-    "Read a list of hashes, or raise a `UserError` that says why it cannot be used"
+    "Read a list of hashes; a `UserError` says why it cannot be used"
     import pyarrow as pa, pyarrow.parquet as pq
     try: table = pq.read_table(path)
     except (OSError, pa.ArrowException) as e: raise UserError(f"{path} is no list of hashes: {e}") from e
@@ -135,9 +135,9 @@ _BENCHMARK_KEYS = ("path", "name", "split", "prompt", "answer")
 
 # %% ../../nbs/20_data/8_contamination.ipynb #53021934
 def parse_benchmark(
-    given, # a path, or a mapping with the key path and perhaps name, split, prompt, answer
-)->dict: # with all keys
-    "What the config says about one benchmark, checked"
+    given, # a path, or a dict with the key path and optionally name, split, prompt, answer
+)->dict: # dict with all keys
+    "Check the configuration of one benchmark"
     given = dict(path=given) if isinstance(given, str) else given
     if not isinstance(given, dict) or not isinstance(given.get("path"), str) or not given["path"].strip():
         raise UserError(f"A benchmark is a path, or a mapping with the key path, not {given!r}.")
@@ -152,8 +152,8 @@ def parse_benchmark(
 
 # %% ../../nbs/20_data/8_contamination.ipynb #b573f2c4
 def prompt_and_answer(
-    messages:list[dict], # a conversation
-)->tuple: # (prompt, answer); the answer is None where there is none
+    messages:list[dict], # messages of a conversation
+)->tuple: # (prompt, answer); the answer is None if there is none
     "The user's texts before the first answer, and the last answer"
     first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
     answers = [content_text(m["content"]) for m in messages if m["role"] == "assistant"]
@@ -163,10 +163,10 @@ def prompt_and_answer(
 # %% ../../nbs/20_data/8_contamination.ipynb #2565205e
 def benchmark_items(
     rows, # `datasets.Dataset`
-    given:dict, # from `parse_benchmark`
-    split:str, # its name, for the ids
+    given:dict, # configuration of the benchmark, from `parse_benchmark`
+    split:str, # name of the split, for the ids
 ): # yields (id, prompt, answer)
-    "The prompts and answers of a benchmark's rows"
+    "Yield the prompts and answers of a benchmark's rows"
     for c in ("prompt", "answer"):
         if given[c] and given[c] not in rows.column_names:
             raise UserError(f"Benchmark {given['path']} has no column {given[c]!r} ({c}); it has "
@@ -187,11 +187,11 @@ def benchmark_items(
 
 # %% ../../nbs/20_data/8_contamination.ipynb #8891b5ce
 def read_benchmark(
-    given, # a path, or a mapping, for `parse_benchmark`
-    ngram:int=8, # words in an n-gram
-    at=lambda path: path, # function(path as given) -> path to read
+    given, # a path or a dict, as for `parse_benchmark`
+    ngram:int=8, # number of words in an n-gram
+    at=lambda path: path, # function: path as given -> path to read
 )->Benchmark:
-    "A benchmark from a dataset or a list of hashes"
+    "Read a benchmark from a dataset or from a list of hashes"
     given = parse_benchmark(given)
     path = at(given["path"])
     if str(path).endswith(HASHES_ENDING):
@@ -205,9 +205,9 @@ def read_benchmark(
 
 # %% ../../nbs/20_data/8_contamination.ipynb #d23f8958
 class GramIndex:
-    "The n-grams of benchmark texts, sorted"
+    "A sorted index of the n-grams of benchmark texts"
     def __init__(self,
-        benchmarks:list[Benchmark], # with the same length of n-grams
+        benchmarks:list[Benchmark], # benchmarks with the same length of n-grams
     ):
         texts = [t for b in benchmarks for t in b.texts]
         lengths = [len(t) for t in texts]
@@ -237,13 +237,13 @@ class GramIndex:
 # %% ../../nbs/20_data/8_contamination.ipynb #bec547b8
 @dataclass
 class Contamination:
-    "Which rows contain benchmark texts"
-    coverage:np.ndarray # [N] largest share of a benchmark text's words that a row covers
-    text:np.ndarray # [N] int64 the text that is covered most; -1 where no n-gram occurs
-    same_answer:np.ndarray # [N] bool: the row's last answer is the benchmark's
-    benchmarks:list # of `Benchmark`
-    most:np.ndarray # [T] largest coverage of each text by a row
-    rows:np.ndarray # [T] rows that cover a text at the threshold
+    "The benchmark texts that training rows contain"
+    coverage:np.ndarray # [N] for each row, the largest covered share of a benchmark text's words
+    text:np.ndarray # [N] int64: index of the text with the largest coverage; -1 if no n-gram occurs
+    same_answer:np.ndarray # [N] bool: the row's last answer is the answer of the benchmark
+    benchmarks:list # list of `Benchmark`
+    most:np.ndarray # [T] for each text, the largest coverage by a row
+    rows:np.ndarray # [T] for each text, the number of rows whose coverage reaches the threshold
     def where(self, text):
         "(benchmark, index of the item, whether the text is an answer)"
         for b in self.benchmarks:
@@ -253,9 +253,9 @@ class Contamination:
 # %% ../../nbs/20_data/8_contamination.ipynb #38e2c77a
 def row_messages(
     rows, # `datasets.Dataset` with messages
-    block:int=1000, # rows at a time
-): # yields (index of the first row, the messages of each row)
-    "The messages of rows in blocks"
+    block:int=1000, # number of rows to read at a time
+): # yields (index of the first row, messages of each row)
+    "Yield the messages of rows in blocks"
     start = 0
     for part in rows.select_columns(["messages"]).iter(batch_size=block):
         yield start, [m or [] for m in part["messages"]]
@@ -264,10 +264,10 @@ def row_messages(
 # %% ../../nbs/20_data/8_contamination.ipynb #9917e3e8
 def find_contamination(
     rows, # `datasets.Dataset` with messages
-    benchmarks:list[Benchmark], # at least one
+    benchmarks:list[Benchmark], # list of at least one benchmark
     threshold:float=0.5, # share of a text's words from which `Contamination.rows` counts a row
 )->Contamination:
-    "Read rows once, and find the benchmark text that each covers most"
+    "Read rows once, and find for each row the benchmark text with the largest coverage"
     n, index = len(rows), GramIndex(benchmarks)
     total = sum(len(b.texts) for b in benchmarks)
     out = Contamination(np.zeros(n), np.full(n, -1, np.int64), np.zeros(n, bool), benchmarks, np.zeros(total),
@@ -294,8 +294,8 @@ def find_contamination(
 def lost_by_coverage(
     found:Contamination,
     thresholds=tuple(k/10 for k in range(1, 11)), # shares of words
-)->list[dict]: # threshold, and the rows of each benchmark and of all that would be lost
-    "How many rows each threshold would remove"
+)->list[dict]: # list of dicts: threshold, and the number of removed rows per benchmark and in total
+    "Count the rows that each threshold would remove"
     ends = np.cumsum([0, *(len(b.texts) for b in found.benchmarks)])
     out = []
     for t in thresholds:

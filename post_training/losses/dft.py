@@ -18,7 +18,7 @@ EAFT_TOKENS = 20 # the entropy of so many equally likely tokens gives the weight
 def probability_weights(
     logps_BT:torch.Tensor, # token log-probabilities
     alpha:float=1., # exponent, at least 0
-)->torch.Tensor: # weights_BT in fp32 or better, without gradient
+)->torch.Tensor: # weights_BT in fp32 or fp64, without gradient
     "The probability of each token to the power alpha"
     return torch.nan_to_num((alpha*at_least_fp32(logps_BT.detach())).exp(), nan=0.)
 
@@ -26,7 +26,7 @@ def probability_weights(
 def entropy_weights(
     entropy_BT:torch.Tensor, # entropy of the prediction of each token, in nats
     alpha:float=1., # exponent, at least 0
-)->torch.Tensor: # weights_BT in fp32 or better, without gradient
+)->torch.Tensor: # weights_BT in fp32 or fp64, without gradient
     "The entropy of each prediction over log 20, to the power alpha"
     share_BT = at_least_fp32(entropy_BT.detach()).clamp(min=0.)/math.log(EAFT_TOKENS)
     return torch.nan_to_num(share_BT**alpha, nan=0.)
@@ -38,15 +38,15 @@ def _check_alpha(name, alpha):
 
 # %% ../../nbs/05_losses/6_dft.ipynb #ece508d6
 def dft(
-    logps_BT:torch.Tensor, # token log-probabilities; anything where the weight is 0
+    logps_BT:torch.Tensor, # token log-probabilities in nats; not read where the weight is 0
     prompt_mask_BT:torch.Tensor, # 1 on prompt tokens
     completion_mask_BT:torch.Tensor, # 1 on completion tokens
-    sequence_BT:torch.Tensor, # sequence number, -1 on padding
-    prompt_loss_weight:float=0., # w
-    sequence_level:bool=False, # the fraction per sequence, then the mean over sequences
-    alpha:float=1., # exponent of the probability
+    sequence_BT:torch.Tensor, # index of the sequence of each token, from 0; -1 on padding
+    prompt_loss_weight:float=0., # w, from 0 to 1
+    sequence_level:bool=False, # True: compute the fraction for each sequence, then the mean over sequences
+    alpha:float=1., # exponent of the probability, at least 0
     data:DataWeights|None=None, # weights of the data; None: all are 1
-)->list[LossTerm]: # one term
+)->list[LossTerm]: # one loss term
     "Dynamic fine-tuning: PLW with each token loss times the token's own probability"
     _check_alpha("dft", alpha)
     return plw(logps_BT*probability_weights(logps_BT, alpha), prompt_mask_BT, completion_mask_BT, sequence_BT,
@@ -54,16 +54,16 @@ def dft(
 
 # %% ../../nbs/05_losses/6_dft.ipynb #be467adf
 def eaft(
-    logps_BT:torch.Tensor, # token log-probabilities; anything where the weight is 0
+    logps_BT:torch.Tensor, # token log-probabilities in nats; not read where the weight is 0
     prompt_mask_BT:torch.Tensor, # 1 on prompt tokens
     completion_mask_BT:torch.Tensor, # 1 on completion tokens
-    sequence_BT:torch.Tensor, # sequence number, -1 on padding
-    prompt_loss_weight:float=0., # w
-    sequence_level:bool=False, # the fraction per sequence, then the mean over sequences
-    entropy_BT:torch.Tensor|None=None, # entropy of the prediction of each token, in nats
-    alpha:float=1., # exponent of the entropy
+    sequence_BT:torch.Tensor, # index of the sequence of each token, from 0; -1 on padding
+    prompt_loss_weight:float=0., # w, from 0 to 1
+    sequence_level:bool=False, # True: compute the fraction for each sequence, then the mean over sequences
+    entropy_BT:torch.Tensor|None=None, # entropy of the prediction of each token, in nats; required
+    alpha:float=1., # exponent of the entropy, at least 0
     data:DataWeights|None=None, # weights of the data; None: all are 1
-)->list[LossTerm]: # one term
+)->list[LossTerm]: # one loss term
     "Entropy-adaptive fine-tuning: PLW with each token loss times the entropy of its prediction"
     _check_alpha("eaft", alpha)
     if entropy_BT is None: raise ValueError("eaft needs entropy_BT: request the entropy from the forward.")

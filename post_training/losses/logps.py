@@ -86,7 +86,7 @@ def tile_logits(
 
 # %% ../../nbs/05_losses/1_logps.ipynb #c7554429
 class TileSettings(NamedTuple):
-    "How the tiles of `tiled_logps` are computed"
+    "Settings of the tiles of `tiled_logps`"
     columns: int # number of columns of a tile
     scale: float # factor on the logits
     softcap: float|None # c of the softcap, applied after the scale; None: no softcap

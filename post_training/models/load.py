@@ -358,7 +358,7 @@ def own_numbers(
 # %% ../../nbs/30_models/1_load.ipynb #c47d2eb9
 def check_finite_weights(
     model, # loaded
-    name:str, # for the message
+    name:str, # name of the model, for the message
 ):
     "Refuse a model with a weight that is not finite; each process looks at the numbers that it holds"
     import torch

@@ -375,7 +375,7 @@ def win_rates(
     columns:dict, # arrays from `pool_columns`
     max_policies:int=8, # number of policies to compare: those with the most completions
 )->dict: # (policy, other policy) -> (share of wins, number of prompts)
-    "How often a policy's completion has a higher reward than another's on the same prompt, averaged over prompts"
+    "The share of prompts on which one policy's completion has a higher reward than another's"
     finite = np.isfinite(columns["reward"])
     names = [p for p, _ in Counter(columns["policy"][finite]).most_common(max_policies)]
     wins = {(a, b): [] for a in names for b in names if a != b}

@@ -122,7 +122,7 @@ def orphaned_checkpoint(
 # %% ../../nbs/15_run/5_state.ipynb #d4e3c9f8
 def attempts_on_disk(
     run_dir, # folder of a run
-    generations:list[dict], # from `owned_generations`
+    generations:list[dict], # generations from `owned_generations`
 )->list[dict]: # attempts in the form of the record
     "Reconstruct the attempts of a run from their folders"
     run_dir, last = Path(run_dir), generations[-1]["generation"] if generations else 0
