@@ -37,13 +37,13 @@ ACCELERATE_KEYS = { # key of accelerate's format -> values that are accepted, in
     "use_cpu": ("false",), "compute_environment": ("local_machine",), "num_processes": int, "num_machines": int,
     "machine_rank": int, "debug": _SWITCH, "same_network": _SWITCH, "enable_cpu_affinity": _SWITCH,
     "downcast_bf16": _OFF, "dynamo_config": (*_OFF, "{'dynamo_backend': 'no'}"), "deepspeed_config": dict,
-    # the launcher sets these, or they are for machines that are not used here
+    # keys that the launcher sets, and keys for devices that this project does not use
     **dict.fromkeys(("gpu_ids", "main_process_ip", "main_process_port", "rdzv_backend", "main_training_function",
                      "tpu_name", "tpu_zone", "tpu_env", "tpu_vm", "tpu_use_sudo", "commands", "command_file")),
     "tpu_use_cluster": ("false", "none"),
     "dynamo_backend": _OFF,
     **dict.fromkeys(("fp8_config", "fsdp_config", "parallelism_config", "megatron_lm_config", "mpirun_config"), _OFF)}
-DEEPSPEED_KEYS = { # the same below deepspeed_config
+DEEPSPEED_KEYS = { # accepted values of the keys in deepspeed_config
     "zero_stage": ("0", "1", "2", "3"), "zero3_init_flag": _SWITCH, "zero3_save_16bit_model": _SWITCH,
     **dict.fromkeys(("offload_optimizer_device", "offload_param_device"), ("none", "cpu", "nvme")),
     **dict.fromkeys(("offload_optimizer_nvme_path", "offload_param_nvme_path", "deepspeed_moe_layer_cls_names",
@@ -153,7 +153,7 @@ def _indivisible(total:int, world:int, rows:int)->UserError:
     "The error for a global batch that is not divisible, with the nearest divisible values"
     step = world * rows
     near = [b for b in (total // step * step, -(-total // step) * step) if b]
-    share = total // world if total % world == 0 else 0 # rows of a process
+    share = total // world if total % world == 0 else 0 # rows per process
     small = [r for r in range(1, min(math.isqrt(share), 10**6) + 1) if share % r == 0]
     divisors = sorted({*small, *(share // r for r in small)})
     nearest_rows = sorted(sorted(divisors, key=lambda r: abs(r - rows))[:2])

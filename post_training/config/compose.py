@@ -110,7 +110,7 @@ def _typed_warmup(
     names = {n: f"training_args.{n}" for n in ("warmup_steps", "warmup_ratio")}
     typed = {n: next((t.value for t in values if t.key == key), None) for n,key in names.items()}
     steps, given = typed["warmup_steps"], typed["warmup_ratio"] if typed["warmup_ratio"] is not None else ratio
-    if isinstance(steps, float) and 0 < steps < 1: return values, [] # a share already
+    if isinstance(steps, float) and 0 < steps < 1: return values, [] # already a fraction
     holds, notice = choose_warmup(steps, given)
     if not notice: return values, []
     other = names["warmup_ratio" if holds == "warmup_steps" else "warmup_steps"]
@@ -369,7 +369,7 @@ def _finish(
     path = accelerate_file(cfg["accelerate_config"])
     shipped = CONFIGS/"accelerate"/path.name
     if path != shipped and shipped.is_file(): notices.append(f"accelerate_config is your own file {path}.")
-    cfg["accelerate_config"] = path.stem if path == shipped else str(path) # a job may not know your folder
+    cfg["accelerate_config"] = path.stem if path == shipped else str(path) # a job may not have the user's folder of presets
     return cfg, derived, notices
 
 # %% ../../nbs/10_config/7_compose.ipynb #6a46c6f3

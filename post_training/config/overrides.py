@@ -79,7 +79,7 @@ OLD_NAMES = {"training_args.max_seq_length": "training_args.max_length", "model_
              "reward_model_args.trust_remote_code": "reward_args.trust_remote_code",
              "gpu_rich": "options.gpu", "low_cpu_memory": "options.low_cpu_memory",
              "lazy_unpickle": "options.lazy_unpickle", "trust_remote_code": "options.trust_remote_code"}
-KNOWN_OLD_NAMES = ("training_args.dataset_num_proc",) # TRL still has these; this project reads the new name
+KNOWN_OLD_NAMES = ("training_args.dataset_num_proc",) # names that TRL still has, although this project reads the new name
 # sections of old presets that are no longer read
 OLD_SECTIONS = ("model_vllm_config", "model_generation_config", "model_eval_generation_config", "script_args",
                 "preset", "reward_model_distributed_config")
@@ -114,7 +114,7 @@ def translate_key(
 
 # %% ../../nbs/10_config/3_overrides.ipynb #6dae656e
 _ANY = object() # every value may be left out
-LEFT_OUT = { # key -> (values that are left out, or `_ANY`; what holds here)
+LEFT_OUT = { # key -> (values that are left out, or `_ANY`; reason)
     "wandb.anonymous": (_ANY, "wandb has no anonymous runs any more"),
     "wandb.global_dir": (_ANY, "wandb's files are below the run's folder"),
     "wandb.use_global_dir": ((False,), "wandb's files are below the run's folder"),
@@ -207,7 +207,7 @@ def _one_warmup(raw:dict, origins:dict)->list[str]: # notices
     if not isinstance(args, dict) or "warmup_ratio" not in args: return []
     own = origins.get("training_args.warmup_steps", "default") != "default"
     steps = args.get("warmup_steps") if own and "warmup_steps" in args else None
-    if steps is not None and steps < 1 and steps != 0: steps = None # a share of an own preset that comes earlier
+    if steps is not None and steps < 1 and steps != 0: steps = None # a fraction comes from an earlier preset of this project
     name, notice = choose_warmup(steps, args["warmup_ratio"])
     other = "warmup_ratio" if name == "warmup_steps" else "warmup_steps"
     args.pop(other, None)

@@ -195,7 +195,7 @@ def _one_document(text:str, origin:str="The file")->str:
     return text if len(docs) == 1 else yaml.safe_dump({"stages": docs}, sort_keys=False)
 
 # %% ../../nbs/10_config/4_presets.ipynb #29f89e9b
-EXPERIMENT_GROUPS = ("experiment", "preset", "override") # composed behind all others, in this order
+EXPERIMENT_GROUPS = ("experiment", "preset", "override") # composed after all others, in this order
 
 # %% ../../nbs/10_config/4_presets.ipynb #2469987f
 def experiment_preset(
@@ -231,7 +231,7 @@ _CWD = re.compile(r"\$\{hydra:runtime\.cwd\}/?")
 def _plain_layer(file:Path)->tuple: # (keys, {group: preset}, names of keys that are left out)
     "Read a user's stage file: its keys without those of Hydra, and the presets of its defaults list"
     from omegaconf import OmegaConf
-    _raw_yaml(file) # refuses what is not a mapping of keys
+    _raw_yaml(file) # raises an error if the file is not a mapping
     keys = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     groups = {k.removeprefix("optional ").lstrip("/"): v for d in keys.pop("defaults", []) if isinstance(d, dict)
               for k,v in d.items() if v not in (None, "none", "null")}
@@ -280,7 +280,7 @@ def own_defaults(
 def _check_files(group:str, name, config_dir=None, seen=()):
     "Read a preset and the presets in its defaults list, before Hydra does, so that an error names the line"
     file = name if isinstance(name, Path) else preset_path(group, str(name), config_dir)
-    if file is None or file in seen or group in SECTION_GROUPS: return # Hydra names a file that is not there
+    if file is None or file in seen or group in SECTION_GROUPS: return # Hydra reports a missing file
     for d in _defaults_of(file):
         pairs = {group: d} if isinstance(d, str) else d if isinstance(d, dict) else {}
         for other, chosen in pairs.items():
@@ -322,7 +322,7 @@ def _as_preset(group:str, file:Path, folder:Path)->str: # the preset's name
     text, name = read_text_file(file), file.stem
     while name in preset_names(group): name += "-file"
     if group in SECTION_GROUPS: text = _one_document(text, str(file))
-    elif "setup" in _defaults_of(file): # a file that is a stage of its own elsewhere
+    elif "setup" in _defaults_of(file): # the file of a whole stage
         text = "# @package _global_\n" + OmegaConf.to_yaml(OmegaConf.create(_plain_layer(file)[0]))
     elif "@package" not in text.split("\n", 1)[0]: text = "# @package _global_\n" + text
     write_atomic(folder/group/f"{name}.yaml", text)
@@ -415,7 +415,7 @@ def _files_state(config_dir=None)->tuple|None: # None: unknown
 
 
 # %% ../../nbs/10_config/4_presets.ipynb #a7a8e33e
-_COMPOSED = {} # stage, choices and files -> what Hydra composed of them in this process
+_COMPOSED = {} # (stage, choices, state of the files) -> result of Hydra, for this process
 
 
 # %% ../../nbs/10_config/4_presets.ipynb #f29afd3e

@@ -109,7 +109,7 @@ def leftovers(
             fd = os.open(entry.path, os.O_RDONLY)
             try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             finally: os.close(fd)
-        except OSError: continue # its writer lives, or it is gone
+        except OSError: continue # the writer is alive, or the file has been removed
         found.append(Path(entry.path))
     return sorted(found)
 
@@ -286,7 +286,7 @@ def exit_fast(
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         try: stream.flush()
-        except (OSError, ValueError): code = code or 120 # Python's own code for output that could not be written
+        except (OSError, ValueError): code = code or 120 # 120: Python's exit code if the output cannot be written
     os._exit(code)
 
 # %% ../../nbs/00_core/1_files.ipynb #7323cbab
@@ -349,11 +349,11 @@ def _is_assigned_secret(m:re.Match)->bool:
     name, value = m["name"], m["value"]
     if not is_secret_name(name.strip("-")) or _PLACEHOLDER.fullmatch(value) or value == name: return False
     if m["quote"]: return True
-    if m["next"]: return False # a call
+    if m["next"]: return False # a function call
     operator = m["sep"].strip(" \\\"'],\n\t")
-    if not operator: return not value.startswith("-") # after an option
+    if not operator: return not value.startswith("-") # the value follows an option
     shaped = len(value) > 5 and re.search(r"\d", value) or len(value) > 19
-    return bool(shaped or operator == "=" and " " not in m["sep"]) # else prose, or the type of a parameter
+    return bool(shaped or operator == "=" and " " not in m["sep"]) # otherwise prose, or the type of a parameter
 
 # %% ../../nbs/00_core/1_files.ipynb #5daadf4e
 def _redact_assigned(text:str)->str:

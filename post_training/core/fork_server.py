@@ -27,7 +27,7 @@ LOAD_TIME_NAMES = ("HOME", "TZ", "LANG", "LC_ALL", "USE_TORCH", "USE_TF", "USE_F
 WITHOUT_EFFECT = ("PYTHONUNBUFFERED", "TOKENIZERS_PARALLELISM", "WANDB_MODE", "TORCHELASTIC_", "TORCH_NCCL_",
                   "PYTORCH_NVML_BASED_CUDA_CHECK") # beginnings of names; read when used
 SERVER_SETTINGS = dict(OMP_WAIT_POLICY="PASSIVE", HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_PROGRESS_BARS="1",
-                       TRANSFORMERS_VERBOSITY="error") # unless the user has set them
+                       TRANSFORMERS_VERBOSITY="error") # used only if the user has not set them
 
 # %% ../../nbs/00_core/7_fork_server.ipynb #8a157a6e
 def load_time_variables(
@@ -91,7 +91,7 @@ def die_with(
     "Be killed when the parent process ends (Linux)"
     if not sys.platform.startswith("linux"): return
     ctypes.CDLL(None).prctl(1, signal.SIGKILL) # 1 is PR_SET_PDEATHSIG
-    if os.getppid() != parent: os._exit(1) # it ended before the request
+    if os.getppid() != parent: os._exit(1) # the parent ended before the request
 
 # %% ../../nbs/00_core/7_fork_server.ipynb #19e748f6
 def become(
@@ -207,7 +207,7 @@ def answer_command(
     except (KeyError, TypeError, ValueError, AttributeError): why = "the request is incomplete"
     pid = 0 if why else os.fork()
     if not why and pid == 0:
-        for c in (server.listener, connection, *server.forks): c.close() # these are the server's
+        for c in (server.listener, connection, *server.forks): c.close() # close the server's connections in the fork
         return become(request, files, server.pid)
     for f in files: os.close(f)
     tell(connection, f"no {why}" if why else f"pid {pid}")
@@ -234,7 +234,7 @@ def handle_event(
     "Wait for one event and handle it: a new command, the end of a command, or the end of a fork"
     ready, _, _ = select.select([server.listener, server.wake, *server.forks], [], [])
     with contextlib.suppress(BlockingIOError): os.read(server.wake, 4096)
-    for connection in [c for c in ready if c in server.forks]: # its command has ended
+    for connection in [c for c in ready if c in server.forks]: # the command of this connection has ended
         with contextlib.suppress(ProcessLookupError): os.killpg(server.forks[connection], signal.SIGKILL)
     report_ends(server)
     return answer_command(server, server.listener.accept()[0]) if server.listener in ready else None
@@ -248,7 +248,7 @@ def serve(
     server = server_state(listener)
     for name in libraries: importlib.import_module(name)
     gc.collect()
-    gc.freeze() # no collection of a fork touches the pages of the libraries, so that they stay shared
+    gc.freeze() # garbage collection in a fork then does not write to the libraries' memory, which stays shared
     while (argv := handle_event(server)) is None: pass
     return argv
 
@@ -286,7 +286,7 @@ def run_forked(
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT):
         if signal.getsignal(number) != signal.SIG_IGN: signal.signal(number, lambda n, _: os.kill(pid, n))
     end = lines.readline().split()
-    code = int(end[1]) if end else -signal.SIGKILL # no line: the server was killed, and its forks with it
+    code = int(end[1]) if end else -signal.SIGKILL # without an answer, the server and its forks were killed
     if code >= 0: os._exit(code)
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     signal.signal(-code, signal.SIG_DFL) if -code not in (signal.SIGKILL, signal.SIGSTOP) else None
@@ -336,7 +336,7 @@ def fork_server_main():
     what, parent, *rest = sys.argv[1:]
     die_with(int(parent))
     if what == "run": run_forked(rest)
-    del sys.path[0] # the folder of this file
+    del sys.path[0] # remove the folder of this file from the module path
     argv = serve(socket.socket(fileno=int(rest[0])), rest[1].split(","))
     try: run_module_here(argv)
     except BaseException as e: end_fork(e)

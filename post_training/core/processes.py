@@ -61,7 +61,7 @@ def remove_stale_build_locks(
     if not sys.platform.startswith("linux") or not folder.is_dir(): return []
     locks, removed = [*folder.glob("*/lock"), *folder.glob("*/*/lock")], []
     if not locks or not (guard := try_lock(folder/".post_training.guard", fcntl.LOCK_EX, max_age)): return []
-    with guard: # the ranks do this one by one
+    with guard: # only one rank at a time
         for path in locks:
             with contextlib.suppress(FileNotFoundError):
                 left = max_age - (time.time() - path.stat().st_mtime) if on_network_disk(path) else 0
@@ -79,9 +79,9 @@ def die_with_parent(
 ):
     "Be killed when the parent process ends for any reason (Linux only; elsewhere nothing happens)"
     if not sys.platform.startswith("linux"): return
-    if os.environ.get("POST_TRAINING_FORK") == str(os.getpid()): return # `core.fork_server` sees to it for its forks
+    if os.environ.get("POST_TRAINING_FORK") == str(os.getpid()): return # the fork server does this for its forks
     ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL) # 1 is PR_SET_PDEATHSIG
-    if parent is not None and os.getppid() != parent: os.kill(os.getpid(), signal.SIGKILL) # it died before the request
+    if parent is not None and os.getppid() != parent: os.kill(os.getpid(), signal.SIGKILL) # the parent ended before the request
 
 # %% ../../nbs/00_core/2_processes.ipynb #868e2232
 def this_job(

@@ -117,8 +117,8 @@ ROWS_FILE = "rows.txt"
 PROGRESS_FILE = "progress.json"
 
 # %% ../../nbs/00_core/3_shards.ipynb #fc6af8eb
-# environment variable with the name of a file that a worker makes once it has saved something:
-# an interrupted job can then see whether it made progress
+# environment variable with the path of a file that a worker creates at its first save; # the file shows whether an
+# interrupted job made progress
 SAVED_FILE_ENV = "POST_TRAINING_SAVED"
 
 # %% ../../nbs/00_core/3_shards.ipynb #27ce0c30
@@ -174,7 +174,7 @@ def encode_results(
             if not isinstance(row["dropped"], str):
                 raise ValueError(f"row {plan.keys[i]!r} is dropped because of {row['dropped']!r}: the reason has to be "
                                  "a text")
-            row = {"dropped": row["dropped"], **row} # in front, where the merge sees it
+            row = {"dropped": row["dropped"], **row} # the merge reads the first key only
         try: lines.append(f"{i}\t{json.dumps(row, allow_nan=False)}\n".encode())
         except (TypeError, ValueError) as e:
             raise ValueError(f"the result for row {plan.keys[i]!r} cannot be kept exactly: {e}") from e
@@ -227,7 +227,7 @@ class ShardFile:
         self.pending_lines = []
         self.pending_batches = 0
         self.folder.mkdir(parents=True, exist_ok=True)
-        for p in (self.folder/MANIFEST, *self.folder.glob(".*")): # hidden files: of a save that was killed
+        for p in (self.folder/MANIFEST, *self.folder.glob(".*")): # hidden files are left by a killed save
             p.unlink(missing_ok=True)
         self.file = open(self.folder/ROWS_FILE, "a+b")
         self.sha = hashlib.sha256()
@@ -350,7 +350,7 @@ def run_shard(
                     e.add_note(f"at the rows {_first_names(plan.keys[i] for i in batch)} of shard {shard}")
                     raise
                 if part.pending_batches == save_batches or time.monotonic() - part.saved_at >= save_seconds: part.save()
-        except BaseException: # stopped, or a fault: the results so far are kept
+        except BaseException: # save the results so far if the process is stopped or fails
             with contextlib.suppress(OSError): part.save()
             with contextlib.suppress(OSError): part.file.close()
             raise
@@ -548,7 +548,7 @@ def run_shard_worker(
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--shard", type=int)
     which.add_argument("--array", action="store_true")
-    parser.add_argument("--parent", type=int) # end with this process
+    parser.add_argument("--parent", type=int) # process id of the parent
     parser.add_argument("--save-batches", type=int, default=0)
     parser.add_argument("--save-seconds", type=float, default=60.)
     args = parser.parse_args(argv)

@@ -11,7 +11,7 @@ from pathlib import Path
 from .files import UserError
 
 # %% ../../nbs/00_core/6_yaml_files.ipynb #05ccce21
-YAML_LIMITS = dict(bytes=2**22, depth=50, nodes=100_000) # of a file; nodes are counted with aliases expanded
+YAML_LIMITS = dict(bytes=2**22, depth=50, nodes=100_000) # limits of a file; nodes are counted with aliases expanded
 
 # %% ../../nbs/00_core/6_yaml_files.ipynb #5a8ba766
 def read_text_file(
@@ -75,7 +75,7 @@ def check_events(
 ):
     "Refuse YAML that is too deep, is too large with its aliases, refers to itself, or has a key twice"
     stack, sizes = [], {} # open collections; anchor -> nodes
-    total = 0 # nodes
+    total = 0 # number of nodes
     def add(nodes, event):
         nonlocal total
         total += nodes
@@ -110,7 +110,7 @@ def read_documents(
         return [d for d in yaml.load_all(text, Loader=_LOADER) if d is not None]
     except UserError: raise
     except yaml.YAMLError as e: raise UserError(f"{name}, {error_line(e, text)}.") from None
-    except (ValueError, OverflowError, RecursionError) as e: # a date that does not exist, a number of 5,000 digits
+    except (ValueError, OverflowError, RecursionError) as e: # such as an invalid date or a number of 5,000 digits
         raise UserError(f"{name} has a value that cannot be read: {str(e).splitlines()[0]}.") from None
 
 # %% ../../nbs/00_core/6_yaml_files.ipynb #cb6de255

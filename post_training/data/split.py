@@ -25,7 +25,7 @@ def split_sizes(
     share = Fraction(str(ratio)) # the decimal number that the user wrote
     target = math.floor(share*sum(sizes.values()) + Fraction(1, 2))
     out = {c: min(max(math.floor(share*n), 1), n - 1) for c, n in sizes.items()}
-    # equal remainders: the larger class, then the first
+    # if remainders are equal, the larger class comes first, then the earlier one
     order = sorted(sizes, key=lambda c: (share*sizes[c] - out[c], sizes[c]), reverse=True)
     for c in order:
         if sum(out.values()) < target and out[c] < sizes[c] - 1 and share*sizes[c] > out[c]: out[c] += 1

@@ -47,7 +47,7 @@ def quantile(
 )->torch.Tensor: # quantiles_S from 0 to 1, fp32 or fp64
     "The fraction of a prompt's reference rewards that are not larger than the reward of the completion"
     mask_SR, among_S, n_S = compared_references(reward_S, ref_rewards_SR, mask_SR, among_S)
-    # its own reward is among those
+    # this count includes the completion's own reward
     below_S = (mask_SR & (ref_rewards_SR <= reward_S[..., None])).sum(-1) - among_S.long()
     return below_S.to(at_least_fp32(reward_S).dtype)/n_S
 
@@ -137,7 +137,7 @@ def tied_atoms(
     "The atoms if rewards may be equal: the quantile of each reward, completion included, among the others"
     mask_SR, among_S, n_S = compared_references(reward_S, ref_rewards_SR, mask_SR, among_S)
     pool_SK = torch.cat([ref_rewards_SR, reward_S[..., None]], -1)
-    mask_SK = torch.cat([mask_SR, ~among_S[..., None]], -1) # once in the pool
+    mask_SK = torch.cat([mask_SR, ~among_S[..., None]], -1) # a completion that is a reference is counted once
     below_SK = ((pool_SK[..., None, :] <= pool_SK[..., :, None]) & mask_SK[..., None, :]).sum(-1) - 1
     weights_SK = mask_SK.to(at_least_fp32(reward_S).dtype)/(n_S[..., None] + 1)
     return torch.where(mask_SK, below_SK, 0).to(weights_SK.dtype)/n_S[..., None], weights_SK

@@ -44,7 +44,7 @@ def logprob_errors(
             sums[0] -= a
             sums[1] -= b if fine else math.inf
     n = max(len(gaps), 1)
-    worst = max(gaps, default=(math.inf, None, None)) # nothing compared is no agreement
+    worst = max(gaps, default=(math.inf, None, None)) # if nothing was compared, there is no agreement
     return dict(tokens=len(gaps), mean=sum(g for g, *_ in gaps)/n if gaps else math.inf, max=worst[0],
                 nll=sums[0]/n, reader_nll=sums[1]/n, row=worst[1], token=worst[2])
 
@@ -91,7 +91,7 @@ def reader_faults(
     told = f"the model has rope_theta {', '.join(f'{t:g}' for t in thetas)}; it does not read rope_parameters"
     tried = {}
     if rope:
-        usual = getattr(type(text)(), "rope_parameters", None) or {} # of this kind of model, where a config is silent
+        usual = getattr(type(text)(), "rope_parameters", None) or {} # defaults of the model's class, which apply if the config does not set them
         if "rope_theta" in usual:
             tried[f"rope: the reader uses the default of {text.model_type} (rope_theta {usual['rope_theta']:g}), {told}"
                   ] = dict(rope_parameters=_with_rope(rope, **usual))

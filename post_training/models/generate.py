@@ -41,7 +41,7 @@ def pick_token(
     "Choose the next token of each row"
     if temperature == 0: return logits_BV.argmax(-1)
     probs_BV, ids_BV = torch.softmax(logits_BV.float()/temperature, -1), None
-    if top_p < 1: # otherwise the order of the vocabulary does as well, and needs no sorting
+    if top_p < 1: # without top_p the tokens keep the order of the vocabulary, so nothing is sorted
         probs_BV, ids_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
         before_BV = probs_BV.cumsum(-1) - probs_BV
         probs_BV = probs_BV.masked_fill((before_BV >= top_p) & (before_BV > 0), 0.)
@@ -93,7 +93,7 @@ def token_steps(
     for n in range(u_BN.shape[1]):
         logits_BV = model(input_ids=ids_BT, attention_mask=mask_BT, position_ids=pos_BT, past_key_values=cache,
                           use_cache=True, logits_to_keep=1).logits[:, -1]
-        if n == 0 and samples > 1: # the prompts have been read: each sample continues on its own
+        if n == 0 and samples > 1: # after the prompts were read, each sample has a row of its own
             cache.batch_repeat_interleave(samples)
             logits_BV, mask_BT, pos_BT = (x.repeat_interleave(samples, 0) for x in (logits_BV, mask_BT, pos_BT))
         new_B = pick_token(logits_BV, u_BN[live, n].to(model.device), temperature, top_p)
@@ -104,7 +104,7 @@ def token_steps(
         if not going: return
         ids_BT, pos_BT = new_B[:, None], pos_BT[:, -1:] + 1
         mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(live), 1)], 1)
-        if len(going) <= .75*len(live): # the finished rows leave
+        if len(going) <= .75*len(live): # remove the finished rows
             keep = torch.tensor(going, device=model.device)
             cache.batch_select_indices(keep)
             ids_BT, mask_BT, pos_BT = (x[keep] for x in (ids_BT, mask_BT, pos_BT))

@@ -167,7 +167,7 @@ def quiet_activation():
 # sampling values that need do_sample, with the values that mean nothing
 SAMPLING_DEFAULTS = dict(temperature=1., top_p=1., top_k=50, min_p=None, typical_p=1., epsilon_cutoff=0.,
                          eta_cutoff=0., top_h=None)
-# keys that choose a way to generate: others are left out before them
+# keys that choose the method of generation; other keys are removed first
 MODE_KEYS = ("do_sample", "num_beams", "return_dict_in_generate", "use_cache")
 
 # %% ../../nbs/30_models/1_load.ipynb #705e3430
@@ -177,7 +177,7 @@ def generation_fault(
     "Find the reason why transformers would refuse to save generation settings"
     from transformers import GenerationConfig, logging
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error() # a fault is returned
+    logging.set_verbosity_error() # no warning: the fault is returned
     try: GenerationConfig.from_dict(dict(settings)).validate(strict=True)
     except Exception as e: return str(e).strip() or type(e).__name__
     finally: logging.set_verbosity(verbosity)
@@ -429,7 +429,7 @@ def set_special_ids(
     for key, value in ids.items():
         setattr(text_config, key, value)
         setattr(generation, key, value)
-    # generation stops at each of them
+    # generation stops at each of these tokens
     generation.eos_token_id = [ids["eos_token_id"], *(i for i in stops if i != ids["eos_token_id"])]
 
 # %% ../../nbs/30_models/1_load.ipynb #537a911c

@@ -180,9 +180,9 @@ THOUGHT_MARKS = (("<think>", "</think>"), ("<thinking>", "</thinking>"), ("<thou
                  ("<reasoning>", "</reasoning>"), ("<seed:think>", "</seed:think>"), ("[THINK]", "[/THINK]"),
                  ("<|START_THINKING|>", "<|END_THINKING|>"), ("<|inner_prefix|>", "<|inner_suffix|>"),
                  ("<SPECIAL_69>", "<SPECIAL_70>"), ("<|channel|>analysis<|message|>", "<|end|>"))
-# marks behind which an answer begins, whatever was written before
+# marks after which an answer begins
 ANSWER_HEADERS = ("<|channel|>final<|message|>",)
-# ends of thoughts that also end turns: they count behind their beginning only
+# ends of thoughts that also end turns; they count only after the beginning of a thought
 SHARED_ENDS = ("<|end|>",)
 
 # %% ../../nbs/30_models/4_verifiers.ipynb #c57368b9
@@ -198,7 +198,7 @@ def answer_text(
         begun = prompt.rstrip().endswith(begin) or begin in text
         if end in text and (begun or end not in SHARED_ENDS):
             rest = text.rsplit(end, 1)[1]
-            return "" if begin in rest else rest # a new thought, which was cut
+            return "" if begin in rest else rest # a new thought without an end
         if begun: return ""
     return text
 

@@ -103,7 +103,7 @@ def first_pair(
     rng:random.Random,
 )->tuple|None: # (chosen, rejected); None if no pair is possible
     "Draw a pair from the top and the bottom of the quantiles, or the nearest possible pair"
-    drawn = rng.sample(pool, len(pool)) # of equal candidates the first drawn is used
+    drawn = rng.sample(pool, len(pool)) # if candidates are equal, the first drawn is used
     best = lambda candidates: max(candidates, key=lambda c: c.reward)
     worst = lambda candidates: min(candidates, key=lambda c: c.reward)
     def middle_and_bottom(candidates):
@@ -589,7 +589,7 @@ def references_of(
                         else [None]*len(dataset)).most_common())
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #b9153b29
-KEPT_BY_PAIRS = ("pair", "chosen_policy", "rejected_policy") # columns of a set of pairs that are not made anew
+KEPT_BY_PAIRS = ("pair", "chosen_policy", "rejected_policy") # columns that are copied from the set of pairs
 
 # %% ../../nbs/35_preferences/6_pairs.ipynb #9de9e27d
 def own_pair_row(

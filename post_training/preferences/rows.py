@@ -38,17 +38,17 @@ COMPLETION_DEFAULTS = dict( # field of a completion: its value if unknown
     content=None, policy=None, # the author: a model, chosen, rejected, or a branch's own label
     is_reference_completion=False, # drawn from the reference model
     finish_reason=None, # stop or length
-    token_ids=None, # as sampled, with the stop token
-    seed=None, # of the sampling
-    num_tokens=None, prompt_tokens=None, # scored tokens; tokens of the prompt
-    ref_logprob=None, ref_logprobs=None, # under the reference model: the sum, and of each scored token
+    token_ids=None, # sampled token ids, with the stop token
+    seed=None, # seed of the sampling
+    num_tokens=None, prompt_tokens=None, # number of scored tokens; number of prompt tokens
+    ref_logprob=None, ref_logprobs=None, # log-probability under the reference model: sum, and per scored token
     reward=None)
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #5665adca
 COMPLETION_KEYS = tuple(COMPLETION_DEFAULTS)
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #6aa53532
-ANSWER_KEYS = ("reasoning_content", "tool_calls", "name") # what else the answer of a plain row may hold
+ANSWER_KEYS = ("reasoning_content", "tool_calls", "name") # further fields of an answer in a plain row
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #15033911
 ROW_COLUMNS = tuple(CARRIED_COLUMNS) # columns of a row that belong to its prompt: tools, template arguments, weight
@@ -300,7 +300,7 @@ def prompt_alone(
     **how, # `ignore` and `exact` of `read_conversation`
 )->Conversation:
     "Read the prompt of a row without an answer"
-    answer = [dict(role="assistant", content="-")] # in the place of an answer
+    answer = [dict(role="assistant", content="-")] # stands for an answer
     c = read_conversation(dict(row, completion=answer), ("prompt", "completion"), **how)
     if "reasoning_content" in c.messages[-1]: raise UnsupportedContent("a thought without an answer")
     return replace(c, messages=c.messages[:-1])
@@ -830,7 +830,7 @@ def structured_answer(
     return structured_conversation(replace(prompt, messages=[*prompt.messages, message])).messages[-1]["content"]
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #094521ef
-# field of a completion: its name in the branches that are written, as other programs of the format call it
+# field of a completion -> its name in branches, as other programs of this format use it
 SWISSAI_NAMES = dict(ref_logprob="completion_ref_logprob", num_tokens="completion_length")
 
 # %% ../../nbs/35_preferences/1_rows.ipynb #e5cb03db

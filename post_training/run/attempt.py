@@ -322,7 +322,7 @@ def close_attempt(
         attempt = r["attempts"][number - 1]
         attempt.update(to_json_types(facts), exit=exit, ended=_now())
         if exit == 0: attempt["files"] = attempt_files(run_dir, number, r.get("checkpoints_dir"))
-        # an output is finished when the whole notebook is; checkpoints are a result even if a later evaluation fails
+        # an output needs a complete notebook; checkpoints are a result even if a later evaluation fails
         open_ = r["status"] == "running" or r["status"] == "finished" and (r.get("final") or {}).get("output")
         if exit and open_: r["status"] = "queued" if exit == HANDED_OVER else "failed"
         _write_exit(Path(run_dir), attempt)
@@ -352,7 +352,7 @@ def finish_output(
 def _close_at_exit(attempt:Attempt, pid:int):
     "At process exit, close an attempt that is still open: with exit 0 if the run is finished, else with 130"
     try: record = read_record(attempt.run_dir) if os.getpid() == pid else {}
-    except UserError: return # damaged meanwhile: the next start names it
+    except UserError: return # the record was damaged in the meantime; the next start reports it
     attempts = record.get("attempts") or []
     if len(attempts) >= attempt.number and "exit" not in attempts[attempt.number - 1]:
         close_attempt(attempt.run_dir, attempt.number, 0 if record["status"] == "finished" else 130)

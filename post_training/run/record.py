@@ -73,7 +73,7 @@ def to_json_types(
     return obj if obj is None or isinstance(obj, (bool, int, float, str)) else str(obj)
 
 # %% ../../nbs/15_run/1_record.ipynb #601d80aa
-# parts of a record that are read back
+# entries of a record that the program reads
 READ_BACK = ("stage", "hash", "id", "generation", "status", "config", "origins", "overrides", "checkpoints_dir",
              "inputs", "parents", "fingerprints", "topology", "final", "checkpoints", "resumed_from", "resolved",
              "jobs", "array", "freed", "chain", "counts", "evaluation")

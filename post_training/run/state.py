@@ -40,7 +40,7 @@ def is_trained(
     record = read_record(run_dir)
     if record.get("status") != "finished": return False
     if str((record.get("final") or {}).get("output")).startswith("hub:"):
-        return True # an output on the hub cannot be verified from here
+        return True # an output on the hub cannot be verified
     final = final_checkpoint(record, checkpoints_dir or generation_folder(record.get("config") or {}, record))
     return bool(final and not verify_manifest(final))
 

@@ -65,10 +65,10 @@ class Tracker:
         self.run = None
         self.mode = "disabled"
         self.sent = dict(step=-1, lines=0)
-        self.bytes_read = 0 # of metrics.jsonl
-        self.last_step = -1 # of the last line read
+        self.bytes_read = 0 # bytes of metrics.jsonl
+        self.last_step = -1 # step of the last line read
         self.lines_at_step = 0 # lines read of that step
-        self.lines_sent = 0 # by this process
+        self.lines_sent = 0 # lines sent by this process
 
 # %% ../../nbs/15_run/8_tracking.ipynb #7e468c91
 def wandb_settings(
@@ -247,7 +247,7 @@ def wandb_sync(
             print(f"{run_dir.name} is at work; send it when it has ended")
             continue
         cfg = read_yaml(run_dir/"config.yaml")
-        # what the machine does now is nothing of the run
+        # no system metrics: the present load of the machine does not belong to the run
         tracker = Tracker(run_dir, dict(cfg.get("wandb") or {}, system_metrics=False, console=False), cfg)
         tracker.start(mode)
         out.append((run_dir, tracker.lines_sent))

@@ -192,7 +192,7 @@ def best_fit_pack(
                         f"{max_length}.")
     packs = []
     with_room = [[] for _ in range(max_length + 1)] # packs by their free room
-    rooms = 0 # bit n: there is a pack with free room n
+    rooms = 0 # bit n is set if some pack has free room n
     for i in np.argsort(-lengths, kind="stable").tolist():
         n = int(lengths[i])
         larger = rooms >> n

@@ -27,7 +27,7 @@ def plain_meaning_chats()->list[tuple]: # (messages, template arguments); each t
     thinking = [talk[0], dict(talk[1], **dict.fromkeys(REASONING_KEYS, "@1:thoughts@"))]
     out = [(talk, {}), (system, {}), (thinking, {})]
     clock = dict(name="clock", description="@0:tools@", parameters=dict(type="object", properties={}))
-    for arguments in (dict(a="@1:tool call@"), '{"a": "@1:tool call@"}'): # some templates take JSON text
+    for arguments in (dict(a="@1:tool call@"), '{"a": "@1:tool call@"}'): # arguments as an object and as JSON text
         call = dict(id="call00001", type="function", function=dict(name="clock", arguments=arguments))
         output = dict(role="tool", content="@2:tool output@", tool_call_id="call00001")
         out.append(([talk[0], dict(role="assistant", content="", tool_calls=[call]), output, say(3, "assistant")],

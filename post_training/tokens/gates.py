@@ -99,7 +99,7 @@ class TurnPrompt(NamedTuple):
     sure:bytes|None=None # `tail_ids` as int32 bytes if nothing else can differ; None: check the turn itself
 
 # %% ../../nbs/25_tokens/5_gates.ipynb #519c2d41
-# what may follow a generation prompt: the beginnings of answers that a tokenizer treats differently
+# beginnings of answers that a tokenizer may treat differently after a generation prompt
 ANSWER_STARTS = ("", "a", "A", "7", " ", "  b", "\n", "\n\nc", "\t", ".", "'s", "(", "<", "|", ">", "ü", "🏔", "\u2003")
 
 # %% ../../nbs/25_tokens/5_gates.ipynb #fc26ff6f
@@ -178,7 +178,7 @@ def prompt_fault(
     given = chat.input_ids[:first]
     if blank.strip(): same = False
     elif exact and tail is not None and not blank: same = given[max(first - len(tail), 0):].tobytes() == tail.tobytes()
-    else: # the second comparison is for contents that hold a control token
+    else: # the second comparison handles contents with a control token
         before = chat.text[:start - len(blank)]
         same = (exact or bool(blank)) and (np.array_equal(given, self.encode([before])[0]) or np.array_equal(
             given, self.ids_of_prompt(messages[:m], chat.skeleton.key[1])))

@@ -158,7 +158,7 @@ class ChatEncoder:
         self.parsed = {} # (shape, options): result of `parse_shape`
         self.headers = {} # options: generation prompt
         self.endings = {} # (options, shapes of two messages): result of `text_endings`
-        self.own_names = frozenset() # names for which the template writes something else, from `by_name`
+        self.own_names = frozenset() # tool names that the template treats specially, from `by_name`
         self.name = next((n for n in CHAT_TEMPLATES if template_text(n) == tokenizer.chat_template), "of the tokenizer")
         self.keeps_blanks = self.name not in CHAT_TEMPLATES # blanks before an answer belong to the answer
     @cached_property
@@ -392,7 +392,7 @@ def turn_edges(
     start = start_of_turn(self.special, before, self.header(options), prompt_piece if follows_tool else None)
     asked = "" if continued or m == 0 else self.asked_for(shape, options, m)
     extra = until[len(asked):] if asked and until.startswith(asked) else ""
-    marked = self.header(options).strip() and self.header(options).strip() in extra # the mark of the turn stands there
+    marked = self.header(options).strip() and self.header(options).strip() in extra # the text contains the generation prompt
     wanted = not marked and (extra.strip() or self.keeps_blanks and extra)
     if wanted and len(extra) <= len(before) and self.writes_no_mark(options): start = len(before) - len(extra)
     return len(before) if continued else start, end_of_turn(self.special, after, tail)
@@ -489,7 +489,7 @@ def skeleton(self:ChatEncoder, shape, options:tuple=())->Skeleton|Refused:
         out = Refused("unverifiable", "a control token stands in the name of a field or in the tools")
     else: out = parsed if isinstance(parsed, Refused) else self.build_skeleton(shape, options, parsed)
     if len(self.skeletons) > 2_000:
-        self.forget_shapes() # data whose rows all have new shapes would fill the memory
+        self.forget_shapes() # limits the memory if every row has a new shape
     self.skeletons[key] = out
     return out
 
@@ -701,7 +701,7 @@ def region_tokens(
     n = len(ends_N)
     start, end, first, last = regions_S4.T
     a = np.searchsorted(ends_N, start, "right") # the token that holds the first byte
-    left = np.append(ends_N, 0)[a - 1] # where it begins
+    left = np.append(ends_N, 0)[a - 1] # start of this token
     a = a + ((left < start) & (ends_N[a] <= first)) # skip it if it crosses the edge and reaches no text
     b = np.searchsorted(ends_N, end, "right") # the first token past the region, or one that crosses its end
     b = np.maximum(b + (np.append(ends_N, 0)[b - 1] < last), a)
@@ -725,7 +725,7 @@ def rows_with_literal_tokens(
             if not np.array_equal(ids_N[a:b][special_N[a:b]], ids)]
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #07725e3b
-MARK_BASE = 0xF0000 # a private plane of Unicode: no text has a reason to use it
+MARK_BASE = 0xF0000 # private characters of Unicode, which texts normally do not contain
 
 # %% ../../nbs/25_tokens/4_masks.ipynb #0ddaba01
 @patch
@@ -740,7 +740,7 @@ def literal_tokenizer(self:ChatEncoder)->tuple|None: # (`tokenizers.Tokenizer`, 
         if copy.normalizer and any(copy.normalizer.normalize_str(mark) != mark for mark in normalized): return None
         copy.add_tokens([AddedToken(chr(MARK_BASE + i), special=False, lstrip=t.lstrip, rstrip=t.rstrip,
                                     single_word=False, normalized=t.normalized) for i, t in own.items()])
-        copy.encode_special_tokens = True # the name means: treat them as any other text
+        copy.encode_special_tokens = True # despite its name, this setting encodes special tokens as text
         self._literal_tokenizer = copy, {copy.token_to_id(chr(MARK_BASE + i)): i for i in own}
     return self._literal_tokenizer
 
@@ -772,7 +772,7 @@ def encode_literal(
     out = np.array([marks.get(i, i) for i in encoded.ids], np.int32)
     if not np.array_equal(out[self.is_special[out]], skeleton.special_ids):
         return Refused("unverifiable", "the tokenizer cannot write a control token as text")
-    saved = np.append(0, np.cumsum(tokens[:, 1] - tokens[:, 0] - 1)) # from the marked text to the original
+    saved = np.append(0, np.cumsum(tokens[:, 1] - tokens[:, 0] - 1)) # shift from positions in the marked text to positions in the original
     mark_starts = tokens[:, 0] - saved[:-1]
     return out, np.stack([o + saved[np.searchsorted(mark_starts, o, "left")] for o in offsets_of(encoded).T], 1)
 
@@ -920,7 +920,7 @@ def encode_verified(
     "Encode verified rows and compute their masks"
     if not rows: return []
     try: ids_N, cuts, places = self.encode([row.text for row in rows])
-    except UserError as e: # a bad row affects no other row
+    except UserError as e: # the other rows are not affected
         if len(rows) == 1: return [Refused("malformed: the tokenizer cannot encode it", str(e))]
         return [v for row in rows for v in self.encode_verified([row], allow_control_tokens)]
     spans = [[(row.edges[i] + x, row.edges[j] + y) for i, x, j, y in row.skeleton.regions] for row in rows]

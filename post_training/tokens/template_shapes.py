@@ -197,5 +197,5 @@ def turn_regions(
             start = None
         elif not written[a] and written[a+1]: start = (2*a+2, first_special(special, piece) - len(piece))
     if start is None:
-        start = (2*j+1, min(first_special(special, pieces[j+1]), end)) # outputs at the end: the end token alone
+        start = (2*j+1, min(first_special(special, pieces[j+1]), end)) # after outputs at the end of a turn, only the end token
     return [*out, (*start, 2*j+1, end)]

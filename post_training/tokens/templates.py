@@ -103,13 +103,13 @@ def template_name(
     return next((name for name in CHAT_TEMPLATES if source.rstrip().endswith(template_text(name).rstrip())), None)
 
 # %% ../../nbs/25_tokens/1_templates.ipynb #10035b23
-TEMPLATE_SECONDS = 2. # of CPU time, for one conversation
-TEMPLATE_BYTES = 2**31 # of memory, in addition to what the process had before
-TEMPLATE_CHARS = 2**26 # of one text
-TEMPLATE_BITS = 4096 # of a whole number
+TEMPLATE_SECONDS = 2. # CPU time limit in seconds, for one conversation
+TEMPLATE_BYTES = 2**31 # limit of additional memory in bytes
+TEMPLATE_CHARS = 2**26 # maximum characters of a rendered text
+TEMPLATE_BITS = 4096 # maximum bits of a whole number
 _PLACES = {} # template -> folder or name of its tokenizer
-_OVER_LIMIT = {} # template -> the message of its error: it is not tried again
-_SIZE = [0., 0] # when the size of this process was read, and the bytes
+_OVER_LIMIT = {} # template that exceeded a limit -> error message; it is not tried again
+_SIZE = [0., 0] # time of the last measurement, and size of this process in bytes
 
 # %% ../../nbs/25_tokens/1_templates.ipynb #c0b5add2
 class TemplateLimit(UserError):
@@ -158,7 +158,7 @@ def _limited_time():
         signal.setitimer(signal.ITIMER_REAL, max(left, 0.5))
         if left <= 0: raise _Excess(f"it did not end within {TEMPLATE_SECONDS:g} s")
     before = signal.signal(signal.SIGALRM, stop)
-    alarm, interval = signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS) # an alarm that somebody has set goes on
+    alarm, interval = signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS) # an existing alarm is restored afterwards
     try: yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, alarm and max(alarm - (time.monotonic() - began), 1e-3), interval)

@@ -435,7 +435,7 @@ def plain_backend(
     "Copy the backend without added tokens, truncation and padding, and with exact offsets; cached per tokenizer"
     from tokenizers import Tokenizer
     out = _BACKENDS.get(tokenizer)
-    if out is None or out.get_vocab_size() != len(tokenizer): # tokens added since make a new copy
+    if out is None or out.get_vocab_size() != len(tokenizer): # a new copy is made if tokens were added
         out = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         out.no_truncation(); out.no_padding()
         out.post_processor = None
