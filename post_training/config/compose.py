@@ -369,7 +369,8 @@ def _finish(
     path = accelerate_file(cfg["accelerate_config"])
     shipped = CONFIGS/"accelerate"/path.name
     if path != shipped and shipped.is_file(): notices.append(f"accelerate_config is your own file {path}.")
-    cfg["accelerate_config"] = path.stem if path == shipped else str(path) # a job may not have the user's folder of presets
+    # a job may not have the user's folder of presets
+    cfg["accelerate_config"] = path.stem if path == shipped else str(path)
     return cfg, derived, notices
 
 # %% ../../nbs/10_config/7_compose.ipynb #6a46c6f3

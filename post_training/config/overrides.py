@@ -79,7 +79,8 @@ OLD_NAMES = {"training_args.max_seq_length": "training_args.max_length", "model_
              "reward_model_args.trust_remote_code": "reward_args.trust_remote_code",
              "gpu_rich": "options.gpu", "low_cpu_memory": "options.low_cpu_memory",
              "lazy_unpickle": "options.lazy_unpickle", "trust_remote_code": "options.trust_remote_code"}
-KNOWN_OLD_NAMES = ("training_args.dataset_num_proc",) # names that TRL still has, although this project reads the new name
+# names that TRL still has, although this project reads the new name
+KNOWN_OLD_NAMES = ("training_args.dataset_num_proc",)
 # sections of old presets that are no longer read
 OLD_SECTIONS = ("model_vllm_config", "model_generation_config", "model_eval_generation_config", "script_args",
                 "preset", "reward_model_distributed_config")
@@ -207,7 +208,8 @@ def _one_warmup(raw:dict, origins:dict)->list[str]: # notices
     if not isinstance(args, dict) or "warmup_ratio" not in args: return []
     own = origins.get("training_args.warmup_steps", "default") != "default"
     steps = args.get("warmup_steps") if own and "warmup_steps" in args else None
-    if steps is not None and steps < 1 and steps != 0: steps = None # a fraction comes from an earlier preset of this project
+    # a fraction comes from an earlier preset of this project
+    if steps is not None and steps < 1 and steps != 0: steps = None
     name, notice = choose_warmup(steps, args["warmup_ratio"])
     other = "warmup_ratio" if name == "warmup_steps" else "warmup_steps"
     args.pop(other, None)

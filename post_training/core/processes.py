@@ -81,7 +81,8 @@ def die_with_parent(
     if not sys.platform.startswith("linux"): return
     if os.environ.get("POST_TRAINING_FORK") == str(os.getpid()): return # the fork server does this for its forks
     ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL) # 1 is PR_SET_PDEATHSIG
-    if parent is not None and os.getppid() != parent: os.kill(os.getpid(), signal.SIGKILL) # the parent ended before the request
+    # the parent ended before the request
+    if parent is not None and os.getppid() != parent: os.kill(os.getpid(), signal.SIGKILL)
 
 # %% ../../nbs/00_core/2_processes.ipynb #868e2232
 def this_job(

@@ -127,7 +127,8 @@ def _tiled_backward(ctx, g_N, gv_N):
     columns, scale, softcap = ctx.args
     need_h, need_w, need_b = ctx.needs_input_grad[:3]
     h_NH = hidden_NH.to(ctx.dtype)
-    def slope_at(z): return 1. if softcap is None else 1 - (z/softcap)**2 # derivative of the softcap, as a function of its output z
+    # derivative of the softcap, as a function of its output z
+    def slope_at(z): return 1. if softcap is None else 1 - (z/softcap)**2
     label_N, all_N = g_N*scale*slope_at(logit_N), (gv_N - g_N)*scale
     with ctx.gather(weight_VH, bias_V):
         buffer = h_NH.new_empty(len(h_NH), columns)

@@ -91,7 +91,8 @@ def reader_faults(
     told = f"the model has rope_theta {', '.join(f'{t:g}' for t in thetas)}; it does not read rope_parameters"
     tried = {}
     if rope:
-        usual = getattr(type(text)(), "rope_parameters", None) or {} # defaults of the model's class, which apply if the config does not set them
+        # defaults of the model's class, which apply if the config does not set them
+        usual = getattr(type(text)(), "rope_parameters", None) or {}
         if "rope_theta" in usual:
             tried[f"rope: the reader uses the default of {text.model_type} (rope_theta {usual['rope_theta']:g}), {told}"
                   ] = dict(rope_parameters=_with_rope(rope, **usual))

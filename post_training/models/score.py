@@ -103,7 +103,8 @@ def add_score_head(
     "Add a scoring forward: `model(..., labels=..., score=True)`; `score_forward` lists the other arguments"
     target = model.get_base_model() if hasattr(model, "get_base_model") else model
     if getattr(target, "has_score_head", False): return model
-    inner = target.forward.__func__ # the unbound function, so that a deep copy of the model does not call the original model
+    # the unbound function, so that a deep copy of the model does not call the original model
+    inner = target.forward.__func__
 
     @functools.wraps(type(target).forward)
     def forward(self, *args, score=False, labels=None, **kwargs):

@@ -70,7 +70,8 @@ def plain_turns(
     if any(m.get("tool_calls") for m in written): written = [m for m, *_ in read_turns(written, exact=True)]
     for m in written:
         turns, text = system if m["role"] in ("system", "developer") else out, visible_message(m)
-        if turns is out and "tool" in (m["role"], last) and m["role"] != "user" and out: # the turn of the assistant continues
+        # the turn of the assistant continues
+        if turns is out and "tool" in (m["role"], last) and m["role"] != "user" and out:
             out[-1]["content"] = "\n".join(t for t in (out[-1]["content"], text) if t)
         else: turns.append(dict(role=m["role"], content=text))
         last = m["role"]

@@ -392,7 +392,8 @@ def turn_edges(
     start = start_of_turn(self.special, before, self.header(options), prompt_piece if follows_tool else None)
     asked = "" if continued or m == 0 else self.asked_for(shape, options, m)
     extra = until[len(asked):] if asked and until.startswith(asked) else ""
-    marked = self.header(options).strip() and self.header(options).strip() in extra # the text contains the generation prompt
+    # the text contains the generation prompt
+    marked = self.header(options).strip() and self.header(options).strip() in extra
     wanted = not marked and (extra.strip() or self.keeps_blanks and extra)
     if wanted and len(extra) <= len(before) and self.writes_no_mark(options): start = len(before) - len(extra)
     return len(before) if continued else start, end_of_turn(self.special, after, tail)
@@ -772,7 +773,8 @@ def encode_literal(
     out = np.array([marks.get(i, i) for i in encoded.ids], np.int32)
     if not np.array_equal(out[self.is_special[out]], skeleton.special_ids):
         return Refused("unverifiable", "the tokenizer cannot write a control token as text")
-    saved = np.append(0, np.cumsum(tokens[:, 1] - tokens[:, 0] - 1)) # shift from positions in the marked text to positions in the original
+    # shift from positions in the marked text to positions in the original
+    saved = np.append(0, np.cumsum(tokens[:, 1] - tokens[:, 0] - 1))
     mark_starts = tokens[:, 0] - saved[:-1]
     return out, np.stack([o + saved[np.searchsorted(mark_starts, o, "left")] for o in offsets_of(encoded).T], 1)
 

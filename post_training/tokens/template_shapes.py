@@ -197,5 +197,6 @@ def turn_regions(
             start = None
         elif not written[a] and written[a+1]: start = (2*a+2, first_special(special, piece) - len(piece))
     if start is None:
-        start = (2*j+1, min(first_special(special, pieces[j+1]), end)) # after outputs at the end of a turn, only the end token
+        # after outputs at the end of a turn, only the end token
+        start = (2*j+1, min(first_special(special, pieces[j+1]), end))
     return [*out, (*start, 2*j+1, end)]
