@@ -369,7 +369,7 @@ def _finish(
     path = accelerate_file(cfg["accelerate_config"])
     shipped = CONFIGS/"accelerate"/path.name
     if path != shipped and shipped.is_file(): notices.append(f"accelerate_config is your own file {path}.")
-    # a job may not have the user's folder of presets
+    # a job may lack the user's presets
     cfg["accelerate_config"] = path.stem if path == shipped else str(path)
     return cfg, derived, notices
 
