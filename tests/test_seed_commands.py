@@ -258,7 +258,7 @@ def test_keep_start_is_what_is_done():
 @pytest.mark.parametrize("name", REFUSALS)
 def test_a_combination_that_a_worker_refuses_is_refused_when_it_is_typed(name, monkeypatch):
     "The message ends as in the table; without the last value the reason is gone"
-    stage, *overrides = REFUSALS[name].example
+    stage, *overrides = REFUSALS[name].example.split()
     ending = REFUSALS[name].text.rpartition(">")[2]
     if "library" in name: monkeypatch.setattr(refusals.importlib.util, "find_spec", lambda module: None)
     with pytest.raises(UserError) as e: compose(stage, overrides)

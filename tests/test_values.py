@@ -246,3 +246,56 @@ def test_shipped_files_are_read_by_the_reader():
     for path in schema.CONFIGS.rglob("*.yaml"):
         assert read_yaml(path) == yaml.safe_load(path.read_text()), path
     assert get_key(read_yaml(schema.CONFIGS / "setup.yaml"), "wandb.system_metrics") is True
+
+
+def worker_checks():
+    "stage -> (the worker's check of its config, overrides that compose, values that it refuses)"
+    from post_training.preferences.completions import check_sampling
+    from post_training.stages.evaluate import check_evaluation_config
+    from post_training.stages.output import check_output
+    from post_training.training.lora import lora_config
+    from post_training.training.optim import ademamix_optimizer
+    def sampling(cfg): check_sampling(**{k: cfg["generation"][k] for k in ("n", "max_new_tokens", "temperature", "top_p")})
+    def adapters(cfg): lora_config(cfg["model_args"])
+    def ademamix(cfg): ademamix_optimizer(10, 0.1, optim_args=cfg["training_args"].get("optim_args"))
+    def objective(cfg): check_preference_args(cfg["training_args"], cfg["ref_model_args"]["model_name_or_path"])
+    return [
+        ("evaluate", check_evaluation_config, [], ["measure=[]", "checkpoints=[a,a]", "checkpoints=[a,'']", "evaluation.samples=3 evaluation.temperature=0",
+                                                   "measure=[speed]", "lm_eval.tasks=[x] checkpoints=['https://h']"]),
+        ("ref_completions", sampling, ["model=tiny"], ["generation.n=0", "generation.temperature=-1", "generation.top_p=0", "generation.top_p=1.5",
+                                                       "generation.n=2 generation.temperature=0", "generation.max_new_tokens=0"]),
+        ("pairs", check_output, [], ["save_data_dir=rows.jsonl", "save_data_dir=a/rows.parquet"]),
+        ("train_sft", adapters, ["model_args.use_peft=true"], ["model_args.lora_r=0", "model_args.lora_alpha=0", "model_args.lora_dropout=1", "model_args.load_in_4bit=true",
+                                                               "model_args.load_in_8bit=true", "model_args.lora_task_type=SEQ_CLS", "model_args.lora_target_parameters=[x]"]),
+        ("train_sft", ademamix, ["training_args.optim=ademamix"], ["training_args.optim_args='alpah=1'", "training_args.optim_args='alpha=x'", "training_args.optim_args='t_alpha=3'"]),
+        ("train_preference", objective, ["dataset=demo-pairs"], [
+            "training_args.use_weighting=true", "training_args.sync_ref_model=true", "training_args.truncation_mode=keep_end", "training_args.beta=0", "training_args.num_ref_rewards=0",
+            "training_args.loss_type=[sigmoid,sigmoid]", "training_args.loss_type=[]", "training_args.loss_type=[sigmoid] training_args.loss_weights=[0]",
+            "training_args.loss_type=ipo training_args.normalize_beta_by_length=true", "training_args.loss_type=aot training_args.f_divergence_type=js_divergence",
+            "training_args.loss_type=robust training_args.label_smoothing=0.5", "training_args.loss_type=qrpo training_args.ld_alpha=0.5", "ref_model_args.model_name_or_path=a training_args.ref_logprobs_from_dataset=true"])]
+
+
+def test_nothing_that_a_worker_refuses_from_its_config_composes():
+    "Each value is refused by the worker's own check, and when it is typed"
+    from post_training.config.overrides import parse_override
+    for stage, check, base, refused_values in worker_checks():
+        cfg = json.dumps(compose(stage, base).cfg)
+        check(json.loads(cfg))
+        for values in refused_values:
+            odd = json.loads(cfg)
+            for o in map(parse_override, values.split()): set_key(odd, o.key, o.value)
+            with pytest.raises(UserError): check(odd)
+            with pytest.raises(UserError): compose(stage, [*base, *values.split()])
+
+
+def test_values_that_no_worker_has_are_refused_for_the_machine_of_the_cluster(monkeypatch):
+    "The device that a cluster preset has decides; here the launcher looks at this machine before anything is written"
+    from post_training.launch import accelerate
+    for values in (["training_args.fp16=true"], ["training_args.tf32=true"], ["model_args.attn_implementation=flex_attention"], ["model_args.attn_implementation=flash_attention_2"]):
+        start = ["cluster=slurm", "accelerate_config=ddp", "cluster.device=cpu", "cluster.gpus_per_node=1"]
+        with pytest.raises(UserError, match="The device is a CPU"): compose("train_sft", [*start, *values])
+        c = compose("train_sft", values)
+        monkeypatch.setattr(accelerate, "device_of", lambda cfg: "cpu")
+        with pytest.raises(UserError, match="The device is a CPU"): accelerate.check_launch(c.cfg)
+    for optim in ("lomo", "adamw_8bit", "galore_adamw", "schedule_free_adamw"):
+        with pytest.raises(UserError, match="training_args.optim="): compose("train_sft", [f"training_args.optim={optim}"])
