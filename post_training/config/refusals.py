@@ -24,7 +24,7 @@ def value_holds(
     word:str, # a test, such as generation.n>1
     look, # dotted key -> value
 )->bool:
-    "Whether one test of a refusal holds"
+    "True if one test of a refusal holds"
     is_not, name, test, sign, given = _WORD.fullmatch(word).groups()
     if test == "()": return bool(NAMED_TESTS[name](look))
     value = look(name)
@@ -43,7 +43,7 @@ class Refusal:
     text: str # what is wrong and what to do; <KEY> stands for KEY=VALUE
     example: str # a stage and overrides that are refused, as typed
     def holds(self, look)->bool:
-        "Whether all tests hold for a look-up"
+        "True if all tests hold for a look-up"
         return all(value_holds(word, look) for word in self.when.split())
 
 # %% ../../nbs/10_config/6_refusals.ipynb #066d94f6
@@ -69,7 +69,7 @@ def run_facts(
 
 # %% ../../nbs/10_config/6_refusals.ipynb #fbd26570
 def _half(c)->bool:
-    "Whether training in half precision is requested"
+    "True if training in half precision is requested"
     return bool(c("training_args.bf16") or c("training_args.fp16"))
 
 # %% ../../nbs/10_config/6_refusals.ipynb #9ea6fb07
@@ -169,7 +169,7 @@ def _optim_args(c)->str:
 
 # %% ../../nbs/10_config/6_refusals.ipynb #ccbe4857
 def _steps_apart(c)->bool:
-    "Whether AdEMAMix's two warm-ups differ where its implementation has one: on a CPU, or without bitsandbytes"
+    "True if AdEMAMix's two warm-ups differ, but its implementation has one (on a CPU, or without bitsandbytes)"
     a = dict(item.split("=") for item in str(c("training_args.optim_args") or "").lower().replace(" ", "").split(",")
              if item.count("=") == 1)
     one = c("@device") == "cpu" or c("@here") and importlib.util.find_spec("bitsandbytes") is None
@@ -240,7 +240,7 @@ SCHEDULE_ARGS = { # lr_scheduler_type -> names of lr_scheduler_kwargs
 
 # %% ../../nbs/10_config/6_refusals.ipynb #83f45fcb
 def _lowest_rates(c)->int:
-    "How many of the two arguments for the lowest rate of a schedule are given"
+    "Count the given arguments for the lowest rate of a schedule (none, one or both)"
     return sum((c("training_args.lr_scheduler_kwargs") or {}).get(k) is not None for k in ("min_lr", "min_lr_rate"))
 
 # %% ../../nbs/10_config/6_refusals.ipynb #4dda216c
