@@ -104,6 +104,16 @@ def test_two_attempts_at_once_are_refused(checkout):
             p.kill()
 
 
+def test_a_disk_that_failed_is_quiet_at_exit(checkout):
+    "A process whose record cannot be written leaves without a traceback"
+    p = subprocess.Popen([sys.executable, "-c", OPEN, "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert p.stdout.readline().strip() == "opened 1"
+    [folder] = (checkout / "runs/train_sft/default").iterdir()
+    (folder / ".record.lock").unlink()
+    (folder / ".record.lock").mkdir()  # to write the record is an OSError now, as on a disk that is read-only
+    assert p.wait(30) == 0 and p.stderr.read() == ""
+
+
 def test_a_killed_recipe_takes_its_worker_along(checkout):
     "kill -9 of the command: the kernel and the worker below it end, the lock is free, the attempt is known as killed"
     p = start_recipe(checkout, "run_module('toy_worker', [task.config_path], task.attempt_dir, env=dict(POST_TRAINING_ATTEMPT=str(task.number)))")

@@ -147,9 +147,13 @@ def number_between(
 # %% ../../nbs/00_core/4_arguments.ipynb #4c6414ad
 # errors of the machine -> what to do
 _ROOM = "Make room; what was saved stays, and the same command continues."
+_DISK = ("The disk, or the connection to it, failed. When it works again, the same command continues from what was "
+         "saved.")
 MACHINE_ERRORS = {errno.ENOSPC: _ROOM, errno.EDQUOT: _ROOM, errno.EROFS: "Choose another folder.",
                   errno.EACCES: "Change its permissions, or choose another folder.",
                   errno.ENAMETOOLONG: "Choose shorter names."}
+MACHINE_ERRORS |= dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENXIO, errno.ENODEV, errno.EREMOTEIO),
+                                _DISK)
 
 # %% ../../nbs/00_core/4_arguments.ipynb #271fe1c1
 def exit_code_of(
@@ -170,6 +174,6 @@ def exit_code_of(
         if type(e).__name__ == "DeadKernelError":
             text = ("The process of the notebook was killed from outside: often there is too little memory, which the "
                     "log of the machine tells. The same command continues.")
-        if machine: text = f"{e.strerror}: {e.filename or 'a file'} cannot be written. {machine}"
+        if machine: text = f"{e.strerror}: {e.filename or 'a file'} cannot be {'used' if machine is _DISK else 'written'}. {machine}"
     print(visible_text(f"{'error: ' * (code != 75)}{text}"), file=sys.stderr)
     return code

@@ -7,7 +7,7 @@ __all__ = ['RUN_KEYS', 'HANDED_OVER', 'check_frozen', 'Attempt', 'open_run', 'qu
            'finish_attempt', 'finish_output']
 
 # %% ../../nbs/15_run/6_attempt.ipynb #9f4b5056
-import atexit, datetime, json, os, secrets, sys
+import atexit, contextlib, datetime, json, os, secrets, sys
 from dataclasses import dataclass
 from pathlib import Path
 from ..core.files import (
@@ -355,4 +355,5 @@ def _close_at_exit(attempt:Attempt, pid:int):
     except UserError: return # the record was damaged in the meantime; the next start reports it
     attempts = record.get("attempts") or []
     if len(attempts) >= attempt.number and "exit" not in attempts[attempt.number - 1]:
-        close_attempt(attempt.run_dir, attempt.number, 0 if record["status"] == "finished" else 130)
+        with contextlib.suppress(OSError): # a disk that failed: the command has named it, the next start closes it
+            close_attempt(attempt.run_dir, attempt.number, 0 if record["status"] == "finished" else 130)
