@@ -163,11 +163,11 @@ def exit_code_of(
     try: return call()
     except UserError as e: code, text = 2, str(e)
     except KeyboardInterrupt: code, text = 130, "interrupted; what was saved stays, the same command continues"
-    except BrokenPipeError: # the reader of our output has left
+    except BrokenPipeError: # the program that reads the output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as e:
-        kinds = dict(JobFailed=1, HandedOver=75, DeadKernelError=1) # by name: their module need not be loaded
+        kinds = dict(JobFailed=1, HandedOver=75, DeadKernelError=1) # compared by name, so that their modules need not be loaded
         machine = isinstance(e, OSError) and MACHINE_ERRORS.get(e.errno)
         if type(e).__name__ not in kinds and not machine: raise
         code, text = kinds.get(type(e).__name__, 1), str(e)
