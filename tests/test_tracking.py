@@ -3,6 +3,7 @@ import glob
 import json
 import os
 import socket
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -125,3 +126,41 @@ def test_sending_needs_credentials(folder):
     write_atomic(folder / "config.yaml", "wandb: {}\n")
     with pytest.raises(UserError, match="wandb login"):
         tracking.wandb_sync([folder])
+
+
+FOLLOW = """
+import os, sys
+from post_training.run import trackers
+from post_training.run.record import append_metrics
+folder, first, last, end = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+followers = [trackers.Follower(name, folder, dict(wandb=dict(project="demo"), hub_token="hf_abcdefghijklmnopqrst")) for name in trackers.WRITERS]
+for i in range(first, last + 1):
+    append_metrics(folder, dict(step=i, loss=2.0**-i))
+    for f in followers: f.sync()
+if end == "kill": os.kill(os.getpid(), 9)
+for f in followers: f.finish()
+"""
+
+
+def test_other_trackers_after_a_kill(folder, tmp_path, monkeypatch, capsys):
+    "TensorBoard and trackio hold exactly the lines of metrics.jsonl after a kill and a resume; one that fails says so and costs nothing else"
+    from post_training.run import trackers
+    from post_training.run.record import append_metrics, truncate_metrics
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    for first, last, end in ((1, 5, "kill"), (4, 8, "finish")):
+        p = subprocess.run([sys.executable, "-c", FOLLOW, folder, str(first), str(last), end], capture_output=True, text=True, timeout=120)
+        assert p.returncode == (-9 if end == "kill" else 0), p.stderr
+        if end == "kill": truncate_metrics(folder, 3)
+    lines = [("loss", i, 2.0**-i) for i in range(1, 9)]
+    assert trackers.read_tensorboard(folder) == lines
+    read = subprocess.run([sys.executable, "-c", "from post_training.run.trackers import *; print(read_trackio('demo', 'tiny-demo-01234567-abcdef'))"],
+                          capture_output=True, text=True)
+    assert eval(read.stdout) == lines, read.stderr
+    assert not [f for f in tmp_path.rglob("*") if f.is_file() and b"hf_abcdefgh" in f.read_bytes()]
+    shutil.rmtree(folder / "tensorboard")
+    (folder / "tensorboard").write_text("a file in the way")
+    broken = trackers.Follower("tensorboard", folder, {})
+    append_metrics(folder, dict(step=9, loss=1.))
+    broken.sync()
+    broken.finish()
+    assert capsys.readouterr().err.count("the tracker tensorboard stopped") == 1

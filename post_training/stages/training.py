@@ -452,6 +452,7 @@ def train_rank(
 ):
     "Train on one rank: data, resume point, trainer, checkpoints, record"
     from accelerate import PartialState
+    from post_training.run.trackers import Follower
     from post_training.run.tracking import Tracker
     from post_training.training.lora import adapter_facts
     import transformers
@@ -466,7 +467,10 @@ def train_rank(
         probe = probe_memory(stage, w, data, auto)
         if w.is_main: run.update_record(w.run_dir, debug_oom=probe)
     tracker = Tracker(w.run_dir, w.cfg["wandb"], w.cfg)
-    def write_line(line): run.append_metrics(w.run_dir, line); tracker.sync()
+    followers = []
+    def write_line(line):
+        run.append_metrics(w.run_dir, line)
+        for t in (tracker, *followers): t.sync()
     transformers.set_seed(w.cfg["training_args"]["seed"])
     trainer = stage.trainer(w, data, auto, trl_args(stage, w, auto), write_line=write_line)
     adapters = adapter_facts(trainer.model)
@@ -475,10 +479,12 @@ def train_rank(
                           resumed_from={str(w.attempt): point and point.name},
                           **(dict(adapters=adapters) if adapters else {}))
         tracker.start()
+        followers += [Follower(name, w.run_dir, w.cfg) for name in w.cfg.get("trackers") or []]
     code = 1
     try: trainer.train(point); code = 0
     finally:
         if w.is_main: tracker.finish(code)
+        for t in followers: t.finish()
     PartialState().wait_for_everyone()
     step = trainer.state.global_step
     w.stopped_early = trainer.stopping and step < trainer.total_steps()
