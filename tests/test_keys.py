@@ -27,6 +27,7 @@ SWITCHES = {  # stage: overrides that turn on what is off by default, and the re
     "ref_completions": [["backend=server", "server.url=http://host/v1"], ["generation.temperature=0", "generation.n=1"]], "pairs": [["mode=offline"]],
     "ref_rewards": [["reward_model=verifier"]], "evaluate": [["measure=[perplexity]"], ["checkpoints=[a,b]"], ["lm_eval.tasks=[arc]"], ["dataset_args.split=test"]],
     "dataset_mixture": [["message_format=pairs"], ["near_duplicates.threshold=0"]], "dataset_split": [["dataset_args.stratify_by_column=null"]],
+    "decontaminate": [["benchmarks.sources=[b.jsonl]", "near_duplicates.threshold=0"]],
     "export": [["push_to_hub=a/b"], ["parity.dialogues=0"]]}
 CASES = [(s, extra) for s in schema.STAGES for extra in [[], *SWITCHES.get(s, [])]]
 FOLDERS = ("artifacts_dir", "artifacts_subdir")  # parts of paths in other keys, which change with them

@@ -244,6 +244,12 @@ class Contamination:
     benchmarks:list # list of `Benchmark`
     most:np.ndarray # [T] for each text, the largest coverage by a row
     rows:np.ndarray # [T] for each text, the number of rows whose coverage reaches the threshold
+    def spread(self, rows, n):
+        "The same for n rows, of which these were searched"
+        out = Contamination(np.zeros(n), np.full(n, -1, np.int64), np.zeros(n, bool), self.benchmarks, self.most,
+                            self.rows)
+        for k in ("coverage", "text", "same_answer"): getattr(out, k)[rows] = getattr(self, k)
+        return out
     def where(self, text):
         "(benchmark, index of the item, whether the text is an answer)"
         for b in self.benchmarks:

@@ -11,7 +11,7 @@ __all__ = ['lsh_bands', 'shingles', 'jaccard', 'check_duplicate_settings', 'Word
 
 # %% ../../nbs/20_data/6_duplicates.ipynb #c6b122b9
 import hashlib, itertools, math, numpy as np, re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ..core.files import UserError
 from .messages import dataset_texts
 from .mixture import checked_number
@@ -364,9 +364,10 @@ def find_repeats(
     rows, # `datasets.Dataset` with messages, and id and source if there are any
     settings:SketchSettings=SketchSettings(),
     groups=None, # function(source_N, names) -> labels_N: only rows with the same label are compared; None: all
-    curve=(), # further thresholds, at least the one of `settings`
+    curve=(), # further thresholds for `RowRepeats.lost`
 )->RowRepeats:
     "Copies, exact and near duplicates of earlier rows"
+    near_from, settings = settings.threshold, replace(settings, threshold=min([settings.threshold, *curve]))
     sketches, digests, copies, source, names = read_sketches(rows, settings)
     n = len(digests)
     labels = np.zeros(n, np.uint64) if groups is None else np.asarray(groups(source, names)).astype(np.uint64)
@@ -374,14 +375,16 @@ def find_repeats(
         return hashes if groups is None else mix_bits(hashes + mix_bits(labels + np.uint64(1)))
     kind, like, similarity = np.zeros(n, np.uint8), first_equal(apart(digests)), np.ones(n)
     kind[like != np.arange(n)] = 2
-    kind[first_equal(apart(copies)) != np.arange(n)] = 1
+    first = first_equal(apart(copies))
+    is_copy = first != np.arange(n)
+    kind[is_copy], like[is_copy] = 1, first[is_copy]
     kept = np.flatnonzero(kind == 0)
     if groups is not None: sketches.bands = mix_bits(sketches.bands + mix_bits(labels + np.uint64(1))[:, None])
     pairs, full = candidate_pairs(sketches, settings, kept)
     texts_of = lambda at: [texts["conversation"] for *_, texts in texts_at(rows, at).values()]
     similar = pair_similarities(pairs, texts_of, settings.ngram)
     lost = {float(t): int((first_similar(pairs, similar, t, n)[0] >= 0).sum()) for t in curve}
-    near, best = first_similar(pairs, similar, settings.threshold, n)
+    near, best = first_similar(pairs, similar, near_from, n)
     found = near >= 0
     kind[found], like[found], similarity[found] = 3, near[found], best[found]
     like[kind == 0], similarity[kind == 0] = -1, 0
