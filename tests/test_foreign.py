@@ -690,8 +690,6 @@ REFUSED = {  # template or family, row, words of the refusal
     "turns of words": ("words", dict(messages=[ASKED, FOUR]), "would not learn to stop|has not seen in training"),
     # huggingface.co/datasets/glaiveai/glaive-function-calling and others: tools by their names only
     "tools by name": ("qwen25", dict(messages=[ASKED, FOUR], tools=["get_weather"]), "the tools are not JSON"),
-    # github.com/modelscope/ms-swift/issues/9427: a call whose name and arguments are keys of the message
-    "a call in keys of the message": ("qwen25", dict(messages=[USED[0], dict(role="tool_call", name="get_weather", arguments=dict(city="Bern")), USED[2], USED[3]], tools=OFFERED), "assistant message without content"),
     # huggingface.co/HuggingFaceTB/SmolLM3-3B, README: a flag in the system prompt, which the template takes out of it
     "a flag in the system prompt": ("smollm3", dict(messages=talk("2+2?", "It is 4.", system="/no_think")), "/no_think.*chat_template_kwargs"),
     # huggingface.co/google/gemma-2-9b-it: neither system prompts nor tools

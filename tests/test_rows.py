@@ -340,7 +340,7 @@ MALFORMED = {
     "weights in a list": (dict(messages=[ASK, SAY], loss_weight=[1.0, 0.0]), "loss_weight is not a number"),
     "a mask of the assistant": (dict(mask="Assistant", messages=[ASK, SAY]), "mask names another speaker"),
     "a span outside": (dict(messages=[ASK, dict(SAY, train_detail=[dict(begin_offset=9, end_offset=12, train=True)])]), "outside of its content"),
-    "texts as messages": (dict(conversations=["Hi", "Hello!"]), "a message is not a mapping"),  # huggingface.co/datasets/GAIR/lima
+    "numbers as messages": (dict(conversations=[1, 2]), "a message is not a mapping"),
     "a switch": (dict(question="2+2?", reasoning="off", answer="4"), "a switch"),  # huggingface.co/datasets/nvidia/Llama-Nemotron-Post-Training-Dataset
     "two thoughts": (dict(messages=[ASK, dict(SAY, reasoning="a", thinking="b")]), "two different texts as its thought"),
     "a context of lists": (dict(question="a", context=["b", "c"], answer="d"), "context is not text"),

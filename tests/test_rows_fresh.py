@@ -76,7 +76,7 @@ def test_names_like_thoughts(name):
     assert not isinstance(read(dict(messages=[ASK, dict(SAY, content="<think>\nEasy.\n</think>\n\nHello!")]) | {name: "Easy."}), str) # it repeats the conversation
 
 
-@pytest.mark.parametrize("name", ["reasoning_language", "in_gsm8k_train", "used_in_training", "body_weight", "train_split", "reasoning_model", "text", "model", "source"])
+@pytest.mark.parametrize("name", ["reasoning_language", "in_gsm8k_train", "used_in_training", "body_weight", "train_split", "reasoning_model", "model", "source"])
 def test_names_of_metadata(name):
     assert alike(name) is None and column_class(name, ("messages",))[0] == "metadata" == message_key(name).kind
 

@@ -230,8 +230,8 @@ def test_strength_of_a_preference(name):
 # -- words of reasons
 
 @pytest.mark.parametrize("row, words", [
-    (dict(messages=[dict(speaker="user", text="Hi"), dict(speaker="bot", text="Ho")]), "a message without role and from; its keys are speaker, text"),
-    (dict(messages=[dict(role="user", text="Hi"), dict(role="assistant", text="Ho")]), "user message without content; its keys are role, text"),
+    (dict(messages=[dict(who="user", words="Hi"), dict(who="bot", words="Ho")]), "a message without role and from; its keys are who, words"),
+    (dict(messages=[dict(role="user", words="Hi"), dict(role="assistant", words="Ho")]), "user message without content; its keys are role, words"),
     (answer(weight="0"), "weight is not a number, true or false, but the text '0'"), (answer(thinking=True), "thinking is True, a switch"), (answer(reasoning="on"), "put it into chat_template_kwargs"),
     (dict(question="Hi", answer="Ho", reasoning="off"), "put it into chat_template_kwargs"), (calling("zzz"), "the tool_call_id of a result is the id of no call before it"),
     (dict(messages=[dict(role="assistant", content=[dict(type="tool_reference", id="a")]), ASK_PARTS]), "move calls into tool_calls")])

@@ -6,14 +6,18 @@
 __all__ = ['FORMATS', 'PROMPT_COLUMNS', 'TURNS', 'INVERTED', 'PAIR_REFUSALS', 'MEDIA_ADVICE', 'MEDIA', 'ROW_KEYS', 'MESSAGE_KEYS',
            'WEIGHTS_OF_MESSAGES', 'PART_KEYS', 'CALL_KEYS', 'DROPPED', 'BRANCH_KEYS', 'NESTED_KEYS', 'SYSTEM_COLUMNS',
            'ASIDE_COLUMNS', 'TEXT_COLUMNS', 'TOOL_COLUMNS', 'KNOWN_COLUMNS', 'ALIKE_WORDS', 'ALIKE', 'JUDGEMENTS',
-           'HARMLESS', 'QUIET', 'NO_CHANGE', 'empty_value', 'row_format', 'KnownKey', 'key_table', 'known_spelling',
-           'alike', 'only_alike', 'column_class', 'harmless_value', 'usual_spelling', 'harmless', 'all_texts',
-           'has_weights', 'repeats', 'refused_columns', 'plain_array', 'has_value', 'is_list_type', 'format_index',
-           'all_key_masks', 'key_masks', 'key_mask', 'loud_and_quiet', 'message_key', 'no_value', 'nested_names',
-           'nested_masks', 'struct_masks', 'branch_masks', 'with_known_names', 'fold_masks', 'is_turn',
-           'json_key_masks', 'KeyUse', 'Account', 'Tally', 'formats_in_order', 'tally_batch', 'tally_column',
-           'tally_keys', 'plain_column', 'text_masks', 'form_columns', 'repeated_rows', 'account', 'check_account',
-           'ignored_notes', 'account_lines']
+           'HARMLESS', 'CUT_OFF', 'AGAINST', 'FLAGS', 'QUIET', 'UNFIT', 'NO_CHANGE', 'RENAMES', 'VERDICTS', 'SHAPES',
+           'PAIR_ADVICE', 'ANSWER_ADVICE', 'UNREAD', 'empty_value', 'row_format', 'KnownKey', 'key_table',
+           'known_spelling', 'alike', 'only_alike', 'column_class', 'harmless_value', 'usual_spelling', 'harmless',
+           'Flag', 'flag_of', 'speaks_against', 'unfit', 'all_texts', 'has_weights', 'repeats', 'refused_columns',
+           'plain_array', 'has_value', 'is_list_type', 'flag_mask', 'format_index', 'all_key_masks', 'key_masks',
+           'key_mask', 'loud_and_quiet', 'message_key', 'no_value', 'key_suffix', 'nested_names', 'nested_masks',
+           'struct_masks', 'branch_masks', 'OtherForm', 'json_text', 'json_list', 'better_side', 'from_verdict',
+           'from_gemini', 'from_calls', 'from_preferred', 'from_exchange', 'converted_rows', 'in_known_form',
+           'form_advice', 'with_known_names', 'fold_masks', 'is_turn', 'json_key_masks', 'KeyUse', 'Account', 'Tally',
+           'formats_in_order', 'tally_batch', 'tally_column', 'tally_keys', 'plain_column', 'text_masks',
+           'form_columns', 'repeated_rows', 'account', 'check_account', 'ignored_notes', 'judged_notes',
+           'account_notes', 'account_lines']
 
 # %% ../../nbs/20_data/2_columns.ipynb #a498acfa
 import json, numpy as np, re
@@ -34,7 +38,8 @@ FORMATS = { # columns that name the format: its kind
 
 # %% ../../nbs/20_data/2_columns.ipynb #20b705d9
 # columns that may hold the prompt of a pair: the first with a value is used
-PROMPT_COLUMNS = ("prompt", "instruction", "question", "query", "inputs", "problem", "conversations", "messages")
+PROMPT_COLUMNS = ("prompt", "instruction", "question", "query", "inputs", "problem", "conversations", "messages",
+                  "trajectory")
 
 # %% ../../nbs/20_data/2_columns.ipynb #2e7a3bcf
 def empty_value(
@@ -98,7 +103,7 @@ ROW_KEYS = key_table([
     ("template_kwargs template_args chat_template_args", "refused", "rename it to chat_template_kwargs"),
     ("history", "conversation", "[user, assistant] pairs become earlier turns", ("single", "pair")),
     ("input context", "conversation", "follows the prompt after an empty line", ("single", "pair")),
-    ("contexts passage passages document documents evidence", "refused",
+    ("contexts passage passages document documents evidence article articles paragraph paragraphs", "refused",
      "move the texts into the prompt, or rename the column to context", ()),
     ("choices options answer_choices answer_options suffix definition task_definition demonstrations few_shot fewshot "
      "few_shot_examples in_context_examples", "refused", "move the texts into the prompt", ()),
@@ -118,9 +123,10 @@ ROW_KEYS |= key_table([
     ("mask", "weight", "names the speaker who is not trained (NeMo); only the user can be named"),
     ("weights loss_weights token_weights message_weights loss loss_scale skip ignore", "refused",
      "say what is trained by weights: weight in the row, weight or train_detail in a message"),
-    ("loss_mask completion_mask assistant_mask assistant_masks response_mask mask_ranges label labels kto_tag "
-     "train_detail", "refused",
+    ("loss_mask completion_mask assistant_mask assistant_masks response_mask mask_ranges train_detail", "refused",
      "say what is trained by weights: weight or train_detail in a message, weight in the row"),
+    ("label labels kto_tag", "refused", "a mask is to be written as weight or train_detail; of answers that are judged "
+     "good or bad (KTO), keep the good ones or make pairs"),
     ("train_on_input train_on_inputs train_on_prompt mask_prompt mask_input mask_inputs", "refused",
      "one setting says for all rows whether prompts are trained: trainer=plw with plw_args.prompt_loss_weight"),
     (MEDIA, "refused", MEDIA_ADVICE),
@@ -135,6 +141,9 @@ ROW_KEYS |= key_table([
 # %% ../../nbs/20_data/2_columns.ipynb #4cf6bb85
 MESSAGE_KEYS = key_table([
     ("role from content value", "conversation", "speaker and text"),
+    ("text message", "conversation", "the text of a message without content"),
+    ("speaker sender", "conversation", "the speaker of a message without role"),
+    ("call_id arguments output_text", "conversation", "of a call or its result (OpenAI's Responses)"),
     ("input output human assistant", "conversation", "a turn of the user and one of the assistant"),
     ("system", "conversation", "the system message before a turn with input and output (xtuner)"),
     ("reasoning_content reasoning thinking thought think thinking_content reasoning_text thinking_blocks",
@@ -247,7 +256,8 @@ ALIKE_WORDS = dict(
             "per last only chosen rejected"),
     thought=("cot reasoning thinking thought thoughts think rationale rationales scratchpad monologue",
              "complex long short chain of process step steps trajectory trajectories trace traces path text content "
-             "raw full chosen rejected response assistant answer completion inner internal deepseek r1 qwq gemini"))
+             "raw full chosen rejected response assistant answer completion inner internal model deepseek r1 qwq "
+             "gemini"))
 ALIKE = dict( # what to do with such a name
     weight="its name is that of a weight or mask, which is read as weight or train_detail only",
     thought="its name is that of a thought: rename it to reasoning_content where it is the thought before the answer")
@@ -331,11 +341,77 @@ def harmless(
 )->bool:
     "Whether a value of a refused key changes nothing"
     name = usual_spelling(name)
-    if name in ("label", "labels"):
+    if name in ("label", "labels", "kto_tag"):
         return empty_value(value) or isinstance(value, str) and value.strip().lower() not in JUDGEMENTS
     same = harmless_value(name)
     if only_alike(name) == "thought" and isinstance(value, (bool, int, float)): return True # a switch or a length
     return empty_value(value) or same is not None and not isinstance(value, (list, dict)) and value == same
+
+# %% ../../nbs/20_data/2_columns.ipynb #bf78cd57
+@dataclass(frozen=True)
+class Flag:
+    "A column or key that judges a row, a message or an answer"
+    against:object # the values that speak against it: True, False, or words
+    drops:bool # rows with such a value are dropped; else they are kept with a notice
+    text:str # what such a value says
+
+# %% ../../nbs/20_data/2_columns.ipynb #23be1970
+CUT_OFF = tuple("length max_tokens max_length max_output_tokens max_new_tokens token_limit content_filter safety "
+                "recitation error abort aborted cancelled canceled timeout incomplete".split()) # why an answer ended
+AGAINST = tuple("false no reject rejected undesirable dislike disliked bad poor wrong incorrect negative unsafe fail "
+                "failed failure invalid down downvote downvoted thumbs_down thumbsdown -1".split()) # judge an answer
+
+# %% ../../nbs/20_data/2_columns.ipynb #191fcac1
+FLAGS = {name: Flag(*rest) for names, *rest in [
+    ("deleted is_deleted removed is_removed discarded is_discarded", True, True, "it is deleted"),
+    ("truncated is_truncated was_truncated incomplete is_incomplete cut_off aborted is_aborted", True, True,
+     "it is cut off"),
+    ("finish_reason stop_reason done_reason", CUT_OFF, True, "it is cut off"),
+    ("complete is_complete is_completed finished is_finished", False, True, "it is cut off"),
+    ("accepted is_accepted is_chosen is_preferred preferred preference desirable is_desirable", False, True,
+     "it is not accepted"),
+    ("is_correct correct is_safe safe resolved is_resolved solved is_solved passed is_passed success successful "
+     "is_success is_successful is_valid valid is_verified verified is_helpful approved is_approved rating vote "
+     "feedback thumbs", False, False, "it is judged as bad"),
+    ("toxic is_toxic harmful is_harmful unsafe is_unsafe flagged is_flagged refused is_refused is_refusal spam is_spam "
+     "corrupted is_corrupted is_hallucination low_quality", True, False, "it is judged as bad"),
+    ("split", ("test", "validation", "valid", "val", "dev", "eval", "evaluation", "heldout", "held_out"), False,
+     "the row belongs to a split that is not for training"),
+    ("is_error", True, False, "a tool reports an error; the text of the result is read, the flag is not")]
+    for name in names.split()}
+
+# %% ../../nbs/20_data/2_columns.ipynb #46f275f2
+@cache
+def flag_of(
+    name:str, # of a column, of a key of a message, or KEY.NAME for a key of its parts
+)->Flag|None: # None if it is no flag
+    "The flag of a name in any spelling: `isCorrect` is `is_correct`"
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.split(".")[-1])
+    return FLAGS.get(re.sub(r"[\W_]+", "_", words).strip("_").lower())
+
+# %% ../../nbs/20_data/2_columns.ipynb #7b28fb5e
+def speaks_against(
+    name:str, # of a flag
+    value, # its value
+)->bool:
+    "Whether the value of a flag says that a row is unfit; 0 is no, except where it may be an index or a count"
+    against = flag_of(name).against
+    if isinstance(value, str):
+        words = against if isinstance(against, tuple) else ("true", "yes") if against else AGAINST
+        return value.strip().lower().replace("-", "_").replace(" ", "_") in words or value.strip() == "-1" in words
+    if isinstance(value, bool): return value is against
+    if not isinstance(value, (int, float)) or isinstance(against, tuple): return False
+    if against: return value == 1
+    return value < 0 or value == 0 and name.lower() not in ("preferred", "preference", "rating", "vote", "feedback")
+
+# %% ../../nbs/20_data/2_columns.ipynb #af050739
+def unfit(
+    values:dict, # a row or a message
+)->str|None: # the name and the value of a flag for which the row is dropped; None if there is none
+    "The first flag that drops a row"
+    for name, value in values.items():
+        flag = flag_of(name)
+        if flag and flag.drops and speaks_against(name, value): return f"{name} is {value!r:.40}: {flag.text}"
 
 # %% ../../nbs/20_data/2_columns.ipynb #420475a4
 def all_texts(
@@ -430,6 +506,20 @@ def is_list_type(
     import pyarrow as pa
     return pa.types.is_list(t) or pa.types.is_large_list(t) or pa.types.is_fixed_size_list(t)
 
+# %% ../../nbs/20_data/2_columns.ipynb #6746e749
+def flag_mask(
+    name:str, # of a flag
+    array, # Arrow array of its values
+)->np.ndarray: # [N] bool
+    "Which values of a flag speak against their row"
+    import pyarrow as pa, pyarrow.compute as pc
+    a, is_json = plain_array(array), isinstance(array.type, pa.BaseExtensionType)
+    if pa.types.is_nested(a.type) or pa.types.is_null(a.type): return np.zeros(len(a), bool)
+    found = a.dictionary_encode()
+    values = [json.loads(v) if is_json and v else v for v in found.dictionary.to_pylist()]
+    against = np.array([*(speaks_against(name, v) for v in values), False])
+    return against[pc.fill_null(found.indices, len(values)).to_numpy(zero_copy_only=False)]
+
 # %% ../../nbs/20_data/2_columns.ipynb #cd701eb2
 def format_index(
     masks:dict, # column: [N] bool, which rows hold a value
@@ -471,7 +561,11 @@ def key_masks(
     array, # as for `all_key_masks`
 )->dict[str, np.ndarray]: # key: [N] bool
     "For each key of the messages, the rows in which it holds a value that counts"
-    return {k: m for k, m in all_key_masks(array).items() if not k.endswith(QUIET)}
+    out = {}
+    for k, m in all_key_masks(array).items():
+        name = k.removesuffix(UNFIT)
+        if not k.endswith(QUIET): out[name] = out[name] | m if name in out else m
+    return out
 
 # %% ../../nbs/20_data/2_columns.ipynb #b020c762
 def key_mask(
@@ -487,7 +581,7 @@ def key_mask(
     if kind not in ("refused", "repeat") and not (is_thought and pa.types.is_boolean(a.type)): return mask
     is_text = pa.types.is_string(a.type) or pa.types.is_large_string(a.type)
     is_number = pa.types.is_integer(a.type) or pa.types.is_floating(a.type)
-    if name in ("label", "labels"):
+    if name in ("label", "labels", "kto_tag"):
         if not is_text or isinstance(array.type, pa.BaseExtensionType): return mask
         judges = pc.is_in(pc.utf8_lower(pc.utf8_trim_whitespace(a)), pa.array(JUDGEMENTS, a.type))
         return mask & judges.to_numpy(zero_copy_only=False)
@@ -500,16 +594,20 @@ def key_mask(
 
 # %% ../../nbs/20_data/2_columns.ipynb #55f19df4
 QUIET = ":quiet" # behind the name of a key: its values that change nothing
+UNFIT = ":unfit" # behind the name of a flag: its values that speak against a row
 NO_CHANGE = "a value that changes nothing" # of a key that is refused with other values
 
 # %% ../../nbs/20_data/2_columns.ipynb #37dd646f
 def loud_and_quiet(
     name:str, # of a key of a message; KEY.NAME within its parts or calls
     array, # Arrow array of its values
-)->dict[str, np.ndarray]: # name, and name + `QUIET`: [N] bool
-    "Which values of a key count, and which change nothing"
+)->dict[str, np.ndarray]: # name, name + `QUIET`, name + `UNFIT`: [N] bool
+    "Which values of a key count, which change nothing, and which speak against a row"
     known = message_key(name)
     mask = key_mask(name.split(".", 1)[-1], array, known.kind)
+    if flag_of(name) and known.kind == "metadata":
+        against = flag_mask(name, array)
+        return {name: mask & ~against, name + UNFIT: against}
     if known.kind != "refused" and known.text != "the thought before the answer": return {name: mask}
     return {name: mask, name + QUIET: has_value(array) & ~mask}
 
@@ -536,6 +634,15 @@ def no_value(
     if message_key(name).text == "the thought before the answer" and value is False: return True
     return harmless(name.split(".")[-1], value) if message_key(name).kind == "refused" else empty_value(value)
 
+# %% ../../nbs/20_data/2_columns.ipynb #881350f1
+def key_suffix(
+    name:str, # of a key of a message; KEY.NAME within its parts or calls
+    value, # its value
+)->str:
+    "`UNFIT`, `QUIET` or nothing: what the value of a key means"
+    if flag_of(name) and message_key(name).kind == "metadata": return UNFIT*speaks_against(name, value)
+    return QUIET*no_value(name, value)
+
 # %% ../../nbs/20_data/2_columns.ipynb #4949be97
 def nested_names(
     name:str, # of a key of a message
@@ -551,7 +658,7 @@ def nested_names(
         if not isinstance(part, dict) or name in ("content", "value") and not {"type", "text"} & {*part}: continue
         inner = part.get("function") if name.startswith("tool_call") else None
         for k, v in (part | (inner if isinstance(inner, dict) else {})).items():
-            if not empty_value(v): out.append(f"{name}.{k}" + QUIET*no_value(f"{name}.{k}", v))
+            if not empty_value(v): out.append(f"{name}.{k}" + key_suffix(f"{name}.{k}", v))
     return out
 
 # %% ../../nbs/20_data/2_columns.ipynb #ca421cc2
@@ -615,20 +722,296 @@ def branch_masks(
     except (pa.ArrowException, AttributeError, KeyError, TypeError, ValueError): return {} # reading the rows says why
     return {k: m for parents, masks in found for k, m in fold_masks(masks, parents, len(array)).items()}
 
+# %% ../../nbs/20_data/2_columns.ipynb #5b3a1219
+RENAMES = [ # columns that name a form: the known names of some of them
+    (("input", "output"), dict(input="prompt", output="completion")),
+    (("input", "response"), dict(input="prompt")),
+    (("prompt", "output"), dict(output="completion")), (("prompt", "answer"), dict(answer="completion")),
+    (("prompt", "generation"), dict(generation="completion")),
+    (("instruction", "generation"), dict(generation="output")), (("instruction", "answer"), dict(answer="output")),
+    (("instruction", "completion"), dict(completion="output")), (("problem", "answer"), dict(answer="solution")),
+    (("question", "output"), dict(output="answer")), (("question", "solution"), dict(solution="answer")),
+    (("question", "completion"), dict(completion="answer")), (("query", "output"), dict(output="answer")),
+    (("user", "assistant"), dict(user="prompt", assistant="completion")),
+    (("human", "assistant"), dict(human="prompt", assistant="completion")),
+    (("human", "bot"), dict(human="prompt", bot="completion")),
+    (("text_input", "output"), dict(text_input="prompt", output="completion")),
+    (("input", "target"), dict(input="prompt", target="completion")), # Firefly
+    (("input", "content"), dict(input="prompt", content="completion")),
+    (("message_1", "message_2"), dict(message_1="prompt", message_2="completion")), # CAMEL
+    (("problem", "generated_solution"), dict(generated_solution="solution")),
+    (("question", "model_answer"), dict(model_answer="answer")),
+    (("prompt", "llm_response"), dict(llm_response="response")),
+    (("input_text", "output_text"), dict(input_text="prompt", output_text="completion")),
+    (("inputs_pretokenized", "targets_pretokenized"),
+     dict(inputs_pretokenized="inputs", targets_pretokenized="targets")),
+    (("chosen_response", "rejected_response"), dict(chosen_response="chosen", rejected_response="rejected")),
+    (("message", "chat_history", "response"), dict(message="prompt", chat_history="history")), # Cohere
+    (("data",), dict(data="messages")), (("dialog",), dict(dialog="messages")),
+    (("dialogue",), dict(dialogue="messages")), (("chat",), dict(chat="messages")),
+    (("turns",), dict(turns="messages"))]
+
+# %% ../../nbs/20_data/2_columns.ipynb #0d8da6c9
+class OtherForm(ValueError):
+    "A row that holds no conversation in the form of its dataset"
+
+# %% ../../nbs/20_data/2_columns.ipynb #f924ea81
+def json_text(
+    value, # any
+    exact:bool=False, # nulls are real, not filled in by Arrow
+)->str:
+    "A text as it is; another value as JSON, without the fields that Arrow added"
+    if exact and not isinstance(value, str): return json.dumps(value, ensure_ascii=False)
+    def filled(x):
+        if isinstance(x, dict): return {k: filled(v) for k, v in x.items() if v is not None}
+        return [filled(v) for v in x] if isinstance(x, list) else x
+    return value if isinstance(value, str) else json.dumps(filled(value), ensure_ascii=False)
+
+# %% ../../nbs/20_data/2_columns.ipynb #034d6df4
+def json_list(
+    value, # of a column
+)->list|None: # None if it is no list
+    "A list, also from its JSON text"
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        try: value = json.loads(value)
+        except (ValueError, RecursionError): return None
+    return value if isinstance(value, list) else None
+
+# %% ../../nbs/20_data/2_columns.ipynb #cb37e4fe
+VERDICTS = [ # columns of two answers, those of the verdict, and its values for the first and the second answer
+    ("conversation_a conversation_b", "winner", ("model_a",), ("model_b",)), # LMSYS
+    ("response_a response_b", "winner", ("model_a", "a", "response_a"), ("model_b", "b", "response_b")),
+    ("response_a response_b", "winner_model_a winner_model_b", "larger", "larger"), # LM Arena
+    ("response_0 response_1", "better_response_id", (0,), (1,)), # PKU-SafeRLHF
+    ("response_0 response_1", "better", (0,), (1,)),
+    ("response_1 response_2", "preference_strength", "negative", "positive"), # HelpSteer 2
+    ("response1 response2", "overall_preference", "negative", "positive"), # HelpSteer 3
+    ("output_1 output_2", "preference", (1,), (2,)), # AlpacaFarm
+    ("human_ref_A human_ref_B", "labels", (1,), (0,)), # SHP
+    ("answer_0 answer_1", "score_0 score_1", "larger", "larger")] # WebGPT comparisons
+
+# %% ../../nbs/20_data/2_columns.ipynb #6cd3f366
+def better_side(
+    values:list, # of the columns of a verdict
+    first, # values for the first answer, or larger, negative, positive
+    second, # values for the second answer
+)->int: # 0 or 1; raises `OtherForm` if neither is better
+    "Which of two answers is better"
+    if first == "larger":
+        if None in values or values[0] == values[1]: raise OtherForm("the scores do not prefer an answer")
+        return int(values[1] > values[0])
+    value, = values
+    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else 0
+    if first == "negative" and number: return int(number > 0)
+    word = value.strip().lower() if isinstance(value, str) else value
+    if first != "negative" and not isinstance(word, bool) and word in (*first, *second): return int(word in second)
+    raise OtherForm(f"the verdict {value!r:.40} prefers no answer")
+
+# %% ../../nbs/20_data/2_columns.ipynb #8a311a28
+def from_verdict(
+    row:dict, # with two answers and a verdict
+    names, # of the columns of the answers
+    verdict, # as in `VERDICTS`: columns, values for the first, values for the second
+)->dict: # prompt, chosen, rejected
+    "A pair from two answers and a verdict"
+    columns, *values = verdict
+    better = better_side([row[c] for c in columns.split()], *values)
+    sides = [row[names[better]], row[names[1 - better]]]
+    prompt = next((row[c] for c in (*PROMPT_COLUMNS, "context", "history") if not empty_value(row.get(c))), None)
+    if isinstance(prompt, dict): prompt = prompt.get("full_text") # WebGPT
+    questions, answers = json_list(prompt), [json_list(s) for s in sides]
+    if questions and all(isinstance(q, str) for q in questions): # one text for each turn (LM Arena)
+        if not all(a and len(a) == len(questions) and all(isinstance(t, str) for t in a) for a in answers):
+            raise OtherForm("questions and answers are not as many texts")
+        sides = [[dict(role=r, content=t) for q, x in zip(questions, a) for r, t in (("user", q), ("assistant", x))]
+                 for a in answers]
+        prompt = None
+    if any(map(empty_value, sides)): raise OtherForm("an answer is empty")
+    return dict(prompt=None if prompt is None else json_text(prompt), chosen=json_text(sides[0]),
+                rejected=json_text(sides[1]))
+
+# %% ../../nbs/20_data/2_columns.ipynb #7bd4e9e7
+def from_gemini(
+    row:dict, # contents, and perhaps system_instruction
+)->dict: # messages
+    "Messages from the contents of Gemini, whose turns have parts"
+    system = row.get("system_instruction")
+    turns = [dict(system, role="system")] if isinstance(system, dict) and not empty_value(system) else []
+    turns += [dict(role="system", parts=[dict(text=system)])] if isinstance(system, str) and system else []
+    out = []
+    for turn in [*turns, *(json_list(row["contents"]) or [])]:
+        parts = turn.get("parts") or []
+        parts = [{k: v for k, v in p.items() if v is not None} for p in (parts if isinstance(parts, list) else [parts])]
+        other = sorted({k for p in parts for k in p} - {"text", "thought", "functionCall", "functionResponse"})
+        if other: raise OtherForm(f"a part holds {', '.join(other)}")
+        texts = [dict(type="thinking" if p.get("thought") else "text", text=p["text"]) for p in parts if "text" in p]
+        calls = [dict(name=c.get("name"), arguments=c.get("args") or {}) for p in parts if (c := p.get("functionCall"))]
+        out += [dict(role="tool", name=r.get("name"), content=json_text(r.get("response")))
+                for p in parts if (r := p.get("functionResponse"))]
+        message = dict(role=turn.get("role") or "user", content=texts)
+        if texts or calls: out.append(message | (dict(tool_calls=calls) if calls else {}))
+    if not out: raise OtherForm("there are no contents")
+    return dict(messages=json_text(out))
+
+# %% ../../nbs/20_data/2_columns.ipynb #fcd65db6
+def from_calls(
+    row:dict, # query, answers
+)->dict: # messages
+    "A question that is answered by calls of tools (xLAM)"
+    calls = json_list(row["answers"])
+    if calls is None or not all(isinstance(c, dict) and "name" in c for c in calls):
+        raise OtherForm("answers is no list of calls with name and arguments: of several texts make one row of each, "
+                        "with the columns query and answer")
+    if not calls: raise OtherForm("answers holds no call")
+    return dict(messages=json_text([dict(role="user", content=row["query"]),
+                                    dict(role="assistant", content="", tool_calls=calls)],
+                                   exact=isinstance(row["answers"], str)))
+
+# %% ../../nbs/20_data/2_columns.ipynb #c3b0a675
+def from_preferred(
+    row:dict, # input with messages and tools, preferred_output, non_preferred_output
+)->dict: # prompt, chosen, rejected, tools
+    "A pair in OpenAI's format of preferences"
+    given = row["input"] if isinstance(row["input"], dict) else dict(messages=row["input"])
+    sides = [row["preferred_output"], row["non_preferred_output"]]
+    if any(map(empty_value, [given.get("messages"), *sides])): raise OtherForm("a side or the input is empty")
+    known = ("messages", "tools", "parallel_tool_calls")
+    if other := sorted(k for k, v in given.items() if k not in known and v is not None):
+        raise OtherForm(f"input holds {', '.join(other)}")
+    tools = None if empty_value(given.get("tools")) else json_text(given["tools"])
+    return dict(prompt=json_text(given["messages"]), chosen=json_text(sides[0]), rejected=json_text(sides[1]),
+                tools=tools)
+
+# %% ../../nbs/20_data/2_columns.ipynb #8cf55a1c
+def from_exchange(
+    row:dict, # request with messages, response with choices
+)->dict: # messages, tools, finish_reason
+    "A conversation from a logged request and its response (OpenAI)"
+    request, response = ((v or {}).get("body") or v or {} for v in (row["request"], row["response"]))
+    choices = response.get("choices") or []
+    if empty_value(request.get("messages")) or len(choices) != 1:
+        raise OtherForm(f"the request has no messages, or the response has {len(choices)} choices in place of 1")
+    tools = None if empty_value(request.get("tools")) else json_text(request["tools"])
+    return dict(messages=json_text([*request["messages"], choices[0]["message"]]), tools=tools,
+                finish_reason=choices[0].get("finish_reason"))
+
+# %% ../../nbs/20_data/2_columns.ipynb #a11b821a
+SHAPES = [ # name, columns that name the form, further columns that it uses, function of a row that gives new columns
+    ("Gemini contents", ("contents",), ("system_instruction",), from_gemini),
+    ("calls as answers (xLAM)", ("query", "answers"), (), from_calls),
+    ("OpenAI preferences", ("input", "preferred_output", "non_preferred_output"), (), from_preferred),
+    ("requests and responses", ("request", "response"), (), from_exchange)] + [
+    ("two answers and a verdict", (*sides.split(), *verdict[0].split()), (*PROMPT_COLUMNS, "context", "history"),
+     lambda row, s=tuple(sides.split()), v=verdict: from_verdict(row, s, v)) for sides, *verdict in VERDICTS]
+
+# %% ../../nbs/20_data/2_columns.ipynb #1b92a06e
+def converted_rows(
+    dataset, # `datasets.Dataset` whose columns fit a shape
+    shape, # of `SHAPES`
+):          # (the dataset with the new columns in place of those it uses, notes)
+    "The rows of a shape in a known format"
+    from datasets import Value
+    name, needs, more, make = shape
+    used, made, faults = [c for c in dataset.column_names if c in (*needs, *more)], [], {}
+    for i, row in enumerate(dataset.select_columns(used)):
+        try: made.append(make(row))
+        except (OtherForm, TypeError, AttributeError, KeyError) as e:
+            faults.setdefault(str(e) if isinstance(e, OtherForm) else "its fields are others", []).append(i)
+            made.append({})
+    worst = max(faults, key=lambda k: len(faults[k]), default="")
+    if sum(map(len, faults.values())) == len(dataset):
+        raise UserError(f"The rows look like {name} ({', '.join(needs)}), and none of the {len(dataset)} can be read: "
+                        f"{worst}, first row {faults[worst][0]}. Write the columns messages, or prompt, chosen and "
+                        "rejected.")
+    new = [c for c in dict.fromkeys(c for m in made for c in m) if any(m.get(c) is not None for m in made)]
+    for c in new: dataset = dataset.add_column(f"new {c}", [m.get(c) for m in made], feature=Value("string"))
+    dataset = dataset.remove_columns(used).rename_columns({f"new {c}": c for c in new})
+    return dataset, [f"the rows are {name}: {', '.join(used)} are read as {', '.join(new)}, a known form.",
+                     *(f"{n} of {len(made)} rows are dropped: {why}, first row {ids[0]}, in the known form."
+                       for why, ids in faults.items() for n in [len(ids)])]
+
+# %% ../../nbs/20_data/2_columns.ipynb #b6aded91
+def in_known_form(
+    dataset, # `datasets.Dataset`
+):          # (the dataset, notes)
+    "The rows with known columns, if their columns fit no format but a form of `RENAMES` or `SHAPES`"
+    names = {*dataset.column_names}
+    if any({*f} <= names for f in FORMATS): return dataset, []
+    for shape in SHAPES:
+        if {*shape[1]} <= names: return converted_rows(dataset, shape)
+    for form, new in RENAMES:
+        is_list = len(form) > 1 or type(dataset.features.get(form[0])).__name__ == "List"
+        if not {*form} <= names or {*new.values()} & names or not is_list: continue
+        return dataset.rename_columns(new), [f"the column {c!r} is read as {k!r}, its known name."
+                                             for c, k in new.items()]
+    return dataset, []
+
+# %% ../../nbs/20_data/2_columns.ipynb #360766a2
+PAIR_ADVICE = ('write of each row {"prompt": the question, "chosen": the text of the better answer, '
+               '"rejected": the text of a worse one}')
+ANSWER_ADVICE = 'write a row {"prompt": the question, "completion": the answer} for each answer that is to be trained'
+UNREAD = [ # columns of a form that is not read, what it is, how it is converted
+    ("instruction completions", "completions with scores (UltraFeedback)", PAIR_ADVICE),
+    ("prompt answers", "ranked answers (Nectar)", PAIR_ADVICE),
+    ("prompt completions labels", "steps with labels (process rewards)",
+     'no loss reads labels of steps; write {"prompt": prompt, "completion": the steps joined} of rows whose steps are '
+     'right'),
+    ("question label steps", "steps with labels (process rewards)", "no loss reads labels of steps"),
+    *((f"messages {c}", "a conversation and a rejected answer",
+       f'write {{"prompt": messages[:-1], "chosen": messages[-1:], "rejected": {c}}}')
+      for c in ("rejected_response", "rejected_message", "rejected_messages")),
+    ("prompt reward_model", "prompts and reference answers without answers to train on (veRL)",
+     "sample answers with the stages ref_completions, ref_rewards and pairs"),
+    ("prompt ground_truth", "prompts and reference answers without answers to train on",
+     "sample answers with the stages ref_completions, ref_rewards and pairs"),
+    ("segments", "segments with a label of what is trained (axolotl)",
+     "write a prompt and a completion, or messages with weight or train_detail"),
+    ("info summaries choice", "two summaries and a verdict", PAIR_ADVICE),
+    ("message_id parent_id text", "messages of trees (OpenAssistant)",
+     'follow parent_id from each answer to the root, and write {"messages": [{"role": "user", "content": text}, ...]}'),
+    ("message_tree_id prompt", "trees of messages (OpenAssistant)",
+     'write a row {"messages": [{"role": "user", "content": text}, ...]} for each path from the root to an answer'),
+    ("prompt choices", "responses of an API",
+     'write {"prompt": prompt, "completion": choices[0]["message"]["content"]}'),
+    ("context question answers", "questions about a text (SQuAD)",
+     'write {"prompt": context, an empty line and question, "completion": answers["text"][0]}'),
+    ("source target", "pairs of texts", 'write {"prompt": source, "completion": target}'),
+    ("translation", "translations", 'write {"prompt": the text to translate, "completion": its translation}'),
+    ("article highlights", "summaries", 'write {"prompt": article, "completion": highlights}'),
+    ("input_ids", "token ids", "give the texts: this library tokenizes them, so that it is known what is trained"),
+    ("chat", "conversations in one text", 'split them: {"messages": [{"role": "user", "content": ...}, ...]}'),
+    ("text", "ready-made texts", "split them into messages, so that it is known what is trained"),
+    *((f"{p} {a}", "several answers to a question", f"{ANSWER_ADVICE}; of a pair {PAIR_ADVICE}")
+      for a in ("completions", "generations", "responses", "answers", "outputs", "candidates")
+      for p in ("prompt", "instruction", "question", "query", "problem", "input", "context")),
+    *((sides, "two answers without a verdict that is known", PAIR_ADVICE) for sides in (
+        "conversation_a conversation_b", "response_a response_b", "response_0 response_1", "response_1 response_2",
+        "response1 response2", "output_1 output_2", "answer_0 answer_1"))]
+
+# %% ../../nbs/20_data/2_columns.ipynb #d513ffbb
+def form_advice(
+    names, # of the columns of a dataset
+)->str: # a sentence; empty if the columns name no such form
+    "What the rows of a form that is not read look like, and how to convert them"
+    return next((f" The rows look like {what} ({', '.join(columns.split())}): {advice}."
+                 for columns, what, advice in UNREAD if {*columns.split()} <= {*names}), "")
+
 # %% ../../nbs/20_data/2_columns.ipynb #8fd1864e
 def with_known_names(
     dataset, # `datasets.Dataset`
 ):          # the dataset
-    "Rename columns whose names differ from known names in case or separators only (`systemPrompt`)"
+    "The dataset with known names (`systemPrompt` becomes `system_prompt`) and in a known form, with notices"
     names = {c: known_spelling(c) for c in dataset.column_names}
     meant = {c for f in FORMATS for c in f} | {*PROMPT_COLUMNS}
     meant |= {c for c in names.values() if c in ROW_KEYS and ROW_KEYS[c].kind != "metadata"}
     names = {c: k for c, k in names.items() if c != k and k in meant and list(names.values()).count(k) == 1}
-    if not names: return dataset
-    dataset = dataset.rename_columns(names)
-    notes = [f"the column {c!r} is read as {k!r}, its known name." for c, k in names.items()]
+    if names: dataset = dataset.rename_columns(names)
+    notes, before = [f"the column {c!r} is read as {k!r}, its known name." for c, k in names.items()], dataset.info
+    dataset, more = in_known_form(dataset)
+    notes += more
+    if not notes: return dataset
     for note in notes: say_note(note)
-    dataset.info.description = "\n".join([dataset.info.description or "", *notes])
+    dataset.info.description = "\n".join([before.description or "", *notes])
     return dataset
 
 # %% ../../nbs/20_data/2_columns.ipynb #68fe5937
@@ -648,9 +1031,10 @@ def fold_masks(
 def is_turn(
     value, # of a list of messages
 )->bool:
-    "Whether an object is a message: it says who speaks, or is a pair of a question and an answer"
+    "Whether an object is a message: it says who speaks, is a call or its result, or a question with its answer"
     return isinstance(value, dict) and any({*keys} <= {*value} for keys in (
-        ("role",), ("from",), ("input", "output"), ("human", "assistant")))
+        ("role",), ("from",), ("input", "output"), ("human", "assistant"), ("speaker",), ("sender",),
+        ("type", "content"), ("type", "call_id")))
 
 # %% ../../nbs/20_data/2_columns.ipynb #37ec2c5a
 def json_key_masks(
@@ -664,7 +1048,7 @@ def json_key_masks(
         except (ValueError, RecursionError): continue
         for turn in value if isinstance(value, list) else [value]:
             for k, v in turn.items() if is_turn(turn) else ():
-                for name in (*([] if empty_value(v) else [k + QUIET*no_value(k, v)]), *nested_names(k, v)):
+                for name in (*([] if empty_value(v) else [k + key_suffix(k, v)]), *nested_names(k, v)):
                     out.setdefault(name, np.zeros(len(texts), bool))[i] = True
     return out
 
@@ -688,6 +1072,7 @@ class Account:
     message_keys:list=field(default_factory=list) # `KeyUse` of keys of the messages
     ignored:tuple=() # columns and keys to treat as absent, as they were asked for
     absent:tuple=() # those of them that the dataset has
+    judged:dict=field(default_factory=dict) # flag that drops no row: rows that it speaks against
 
     def refused(self): # -> `KeyUse` of columns and message keys that are refused
         "Columns and message keys for which the dataset is refused"
@@ -707,11 +1092,19 @@ class Tally:
     by_format:dict=field(default_factory=dict) # format, as its columns joined by +: rows
     seen:set=field(default_factory=set) # message keys, as messages.KEY, the ignored ones too
     uses:dict=field(default_factory=dict) # (columns or message_keys, name, class, text, by row): rows
+    judged:dict=field(default_factory=dict) # flag that drops no row: rows that it speaks against
 
     def add(self, of, name, kind, text, rows, by_row=False):
         "Add rows to the use of a column or key"
         key = of, name, kind, text, by_row
         if rows: self.uses[key] = self.uses.get(key, 0) + int(rows)
+
+    def add_flag(self, of, name, rows):
+        "Add rows that a flag speaks against"
+        flag = flag_of(name)
+        text = f"{flag.text}: {'the rows are dropped' if flag.drops else 'the rows are kept'}"
+        self.add(of, name, "refused" if flag.drops else "metadata", text, rows, flag.drops)
+        if rows and not flag.drops: self.judged[name] = self.judged.get(name, 0) + int(rows)
 
 # %% ../../nbs/20_data/2_columns.ipynb #086cd204
 def formats_in_order(
@@ -748,6 +1141,10 @@ def tally_column(
     "Add one column of rows of one format"
     kind, text = column_class(name, form)
     if tally.pairs and name in PAIR_REFUSALS: kind, text = "refused", PAIR_REFUSALS[name]
+    if flag_of(name) and kind == "metadata":
+        against = mask & flag_mask(name, columns[name])
+        tally.add_flag("columns", name, against.sum())
+        mask = mask & ~against
     used = mask & key_mask(name, columns[name], kind)
     tally.add("columns", name, "metadata", NO_CHANGE, (mask & ~used).sum())
     if kind != "repeat": return tally.add("columns", name, kind, text, used.sum())
@@ -769,12 +1166,12 @@ def tally_keys(
         for k, m in all_key_masks(columns[c]).items(): found[k] = found.get(k, False) | m
     if form and FORMATS[form] == "branches": found = branch_masks(columns["conversation_branches"])
     for k, m in found.items():
-        name = k.removesuffix(QUIET)
+        name = k.removesuffix(QUIET).removesuffix(UNFIT)
         tally.seen.add(f"messages.{name}")
         if f"messages.{name}" in tally.ignore: continue
-        if name != k:
-            tally.add("message_keys", name, "metadata", NO_CHANGE, (m & rows).sum())
-            continue
+        if k.endswith(UNFIT): tally.add_flag("message_keys", name, (m & rows).sum())
+        elif name != k: tally.add("message_keys", name, "metadata", NO_CHANGE, (m & rows).sum())
+        if name != k: continue
         known = message_key(k)
         kind, text = known.kind, known.text
         if tally.pairs and kind == "weight":
@@ -850,7 +1247,8 @@ def account(
     unused = [KeyUse(c, "metadata", 0, "no value in any row") for c in dataset.column_names if c not in seen]
     formats = dict(sorted(tally.by_format.items(), key=lambda kv: -kv[1]))
     absent = tuple(c for c in ignore if c in dataset.column_names or c in tally.seen)
-    return Account(len(dataset), formats, uses["columns"] + unused, uses["message_keys"], tuple(ignore), absent)
+    return Account(len(dataset), formats, uses["columns"] + unused, uses["message_keys"], tuple(ignore), absent,
+                   tally.judged)
 
 # %% ../../nbs/20_data/2_columns.ipynb #99b4109a
 def check_account(
@@ -881,6 +1279,24 @@ def ignored_notes(
     def what(c): return f"message key {c.removeprefix('messages.')!r}" if c.startswith("messages.") else f"column {c!r}"
     return [f"ignore_columns: there is no {what(c)}.{did_you_mean(c, names)}" for c in ignored
             if not any(c in a.absent for a in accounts)]
+
+# %% ../../nbs/20_data/2_columns.ipynb #ccbe2738
+def judged_notes(
+    accounts:list[Account], # of datasets
+)->list[str]: # sentences
+    "The flags that speak against rows which are kept all the same"
+    out = {}
+    for a in accounts:
+        for name, n in a.judged.items(): out[name] = out.get(name, 0) + n
+    return [f"{name} speaks against {n} rows ({flag_of(name).text}): they are kept. Leave them out of the data if "
+            "they are not to be trained on." for name, n in out.items()]
+
+# %% ../../nbs/20_data/2_columns.ipynb #28bba75b
+def account_notes(
+    accounts:list[Account], # of datasets that ignore the same columns
+)->list[str]: # sentences
+    "What a person should know of the columns and keys of datasets: see `ignored_notes` and `judged_notes`"
+    return [*ignored_notes(accounts), *judged_notes(accounts)]
 
 # %% ../../nbs/20_data/2_columns.ipynb #d22bda17
 def account_lines(

@@ -11,22 +11,23 @@ __all__ = ['REASONING_KEYS', 'THOUGHT_KEYS', 'THOUGHT_COLUMNS', 'TEXT_PARTS', 'T
            'parse_json', 'may_be_null', 'drop_filled', 'read_tools', 'tool_values', 'one_tool', 'call_arguments',
            'read_call', 'weight_value', 'weight_of', 'span_list', 'block_spans', 'part_spans', 'read_role', 'either',
            'tool_text', 'read_thought', 'check_thought', 'read_calls', 'as_list', 'refused_keys', 'without_inner',
-           'read_turn', 'read_content', 'is_simple', 'read_turns', 'turn_list', 'tool_turns', 'paired_turns',
-           'messages_from_texts', 'one_text', 'json_turns', 'prompt_turns', 'from_prompt', 'from_instruction',
-           'from_instances', 'from_chosen', 'is_user', 'from_turns', 'format_of', 'add_system', 'history_turns',
-           'add_thought', 'template_arguments', 'row_weight', 'join_turns', 'read_conversation', 'to_messages',
-           'keeps_nulls', 'message_fault', 'call_id_fault', 'check_messages', 'row_id', 'alternation_fault',
-           'system_first_fault', 'last_role_fault', 'role_fault', 'dropped_text', 'check_dropped', 'with_preamble',
-           'add_preambles', 'conversation_texts', 'dataset_texts']
+           'read_turn', 'read_content', 'is_simple', 'read_turns', 'turn_list', 'with_content', 'with_speaker',
+           'tool_turns', 'paired_turns', 'messages_from_texts', 'one_text', 'json_turns', 'prompt_turns', 'from_prompt',
+           'from_instruction', 'from_instances', 'from_chosen', 'is_user', 'from_turns', 'format_of', 'add_system',
+           'history_turns', 'add_thought', 'template_arguments', 'row_weight', 'join_turns', 'read_conversation',
+           'to_messages', 'keeps_nulls', 'message_fault', 'call_id_fault', 'check_messages', 'row_id',
+           'alternation_fault', 'system_first_fault', 'last_role_fault', 'role_fault', 'dropped_text', 'check_dropped',
+           'with_preamble', 'add_preambles', 'conversation_texts', 'dataset_texts']
 
 # %% ../../nbs/20_data/3_messages.ipynb #339a184f
 import json, math
 from decimal import Decimal
 from dataclasses import dataclass, field
 from ..core.files import UserError, did_you_mean
-from .columns import (
-    CALL_KEYS, DROPPED, FORMATS, INVERTED, MESSAGE_KEYS, PROMPT_COLUMNS, ROW_KEYS, SYSTEM_COLUMNS, TOOL_COLUMNS,
-    WEIGHTS_OF_MESSAGES, empty_value, harmless, message_key, refused_columns, repeats, row_format)
+from post_training.data.columns import (
+    CALL_KEYS, DROPPED, FLAGS, FORMATS, INVERTED, MESSAGE_KEYS, PROMPT_COLUMNS, ROW_KEYS, SYSTEM_COLUMNS, TOOL_COLUMNS,
+    WEIGHTS_OF_MESSAGES, empty_value, form_advice, harmless, message_key, refused_columns, repeats, row_format,
+    unfit)
 
 # %% ../../nbs/20_data/3_messages.ipynb #cfbb05f5
 class MalformedRow(UserError):
@@ -492,10 +493,14 @@ def read_turn(
     for c in ignore:
         if c.count(".") == 2 and c.startswith("messages."): turn = without_inner(turn, *c.split(".")[1:])
     if bad := refused_keys(turn): raise UnsupportedContent(f"message key {', '.join(bad)} cannot be honoured")
+    if fault := unfit(turn): raise MalformedRow(f"in a message {fault}")
     role, content = read_role(turn), either(turn, "content", "value")
     weight, details = weight_of(turn, WEIGHT_KEYS), either(turn, "train_detail", "training_detail")
     for k in (k for keys in (*PAIR_KEYS, ("system",)) for k in keys if not empty_value(turn.get(k))):
         raise MalformedRow(f"a message of the {role} holds {k}: write its text as a content")
+    for k in ("text", "message", "arguments", "call_id"):
+        if not empty_value(turn.get(k)) and turn[k] != content:
+            raise MalformedRow(f"a message of the {role} holds {k} beside its content")
     if isinstance(content, dict) and role != "tool":
         content = without_none(content)
         spans = block_spans(details, role, content) if details else None
@@ -583,6 +588,8 @@ def turn_list(
         try: turns = json.loads(turns or "[]")
         except (ValueError, RecursionError) as e: raise MalformedRow(f"{name} is a text that is not JSON") from e
     if turns is None: return []
+    if isinstance(turns, list) and turns and all(isinstance(t, str) and t.lstrip()[:1] != "{" for t in turns):
+        return [dict(role="assistant" if i % 2 else "user", content=t) for i, t in enumerate(turns)] # LIMA
     columns = list(turns.values()) if isinstance(turns, dict) and {"role", "from"} & {*turns} else []
     if columns and all(isinstance(c, list) and len(c) == len(columns[0]) for c in columns): # a list for each key
         return [dict(zip(turns, values)) for values in zip(*columns)]
@@ -591,6 +598,32 @@ def turn_list(
 
 # %% ../../nbs/20_data/3_messages.ipynb #5e18b8af
 PAIR_KEYS = (("input", "output"), ("human", "assistant")) # of turns that hold a question and its answer
+
+# %% ../../nbs/20_data/3_messages.ipynb #3b7b5ab1
+def with_content(
+    turn:dict, # a message without content
+)->dict:
+    "A message whose text has another key, or a call or a result among the items of OpenAI's Responses, as a message"
+    kind, rest = turn.get("type"), {k: v for k, v in turn.items() if k not in ("type", "status", "id", "call_id")}
+    is_call = kind == "function_call" or SPEAKERS.get(str(turn.get("role") or turn.get("from")).lower()) == "call"
+    if is_call and {"name", "arguments"} <= {*turn}:
+        call = {k: turn[k] for k in ("name", "arguments") if k in turn}
+        rest = {k: v for k, v in rest.items() if k not in (*call, "from")}
+        return dict(rest, role="assistant", content=None, tool_calls=[dict(call, id=turn.get("call_id"))])
+    if kind == "function_call_output":
+        return dict({k: v for k, v in rest.items() if k != "output"}, role="tool", content=turn.get("output"),
+                    tool_call_id=turn.get("call_id"))
+    key = next((k for k in ("text", "message") if isinstance(turn.get(k), str)), None)
+    return turn if key is None else {**{k: v for k, v in turn.items() if k != key}, "content": turn[key]}
+
+# %% ../../nbs/20_data/3_messages.ipynb #64ee1d91
+def with_speaker(
+    turn:dict, # a message without role and from
+)->dict:
+    "A message whose speaker has another key: type (LangChain), speaker or sender"
+    key = next((k for k in ("type", "speaker", "sender") if isinstance(turn.get(k), str)
+                and turn[k].strip().lower() in SPEAKERS), None)
+    return turn if key is None else {**{k: v for k, v in turn.items() if k != key}, "role": turn[key]}
 
 # %% ../../nbs/20_data/3_messages.ipynb #0b2bfaad
 def tool_turns(
@@ -620,7 +653,10 @@ def paired_turns(
     turn, # a message, or a pair of a question and an answer (Capybara, ms-swift)
 )->list:
     "A pair of a question and an answer as two messages; a message as it is"
-    if not isinstance(turn, dict) or turn.get("role") is not None or turn.get("from") is not None: return [turn]
+    if not isinstance(turn, dict): return [turn]
+    if not {"content", "value"} & {*turn}: turn = with_content(turn)
+    if not {"role", "from"} & {*turn}: turn = with_speaker(turn)
+    if turn.get("role") is not None or turn.get("from") is not None: return [turn]
     keys = next((p for p in PAIR_KEYS if p[0] in turn and p[1] in turn), None)
     if not keys: return [turn]
     other = {k: v for k, v in turn.items() if k not in (*keys, "role", "from", "system")}
@@ -702,6 +738,7 @@ def from_chosen(row:dict)->list[dict]:
     chosen = json_turns(row["chosen"])
     chosen = [chosen] if isinstance(chosen, dict) else one_text(chosen, "chosen")
     prompts = [c for c in PROMPT_COLUMNS if not empty_value(row.get(c))]
+    if not prompts and isinstance(row.get("input"), str) and row["input"]: prompts = ["input"] # the only question
     # a column of messages may repeat the whole conversation with one of the sides
     read = [chosen, row.get("rejected"), *(row[c] for c in prompts[:1]), *(row.get(c) for c in INPUT_COLUMNS)]
     for c in prompts[1:]:
@@ -752,11 +789,10 @@ def format_of(
     for need in FORMATS:
         if need in ROW_FORMATS and set(need) <= set(columns): return need
     known = "; ".join(" + ".join(f) for f in FORMATS if f in ROW_FORMATS)
-    text = (" A column text holds ready-made texts: split them into messages, so that it is known what is trained."
-            if "text" in columns else "")
     raise UserError(
-        f"No usable column: the dataset has {', '.join(sorted(columns)) or 'none'}. Known formats: {known}; "
-        f"or the Swiss-AI format (conversation_branches).{text}")
+        f"No usable column: the dataset has {', '.join(sorted(columns)[:30]) or 'none'}"
+        f"{f' and {len(columns) - 30} more' * (len(columns) > 30)}. Known formats: {known}; "
+        f"or the Swiss-AI format (conversation_branches).{form_advice(columns)}")
 
 # %% ../../nbs/20_data/3_messages.ipynb #1736cc11
 def add_system(
@@ -850,6 +886,7 @@ def read_conversation(
     fits = columns and not any(row.get(c) is None for c in columns)
     form = tuple(columns) if fits else row_format(row) or columns or format_of(row)
     if bad := refused_columns(row, form): raise UnsupportedContent(f"column {', '.join(bad)} cannot be honoured")
+    if fault := unfit(row): raise MalformedRow(fault)
     try:
         tools = read_tools(row, exact)
         turns = read_turns(ROW_FORMATS[form](row), tools, exact, ignore)
@@ -1006,6 +1043,8 @@ def dropped_text(
 # %% ../../nbs/20_data/3_messages.ipynb #4ffea9f7
 DROP_HINTS = { # words in a reason: advice
     "overlength": "training_args.max_length is too short for them",
+    **{f": {flag.text}": "to keep them, name the flag in ignore_columns, as messages.KEY if it is a key of messages"
+       for flag in FLAGS.values() if flag.drops},
     "no completion after": "training_args.max_length is too short for them",
     "reference rewards": "set min_num_ref_rewards=0 to keep them; the modes offline, best-worst, random and "
                          "k-random need no reference rewards",

@@ -17,7 +17,7 @@ from fractions import Fraction
 from ..core.files import UserError, did_you_mean
 from .io import converted, load_splits, reading_notes
 from .columns import (
-    ROW_KEYS, SYSTEM_COLUMNS, account, check_account, ignored_notes, plain_column, with_known_names)
+    ROW_KEYS, SYSTEM_COLUMNS, account, account_notes, check_account, plain_column, with_known_names)
 from .messages import check_dropped, dataset_texts
 from .swissai import CARRIED_COLUMNS, as_messages, temporary_file
 
@@ -572,7 +572,7 @@ def mixture_notes(
             if c in have and not {c, "source" if c == "origin" else c} & {*columns_to_keep}]
     if more: notes.append(f"kept although columns_to_keep does not name them: {', '.join(more)}")
     accounts = [a for p in source_rows for a in p.accounts.values()]
-    return notes + ignored_notes(accounts)
+    return notes + account_notes(accounts)
 
 # %% ../../nbs/20_data/5_mixture.ipynb #a47ba538
 def mix_sources(

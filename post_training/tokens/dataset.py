@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from ..core.files import (
     ForkShared, UserError, atomic_dir, file_lock, temporary_dir, verify_once, write_json, write_manifest)
-from ..data.columns import account, account_lines, check_account, ignored_notes
+from ..data.columns import account, account_lines, account_notes, check_account
 from ..data.messages import (
     REASONING_KEYS, Conversation, MalformedRow, UnsupportedContent, check_dropped, check_messages, format_of,
     keeps_nulls, message_fault, open_thought, plain_text, row_id, with_thought_field)
@@ -468,7 +468,7 @@ def tokenize_dataset(
 )->tuple: # (`datasets.Dataset`, counts)
     "Tokenize a dataset: ids and masks of the kept rows, and counts of all"
     data, columns = tokenize_rows(dataset, tokenizer, **parameters)
-    counts = dict(tokenization_counts(data), columns=account_lines(columns), notes=ignored_notes([columns]))
+    counts = dict(tokenization_counts(data), columns=account_lines(columns), notes=account_notes([columns]))
     refuse_mostly_failing(dataset, counts, tokenizer, parameters.get("ignore_columns", ()))
     check_lost(counts, max_drop_fraction)
     keep = [i for i, reason in enumerate(data["reason"][:]) if not reason]

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from ..config.preference_losses import PAIR_LIMITS
 from ..core.files import ForkShared, UserError, did_you_mean
-from ..data.columns import FORMATS, account, account_lines, check_account, empty_value
+from ..data.columns import (
+    FORMATS, account, account_lines, account_notes, check_account, empty_value, form_advice)
 from ..data.messages import (
     Conversation, MalformedRow, UnsupportedContent, keeps_nulls, read_conversation, row_id)
 from .masks import Refused, encoder_for
@@ -63,7 +64,8 @@ def check_pair_columns(
     def missing_text(missing): return f"The data has no column {' and no column '.join(missing)}."
     sides = [k for k in ("chosen", "rejected") if k not in names]
     if sides:
-        raise UserError(f"{missing_text(sides)} It has {', '.join(sorted(names))}. Pairs are made by the stage pairs.")
+        raise UserError(f"{missing_text(sides)} It has {', '.join(sorted(names)[:30])}."
+                        f"{form_advice(names) or ' Pairs are made by the stage pairs.'}")
     missing = [k for k in REFERENCE_COLUMNS if k not in names] if reference else []
     if missing:
         raise UserError(f"{missing_text(missing)}{did_you_mean(missing[0], names)} The reference's log-probabilities "
@@ -340,7 +342,7 @@ def tokenize_pairs(
                        remove_columns=dataset.column_names, load_from_cache_file=False, keep_in_memory=work is None,
                        cache_file_name=work and str(Path(work)/"rows.arrow"), new_fingerprint=os.urandom(8).hex())
     data, counts = drop_pairs(data, policies, max_drop_fraction)
-    return data, dict(counts, columns=account_lines(columns))
+    return data, dict(counts, columns=account_lines(columns), notes=account_notes([columns]))
 
 # %% ../../nbs/25_tokens/11_pairs.ipynb #11189a20
 def cached_pairs(
