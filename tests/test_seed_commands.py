@@ -205,7 +205,7 @@ TRANSLATED = [  # stage, overrides, key, value, what the notice says
     ("train_sft", ["training_args.dataset_num_proc=3"], "tokenization.num_proc", 3, "is called tokenization.num_proc"),
     ("train_sft", ["cuda_deterministic=true"], "training_args.full_determinism", True, "is called training_args.full_determinism"),
     ("train_sft", ["wandb.anonymous=allow"], "wandb.anonymous", None, "no anonymous runs"),
-    ("train_sft", ["training_args.warmup_ratio=0.1", "training_args.warmup_steps=0"], "training_args.warmup_steps", 0.1, "leaves training_args.warmup_ratio=0.1"),
+    ("train_sft", ["training_args.warmup_ratio=0.1", "training_args.warmup_steps=0"], "training_args.warmup_steps", 0.1, "does not override training_args.warmup_ratio=0.1"),
     ("train_sft", ["training_args.warmup_ratio=0.1", "training_args.warmup_steps=50"], "training_args.warmup_steps", 50, "wins over warmup_ratio=0.1"),
     ("train_preference", ["training_args.beta=0.5"], "training_args.max_effective_beta", 0.1, "bounds training_args.beta=0.5"),
     ("ref_rewards", ["reward_model=skywork-llama3-8b"], "reward_args.name", "skywork-v2-llama3-8b", "taken as the preset reward_model=skywork-v2-llama3-8b"),
@@ -319,7 +319,30 @@ def test_other_files_of_the_folder_are_read(house):
 
 def test_an_unknown_key_of_a_preset_is_named(house):
     (house / "model/odd.yaml").write_text("# @package _global_\nmodel_args:\n  model_name_or_path: a\nmodle_kind: x\n")
-    with pytest.raises(UserError, match="Unknown key modle_kind.*model=odd"): compose("train_sft", ["model=odd"])
+    with pytest.raises(UserError, match=r"Unknown key modle_kind.*model=odd, line 4 of .*/model/odd.yaml"): compose("train_sft", ["model=odd"])
+
+
+OWN_FILES = [  # group, file, its text, what the error says of it
+    ("override", "override/wrong.yaml", "# @package _global_\n\nis_this_key_overridden: yes\n", "Unknown key is_this_key_overridden.*line 3 of"),
+    ("experiment", "experiment/wrong.yaml", "# @package _global_\ntraining_args:\n  max_stepz: 3\n", "Did you mean 'training_args.max_steps'.*line 3 of"),
+    ("preset", "wrong.yaml", "training_args:\n  learning_rate: -1\n", "between 0 and|line 2 of"),
+    ("experiment", "wrong.yaml", "training_args:\n  max_seq_length: many\n", r"max_length=many does not fit.*\(preset experiment=wrong.*line 2 of"),
+    ("override", "other.yaml", "wandb:\n  mode: disabled\n", "no file override/wrong.yaml.*Files: .*other"),
+    ("experiment", "train-sft.yaml", SFT, "no file experiment/wrong.yaml")]
+
+
+@pytest.mark.parametrize("group, file, text, says", OWN_FILES)
+def test_a_line_of_ones_own_file_that_is_not_known_is_named(house, group, file, text, says):
+    (house / file).write_text(text)
+    with pytest.raises(UserError, match=says): compose("train_sft", [f"{group}=wrong", *BATCH])
+
+
+def test_a_file_beside_those_of_the_stages_is_an_experiment(house):
+    (house / "quick.yaml").write_text("training_args:\n  max_steps: 3\n")
+    for typed in ("experiment=quick", "preset=quick.yaml", "override=quick"):
+        c = compose("train_sft", [typed, *BATCH])
+        assert c.cfg["training_args"]["max_steps"] == 3 and any("quick.yaml" in n for n in c.notices)
+    with pytest.raises(UserError, match="train-sft.yaml is the file of a stage"): compose("train_sft", ["experiment=train-sft"])
 
 
 def test_limits_of_prompt_and_completion_drop_pairs_with_a_count(tmp_path, tmp_root):

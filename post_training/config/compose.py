@@ -21,7 +21,7 @@ from post_training.config.overrides import (
     translate_value)
 from .presets import (
     EXPERIMENT_GROUPS, compose_presets, experiment_preset, own_defaults, own_notices, preset_file,
-    preset_groups, preset_name, preset_names, resolve_interpolations, site_path, stage_name)
+    preset_groups, preset_place, preset_name, preset_names, resolve_interpolations, site_path, stage_name)
 from .batch import accelerate_file, batch_arithmetic, engine_of
 from .refusals import check_combinations, machine_notice, run_facts
 from .preference_losses import PAIR_LIMITS, check_preference_args
@@ -42,7 +42,9 @@ class ComposedConfig:
 # %% ../../nbs/10_config/7_compose.ipynb #6e17cfd8
 def _choice(t:ParsedOverride, config_dir=None)->tuple: # (group, preset's name or file)
     "The preset that an override chooses; an unknown preset raises an error with the nearest name"
-    if file := preset_file(t.key, t.value): return t.key, file
+    typed = Path(str(t.value))
+    is_name = t.key in EXPERIMENT_GROUPS and len(typed.parts) == 1 and not typed.is_file()
+    if not is_name and (file := preset_file(t.key, t.value)): return t.key, file
     if t.key in EXPERIMENT_GROUPS: return experiment_preset(t.key, Path(str(t.value)).stem, config_dir)
     names, name = preset_names(t.key, config_dir), preset_name(t.key, t.value, config_dir)
     if name in names: return t.key, name
@@ -72,6 +74,7 @@ def _sort_overrides(
             group, name = _choice(t, config_dir)
             if not isinstance(name, Path) and str(name) != str(t.value):
                 notices.append(f"{t.text}: taken as the preset {group}={name}.")
+            if group in EXPERIMENT_GROUPS and isinstance(name, Path): notices.append(f"{t.text}: read from {name}.")
             choices[group] = name
         elif t.key == "accelerate": values.append(ParsedOverride("accelerate_config", t.value, t.text))
         elif (CONFIGS/t.key).is_dir():
@@ -219,7 +222,7 @@ def _trust(cfg:dict, origin, typed)->list[str]: # notices; `cfg` is changed in p
         if not get_key(cfg, key, None) or is_commit: continue
         if key in typed: raise UserError(f"{key}=true needs a commit: set {revision} to its 40 hexadecimal digits.")
         set_key(cfg, key, False)
-        notices.append(f"{key} is true{origin(key)}, but {revision} names no commit: taken as false.")
+        notices.append(f"{key} is true{origin(key, False)}, but {revision} names no commit: taken as false.")
     return notices
 
 # %% ../../nbs/10_config/7_compose.ipynb #66e9ec73
@@ -364,7 +367,7 @@ def _finish(
                "training_args.gradient_accumulation_steps": batch["accumulation"]}
     derived = {k: v for k,v in derived.items() if get_key(cfg, k) != v}
     for k,v in derived.items():
-        if get_key(cfg, k) is not None: notices.append(f"{k}={get_key(cfg, k)}{origin(k)} gives way: {k} is {v}.")
+        if get_key(cfg, k) is not None: notices.append(f"{k}={get_key(cfg, k)}{origin(k, False)} gives way: {k} is {v}.")
         set_key(cfg, k, v)
     path = accelerate_file(cfg["accelerate_config"])
     shipped = CONFIGS/"accelerate"/path.name
@@ -400,6 +403,26 @@ def _plain_presets(raw:dict, keys:dict, origin)->dict:
     try: return _finish(json.loads(json.dumps(raw)), keys, origin, holes_ok=True)[0]
     except UserError: return resolve_interpolations(raw) # overrides may complete presets
 
+# %% ../../nbs/10_config/7_compose.ipynb #7343c66d
+def _origins_of(
+    stage:str,
+    choices:dict, # group -> preset or file
+    raw:dict, # composed presets
+    origins:dict, # dotted key -> origin
+    typed:dict, # dotted key -> the override that set it
+    config_dir=None, # further folder of presets
+): # function of a dotted key; with_line=False: without the place in a file
+    "Make the function that names where a value comes from, as the end of a message"
+    def origin(key, with_line=True):
+        "Where a key comes from"
+        if text := typed.get(key): return "" if text.lstrip("+").startswith(f"{key}=") else f" (typed: {text})"
+        where = next((w for k,w in origins.items() if k == key or k.startswith(key + ".")), "default")
+        refers = re.fullmatch(r"\$\{([\w.]+)\}", str(get_key(raw, key, "")))
+        if where == "default" and refers: return origin(refers[1], with_line)
+        place = preset_place(where.removeprefix("preset "), stage, choices, key, config_dir) if with_line else ""
+        return "" if where == "default" else f" ({where}{', ' * bool(place)}{place})"
+    return origin
+
 # %% ../../nbs/10_config/7_compose.ipynb #df97730f
 def compose(
     stage:str, # hyphens may replace underscores
@@ -418,11 +441,7 @@ def compose(
     raw, origins, values, more = _translated(stage, choices, values, keys, config_dir)
     others = _without_others(raw, origins, keys)
     typed = {} # dotted key -> the override that set it
-    def origin(key):
-        "Where a key comes from"
-        if text := typed.get(key): return "" if text.lstrip("+").startswith(f"{key}=") else f" (typed: {text})"
-        where = next((w for k,w in origins.items() if k == key or k.startswith(key + ".")), "default")
-        return "" if where == "default" else f" ({where})"
+    origin = _origins_of(stage, choices, raw, origins, typed, config_dir)
     presets = _plain_presets(raw, keys, origin)
     applied, said = _apply(raw, values, keys)
     typed.update(applied)

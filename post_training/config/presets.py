@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['OTHER_NAMES', 'EXPERIMENT_GROUPS', 'evaluate_arithmetic', 'project_root', 'site_path', 'preset_names', 'preset_path',
            'preset_file', 'preset_name', 'stage_names', 'stage_name', 'preset_groups', 'experiment_preset',
-           'own_layers', 'own_notices', 'own_defaults', 'first_error_line', 'compose_presets', 'resolve_interpolations']
+           'own_layers', 'own_notices', 'own_defaults', 'key_line', 'preset_place', 'first_error_line',
+           'compose_presets', 'resolve_interpolations']
 
 # %% ../../nbs/10_config/4_presets.ipynb #9de09f9d
 import ast, contextlib, functools, math, operator, os, pickle, re, tempfile, threading, yaml
@@ -13,7 +14,7 @@ from pathlib import Path
 from ..core.files import UserError, did_you_mean, is_secret_name, write_atomic
 from ..core.yaml_files import error_line, read_documents, read_text_file, read_yaml
 from .schema import CONFIGS, SECTION_GROUPS, STAGES, flatten, pop_key, set_key
-from .overrides import quote_value
+from .overrides import OLD_NAMES, quote_value
 
 # %% ../../nbs/10_config/4_presets.ipynb #3fb460b9
 _OPS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
@@ -202,12 +203,16 @@ def experiment_preset(
     group:str, # name of a group in `EXPERIMENT_GROUPS`
     name:str, # name of a file of overrides
     config_dir=None, # further folder of presets; None: none
-)->tuple: # (group, name) where the file is
+)->tuple: # (group, name) where the file is; (group, path) if it is beside the files of stages
     "Find a file of overrides; experiment and preset are two names of one group"
     groups = ("override",) if group == "override" else (group, *{"experiment", "preset"} - {group})
     if hit := next((g for g in groups if preset_path(g, name, config_dir)), None): return hit, name
-    known = [n for g in groups for n in preset_names(g, config_dir)]
-    raise UserError(f"There is no file {group}/{name}.yaml in POST_TRAINING_CONFIGS.{did_you_mean(name, known)} "
+    beside = {p.stem: p for d in reversed(_folders(config_dir)[:-1]) for p in d.glob("*.yaml")}
+    of_stages = [n for n in beside if n == "setup" or n.replace("-", "_") in STAGES]
+    if name in beside and name not in of_stages: return group, beside[name]
+    known = sorted([*(n for g in groups for n in preset_names(g, config_dir)), *{*beside} - {*of_stages}])
+    said = f" {beside[name]} is the file of a stage, which is read without it." if name in of_stages else ""
+    raise UserError(f"There is no file {group}/{name}.yaml in POST_TRAINING_CONFIGS.{said}{did_you_mean(name, known)} "
                     f"Files: {', '.join(known) or 'none'}.")
 
 # %% ../../nbs/10_config/4_presets.ipynb #2adcddc3
@@ -275,6 +280,38 @@ def own_defaults(
     for file in own_layers(stage, config_dir).values():
         out |= {g: preset_name(g, v, config_dir) for g,v in _plain_layer(file)[1].items() if g in known}
     return {g: v for g,v in out.items() if preset_path(g, v, config_dir) or g not in EXPERIMENT_GROUPS}
+
+# %% ../../nbs/10_config/4_presets.ipynb #2b19982e
+def key_line(
+    file:Path, # a preset file
+    key:str, # dotted
+)->int|None: # counted from 1; None if the file does not have the key
+    "The line of a key in a preset file"
+    try: node = yaml.compose(read_text_file(file), Loader=yaml.CSafeLoader)
+    except (UserError, yaml.YAMLError): return None
+    line = None
+    for name in key.split("."):
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        hit = next(((k, v) for k,v in pairs if k.value == name), None)
+        if hit is None: return None
+        line, node = hit[0].start_mark.line + 1, hit[1]
+    return line
+
+# %% ../../nbs/10_config/4_presets.ipynb #d4f751a4
+def preset_place(
+    where:str, # "model=mine": the preset that a value comes from
+    stage:str, # a stage
+    choices:dict, # group -> preset or file
+    key:str, # dotted
+    config_dir=None, # an additional folder of presets
+)->str: # "line 3 of FILE"; empty for a shipped preset
+    "The place of a value in a file of your own"
+    group, _, name = where.partition("=")
+    if group in ("own_setup", "own_stage"): file = own_layers(stage, config_dir).get(name)
+    else: file = choices[group] if isinstance(choices.get(group), Path) else preset_path(group, name, config_dir)
+    if file is None or CONFIGS in file.parents: return ""
+    lines = [key_line(file, k) for k in (key, *(old for old,new in OLD_NAMES.items() if new == key))]
+    return next((f"line {n} of {file}" for n in lines if n), str(file))
 
 # %% ../../nbs/10_config/4_presets.ipynb #73b8fcec
 def _check_files(group:str, name, config_dir=None, seen=()):
