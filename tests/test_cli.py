@@ -142,7 +142,7 @@ def test_a_kept_record_is_no_finished_run(checkout):
     run.close_attempt(a.run_dir, 1, 0)
     assert "done: finished, checkpoint-1 verifies" in typed("train_sft", "cluster.device=cpu", "--dry-run")[1]
     (folder / "w").unlink()
-    assert "resume: attempt 1 finished; no checkpoint is whole; passed over checkpoint-1: w is missing" in typed("train_sft", "cluster.device=cpu", "--dry-run")[1]
+    assert "resume: attempt 1 finished; no checkpoint is complete; skipped checkpoint-1: w is missing" in typed("train_sft", "cluster.device=cpu", "--dry-run")[1]
     examples = a.run_dir.parents[2] / "examples"
     a.run_dir.parents[1].rename(examples)
     assert "new: " in typed("train_sft", "cluster.device=cpu", "--dry-run")[1]

@@ -103,7 +103,7 @@ def test_a_lost_record_is_named_and_rebuilt(finished, how):
     code, said = command("runs", "verify")
     assert code == 1 and finished.run_dir.name in said
     code, said = command("runs", "repair", finished.run_dir.name)
-    assert code == 0 and "checkpoint-4 is the newest whole one" in said
+    assert code == 0 and "checkpoint-4 is the newest complete one" in said
     task = run.open_run(cfg)
     assert (task.status, task.number, task.checkpoints_dir) == ("resume", 2, finished.checkpoints_dir)
     run.close_attempt(task.run_dir, 2, 1)

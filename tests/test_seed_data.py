@@ -13,7 +13,7 @@ from post_training.stages import preference_data
 from post_training.stages.tokenized_data import tokenizer_of
 
 disable_progress_bars()
-LEFT_OUT = "ref_logprob is of another number of tokens: left out"
+LEFT_OUT = "ref_logprob was computed for another number of tokens: left out"
 
 
 def jsonl(path, rows):

@@ -311,7 +311,7 @@ def test_another_plan_is_refused(tmp_path):
     planned(folder, 3, model="a", seed=1)
     assert load_shard_plan(planned(folder, 5, model="a", seed=1)).shards == 5  # nothing is begun
     run_shard(folder, 0, shards_worker.toy)
-    with pytest.raises(UserError, match="planned for 5 shards and 1 are begun, not 7"): planned(folder, 7, model="a", seed=1)
+    with pytest.raises(UserError, match="planned for 5 shards and 1 have begun, so the number cannot change to 7"): planned(folder, 7, model="a", seed=1)
     with pytest.raises(UserError, match="with other model. Choose another folder"): planned(folder, 5, model="b", seed=1)
     with pytest.raises(UserError, match="with other rows"): planned(folder, 5, rows=ROWS + 1, model="a", seed=1)
     text = (folder / "plan.json").read_text()

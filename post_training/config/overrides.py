@@ -179,7 +179,8 @@ def choose_warmup(
     if steps is None or ratio is None: return ("warmup_ratio" if steps is None else "warmup_steps"), ""
     if isinstance(steps, (int, float)) and steps > 0:
         return "warmup_steps", f"training_args.warmup_steps={steps} wins over warmup_ratio={ratio}, as in transformers."
-    return "warmup_ratio", (f"training_args.warmup_steps={steps} leaves training_args.warmup_ratio={ratio}, as in "
+    return "warmup_ratio", (f"training_args.warmup_steps={steps} does not override "
+                            f"training_args.warmup_ratio={ratio}, as in "
                             "transformers. For no warm-up set training_args.warmup_ratio=0.")
 
 # %% ../../nbs/10_config/3_overrides.ipynb #7ae528b7
@@ -198,7 +199,7 @@ def _leave_out(raw:dict, origins:dict, keys, names)->list[str]: # notices
         gone.setdefault(where, []).append(key)
     for key in {k.rpartition(".")[0] for names in gone.values() for k in names} - {""}:
         if get_key(raw, key) == {}: pop_key(raw, key) # a section that has become empty
-    return [f"{', '.join(names)} ({where.removeprefix('preset ')}): not read here, left out." for where, names
+    return [f"{', '.join(names)} ({where.removeprefix('preset ')}): not read and left out." for where, names
             in gone.items()]
 
 # %% ../../nbs/10_config/3_overrides.ipynb #0e069b82

@@ -150,8 +150,8 @@ def save_shard_plan(
     if old and old.shards != plan.shards:
         begun = [p.name for p in sorted((Path(folder)/SHARDS_FOLDER).glob("*")) if p.is_dir()]
         if begun:
-            raise UserError(f"{folder} is planned for {old.shards} shards and {len(begun)} are begun, not "
-                            f"{plan.shards}. Keep {old.shards}, or remove it to begin anew.")
+            raise UserError(f"{folder} is planned for {old.shards} shards and {len(begun)} have begun, so "
+                            f"the number cannot change to {plan.shards}. Keep {old.shards}, or remove the folder.")
     write_atomic(path, json.dumps(vars(plan), separators=(",", ":")) + "\n")
     return plan
 

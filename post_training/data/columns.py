@@ -43,35 +43,35 @@ PROMPT_COLUMNS = ("prompt", "instruction", "question", "query", "inputs", "probl
 
 # %% ../../nbs/20_data/2_columns.ipynb #2e7a3bcf
 def empty_value(
-    value, # of a column or a key
+    value, # value of a column or key
 )->bool:
-    "Whether a value counts as absent: null, an empty text, an empty list, or an object without values"
+    "True if a value counts as absent: null, an empty text, an empty list, or an object without values"
     if isinstance(value, dict): return all(empty_value(v) for v in value.values())
     return value is None or isinstance(value, (str, list, tuple)) and len(value) == 0
 
 # %% ../../nbs/20_data/2_columns.ipynb #156ca16a
 def row_format(
-    row:dict, # a row
+    row:dict, # row of a dataset
     formats=tuple(f for f in FORMATS if FORMATS[f] != "branches"), # formats to look for, in this order
-)->tuple|None: # the columns that name the format; None if no format fits
-    "The format of one row: the first whose columns all hold a value in it"
+)->tuple|None: # columns of the format; None if no format fits
+    "Find the format of a row: the first whose columns all hold a value"
     def missing(v): return v is None or isinstance(v, (list, tuple)) and not v
     return next((f for f in formats if not any(missing(row.get(c)) for c in f)), None)
 
 # %% ../../nbs/20_data/2_columns.ipynb #259ea02c
 @dataclass(frozen=True)
 class KnownKey:
-    "What a known column or message key means"
-    kind:str # conversation, weight, metadata or refused
-    text:str # how it is honoured, or what to do
-    formats:tuple=("messages", "single", "pair", "branches") # kinds of format in which this holds
-    elsewhere:str="" # what to do in the other formats, unless the column repeats the conversation
+    "The meaning of a known column or message key"
+    kind:str # class: conversation, weight, metadata or refused
+    text:str # how the key is used; for a refused key, what to do
+    formats:tuple=("messages", "single", "pair", "branches") # kinds of format to which this entry applies
+    elsewhere:str="" # what to do in formats of other kinds, unless the column repeats the conversation
 
 # %% ../../nbs/20_data/2_columns.ipynb #07cae99b
 def key_table(
-    groups:list, # (names separated by spaces, arguments of `KnownKey`)
+    groups:list, # list of (names separated by spaces, arguments of `KnownKey`)
 )->dict[str, KnownKey]:
-    "A table of known keys from groups of names"
+    "Build a table of known keys from groups of names"
     return {name: KnownKey(*rest) for names, *rest in groups for name in names.split()}
 
 # %% ../../nbs/20_data/2_columns.ipynb #f7680936
@@ -234,10 +234,10 @@ KNOWN_COLUMNS = {*ROW_KEYS, *PROMPT_COLUMNS, *ASIDE_COLUMNS, *TEXT_COLUMNS} # na
 # %% ../../nbs/20_data/2_columns.ipynb #ef7617c5
 @cache
 def known_spelling(
-    name:str, # of a column or key
-    of:str="row", # row, message, or a key of `NESTED_KEYS`
-)->str: # the known name that is written so; else the name itself
-    "The known name that differs from a name in case and separators only: `systemPrompt` is `system_prompt`"
+    name:str, # name of a column or key
+    of:str="row", # table to search: row, message, or a key of `NESTED_KEYS`
+)->str: # the known name, or the name itself
+    "Find the known name that differs in case and separators only: `systemPrompt` gives `system_prompt`"
     known = NESTED_KEYS[of][0] if of in NESTED_KEYS else KNOWN_COLUMNS if of == "row" else MESSAGE_KEYS
     if name in known: return name
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", str(name))
@@ -246,7 +246,7 @@ def known_spelling(
     return other if other in known else joined
 
 # %% ../../nbs/20_data/2_columns.ipynb #11bb371d
-# what a name means that has a word of the first group, and else only words of both groups
+# class -> (its words, additional words): a name of this class has a word of the first group and no word outside both
 ALIKE_WORDS = dict(
     weight=("loss weight weights weighting mask masks masked train trained training trainable learn learned learnable "
             "supervise supervised",
@@ -265,9 +265,9 @@ ALIKE = dict( # what to do with such a name
 # %% ../../nbs/20_data/2_columns.ipynb #cceedcd5
 @cache
 def alike(
-    name:str, # of a column or key
+    name:str, # name of a column or key
 )->str|None: # weight or thought; None if the name resembles neither
-    "What an unknown name resembles"
+    "Decide whether an unknown name resembles a weight or a thought"
     def words(text): return [w for w in re.split(r"[\W_]+", text.lower()) if w]
     spellings = [words(name), words(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name))]
     for what, groups in ALIKE_WORDS.items():
@@ -276,18 +276,18 @@ def alike(
 
 # %% ../../nbs/20_data/2_columns.ipynb #739df854
 def only_alike(
-    name:str, # of a column or key
-)->str|None: # as `alike`
-    "The class that a name resembles, if the name is in none of the tables"
+    name:str, # name of a column or key
+)->str|None: # weight or thought; None if the name is known or resembles neither
+    "Apply `alike` to a name that is in none of the tables; None for any other name"
     return None if name in KNOWN_COLUMNS or name in MESSAGE_KEYS else alike(name)
 
 # %% ../../nbs/20_data/2_columns.ipynb #4e957296
 @cache
 def column_class(
-    name:str, # of a column
-    form:tuple|None, # the row's format
-)->tuple[str, str]: # (conversation, weight, metadata, refused, or repeat; how it is honoured or what to do)
-    "The class of a column in rows of one format; `repeat`: metadata if it repeats the conversation, else refused"
+    name:str, # name of a column
+    form:tuple|None, # columns of the row's format; None: no format
+)->tuple[str, str]: # (conversation, weight, metadata, refused or repeat; how it is used or what to do)
+    "The class of a column in rows of a format; `repeat`: metadata if it repeats the conversation, else refused"
     kind, known = FORMATS.get(form), ROW_KEYS.get(name)
     if form and name in form: return "conversation", "the conversation"
     if kind == "branches" and name in ("system_prompt", "available_functions", "initial_prompt"):
@@ -314,7 +314,7 @@ JUDGEMENTS = tuple("true false desirable undesirable chosen rejected accepted ac
                    "positive negative correct incorrect right wrong yes no like dislike 0 1 -1 +1".split())
 
 # %% ../../nbs/20_data/2_columns.ipynb #95bbd344
-# refused key: its only value that changes nothing, where that is not false; None: there is none
+# refused key -> the only value without an effect, if it is not false; None: every value has an effect
 HARMLESS = dict(enable_thinking=None, mask=None, channel="final", recipient="all") | dict.fromkeys(
     "end_turn need_eos_token add_eos add_eos_token mask_prompt mask_input mask_inputs loss_mask completion_mask "
     "assistant_mask assistant_masks response_mask "
@@ -322,24 +322,24 @@ HARMLESS = dict(enable_thinking=None, mask=None, channel="final", recipient="all
 
 # %% ../../nbs/20_data/2_columns.ipynb #2d7c58ac
 def harmless_value(
-    name:str, # of a refused column or key
-):           # None: there is none
+    name:str, # name of a refused column or key
+): # the value; None: there is none
     "The only value of a refused key that changes nothing"
     return HARMLESS.get(name, None if only_alike(name) == "weight" else False)
 
 # %% ../../nbs/20_data/2_columns.ipynb #b2796f79
 def usual_spelling(
-    name:str, # of a column or key
+    name:str, # name of a column or key
 )->str:
-    "The known spelling of a column or of a message key"
+    "The known spelling of a column or message key"
     return known_spelling(name) if known_spelling(name) != name else known_spelling(name, "message")
 
 # %% ../../nbs/20_data/2_columns.ipynb #a29dd554
 def harmless(
-    name:str, # of a refused column or key
-    value, # its value
+    name:str, # name of a refused column or key
+    value, # value of the column or key
 )->bool:
-    "Whether a value of a refused key changes nothing"
+    "True if a value of a refused key changes nothing"
     name = usual_spelling(name)
     if name in ("label", "labels", "kto_tag"):
         return empty_value(value) or isinstance(value, str) and value.strip().lower() not in JUDGEMENTS
@@ -353,13 +353,15 @@ class Flag:
     "A column or key that judges a row, a message or an answer"
     against:object # the values that speak against it: True, False, or words
     drops:bool # rows with such a value are dropped; else they are kept with a notice
-    text:str # what such a value says
+    text:str # what such a value says about the row
 
 # %% ../../nbs/20_data/2_columns.ipynb #23be1970
 CUT_OFF = tuple("length max_tokens max_length max_output_tokens max_new_tokens token_limit content_filter safety "
-                "recitation error abort aborted cancelled canceled timeout incomplete".split()) # why an answer ended
+                # reasons why an answer ended early
+                "recitation error abort aborted cancelled canceled timeout incomplete".split())
 AGAINST = tuple("false no reject rejected undesirable dislike disliked bad poor wrong incorrect negative unsafe fail "
-                "failed failure invalid down downvote downvoted thumbs_down thumbsdown -1".split()) # judge an answer
+                # words against an answer
+                "failed failure invalid down downvote downvoted thumbs_down thumbsdown -1".split())
 
 # %% ../../nbs/20_data/2_columns.ipynb #191fcac1
 FLAGS = {name: Flag(*rest) for names, *rest in [
@@ -383,18 +385,18 @@ FLAGS = {name: Flag(*rest) for names, *rest in [
 # %% ../../nbs/20_data/2_columns.ipynb #46f275f2
 @cache
 def flag_of(
-    name:str, # of a column, of a key of a message, or KEY.NAME for a key of its parts
-)->Flag|None: # None if it is no flag
+    name:str, # name of a column, of a message key, or KEY.NAME for a key of its parts
+)->Flag|None: # None if the name is not a flag
     "The flag of a name in any spelling: `isCorrect` is `is_correct`"
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.split(".")[-1])
     return FLAGS.get(re.sub(r"[\W_]+", "_", words).strip("_").lower())
 
 # %% ../../nbs/20_data/2_columns.ipynb #7b28fb5e
 def speaks_against(
-    name:str, # of a flag
-    value, # its value
+    name:str, # name of a flag
+    value, # value of the flag
 )->bool:
-    "Whether the value of a flag says that a row is unfit; 0 is no, except where it may be an index or a count"
+    "True if this value of a flag says that a row is unfit; 0 means no, unless it may be an index or a count"
     against = flag_of(name).against
     if isinstance(value, str):
         words = against if isinstance(against, tuple) else ("true", "yes") if against else AGAINST
@@ -415,9 +417,9 @@ def unfit(
 
 # %% ../../nbs/20_data/2_columns.ipynb #420475a4
 def all_texts(
-    value, # of a column
-)->list[str]: # its texts, without the names of speakers and types
-    "All texts in a value; JSON text is read as well"
+    value, # value of a column
+)->list[str]: # texts, without the names of speakers and types
+    "Collect all texts in a value; JSON text is parsed first"
     if isinstance(value, dict):
         return [t for k, v in value.items() if k not in ("role", "from", "type") for t in all_texts(v)]
     if isinstance(value, (list, tuple)): return [t for v in value for t in all_texts(v)]
@@ -430,18 +432,18 @@ def all_texts(
 
 # %% ../../nbs/20_data/2_columns.ipynb #209f6aa9
 def has_weights(
-    turn, # a message as written
+    turn, # message as in the dataset
 )->bool:
-    "Whether a message has a weight other than 1"
+    "True if a message has a weight other than 1"
     return isinstance(turn, dict) and any(v is not None and v != (k not in INVERTED.split()) for k, v in turn.items()
                                           if k in MESSAGE_KEYS and MESSAGE_KEYS[k].kind == "weight")
 
 # %% ../../nbs/20_data/2_columns.ipynb #621f2004
 def repeats(
-    value, # of a column beside the conversation
-    conversation, # the values that the conversation is read from
+    value, # value of a column that is not part of the conversation
+    conversation, # values from which the conversation is read
 )->bool:
-    "Whether every text of a value occurs in the conversation, and none of its messages has a weight"
+    "True if every text of a value occurs in the conversation, and none of its messages has a weight"
     if isinstance(value, list) and any(map(has_weights, value)): return False
     texts = all_texts(value)
     raw = [v for v in conversation if isinstance(v, str)]
@@ -450,10 +452,10 @@ def repeats(
 
 # %% ../../nbs/20_data/2_columns.ipynb #74f1a941
 def refused_columns(
-    row:dict, # a row
-    form:tuple, # its format
-)->dict[str, str]: # name: what to do
-    "The columns of a row that would change what is trained, and that cannot be honoured"
+    row:dict, # row of a dataset
+    form:tuple, # columns of the row's format
+)->dict[str, str]: # name -> what to do
+    "Find the columns of a row that would change what is trained and cannot be used"
     out = {}
     for name, value in row.items():
         kind, text = column_class(name, form)
@@ -466,9 +468,9 @@ def refused_columns(
 
 # %% ../../nbs/20_data/2_columns.ipynb #c6e5284b
 def plain_array(
-    array, # Arrow array
-):         # Arrow array without dictionaries, views and extension types
-    "An Arrow array in a plain type; JSON as its text"
+    array, # Arrow array of any type
+): # Arrow array without dictionary, view and extension types
+    "Convert an Arrow array to a plain type; JSON becomes text"
     import pyarrow as pa
     if isinstance(array, pa.ChunkedArray): array = array.combine_chunks()
     if isinstance(array, pa.ChunkedArray): # several chunks that do not fit into one array
@@ -481,8 +483,8 @@ def plain_array(
 # %% ../../nbs/20_data/2_columns.ipynb #d7b63c05
 def has_value(
     array, # Arrow array
-)->np.ndarray: # [N] bool
-    "Which values are not null and not empty"
+)->np.ndarray: # [N] bool: the value is not null and not empty
+    "Mark the values that are not null and not empty"
     import pyarrow as pa, pyarrow.compute as pc
     is_json = isinstance(array.type, pa.BaseExtensionType)
     a = plain_array(array)
@@ -502,16 +504,16 @@ def has_value(
 def is_list_type(
     t, # Arrow type
 )->bool:
-    "Whether a type is a list of any kind"
+    "True if an Arrow type is a list of any kind"
     import pyarrow as pa
     return pa.types.is_list(t) or pa.types.is_large_list(t) or pa.types.is_fixed_size_list(t)
 
 # %% ../../nbs/20_data/2_columns.ipynb #6746e749
 def flag_mask(
-    name:str, # of a flag
-    array, # Arrow array of its values
+    name:str, # name of a flag
+    array, # Arrow array with the values of the flag
 )->np.ndarray: # [N] bool
-    "Which values of a flag speak against their row"
+    "Mark the values of a flag that speak against their row"
     import pyarrow as pa, pyarrow.compute as pc
     a, is_json = plain_array(array), isinstance(array.type, pa.BaseExtensionType)
     if pa.types.is_nested(a.type) or pa.types.is_null(a.type): return np.zeros(len(a), bool)
@@ -522,12 +524,12 @@ def flag_mask(
 
 # %% ../../nbs/20_data/2_columns.ipynb #cd701eb2
 def format_index(
-    masks:dict, # column: [N] bool, which rows hold a value
-    texts, # columns in which an empty text counts as a value: {column: [N] bool}
+    masks:dict, # column name -> [N] bool: the row holds a value
+    texts, # column name -> [N] bool, for columns in which an empty text counts as a value
     formats, # formats to look for, in order
-    rows:int, # N
-)->np.ndarray: # [N] int: index of the format; -1 for none
-    "The format of every row"
+    rows:int, # number of rows N
+)->np.ndarray: # [N] int: index into `formats`; -1: no format
+    "Find the format of every row"
     out = np.full(rows, -1)
     for i, form in enumerate(formats):
         if not all(c in masks for c in form): continue
@@ -538,8 +540,8 @@ def format_index(
 # %% ../../nbs/20_data/2_columns.ipynb #2994eddd
 def all_key_masks(
     array, # Arrow array: a column of turns (lists of structs), of one turn, or of JSON
-)->dict[str, np.ndarray]: # key, or key + `QUIET` for values that change nothing: [N] bool
-    "For each key of the messages, the rows in which it holds a value"
+)->dict[str, np.ndarray]: # key -> [N] bool; key + `QUIET` -> [N] bool for values that change nothing
+    "For each key of the messages, mark the rows in which it holds a value"
     import pyarrow as pa, pyarrow.compute as pc
     a, rows = plain_array(array), len(array)
     if pa.types.is_string(a.type) or pa.types.is_large_string(a.type): return json_key_masks(a)
@@ -558,9 +560,9 @@ def all_key_masks(
 
 # %% ../../nbs/20_data/2_columns.ipynb #83362586
 def key_masks(
-    array, # as for `all_key_masks`
-)->dict[str, np.ndarray]: # key: [N] bool
-    "For each key of the messages, the rows in which it holds a value that counts"
+    array, # Arrow array, as for `all_key_masks`
+)->dict[str, np.ndarray]: # key -> [N] bool
+    "For each key of the messages, mark the rows in which it holds a value that may change something"
     out = {}
     for k, m in all_key_masks(array).items():
         name = k.removesuffix(UNFIT)
@@ -569,11 +571,11 @@ def key_masks(
 
 # %% ../../nbs/20_data/2_columns.ipynb #b020c762
 def key_mask(
-    name:str, # of a key
-    array, # Arrow array of its values
-    kind:str, # its class, as from `column_class`
+    name:str, # name of a key
+    array, # Arrow array with the values of the key
+    kind:str, # class of the key, as from `column_class`
 )->np.ndarray: # [N] bool
-    "Which values of a key count: for a refused key, `false` does not"
+    "Mark the values that count; for a refused key `false` does not count"
     import pyarrow as pa, pyarrow.compute as pc
     mask, a = has_value(array), plain_array(array)
     name = usual_spelling(name)
@@ -595,14 +597,14 @@ def key_mask(
 # %% ../../nbs/20_data/2_columns.ipynb #55f19df4
 QUIET = ":quiet" # behind the name of a key: its values that change nothing
 UNFIT = ":unfit" # behind the name of a flag: its values that speak against a row
-NO_CHANGE = "a value that changes nothing" # of a key that is refused with other values
+NO_CHANGE = "a value that changes nothing" # text of a key whose other values are refused
 
 # %% ../../nbs/20_data/2_columns.ipynb #37dd646f
 def loud_and_quiet(
-    name:str, # of a key of a message; KEY.NAME within its parts or calls
-    array, # Arrow array of its values
-)->dict[str, np.ndarray]: # name, name + `QUIET`, name + `UNFIT`: [N] bool
-    "Which values of a key count, which change nothing, and which speak against a row"
+    name:str, # name of a message key, or KEY.NAME for a key of its parts or calls
+    array, # Arrow array with the values of the key
+)->dict[str, np.ndarray]: # name -> [N] bool, name + `QUIET` -> [N] bool
+    "Mark the values of a key that count, and those that change nothing"
     known = message_key(name)
     mask = key_mask(name.split(".", 1)[-1], array, known.kind)
     if flag_of(name) and known.kind == "metadata":
@@ -614,9 +616,9 @@ def loud_and_quiet(
 # %% ../../nbs/20_data/2_columns.ipynb #b69ad9e5
 @cache
 def message_key(
-    name:str, # of a key of a message; KEY.NAME for a key of its parts or calls
+    name:str, # name of a message key, or KEY.NAME for a key of its parts or calls
 )->KnownKey:
-    "What a key of a message means"
+    "Look up the meaning of a message key"
     key, _, inner = name.partition(".")
     known, rest = NESTED_KEYS[key] if inner and key in NESTED_KEYS else (MESSAGE_KEYS, KnownKey("metadata", "not read"))
     word = inner if known is not MESSAGE_KEYS else name
@@ -627,28 +629,28 @@ def message_key(
 
 # %% ../../nbs/20_data/2_columns.ipynb #82a3a693
 def no_value(
-    name:str, # of a key of a message
-    value, # its value
+    name:str, # name of a message key
+    value, # value of the key
 )->bool:
-    "Whether a value counts as absent in the account"
+    "True if a value counts as absent in the account"
     if message_key(name).text == "the thought before the answer" and value is False: return True
     return harmless(name.split(".")[-1], value) if message_key(name).kind == "refused" else empty_value(value)
 
 # %% ../../nbs/20_data/2_columns.ipynb #881350f1
 def key_suffix(
-    name:str, # of a key of a message; KEY.NAME within its parts or calls
-    value, # its value
-)->str:
-    "`UNFIT`, `QUIET` or nothing: what the value of a key means"
+    name:str, # name of a message key, or KEY.NAME for a key of its parts or calls
+    value, # value of the key
+)->str: # `UNFIT`, `QUIET` or an empty text
+    "Choose the suffix that says what the value of a key means"
     if flag_of(name) and message_key(name).kind == "metadata": return UNFIT*speaks_against(name, value)
     return QUIET*no_value(name, value)
 
 # %% ../../nbs/20_data/2_columns.ipynb #4949be97
 def nested_names(
-    name:str, # of a key of a message
-    value, # its value: a list of parts or calls, one of them, or JSON text
-)->list[str]: # as NAME.KEY
-    "The keys of the parts or calls of a message that hold a value"
+    name:str, # name of a message key
+    value, # value of the key: a list of parts or calls, one of them, or JSON text
+)->list[str]: # names as NAME.KEY
+    "List the keys of a message's parts or calls that hold a value"
     if name not in NESTED_KEYS: return []
     if isinstance(value, str) and value.lstrip()[:1] in "[{" and name != "content" and name != "value":
         try: value = json.loads(value)
@@ -663,10 +665,10 @@ def nested_names(
 
 # %% ../../nbs/20_data/2_columns.ipynb #ca421cc2
 def nested_masks(
-    name:str, # of a key of a message
-    array, # Arrow array of its values, one per message
-)->dict[str, np.ndarray]: # NAME.KEY: [M] bool
-    "In which messages a key of the parts or calls holds a value"
+    name:str, # name of a message key
+    array, # Arrow array with the values of the key, one per message
+)->dict[str, np.ndarray]: # NAME.KEY -> [M] bool, for M messages
+    "For each key of the parts or calls, mark the messages in which it holds a value"
     import pyarrow as pa, pyarrow.compute as pc
     if name not in NESTED_KEYS: return {}
     a, n = plain_array(array), len(array)
@@ -690,10 +692,10 @@ def nested_masks(
 
 # %% ../../nbs/20_data/2_columns.ipynb #2414653a
 def struct_masks(
-    name:str, # of a key of a message
-    items, # Arrow array of its parts or calls
-)->dict[str, np.ndarray]: # NAME.KEY: [P] bool
-    "Which parts or calls hold a value under each of their keys"
+    name:str, # name of a message key
+    items, # Arrow array of P parts or calls
+)->dict[str, np.ndarray]: # NAME.KEY -> [P] bool
+    "For each key, mark the parts or calls in which it holds a value"
     import pyarrow as pa
     if not pa.types.is_struct(items.type) or name in ("content", "value") and not {"type", "text"} & {
         f.name for f in items.type}: return {}
@@ -706,9 +708,9 @@ def struct_masks(
 
 # %% ../../nbs/20_data/2_columns.ipynb #1838fa18
 def branch_masks(
-    array, # Arrow array: a column of branches in the Swiss-AI format
-)->dict[str, np.ndarray]: # `turns.KEY`, `parts.KEY`: [N] bool, rows in which some turn or part holds a value
-    "In which rows a key of the turns or parts of a branch holds a value"
+    array, # Arrow array of a column of branches in the Swiss-AI format
+)->dict[str, np.ndarray]: # `turns.KEY` or `parts.KEY` -> [N] bool: some turn or part of the row holds a value
+    "For each key of turns and parts, mark the rows in which it holds a value"
     import pyarrow as pa, pyarrow.compute as pc
     def inner(items, parents, field): # the elements of a list, or of a field of structs that holds lists
         a = plain_array(items if field is None else items.field(field))
@@ -757,10 +759,10 @@ class OtherForm(ValueError):
 
 # %% ../../nbs/20_data/2_columns.ipynb #f924ea81
 def json_text(
-    value, # any
-    exact:bool=False, # nulls are real, not filled in by Arrow
+    value, # any value
+    exact:bool=False, # True: keep nulls; False: Arrow may have added them for missing fields, so they are left out
 )->str:
-    "A text as it is; another value as JSON, without the fields that Arrow added"
+    "Return a text unchanged and any other value as JSON"
     if exact and not isinstance(value, str): return json.dumps(value, ensure_ascii=False)
     def filled(x):
         if isinstance(x, dict): return {k: filled(v) for k, v in x.items() if v is not None}
@@ -769,9 +771,9 @@ def json_text(
 
 # %% ../../nbs/20_data/2_columns.ipynb #034d6df4
 def json_list(
-    value, # of a column
-)->list|None: # None if it is no list
-    "A list, also from its JSON text"
+    value, # value of a column
+)->list|None: # None if the value is not a list
+    "Return a list, or parse a list from JSON text"
     if isinstance(value, str) and value.lstrip()[:1] == "[":
         try: value = json.loads(value)
         except (ValueError, RecursionError): return None
@@ -792,11 +794,11 @@ VERDICTS = [ # columns of two answers, those of the verdict, and its values for 
 
 # %% ../../nbs/20_data/2_columns.ipynb #6cd3f366
 def better_side(
-    values:list, # of the columns of a verdict
-    first, # values for the first answer, or larger, negative, positive
-    second, # values for the second answer
+    values:list, # values of the columns of a verdict
+    first, # values that prefer the first answer; or one of larger, negative, positive
+    second, # values that prefer the second answer; or one of larger, negative, positive
 )->int: # 0 or 1; raises `OtherForm` if neither is better
-    "Which of two answers is better"
+    "Find the better of two answers"
     if first == "larger":
         if None in values or values[0] == values[1]: raise OtherForm("the scores do not prefer an answer")
         return int(values[1] > values[0])
@@ -809,11 +811,11 @@ def better_side(
 
 # %% ../../nbs/20_data/2_columns.ipynb #8a311a28
 def from_verdict(
-    row:dict, # with two answers and a verdict
-    names, # of the columns of the answers
-    verdict, # as in `VERDICTS`: columns, values for the first, values for the second
-)->dict: # prompt, chosen, rejected
-    "A pair from two answers and a verdict"
+    row:dict, # row with two answers and a verdict
+    names, # names of the columns of the two answers
+    verdict, # entry of `VERDICTS`: columns, values for the first, values for the second
+)->dict: # dict with prompt, chosen, rejected
+    "Make a pair from two answers and a verdict"
     columns, *values = verdict
     better = better_side([row[c] for c in columns.split()], *values)
     sides = [row[names[better]], row[names[1 - better]]]
@@ -832,9 +834,9 @@ def from_verdict(
 
 # %% ../../nbs/20_data/2_columns.ipynb #7bd4e9e7
 def from_gemini(
-    row:dict, # contents, and perhaps system_instruction
-)->dict: # messages
-    "Messages from the contents of Gemini, whose turns have parts"
+    row:dict, # row with contents, and possibly system_instruction
+)->dict: # dict with messages
+    "Convert the contents of the Gemini API, whose turns consist of parts, to messages"
     system = row.get("system_instruction")
     turns = [dict(system, role="system")] if isinstance(system, dict) and not empty_value(system) else []
     turns += [dict(role="system", parts=[dict(text=system)])] if isinstance(system, str) and system else []
@@ -855,9 +857,9 @@ def from_gemini(
 
 # %% ../../nbs/20_data/2_columns.ipynb #fcd65db6
 def from_calls(
-    row:dict, # query, answers
-)->dict: # messages
-    "A question that is answered by calls of tools (xLAM)"
+    row:dict, # row with query and answers
+)->dict: # dict with messages
+    "Convert a question that is answered by calls of tools (xLAM) to messages"
     calls = json_list(row["answers"])
     if calls is None or not all(isinstance(c, dict) and "name" in c for c in calls):
         raise OtherForm("answers is no list of calls with name and arguments: of several texts make one row of each, "
@@ -869,9 +871,9 @@ def from_calls(
 
 # %% ../../nbs/20_data/2_columns.ipynb #c3b0a675
 def from_preferred(
-    row:dict, # input with messages and tools, preferred_output, non_preferred_output
-)->dict: # prompt, chosen, rejected, tools
-    "A pair in OpenAI's format of preferences"
+    row:dict, # row with input (messages and tools), preferred_output and non_preferred_output
+)->dict: # dict with prompt, chosen, rejected, tools
+    "Convert a pair in OpenAI's preference format"
     given = row["input"] if isinstance(row["input"], dict) else dict(messages=row["input"])
     sides = [row["preferred_output"], row["non_preferred_output"]]
     if any(map(empty_value, [given.get("messages"), *sides])): raise OtherForm("a side or the input is empty")
@@ -884,9 +886,9 @@ def from_preferred(
 
 # %% ../../nbs/20_data/2_columns.ipynb #8cf55a1c
 def from_exchange(
-    row:dict, # request with messages, response with choices
-)->dict: # messages, tools, finish_reason
-    "A conversation from a logged request and its response (OpenAI)"
+    row:dict, # row with request (messages) and response (choices)
+)->dict: # dict with messages, tools, finish_reason
+    "Convert a logged request and its response (OpenAI) to a conversation"
     request, response = ((v or {}).get("body") or v or {} for v in (row["request"], row["response"]))
     choices = response.get("choices") or []
     if empty_value(request.get("messages")) or len(choices) != 1:
@@ -907,9 +909,9 @@ SHAPES = [ # name, columns that name the form, further columns that it uses, fun
 # %% ../../nbs/20_data/2_columns.ipynb #1b92a06e
 def converted_rows(
     dataset, # `datasets.Dataset` whose columns fit a shape
-    shape, # of `SHAPES`
+    shape, # entry of `SHAPES`
 ):          # (the dataset with the new columns in place of those it uses, notes)
-    "The rows of a shape in a known format"
+    "Convert the rows of one of the `SHAPES` to a known format"
     from datasets import Value
     name, needs, more, make = shape
     used, made, faults = [c for c in dataset.column_names if c in (*needs, *more)], [], {}
@@ -934,7 +936,7 @@ def converted_rows(
 def in_known_form(
     dataset, # `datasets.Dataset`
 ):          # (the dataset, notes)
-    "The rows with known columns, if their columns fit no format but a form of `RENAMES` or `SHAPES`"
+    "Convert a dataset whose columns fit no format but an entry of `RENAMES` or `SHAPES`"
     names = {*dataset.column_names}
     if any({*f} <= names for f in FORMATS): return dataset, []
     for shape in SHAPES:
@@ -990,17 +992,17 @@ UNREAD = [ # columns of a form that is not read, what it is, how it is converted
 
 # %% ../../nbs/20_data/2_columns.ipynb #d513ffbb
 def form_advice(
-    names, # of the columns of a dataset
-)->str: # a sentence; empty if the columns name no such form
-    "What the rows of a form that is not read look like, and how to convert them"
+    names, # names of the columns of a dataset
+)->str: # a sentence; empty if the columns fit no entry of `UNREAD`
+    "Describe rows in a form that is not read, and how the user can convert them"
     return next((f" The rows look like {what} ({', '.join(columns.split())}): {advice}."
                  for columns, what, advice in UNREAD if {*columns.split()} <= {*names}), "")
 
 # %% ../../nbs/20_data/2_columns.ipynb #8fd1864e
 def with_known_names(
     dataset, # `datasets.Dataset`
-):          # the dataset
-    "The dataset with known names (`systemPrompt` becomes `system_prompt`) and in a known form, with notices"
+): # the dataset with renamed columns
+    "Rename columns to known names (`systemPrompt` to `system_prompt`) and convert other forms, with notices"
     names = {c: known_spelling(c) for c in dataset.column_names}
     meant = {c for f in FORMATS for c in f} | {*PROMPT_COLUMNS}
     meant |= {c for c in names.values() if c in ROW_KEYS and ROW_KEYS[c].kind != "metadata"}
@@ -1016,11 +1018,11 @@ def with_known_names(
 
 # %% ../../nbs/20_data/2_columns.ipynb #68fe5937
 def fold_masks(
-    masks:dict, # key: [M] bool, of messages
-    parents, # [M] int: the row of each message
-    rows:int, # N
-)->dict: # key: [N] bool
-    "Masks of rows from masks of messages"
+    masks:dict, # key -> [M] bool, one per message
+    parents, # [M] int: row index of each message
+    rows:int, # number of rows N
+)->dict: # key -> [N] bool
+    "Combine masks of messages to masks of rows"
     out = {}
     for key, mask in masks.items():
         out[key] = np.zeros(rows, bool)
@@ -1029,18 +1031,18 @@ def fold_masks(
 
 # %% ../../nbs/20_data/2_columns.ipynb #6143974a
 def is_turn(
-    value, # of a list of messages
+    value, # element of a list of messages
 )->bool:
-    "Whether an object is a message: it says who speaks, is a call or its result, or a question with its answer"
+    "True if an object is a message: it names a speaker, or it is a pair of a question and an answer"
     return isinstance(value, dict) and any({*keys} <= {*value} for keys in (
         ("role",), ("from",), ("input", "output"), ("human", "assistant"), ("speaker",), ("sender",),
         ("type", "content"), ("type", "call_id")))
 
 # %% ../../nbs/20_data/2_columns.ipynb #37ec2c5a
 def json_key_masks(
-    texts, # Arrow array of JSON texts: messages, or one message
-)->dict: # key: [N] bool
-    "As `key_masks`, for messages that are stored as JSON text"
+    texts, # Arrow array of JSON texts, each with messages or one message
+)->dict: # key -> [N] bool
+    "Apply `key_masks` to messages that are stored as JSON text"
     out = {}
     for i, text in enumerate(texts.to_pylist()):
         if not text or text.lstrip()[:1] not in "[{": continue
@@ -1057,42 +1059,42 @@ def json_key_masks(
 class KeyUse:
     "The use of one column or message key"
     name:str
-    kind:str # conversation, weight, metadata or refused
-    rows:int # rows that hold a value
-    text:str # how it is honoured, or what to do
-    by_row:bool=False # refused row by row: these rows are dropped, the others are kept
+    kind:str # class: conversation, weight, metadata or refused
+    rows:int # number of rows that hold a value
+    text:str # how the key is used; for a refused key, what to do
+    by_row:bool=False # True: only the rows with this value are dropped, the others are kept
 
 # %% ../../nbs/20_data/2_columns.ipynb #453941d8
 @dataclass
 class Account:
     "The columns and message keys of a dataset by class"
-    rows:int=0 # of the dataset
-    formats:dict=field(default_factory=dict) # format, as its columns joined by +: rows; `none`: rows of no format
-    columns:list=field(default_factory=list) # `KeyUse` of columns; a column may have several, of different classes
-    message_keys:list=field(default_factory=list) # `KeyUse` of keys of the messages
-    ignored:tuple=() # columns and keys to treat as absent, as they were asked for
-    absent:tuple=() # those of them that the dataset has
-    judged:dict=field(default_factory=dict) # flag that drops no row: rows that it speaks against
+    rows:int=0 # number of rows of the dataset
+    formats:dict=field(default_factory=dict) # format (column names joined by +, or `none`) -> number of rows
+    columns:list=field(default_factory=list) # one `KeyUse` per column and class
+    message_keys:list=field(default_factory=list) # one `KeyUse` per message key and class
+    ignored:tuple=() # columns and keys that the user wants to treat as absent
+    absent:tuple=() # the part of `ignored` that the dataset has
+    judged:dict=field(default_factory=dict) # flag that drops no row -> number of rows that it speaks against
 
     def refused(self): # -> `KeyUse` of columns and message keys that are refused
-        "Columns and message keys for which the dataset is refused"
+        "The columns and message keys for which the dataset is refused"
         return [u for u in self.columns + self.message_keys if u.kind == "refused" and not u.by_row]
 
     def names(self, kind, of="columns"): # class; columns or message_keys -> names
-        "Names of one class that hold a value"
+        "Names of columns or message keys of one class that hold a value"
         return [u.name for u in getattr(self, of) if u.kind == kind]
 
 # %% ../../nbs/20_data/2_columns.ipynb #f55a8f22
 @dataclass
 class Tally:
-    "The counts of an account so far"
+    "The counts of an account while the rows are being counted"
     formats:list # formats to look for, in this order
-    pairs:bool=False # the rows are read as pairs
-    ignore:set=field(default_factory=set) # columns to treat as absent, and messages.KEY
-    by_format:dict=field(default_factory=dict) # format, as its columns joined by +: rows
-    seen:set=field(default_factory=set) # message keys, as messages.KEY, the ignored ones too
-    uses:dict=field(default_factory=dict) # (columns or message_keys, name, class, text, by row): rows
-    judged:dict=field(default_factory=dict) # flag that drops no row: rows that it speaks against
+    pairs:bool=False # True: the rows are read as pairs
+    ignore:set=field(default_factory=set) # columns to treat as absent, and messages.KEY for message keys
+    by_format:dict=field(default_factory=dict) # format (column names joined by +) -> number of rows
+    seen:set=field(default_factory=set) # message keys, as messages.KEY, including ignored ones
+    uses:dict=field(default_factory=dict) # (columns or message_keys, name, class, text, by row) -> number of rows
+    judged:dict=field(default_factory=dict) # flag that drops no row -> number of rows that it speaks against
 
     def add(self, of, name, kind, text, rows, by_row=False):
         "Add rows to the use of a column or key"
@@ -1100,7 +1102,7 @@ class Tally:
         if rows: self.uses[key] = self.uses.get(key, 0) + int(rows)
 
     def add_flag(self, of, name, rows):
-        "Add rows that a flag speaks against"
+        "Count rows that a flag speaks against"
         flag = flag_of(name)
         text = f"{flag.text}: {'the rows are dropped' if flag.drops else 'the rows are kept'}"
         self.add(of, name, "refused" if flag.drops else "metadata", text, rows, flag.drops)
@@ -1108,16 +1110,16 @@ class Tally:
 
 # %% ../../nbs/20_data/2_columns.ipynb #086cd204
 def formats_in_order(
-    pairs:bool=False, # pairs come before conversations
-)->list[tuple]: # the Swiss-AI format first: its rows may hold anything else
-    "The formats in the order in which a dataset is searched for them"
+    pairs:bool=False, # True: look for pairs before conversations
+)->list[tuple]: # formats; the Swiss-AI format comes first, because its rows may hold any other column
+    "The formats in the order in which they are looked for"
     order = dict(branches=0, pair=1 if pairs else 2)
     return sorted(FORMATS, key=lambda f: order.get(FORMATS[f], 2))
 
 # %% ../../nbs/20_data/2_columns.ipynb #59ccce03
 def tally_batch(
-    tally:Tally, # changed in place
-    table, # Arrow table of some rows
+    tally:Tally, # counts, changed in place
+    table, # Arrow table with some rows
 ):
     "Add the rows of a table to the counts"
     columns = {c: plain_column(table[c]) for c in table.column_names if c not in tally.ignore}
@@ -1132,10 +1134,10 @@ def tally_batch(
 
 # %% ../../nbs/20_data/2_columns.ipynb #9ec9eb0d
 def tally_column(
-    tally:Tally, # changed in place
-    columns:dict, # name: Arrow array
-    name:str, # of the column
-    form:tuple|None, # the format of the rows
+    tally:Tally, # counts, changed in place
+    columns:dict, # column name -> Arrow array
+    name:str, # name of the column
+    form:tuple|None, # format of the rows; None: no format
     mask:np.ndarray, # [N] bool: rows of this format in which the column holds a value
 ):
     "Add one column of rows of one format"
@@ -1155,9 +1157,9 @@ def tally_column(
 
 # %% ../../nbs/20_data/2_columns.ipynb #ade55029
 def tally_keys(
-    tally:Tally, # changed in place
-    columns:dict, # name: Arrow array
-    form:tuple|None, # the format of the rows
+    tally:Tally, # counts, changed in place
+    columns:dict, # column name -> Arrow array
+    form:tuple|None, # format of the rows; None: no format
     rows:np.ndarray, # [N] bool: rows of this format
 ):
     "Add the message keys of rows of one format"
@@ -1181,8 +1183,8 @@ def tally_keys(
 # %% ../../nbs/20_data/2_columns.ipynb #8849f4ab
 def plain_column(
     column, # Arrow chunked array or array
-):          # Arrow array; an extension type stays
-    "A column as one array"
+): # Arrow array; an extension type is kept
+    "Join the chunks of a column to one array"
     import pyarrow as pa
     if not isinstance(column, pa.ChunkedArray): return column
     if column.num_chunks == 1: return column.chunk(0)
@@ -1194,9 +1196,9 @@ def plain_column(
 
 # %% ../../nbs/20_data/2_columns.ipynb #6e55eee0
 def text_masks(
-    columns:dict, # name: Arrow column
-)->dict[str, np.ndarray]: # name: [N] bool
-    "Which rows hold a number or a text; in a column that names a format an empty text counts as a value"
+    columns:dict, # column name -> Arrow column
+)->dict[str, np.ndarray]: # column name -> [N] bool
+    "Mark the rows that hold a number or a text; in a column of a format an empty text counts too"
     out = {}
     for name, column in columns.items():
         a = plain_column(column)
@@ -1206,10 +1208,10 @@ def text_masks(
 
 # %% ../../nbs/20_data/2_columns.ipynb #a2c362ed
 def form_columns(
-    form:tuple|None, # a format
-    columns, # names of the dataset's columns
-)->list[str]: # columns that may hold messages
-    "The columns of a format whose messages are looked at"
+    form:tuple|None, # format of the rows; None: no format
+    columns, # names of all columns of the dataset
+)->list[str]: # names of columns
+    "The columns of a format that may hold messages"
     if form is None or FORMATS[form] == "branches": return []
     extra = ("prompt", "conversations", "messages") if FORMATS[form] == "pair" else ()
     extra += ("history",) if FORMATS[form] in ("pair", "single") else ()
@@ -1217,12 +1219,12 @@ def form_columns(
 
 # %% ../../nbs/20_data/2_columns.ipynb #b75de83f
 def repeated_rows(
-    columns:dict, # name: Arrow array
-    name:str, # of a column beside the conversation
+    columns:dict, # column name -> Arrow array
+    name:str, # name of a column that is not part of the conversation
     form:tuple, # the format of the rows
-    mask:np.ndarray, # [N] bool: the rows to look at
-)->list[bool]: # of each of these rows
-    "Whether the texts of a column occur in the conversation of their row"
+    mask:np.ndarray, # [N] bool: the rows to check
+)->list[bool]: # one value per checked row
+    "True for each row in which the texts of a column occur in the conversation"
     import pyarrow as pa
     if not mask.any(): return []
     read = [c for c in columns if column_class(c, form)[0] == "conversation"]
@@ -1234,10 +1236,10 @@ def repeated_rows(
 # %% ../../nbs/20_data/2_columns.ipynb #c9e27346
 def account(
     dataset, # `datasets.Dataset`
-    ignore=(), # columns to treat as absent; messages.KEY for a key of the messages
-    pairs:bool=False, # read the rows as pairs: chosen and rejected come before messages
+    ignore=(), # names of columns to treat as absent, and messages.KEY for message keys
+    pairs:bool=False, # True: read the rows as pairs, so that chosen and rejected come before messages
 )->Account:
-    "The account of a dataset: each column and message key with its class and its rows"
+    "Make the account of a dataset: the class and the number of rows of each column and message key"
     tally = Tally(formats_in_order(pairs), pairs, set(ignore))
     for table in dataset.with_format("arrow").iter(batch_size=10_000): tally_batch(tally, table)
     uses = dict(columns=[], message_keys=[])
@@ -1252,7 +1254,7 @@ def account(
 
 # %% ../../nbs/20_data/2_columns.ipynb #99b4109a
 def check_account(
-    account:Account, # of a dataset
+    account:Account, # account of a dataset
     of:str="", # name of the dataset, for the message
 ):
     "Raise a `UserError` that names each refused column and message key, its rows, and what to do"
@@ -1270,9 +1272,9 @@ def check_account(
 
 # %% ../../nbs/20_data/2_columns.ipynb #1e3fff8e
 def ignored_notes(
-    accounts:list[Account], # of datasets that ignore the same columns
+    accounts:list[Account], # accounts of datasets that ignore the same columns
 )->list[str]: # sentences
-    "The columns and message keys to ignore that no dataset has"
+    "Report columns and message keys in `ignore_columns` that no dataset has"
     names = {n for a in accounts for n in (*(u.name for u in a.columns), *a.absent,
                                            *(f"messages.{u.name}" for u in a.message_keys))}
     ignored = dict.fromkeys(c for a in accounts for c in a.ignored)
@@ -1282,9 +1284,9 @@ def ignored_notes(
 
 # %% ../../nbs/20_data/2_columns.ipynb #ccbe2738
 def judged_notes(
-    accounts:list[Account], # of datasets
+    accounts:list[Account], # accounts of datasets
 )->list[str]: # sentences
-    "The flags that speak against rows which are kept all the same"
+    "Report the flags that speak against rows which are kept"
     out = {}
     for a in accounts:
         for name, n in a.judged.items(): out[name] = out.get(name, 0) + n
@@ -1295,14 +1297,14 @@ def judged_notes(
 def account_notes(
     accounts:list[Account], # of datasets that ignore the same columns
 )->list[str]: # sentences
-    "What a person should know of the columns and keys of datasets: see `ignored_notes` and `judged_notes`"
+    "Report what a user should know about columns and keys: `ignored_notes` and `judged_notes`"
     return [*ignored_notes(accounts), *judged_notes(accounts)]
 
 # %% ../../nbs/20_data/2_columns.ipynb #d22bda17
 def account_lines(
-    account:Account, # of a dataset
-)->list[dict]: # one dict per line: key, of (row or message), class, rows, meaning
-    "The account as lines of a table"
+    account:Account, # account of a dataset
+)->list[dict]: # rows of a table: key, of (row or message), class, rows, meaning
+    "Convert the account to rows of a table"
     order = ("refused", "weight", "conversation", "metadata")
     lines = [dict(key=u.name, of=of, rows=u.rows, meaning=u.text, kind=u.kind)
              for of, uses in (("row", account.columns), ("message", account.message_keys)) for u in uses]

@@ -79,8 +79,8 @@ def _word_count(text:str|None)->int:
     return len(gram_hashes([text or ""], 1)[0])
 
 # %% ../../nbs/20_data/8_contamination.ipynb #5a87bef1
-HASHES_ENDING = ".hashes.parquet" # of files with lists of hashes
-_VERSION = 1 # of the way texts become hashes
+HASHES_ENDING = ".hashes.parquet" # ending of files with lists of hashes
+_VERSION = 1 # version of the conversion of texts to hashes
 
 # %% ../../nbs/20_data/8_contamination.ipynb #84bd1823
 def save_benchmark(
@@ -214,8 +214,9 @@ class GramIndex:
         self.ngram = benchmarks[0].ngram
         grams = np.concatenate(texts)
         order = np.argsort(grams, kind="stable")
-        self.text = np.repeat(np.arange(len(texts), dtype=np.int32), lengths)[order] # of each n-gram
-        self.at = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])[order] # its position in the text
+        self.text = np.repeat(np.arange(len(texts), dtype=np.int32), lengths)[order] # index of the text of each n-gram
+        # position of each n-gram in its text
+        self.at = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])[order]
         self.grams, first = np.unique(grams[order], return_index=True)
         self.first = np.append(first, len(grams)) # the entries of n-gram g are first[g]:first[g + 1]
         self.words = np.array([n + self.ngram - 1 if n > 1 else self.ngram for n in lengths])
@@ -287,7 +288,7 @@ def find_contamination(
         found = found[found >= 0]
         for r in np.unique(row):
             covered, share = index.coverage(found[row == r])
-            best = int(np.argmax(share)) # of equal ones the first
+            best = int(np.argmax(share)) # the first one, if several are equal
             out.coverage[start + r], out.text[start + r] = share[best], covered[best]
             out.most[covered] = np.maximum(out.most[covered], share)
             out.rows[covered] += share >= threshold

@@ -62,7 +62,7 @@ def check_duplicate_settings(
 
 # %% ../../nbs/20_data/6_duplicates.ipynb #bdf718fc
 class WordHashes(dict):
-    "word: 64-bit hash, computed when it is first asked for; emptied when it holds half a million words"
+    "Cache of words and their 64-bit hashes; emptied at half a million words"
     def __missing__(self, word):
         if len(self) >= 500_000: self.clear()
         out = self[word] = text_hash(word)
@@ -71,8 +71,8 @@ class WordHashes(dict):
 # %% ../../nbs/20_data/6_duplicates.ipynb #0f14eed5
 def text_hash(
     text:str, # any text, also with lone surrogates
-)->int: # below 2**64, the same on every machine
-    "A hash of 64 bits"
+)->int: # whole number below 2**64, the same on every machine
+    "A 64-bit hash of a text"
     return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
 
 # %% ../../nbs/20_data/6_duplicates.ipynb #a32ba365
@@ -82,7 +82,7 @@ _ODD = np.uint64(0x9E3779B97F4A7C15)
 # %% ../../nbs/20_data/6_duplicates.ipynb #ee36e9e5
 def mix_bits(
     x:np.ndarray, # uint64, changed in place
-)->np.ndarray: # x
+)->np.ndarray: # the same array
     "The finalizer of splitmix64 (Steele, Lea and Flood, 2014): each bit depends on all bits"
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x ^= x >> np.uint64(shift)
@@ -93,7 +93,7 @@ def mix_bits(
 # %% ../../nbs/20_data/6_duplicates.ipynb #c04d6d4d
 def rolling_hashes(
     words_W:np.ndarray, # uint64 hashes of words
-    n:int, # words in an n-gram
+    n:int, # number of words in an n-gram
 )->np.ndarray: # [W - n + 1] uint64
     "The hashes of all n-grams of a sequence of words"
     m = len(words_W) - n + 1
@@ -107,9 +107,9 @@ def rolling_hashes(
 # %% ../../nbs/20_data/6_duplicates.ipynb #85e7e279
 def gram_hashes(
     texts:list[str], # any texts
-    ngram:int=5, # words in an n-gram
-)->tuple: # (grams_G uint64, starts): the n-grams of text i are grams[starts[i]:starts[i+1]], in order
-    "The hashes of the word n-grams of many texts; a text with fewer words is one n-gram"
+    ngram:int=5, # number of words in an n-gram
+)->tuple: # (grams_G uint64, starts): grams[starts[i]:starts[i+1]] are the n-grams of text i, in order
+    "Hash the word n-grams of many texts; a text with fewer words is one n-gram"
     words = [_WORD.findall(text.lower()) for text in texts]
     lengths = np.array([len(w) for w in words], np.int64)
     hashes = np.fromiter(map(_WORD_HASHES.__getitem__, itertools.chain.from_iterable(words)), np.uint64, lengths.sum())
@@ -127,10 +127,10 @@ def gram_hashes(
 # %% ../../nbs/20_data/6_duplicates.ipynb #dbc09f55
 @dataclass
 class SketchSettings:
-    "How texts are compared"
+    "Settings of the comparison of texts"
     threshold:float = 0.8 # smallest Jaccard similarity of near duplicates; 0: exact duplicates only
-    num_perm:int = 128 # length of a sketch
-    ngram:int = 5 # words in an n-gram
+    num_perm:int = 128 # number of hash functions, the length of a sketch
+    ngram:int = 5 # number of words in an n-gram
     def __post_init__(self): check_duplicate_settings(self.threshold, self.num_perm, self.ngram)
     @property
     def bands(self):
@@ -146,17 +146,17 @@ class SketchSettings:
 @dataclass
 class Sketches:
     "The sketches of many texts"
-    bands:np.ndarray # [N, b] uint64
-    marks:np.ndarray # [N, P] uint8, a byte of each minimum
+    bands:np.ndarray # [N, b] uint64: hash of each band
+    marks:np.ndarray # [N, P] uint8: one byte of each of the P minima
     words:np.ndarray # [N] bool: the text has a word
-    digests:np.ndarray # [N] uint64, of the text word for word
+    digests:np.ndarray # [N] uint64: hash of the whole text
 
 # %% ../../nbs/20_data/6_duplicates.ipynb #59ce0019
 def minima(
-    grams_G:np.ndarray, # uint64
-    starts:np.ndarray, # of the texts, from `gram_hashes`; every text has an n-gram
-    num_perm:int, # length of a sketch
-)->np.ndarray: # [texts, num_perm] uint64
+    grams_G:np.ndarray, # uint64 hashes of all n-grams
+    starts:np.ndarray, # boundaries of the texts, from `gram_hashes`; every text has an n-gram
+    num_perm:int, # number of hash functions, the length of a sketch
+)->np.ndarray: # [number of texts, num_perm] uint64
     "MinHash: for each of `num_perm` hash functions the smallest value over the n-grams of a text"
     factors = np.random.default_rng(1).integers(0, 2**63, num_perm).astype(np.uint64)*np.uint64(2) + np.uint64(1)
     out, buffer = np.empty((num_perm, len(starts) - 1), np.uint64), np.empty_like(grams_G)
@@ -167,8 +167,8 @@ def minima(
 
 # %% ../../nbs/20_data/6_duplicates.ipynb #139ec6c1
 def fill_sketches(
-    out:Sketches, # changed in place
-    start:int, # position of the first text
+    out:Sketches, # sketches, changed in place
+    start:int, # index of the first text in `out`
     texts:list[str],
     settings:SketchSettings=SketchSettings(),
 ):
@@ -190,12 +190,12 @@ def fill_sketches(
 
 # %% ../../nbs/20_data/6_duplicates.ipynb #ef7d3690
 def sketch_texts(
-    texts, # yields texts
+    texts, # iterable of texts, read once
     n:int, # number of texts
     settings:SketchSettings=SketchSettings(),
-    block:int=500, # texts at a time
+    block:int=500, # number of texts to process at a time
 )->Sketches:
-    "The sketches of many texts, which are read once"
+    "Compute the sketches of many texts"
     b = settings.bands[0]
     out = Sketches(np.zeros((n, b), np.uint64), np.zeros((n, settings.num_perm if b else 0), np.uint8),
                    np.zeros(n, bool), np.zeros(n, np.uint64))
@@ -213,11 +213,11 @@ _CANDIDATES, _BUCKET = 8, 32 # candidates that a row keeps; rows of a band that 
 
 # %% ../../nbs/20_data/6_duplicates.ipynb #725d97d8
 def band_pairs(
-    band_N:np.ndarray, # uint64, of one band
-    rows_N:np.ndarray, # the rows, ascending
-    n_first:int|None=None, # None: pairs of any two rows; a number: pairs of a row below it and a row that is not
-)->tuple: # yields (i, j, full): pairs i < j that share the band; rows whose band had more rows than were compared
-    "The pairs of rows with the same band hash; a row is compared with the first rows of its band"
+    band_N:np.ndarray, # uint64 hash of one band of each row
+    rows_N:np.ndarray, # indices of the rows, ascending
+    n_first:int|None=None, # None: pairs of any two rows; a number: pairs of a row below it and one at or above it
+)->tuple: # yields (i, j, full): pairs i < j with equal band hash; rows that were not compared with all rows
+    "Find the pairs of rows with the same band hash; each row is compared with the first rows of its band"
     order = np.argsort(band_N, kind="stable")
     values = band_N[order]
     start = np.flatnonzero(np.append(True, values[1:] != values[:-1])[:len(values)])
@@ -238,10 +238,10 @@ def band_pairs(
 
 # %% ../../nbs/20_data/6_duplicates.ipynb #a1a03f56
 def trim_pairs(
-    pairs:np.ndarray, # [M, 3] int64: j, i, positions that agree
-    most:int=_CANDIDATES, # pairs that a row j keeps
-)->np.ndarray: # sorted by j; of each j those that agree most, then the earliest
-    "The most promising candidates of every row, each once"
+    pairs:np.ndarray, # [M, 3] int64: j, i, number of equal positions
+    most:int=_CANDIDATES, # maximum number of pairs per row j
+)->np.ndarray: # pairs sorted by j; those with the most equal positions are kept, then the earliest
+    "Keep the most promising candidates of every row, each once"
     pairs = pairs[np.lexsort((pairs[:, 1], -pairs[:, 2], pairs[:, 0]))]
     if len(pairs): pairs = pairs[np.append(True, (pairs[1:] != pairs[:-1]).any(1))]
     start = np.flatnonzero(np.append(True, pairs[1:, 0] != pairs[:-1, 0])[:len(pairs)])
@@ -252,11 +252,11 @@ def trim_pairs(
 def candidate_pairs(
     sketches:Sketches,
     settings:SketchSettings=SketchSettings(),
-    rows=None, # rows to compare, ascending; None: those with words
-    n_first:int|None=None, # None: pairs of any two rows; a number: pairs of a row below it and a row that is not
-    chunk:int=200_000, # pairs at a time
-)->tuple: # (pairs [M, 3] int64: j, i, positions that agree; full [N] bool: rows that were not compared with all)
-    "Pairs i < j of rows that may be similar"
+    rows=None, # indices of rows to compare, ascending; None: rows with words
+    n_first:int|None=None, # None: pairs of any two rows; a number: pairs of a row below it and one at or above it
+    chunk:int=200_000, # number of pairs to process at a time
+)->tuple: # (pairs [M, 3] int64: j, i, equal positions; full [N] bool: row not compared with all)
+    "Find the pairs i < j of rows that may be similar"
     rows = np.flatnonzero(sketches.words) if rows is None else np.asarray(rows, np.int64)
     rows = rows[sketches.words[rows]]
     found, waiting, full = np.zeros((0, 3), np.int64), [], np.zeros(len(sketches.words), bool)
@@ -274,12 +274,12 @@ def candidate_pairs(
 
 # %% ../../nbs/20_data/6_duplicates.ipynb #2ed80bbc
 def pair_similarities(
-    pairs:np.ndarray, # [M, 3]: j, i, positions that agree, sorted by j
-    texts_of, # function(ascending rows) -> their texts
-    ngram:int=5, # words in an n-gram
-    chunk:int=2000, # pairs at a time
-)->np.ndarray: # [M]
-    "The Jaccard similarity of each pair, from the texts"
+    pairs:np.ndarray, # [M, 3] int64: j, i, number of equal positions; sorted by j
+    texts_of, # function: ascending row indices -> texts
+    ngram:int=5, # number of words in an n-gram
+    chunk:int=2000, # number of pairs to process at a time
+)->np.ndarray: # [M] similarities
+    "Compute the Jaccard similarity of each pair from the texts"
     out = np.zeros(len(pairs))
     for at in range(0, len(pairs), chunk):
         part = pairs[at:at + chunk]
@@ -293,12 +293,12 @@ def pair_similarities(
 
 # %% ../../nbs/20_data/6_duplicates.ipynb #ec5be6b3
 def first_similar(
-    pairs:np.ndarray, # [M, 3]: j, i, positions that agree
+    pairs:np.ndarray, # [M, 3] int64: j, i, number of equal positions
     similarity_M:np.ndarray,
     threshold:float,
-    n:int, # rows
-)->tuple: # (like_N: the kept row that a row resembles most, -1 for a kept row; similarity_N to it)
-    "Read the rows in order and keep those that resemble no row that was kept before"
+    n:int, # number of rows
+)->tuple: # (like_N: index of the most similar kept row, -1 for a kept row; similarity_N to it)
+    "Read the rows in order, and keep the rows that are not similar to an earlier kept row"
     like, best = np.full(n, -1, np.int64), np.zeros(n)
     use = np.flatnonzero(similarity_M >= threshold)
     order = use[np.lexsort((pairs[use, 1], -similarity_M[use], pairs[use, 0]))]
@@ -308,9 +308,9 @@ def first_similar(
 
 # %% ../../nbs/20_data/6_duplicates.ipynb #1e52414c
 def first_equal(
-    digests_N:np.ndarray, # uint64
-)->np.ndarray: # [N] int64: the first row with the same digest, itself where there is none before it
-    "For each row the first row that equals it"
+    digests_N:np.ndarray, # uint64 hash of each row's text
+)->np.ndarray: # [N] int64: index of the first row with the same digest; a row without an earlier one has its own index
+    "Find the first row that equals each row"
     order = np.argsort(digests_N, kind="stable")
     values = digests_N[order]
     start = np.flatnonzero(np.append(True, values[1:] != values[:-1])[:len(values)])
@@ -320,10 +320,10 @@ def first_equal(
 
 # %% ../../nbs/20_data/6_duplicates.ipynb #cf7862d3
 def texts_at(
-    rows, # `datasets.Dataset` with messages, and id and source if there are any
-    at, # indices of rows
-)->dict: # index: (id, source, texts), ascending
-    "The texts of some rows, which are read in one pass"
+    rows, # `datasets.Dataset` with messages, and optionally id and source
+    at, # row indices
+)->dict: # index -> (id, source, texts), ascending
+    "Read the texts of some rows in one pass"
     at = sorted({int(i) for i in at})
     if not at: return {}
     named = "id" in rows.column_names
@@ -334,22 +334,22 @@ def texts_at(
 # %% ../../nbs/20_data/6_duplicates.ipynb #962959b9
 @dataclass
 class RowRepeats:
-    "Which rows repeat an earlier row"
+    "For each row, whether it repeats an earlier row"
     kind:np.ndarray # [N] uint8: index into KINDS
-    like:np.ndarray # [N] int64: the earlier row; -1 where there is none
-    similarity:np.ndarray # [N]
+    like:np.ndarray # [N] int64: index of the earlier row; -1 if there is none
+    similarity:np.ndarray # [N] similarity to the earlier row
     source:np.ndarray # [N] int32: index into `sources`
-    sources:list # names
-    lost:dict # threshold: near duplicates at this threshold
-    uncompared:int = 0 # rows that repeat nothing and were not compared with every row of their bands
+    sources:list # names of the sources
+    lost:dict # threshold -> number of near duplicates at this threshold
+    uncompared:int = 0 # number of rows that repeat nothing and were not compared with every row of their bands
     KINDS = ("first", "copy", "exact", "near")
 
 # %% ../../nbs/20_data/6_duplicates.ipynb #93a3886c
 def read_sketches(
-    rows, # `datasets.Dataset` with messages, and id and source if there are any
+    rows, # `datasets.Dataset` with messages, and optionally id and source
     settings:SketchSettings=SketchSettings(),
 )->tuple: # (`Sketches` of the conversations, digests_N, copies_N, source_N, names of the sources)
-    "Read rows once: sketches, digests of roles and texts, digests of those with source and id, sources"
+    "Read rows once, and compute sketches, digests of the texts, digests with source and id, and sources"
     n, codes = len(rows), {}
     digests, copies, source = np.zeros(n, np.uint64), np.zeros(n, np.uint64), np.zeros(n, np.int32)
     def conversations():
@@ -361,12 +361,12 @@ def read_sketches(
 
 # %% ../../nbs/20_data/6_duplicates.ipynb #9909cf7c
 def find_repeats(
-    rows, # `datasets.Dataset` with messages, and id and source if there are any
+    rows, # `datasets.Dataset` with messages, and optionally id and source
     settings:SketchSettings=SketchSettings(),
-    groups=None, # function(source_N, names) -> labels_N: only rows with the same label are compared; None: all
-    curve=(), # further thresholds for `RowRepeats.lost`
+    groups=None, # function: (source_N, names) -> labels_N; only rows with the same label are compared; None: all
+    curve=(), # further thresholds, for `RowRepeats.lost`
 )->RowRepeats:
-    "Copies, exact and near duplicates of earlier rows"
+    "Find copies, exact duplicates and near duplicates of earlier rows"
     near_from, settings = settings.threshold, replace(settings, threshold=min([settings.threshold, *curve]))
     sketches, digests, copies, source, names = read_sketches(rows, settings)
     n = len(digests)
@@ -394,9 +394,9 @@ def find_repeats(
 def repeat_examples(
     rows, # `datasets.Dataset` with messages
     repeats:RowRepeats,
-    n:int=5, # of each kind
+    n:int=5, # number of examples of each kind
 )->list[dict]: # kind, id, source, like, like_source, similarity, text
-    "The first exact and near duplicates with the rows that they repeat"
+    "The first exact and near duplicates, with the rows that they repeat"
     at = sorted(int(i) for k in (2, 3) for i in np.flatnonzero(repeats.kind == k)[:n])
     read = texts_at(rows, [*at, *repeats.like[at].tolist()])
     return [dict(kind=repeats.KINDS[repeats.kind[i]], id=read[i][0], source=read[i][1], like=read[like][0],

@@ -28,12 +28,12 @@ from ..core.files import (
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".ndjson": "json", ".jsonlines": "json",
                 ".pq": "parquet", ".csv": "csv", ".tsv": "csv"} # file ending: kind of reader
 USUAL = (".jsonl", ".json", ".parquet") # endings of the files that are read first in a folder
-COMPRESSED = (".gz", ".zst", ".bz2") # behind the ending of a json or csv file
+COMPRESSED = (".gz", ".zst", ".bz2") # additional ending of a compressed JSON or CSV file
 
 # %% ../../nbs/20_data/1_io.ipynb #edf06d20
 def file_kind(
-    path, # of a file
-)->str|None: # json, parquet or csv; None if it is not read
+    path, # path of a file
+)->str|None: # json, parquet or csv; None if the file is not read
     "The kind of a data file, by its ending"
     p = Path(path)
     if p.suffix not in COMPRESSED: return FILE_FORMATS.get(p.suffix)
@@ -42,9 +42,9 @@ def file_kind(
 
 # %% ../../nbs/20_data/1_io.ipynb #81a2ef9f
 def open_bytes(
-    file, # path
+    file, # path of the file
 ): # a binary file
-    "Open a file for reading; a compressed one gives its contents"
+    "Open a file for reading and decompress its contents if necessary"
     if Path(file).suffix not in COMPRESSED: return open(file, "rb")
     import io, pyarrow as pa
     return io.BufferedReader(pa.input_stream(str(file)))
@@ -55,9 +55,9 @@ METADATA_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json"
 
 # %% ../../nbs/20_data/1_io.ipynb #b7a32787
 def split_files(
-    folder, # a folder with data files in it
-)->dict[str, list[str]]: # split name: its files, sorted
-    "Data files of a folder by split: the part of the name before the first `-` or `.`"
+    folder, # folder with data files
+)->dict[str, list[str]]: # split name -> sorted paths of its files
+    "Group the data files of a folder by split: the part of the file name before the first `-` or `.`"
     splits, folder = {}, Path(folder)
     files = [p for p in sorted(folder.iterdir()) if file_kind(p) and p.name[0] != "." and p.name not in METADATA_FILES]
     for p in [p for p in files if p.suffix in USUAL] or files:
@@ -74,7 +74,7 @@ TYPE_FAMILIES = { # types with a common type: names of the functions of pyarrow.
 # %% ../../nbs/20_data/1_io.ipynb #a896f069
 def type_family(
     t, # an Arrow type
-)->str|None: # a key of `TYPE_FAMILIES`; None for other types
+)->str|None: # key of `TYPE_FAMILIES`; None for other types
     "The family of an Arrow type"
     from pyarrow import types
     return next((name for name, kinds in TYPE_FAMILIES.items()
@@ -84,13 +84,13 @@ def type_family(
 def is_json(
     t, # an Arrow type
 )->bool:
-    "Whether a type holds JSON"
+    "True if an Arrow type holds JSON"
     return getattr(t, "extension_name", None) == "arrow.json"
 
 # %% ../../nbs/20_data/1_io.ipynb #1e4d43b8
 def simple_type(
     t, # an Arrow type
-):     # Arrow type
+): # an Arrow type
     "The simplest type with the same values; JSON for types that the datasets library does not know, such as maps"
     import pyarrow as pa
     family = type_family(t)
@@ -105,10 +105,10 @@ def simple_type(
 
 # %% ../../nbs/20_data/1_io.ipynb #04d4b96b
 def merge_types(
-    a, # a type from `simple_type`
-    b, # another
-):     # Arrow type
-    "The type that holds the values of two types; JSON if there is no other"
+    a, # Arrow type from `simple_type`
+    b, # Arrow type from `simple_type`
+): # an Arrow type
+    "Find the type that holds the values of both types; JSON if there is no other"
     import pyarrow as pa
     if a.equals(b) or pa.types.is_null(b): return a
     if pa.types.is_null(a): return b
@@ -125,10 +125,10 @@ def merge_types(
 
 # %% ../../nbs/20_data/1_io.ipynb #1f5fdcd5
 def json_value(
-    value, # a Python value from Arrow
-    t, # its Arrow type
-):     # what JSON can hold
-    "A value for JSON: maps as objects; dates, times and decimals as texts; bytes as text, or else as base64"
+    value, # Python value from Arrow
+    t, # Arrow type of the value
+): # a value that JSON can hold
+    "Convert a value for JSON: maps to objects; dates, times, decimals and UTF-8 bytes to text; other bytes to base64"
     import base64
     import pyarrow as pa
     t = getattr(t, "storage_type", t)
@@ -149,7 +149,7 @@ def json_value(
 def storage_type(
     t, # an Arrow type
 ):
-    "The Arrow type with text in place of JSON"
+    "Replace JSON by text in an Arrow type"
     import pyarrow as pa
     if pa.types.is_list(t): return pa.list_(storage_type(t.value_type))
     if pa.types.is_struct(t): return pa.struct([(f.name, storage_type(f.type)) for f in t])
@@ -157,10 +157,10 @@ def storage_type(
 
 # %% ../../nbs/20_data/1_io.ipynb #f3daa42a
 def as_json(
-    values, # Arrow array of the type's `storage_type`
-    t, # Arrow type
-):         # Arrow array of type `t`
-    "An Arrow array with text turned into JSON if the type is JSON; `cast` fails on nulls in lists of structs"
+    values, # Arrow array with the type `storage_type(t)`
+    t, # target Arrow type
+): # Arrow array of type `t`
+    "Convert text to JSON wherever the target type is JSON; Arrow's `cast` fails on nulls in lists of structs"
     import pyarrow as pa
     if isinstance(t, pa.BaseExtensionType): return pa.ExtensionArray.from_storage(t, values)
     if pa.types.is_list(t):
@@ -173,10 +173,10 @@ def as_json(
 
 # %% ../../nbs/20_data/1_io.ipynb #0c3caf90
 def converted(
-    array, # an Arrow array
-    t, # Arrow type that holds its values, from `merge_types`
-):     # Arrow array of that type; raises `pyarrow.ArrowInvalid` if a value does not fit
-    "An array with another type and the same values; missing fields become nulls"
+    array, # Arrow array
+    t, # target Arrow type from `merge_types`
+): # Arrow array of type `t`; raises `pyarrow.ArrowInvalid` if a value does not fit
+    "Convert an array to another type with the same values; missing fields become null"
     import numpy as np, pyarrow as pa, pyarrow.compute as pc
     given = array.type
     if given.equals(t): return array
@@ -202,9 +202,9 @@ def converted(
 
 # %% ../../nbs/20_data/1_io.ipynb #83f6c500
 def file_stamps(
-    files:list[str], # paths
-)->str: # hex digits
-    "A hash of the sizes and times of files; it includes the time of last change, which no program can set back"
+    files:list[str], # paths of files
+)->str: # hash, hex digits
+    "Hash the sizes and times of files, including the change time, which programs cannot set back"
     stats = [(os.path.abspath(f), os.stat(f).st_size, os.stat(f).st_ctime_ns, os.stat(f).st_mtime_ns) for f in files]
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
 
@@ -213,11 +213,11 @@ COPY_VERSION = 2 # part of the names of copies: raise it when a file is to be re
 
 # %% ../../nbs/20_data/1_io.ipynb #b7f02a4f
 def write_arrow(
-    path, # of the file to write
+    path, # path of the file to write
     features, # `datasets.Features`
-    tables, # Arrow tables with these features
+    tables, # iterable of Arrow tables with these features
 ):
-    "Write tables as a file that a dataset maps into memory"
+    "Write tables to a file that a dataset can map into memory"
     from datasets.arrow_writer import ArrowWriter
     writer = ArrowWriter(features=features, path=str(path))
     for table in tables: writer.write_table(table)
@@ -225,11 +225,11 @@ def write_arrow(
 
 # %% ../../nbs/20_data/1_io.ipynb #623cbc14
 def copy_of(
-    kind:str, # json or parquet
-    files:list[str], # paths
-    write, # function(path, files) that writes the rows with `write_arrow` and returns notes
-):         # `datasets.Dataset`; its description holds the notes
-    "The rows of files from their copy, which is written first if it is missing"
+    kind:str, # format of the files: json or parquet
+    files:list[str], # paths of the files
+    write, # function (path, files) -> notes; it writes the rows with `write_arrow`
+): # `datasets.Dataset` whose description holds the notes
+    "Read the rows of files from their Arrow copy; write the copy first if it is missing"
     from datasets import Dataset, DatasetInfo, config
     name = f"{kind}-{file_stamps(files)}-{COPY_VERSION}"
     folder = Path(config.HF_DATASETS_CACHE)/"post-training"
@@ -258,10 +258,10 @@ FREE_FORM_KEYS = ("parameters", "properties", "arguments", "args", "input")
 
 # %% ../../nbs/20_data/1_io.ipynb #23c6f921
 def needs_exact(
-    feature, # of a dataset: its features, or one of them
-    name:str="", # of the field
+    feature, # features of a dataset, or one of them
+    name:str="", # name of the field
 )->bool:
-    "Whether the fast reader may have changed values of this type"
+    "True if the fast reader may have changed values of this type"
     if isinstance(feature, dict): return name in FREE_FORM_KEYS or any(needs_exact(f, k) for k, f in feature.items())
     if isinstance(feature, list): return needs_exact(feature[0], name)
     if hasattr(feature, "feature"): return needs_exact(feature.feature, name)
@@ -270,9 +270,9 @@ def needs_exact(
 
 # %% ../../nbs/20_data/1_io.ipynb #5060b4f0
 def unique_keys(
-    pairs:list, # keys and values of a JSON object
+    pairs:list, # (key, value) pairs of a JSON object
 )->dict:
-    "The object; raises `KeyError` if a key occurs twice, where Python's parser keeps the last value only"
+    "Make a dict from the pairs of a JSON object; raise `KeyError` if a key occurs twice"
     out = dict(pairs)
     if len(out) < len(pairs):
         keys = [k for k, _ in pairs]
@@ -281,10 +281,10 @@ def unique_keys(
 
 # %% ../../nbs/20_data/1_io.ipynb #08b38420
 def check_surrogates(
-    value, # a JSON value
-    where:str, # its position, for the message
+    value, # JSON value
+    where:str, # position of the value, for the message
 ):
-    "Raise a `UserError` for half a character"
+    "Raise a `UserError` if a text contains half of a surrogate pair"
     try: json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as e:
         raise UserError(f"{where}: a lone surrogate, which is half of a character. Remove it, or write the "
@@ -292,10 +292,10 @@ def check_surrogates(
 
 # %% ../../nbs/20_data/1_io.ipynb #6b059ee4
 def parse_line(
-    text:bytes, # a JSON value
+    text:bytes, # JSON value as bytes
     where:str, # file and line, for the message
-):             # the value
-    "The value of one line of a file, or of a whole file; a `UserError` names the position of a fault"
+): # the parsed value
+    "Parse one line of a file, or a whole file; a `UserError` names the position of a fault"
     try: row = json.loads(text.decode("utf-8-sig"), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as e:
         utf16 = " It looks like UTF-16: save it as UTF-8." if text[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
@@ -309,10 +309,10 @@ def parse_line(
 
 # %% ../../nbs/20_data/1_io.ipynb #43009f53
 def spread_values(
-    content:bytes, # JSON values one after the other, each over several lines
-    file, # its path, for messages
-):        # yields (position in the file, value)
-    "The values of a file with several values that are not one per line"
+    content:bytes, # JSON values one after the other, each may span several lines
+    file, # path of the file, for messages
+): # yields (position in the file, value)
+    "Parse a file with several JSON values that are not one per line"
     try: text = content.decode("utf-8-sig")
     except UnicodeDecodeError as e: raise UserError(f"{file}: it is not UTF-8 ({e.reason}).") from e
     decoder = json.JSONDecoder(object_pairs_hook=unique_keys)
@@ -332,9 +332,9 @@ def spread_values(
 
 # %% ../../nbs/20_data/1_io.ipynb #2125ae95
 def json_rows(
-    file, # path of a file: JSON lines, a list of objects, or objects one after the other
+    file, # path of a file with JSON lines, a list of objects, or objects one after the other
 ):        # yields (position in the file, row)
-    "The rows of a JSON file, each with its position"
+    "Yield the rows of a JSON file with their positions"
     with open_bytes(file) as f:
         start = f.peek(1000)[:1000].lstrip(b"\xef\xbb\xbf \t\r\n")
         first = start.split(b"\n")[0].strip()
@@ -363,11 +363,11 @@ DEEP_VALUE = re.compile(rb'(?:[\[{]\s*(?:"[^"\\]{0,99}"\s*:\s*)?){16}') # more l
 
 # %% ../../nbs/20_data/1_io.ipynb #5a4644d8
 def add_shape(
-    shape:dict, # of the values so far: kinds, fields, items; changed in place
-    value, # one more value
-    where:str, # its position in the file
+    shape:dict, # kinds, fields and items of the values so far; changed in place
+    value, # next value
+    where:str, # position of the value in the file
 ):
-    "Add the kind of one value to the shape of its field, with the position where the kind was first seen"
+    "Add the kind of one value to the shape of its field, with the first position of this kind"
     kind = JSON_KINDS[type(value)]
     shape.setdefault("kinds", {}).setdefault(kind, where)
     if kind == "number":
@@ -381,11 +381,11 @@ def add_shape(
 
 # %% ../../nbs/20_data/1_io.ipynb #ca6efeeb
 def feature_of(
-    shape:dict, # from `add_shape`
-    name:str="", # of the field
-    depth:int=0, # levels above the field
-):             # a feature of the datasets library
-    "The type that holds every value of a field; JSON for several kinds and for keys that differ from row to row"
+    shape:dict, # shape of the field, from `add_shape`
+    name:str="", # name of the field
+    depth:int=0, # number of levels above the field
+): # feature of the datasets library
+    "Choose the type that holds every value of a field; JSON for several kinds and for keys that differ by row"
     from datasets import Json, List, Value
     kinds = [k for k in shape.get("kinds", {}) if k != "null"]
     if not kinds: return Value("null")
@@ -398,10 +398,10 @@ def feature_of(
 
 # %% ../../nbs/20_data/1_io.ipynb #0cd837f6
 def shape_notes(
-    shape:dict, # from `add_shape`
+    shape:dict, # shape of the field, from `add_shape`
     name:str="", # path of the field
-):             # yields sentences
-    "Which fields hold several kinds of values, and where each kind was first seen"
+): # yields sentences
+    "Describe the fields that hold several kinds of values, and the first position of each kind"
     kinds = {k: where for k, where in shape.get("kinds", {}).items() if k != "null"}
     if len(kinds) > 1:
         seen = " and ".join(f"{'an' if k[0] in 'aeiou' else 'a'} {k} ({where})" for k, where in kinds.items())
@@ -414,10 +414,10 @@ def shape_notes(
 
 # %% ../../nbs/20_data/1_io.ipynb #d7edfd51
 def as_stored(
-    value, # a JSON value
-    feature, # its feature
-):         # the value that Arrow stores
-    "A value for Arrow; as JSON text if its type is JSON"
+    value, # JSON value
+    feature, # feature of the field
+): # the value that Arrow stores
+    "Convert a value for Arrow; a field of type JSON is stored as JSON text"
     if value is None: return None
     if type(feature).__name__ == "Json": return json.dumps(value, ensure_ascii=False)
     if isinstance(feature, dict): return {k: as_stored(value.get(k), f) for k, f in feature.items()}
@@ -426,11 +426,11 @@ def as_stored(
 
 # %% ../../nbs/20_data/1_io.ipynb #2dec909f
 def write_exact(
-    path, # of the file to write
+    path, # path of the file to write
     files:list[str], # paths of JSON files
-    batch_size:int=1000, # rows put into Arrow at a time
-)->list[str]: # notes
-    "Write the rows of JSON files exactly: every value as it is, every fault with its line"
+    batch_size:int=1000, # number of rows per Arrow table
+)->list[str]: # notes, one sentence each
+    "Write the rows of JSON files with every value unchanged; an error names the line of a fault"
     import pyarrow as pa
     from datasets import Features
     shape = {}
@@ -454,23 +454,23 @@ def write_exact(
 # %% ../../nbs/20_data/1_io.ipynb #9b096caf
 def read_json_exactly(
     files:list[str], # paths of JSON files
-    batch_size:int=1000, # rows put into Arrow at a time
-):                   # `datasets.Dataset`
+    batch_size:int=1000, # number of rows per Arrow table
+): # `datasets.Dataset`
     "Read JSON files exactly, without the fast reader"
     decode_json_exactly()
     return copy_of(f"exact-{batch_size}", files, partial(write_exact, batch_size=batch_size))
 
 # %% ../../nbs/20_data/1_io.ipynb #db516c67
 class OtherTypes(Exception):
-    "A piece of a file has other types than those assumed; None: only the exact reader finds the types"
+    "A piece of a file needs other types than assumed; the value None means that only the exact reader finds them"
     def __init__(self, types): self.types = types
 
 # %% ../../nbs/20_data/1_io.ipynb #1f01190a
 def json_pieces(
-    files:list[str], # paths of files with one JSON object to a line
-    size:int=10_000_000, # bytes of a piece; it ends with a line
-):                   # yields Arrow tables
-    "Pieces of JSON files as pyarrow parses them"
+    files:list[str], # paths of files with one JSON object per line
+    size:int=10_000_000, # size of a piece in bytes; a piece ends with a line
+): # yields Arrow tables
+    "Parse JSON files piece by piece with pyarrow"
     import pyarrow as pa, pyarrow.json
     for file in files:
         with open_bytes(file) as f:
@@ -489,7 +489,7 @@ def json_pieces(
 def has_large_number(
     array, # an Arrow array
 )->bool:
-    "Whether an array holds floats that may have been larger integers"
+    "True if an array holds floats that may have been larger integers"
     import pyarrow as pa, pyarrow.compute as pc
     if pa.types.is_floating(array.type): return pc.any(pc.greater_equal(pc.abs(array), 2.0**53)).as_py() or False
     if pa.types.is_list(array.type): return has_large_number(array.flatten())
@@ -497,9 +497,9 @@ def has_large_number(
 
 # %% ../../nbs/20_data/1_io.ipynb #42702680
 def merged_columns(
-    *columns, # dicts of name: Arrow type
-)->dict: # the columns of all of them; raises `OtherTypes` if one needs JSON
-    "Columns of several tables, with the types that hold all their values"
+    *columns, # dicts from column name to Arrow type
+)->dict: # column name -> Arrow type; raises `OtherTypes` if a column needs JSON
+    "Merge the columns of several tables into types that hold all values"
     out = {}
     for types in columns:
         for k, t in types.items(): out[k] = merge_types(out.get(k, simple_type(t)), simple_type(t))
@@ -507,12 +507,12 @@ def merged_columns(
 
 # %% ../../nbs/20_data/1_io.ipynb #a6ed8bb2
 def write_quick(
-    path, # of the file to write
-    files:list[str], # paths of files with one JSON object to a line
-    types:dict, # column: Arrow type, as far as known
-    size:int=10_000_000, # bytes that are parsed at a time
+    path, # path of the file to write
+    files:list[str], # paths of files with one JSON object per line
+    types:dict, # column name -> Arrow type, as far as known
+    size:int=10_000_000, # number of bytes that are parsed at a time
 ):
-    "Write the rows of JSON files fast; raises `OtherTypes` if the types do not hold all rows, or are not certain"
+    "Write the rows of JSON files fast; raise `OtherTypes` if the types do not fit all rows or are not certain"
     from datasets import Features
     import pyarrow as pa
     pieces = json_pieces(files, size)
@@ -536,11 +536,11 @@ def write_quick(
 
 # %% ../../nbs/20_data/1_io.ipynb #5d2aa083
 def write_json_rows(
-    path, # of the file to write
+    path, # path of the file to write
     files:list[str], # paths of JSON files
-    size:int=10_000_000, # bytes that are parsed at a time
-)->list[str]: # notes
-    "Write the rows of JSON files: fast where the result is certain, exactly otherwise"
+    size:int=10_000_000, # number of bytes that are parsed at a time
+)->list[str]: # notes, one sentence each
+    "Write the rows of JSON files: with the fast reader if its result is certain, else with the exact reader"
     import pyarrow as pa
     types = {}
     while types is not None:
@@ -554,8 +554,8 @@ def write_json_rows(
 # %% ../../nbs/20_data/1_io.ipynb #0d93b128
 def part_schemas(
     files:list[str], # paths of parquet files
-)->dict: # file: Arrow schema; without files that have no rows
-    "The schemas of the parts of a parquet dataset"
+)->dict: # path -> Arrow schema, without files that have no rows
+    "Read the schemas of the parts of a parquet dataset"
     import pyarrow as pa, pyarrow.parquet as pq
     out = {}
     for f in files:
@@ -572,8 +572,8 @@ def part_schemas(
 # %% ../../nbs/20_data/1_io.ipynb #127ee0f8
 def known_features(
     schema, # Arrow schema of a part
-)->dict: # column: its feature
-    "Columns whose features the datasets library has written into a file, such as class labels, images and JSON"
+)->dict: # column name -> feature
+    "Features that the datasets library stored in the file, such as class labels, images and JSON"
     from datasets import Features
     import pyarrow as pa
     out = {}
@@ -588,7 +588,7 @@ def known_features(
 def bytes_as_text(
     t, # Arrow type
 ):     # Arrow type
-    "The type with text in place of bytes"
+    "Replace bytes by text in an Arrow type"
     import pyarrow as pa
     if pa.types.is_list(t): return pa.list_(bytes_as_text(t.value_type))
     if pa.types.is_struct(t): return pa.struct([(f.name, bytes_as_text(f.type)) for f in t])
@@ -596,10 +596,10 @@ def bytes_as_text(
 
 # %% ../../nbs/20_data/1_io.ipynb #6bc151a9
 def column_options(
-    types:list, # Arrow types of a column, of each part that has it
-    known:list, # its features in these parts, from `known_features`; None where there is none
-)->list: # features, best first: the first that holds all values is the one to take
-    "The features that a column of a parquet dataset may have"
+    types:list, # Arrow type of the column in each part that has it
+    known:list, # feature of the column in each of these parts, from `known_features`; or None
+)->list: # candidate features, the best first; the first that holds all values is used
+    "List the features that a column of a parquet dataset may get"
     from datasets import ClassLabel, Features
     import pyarrow as pa
     if known[0] is not None and all(f == known[0] for f in known): return [known[0]]
@@ -611,16 +611,16 @@ def column_options(
 
 # %% ../../nbs/20_data/1_io.ipynb #d63296aa
 class UnfitColumn(Exception):
-    "A column with a value that its type does not hold"
+    "A column has a value that does not fit its type"
     def __init__(self, name): self.name = name
 
 # %% ../../nbs/20_data/1_io.ipynb #b8484322
 def parquet_tables(
-    schemas:dict, # file: Arrow schema, from `part_schemas`
+    schemas:dict, # path -> Arrow schema, from `part_schemas`
     features, # `datasets.Features` of the result
-    size:int=30_000_000, # bytes of a table, about
-):                      # yields Arrow tables; raises `UnfitColumn`
-    "The rows of parquet files, all with the same columns and types"
+    size:int=30_000_000, # approximate size of a table in bytes
+): # yields Arrow tables; raises `UnfitColumn`
+    "Read the rows of parquet files with the same columns and types for all"
     from datasets import ClassLabel
     import pyarrow as pa, pyarrow.parquet as pq
     schema = features.arrow_schema
@@ -644,11 +644,11 @@ def parquet_tables(
 
 # %% ../../nbs/20_data/1_io.ipynb #627492f7
 def column_notes(
-    name:str, # of a column
-    types:dict, # file: its Arrow type
-    feature, # of the result
-):          # yields sentences
-    "Notes about a column whose types differ between parquet files"
+    name:str, # name of the column
+    types:dict, # path -> Arrow type of the column in this file
+    feature, # feature of the column in the result
+): # yields sentences
+    "Describe a column whose types differ between parquet files"
     kinds, short = {}, lambda t: str(t) if len(str(t)) < 60 else f"{str(t)[:60]}..."
     for f, t in types.items(): kinds.setdefault(short(simple_type(t)), f)
     if "Json" in str(feature) and not all(is_json(t) or "arrow.json" in str(t) for t in types.values()):
@@ -659,10 +659,10 @@ def column_notes(
 
 # %% ../../nbs/20_data/1_io.ipynb #d6737aea
 def write_parquet(
-    path, # of the file to write
-    schemas:dict, # file: Arrow schema, from `part_schemas`
-)->list[str]: # notes
-    "Write the rows of parquet files, all with the same columns and types"
+    path, # path of the file to write
+    schemas:dict, # path -> Arrow schema, from `part_schemas`
+)->list[str]: # notes, one sentence each
+    "Write the rows of parquet files with the same columns and types for all"
     from datasets import Features
     names = dict.fromkeys(c for s in schemas.values() for c in s.names)
     types = {c: {f: s.field(c).type for f, s in schemas.items() if c in s.names} for c in names}
@@ -703,7 +703,7 @@ def csv_table(
 
 # %% ../../nbs/20_data/1_io.ipynb #0a22cd0e
 def write_csv(
-    path, # of the file to write
+    path, # path of the file to write
     files:list[str], # paths of csv or tsv files
 )->list[str]: # notes
     "Write the rows of tables"
@@ -725,7 +725,7 @@ def write_csv(
 # %% ../../nbs/20_data/1_io.ipynb #d7f09378
 def read_parquet(
     files:list[str], # paths of parquet files
-):                   # `datasets.Dataset`
+): # `datasets.Dataset`
     "Read parquet files whose columns and types may differ"
     import pyarrow
     schemas = part_schemas(files)
@@ -736,8 +736,8 @@ def read_parquet(
 # %% ../../nbs/20_data/1_io.ipynb #5fab4454
 def unreadable_files(
     files:list[str], # paths of parquet files
-)->str: # the first file that cannot be read to its end, else all
-    "The first of several parquet files that cannot be read"
+)->str: # the first unreadable file, or all files if each can be read alone
+    "Find the first of several parquet files that cannot be read"
     import pyarrow, pyarrow.parquet as pq
     for f in files:
         try:
@@ -750,25 +750,25 @@ _NOTES_SAID = set() # notes that this process has printed
 
 # %% ../../nbs/20_data/1_io.ipynb #689f219c
 def reading_notes(
-    dataset, # from `load_rows`
+    dataset, # dataset from `load_rows`
 )->list[str]: # sentences
-    "The notes of a dataset's reader: columns of several types, and other spellings of known names"
+    "The notes of a dataset: columns of several types, and renamed columns"
     ends = ("JSON.", "as texts.", "known name.", "known form.", "preamble of instructions.")
     return [line for line in (dataset.info.description or "").split("\n") if line.endswith(ends)]
 
 # %% ../../nbs/20_data/1_io.ipynb #13025da6
 def say_note(
-    note:str, # a sentence
+    note:str, # the note, one sentence
 ):
-    "Print a note of a reader, once in a process"
+    "Print a note of a reader once per process"
     if note not in _NOTES_SAID: print(f"! {visible_text(note)}", file=sys.stderr)
     _NOTES_SAID.add(note)
 
 # %% ../../nbs/20_data/1_io.ipynb #b42a2674
 def check_one_kind(
-    files:list[str], # paths
-)->str: # json, parquet or csv
-    "The kind of some files; a `UserError` lists the files of each kind if there are several"
+    files:list[str], # paths of files
+)->str: # json or parquet
+    "Return the format of the files; raise a `UserError` if there are several formats"
     kinds = {}
     for f in files: kinds.setdefault(file_kind(f) or "of an unknown kind", []).append(str(f))
     if len(kinds) == 1 and (kind := next(iter(kinds))) in FILE_FORMATS.values(): return kind
@@ -781,7 +781,7 @@ def check_one_kind(
 # %% ../../nbs/20_data/1_io.ipynb #567278f0
 def read_files(
     files:list[str], # paths of data files, all of one kind
-):                   # `datasets.Dataset`
+): # `datasets.Dataset`
     "Read json, parquet or csv files as one dataset"
     import pyarrow
     kind = check_one_kind(files)
@@ -841,11 +841,11 @@ def card_files(
 
 # %% ../../nbs/20_data/1_io.ipynb #bfaedeef
 def pick_split(
-    splits:dict, # split name: anything
-    split:str|None, # the requested one; None if there is only one
-    path, # what the user wrote, for the message
-):        # the value of that split
-    "The requested split, or a `UserError` that lists those that exist"
+    splits:dict, # split name -> any value
+    split:str|None, # requested split; None if there is only one
+    path, # path as typed, for the message
+): # the value of that split
+    "Return the requested split, or raise a `UserError` that lists the existing ones"
     if split is None and len(splits) == 1: return next(iter(splits.values()))
     names = ", ".join(splits) or "none"
     if split is None: raise UserError(f"{path} has several splits ({names}): name one.")
@@ -855,9 +855,9 @@ def pick_split(
 
 # %% ../../nbs/20_data/1_io.ipynb #b06ec6c9
 def read_saved(
-    folder, # written by `save_to_disk` or `save_rows`
-)->dict: # split name: `datasets.Dataset`; without splits, the name is train
-    "A saved dataset; a `UserError` if it is incomplete"
+    folder, # folder written by `save_to_disk` or `save_rows`
+)->dict: # split name -> `datasets.Dataset`; a dataset without splits gets the name train
+    "Read a saved dataset; raise a `UserError` if it is incomplete"
     import datasets, pyarrow
     if (Path(folder)/MANIFEST).exists() and (wrong := verify_once(folder)):
         raise UserError(f"{folder} is not a whole dataset: {wrong[0]}. Make it again.")
@@ -869,8 +869,8 @@ def read_saved(
 # %% ../../nbs/20_data/1_io.ipynb #9518900e
 def from_hub(
     name:str, # `organisation/dataset`
-    split:str|None=None, # which split; None for all
-):                       # `datasets.Dataset`, or a dict of splits
+    split:str|None=None, # split to load; None: all
+): # `datasets.Dataset`, or a dict of splits
     "Load a dataset from the hub; the error says what to do if that fails"
     import datasets
     try: return datasets.load_dataset(name, split=split)
@@ -886,18 +886,18 @@ OTHER_DATA = (".csv", ".tsv", ".arrow", ".feather", ".orc", ".avro", ".ndjson", 
 
 # %% ../../nbs/20_data/1_io.ipynb #366ae4d4
 def other_data_files(
-    folder, # a folder
+    folder, # folder to search
     read=(), # paths of its files that are read
-)->list[str]: # names, sorted
-    "Files of a folder that look like data and are not read"
+)->list[str]: # sorted file names
+    "Find files that look like data but are not read"
     return sorted(p.name for p in Path(folder).iterdir()
                   if p.suffix.lower() in OTHER_DATA and p.name[0] not in "._" and str(p) not in read)
 
 # %% ../../nbs/20_data/1_io.ipynb #30ae3174
 def local_splits(
     path:str|Path, # saved folder, folder of files, file or glob
-)->dict|None: # split name: function that reads it; None for a name on the hub
-    "The splits of a dataset on this machine; a `UserError` if there is none"
+)->dict|None: # split name -> function that reads the split; None for a name on the hub
+    "Find the splits of a dataset on this machine; raise a `UserError` if there is none"
     text, p = str(path), Path(path).expanduser()
     if p.is_dir():
         if any((p/name).exists() for name in ("dataset_dict.json", "state.json")):
@@ -919,8 +919,8 @@ def local_splits(
 # %% ../../nbs/20_data/1_io.ipynb #9d9d0760
 def load_rows(
     path:str|Path, # hub name, saved folder, folder of files, file or glob
-    split:str|None=None, # which split; None if there is only one
-):                       # `datasets.Dataset`
+    split:str|None=None, # split to load; None if there is only one
+): # `datasets.Dataset`
     "Load one split of a dataset, local or from the hub"
     decode_json_exactly()
     local = local_splits(path)
@@ -932,8 +932,8 @@ def load_rows(
 def load_splits(
     path:str|Path, # hub name, saved folder, folder of files, file or glob
     names=None, # names of the splits to read; None: all
-)->dict: # split name: `datasets.Dataset`
-    "Load splits of a dataset, local or from the hub; without splits, the name is train"
+)->dict: # split name -> `datasets.Dataset`
+    "Load splits of a dataset, local or from the hub; a dataset without splits gets the name train"
     decode_json_exactly()
     local = local_splits(path)
     if local is not None:
@@ -944,8 +944,8 @@ def load_splits(
 
 # %% ../../nbs/20_data/1_io.ipynb #a1e83eb2
 def split_names(
-    path:str|Path, # a local dataset, as for `load_rows`
-)->list[str]: # names of its splits; empty if it has none
+    path:str|Path, # path of a local dataset, as for `load_rows`
+)->list[str]: # names of splits; empty if it has none
     "Names of the splits of a local dataset"
     p = Path(path).expanduser()
     if (p/"dataset_dict.json").exists(): return list(read_saved(p))
@@ -953,10 +953,10 @@ def split_names(
 
 # %% ../../nbs/20_data/1_io.ipynb #09641013
 def save_folder(
-    splits:dict, # split name: `datasets.Dataset`; one called None is saved without splits
-    folder:Path, # where to save
-    replace:bool, # replace an existing dataset
-    **facts, # kept in the manifest
+    splits:dict, # split name -> `datasets.Dataset`; the name None saves without splits
+    folder:Path, # folder to write
+    replace:bool, # True: replace an existing dataset
+    **facts, # further entries of the manifest
 ):
     "Save a dataset as a folder with a manifest, completely or not at all"
     from datasets import DatasetDict
@@ -970,9 +970,9 @@ def save_folder(
 # %% ../../nbs/20_data/1_io.ipynb #fdb7c4f3
 def write_jsonl(
     dataset, # `datasets.Dataset`
-    path, # of the file
+    path, # path of the file to write
 ):
-    "Write one JSON object per line, with texts unescaped"
+    "Write one JSON object per line; characters outside ASCII are not escaped"
     with open(path, "w", encoding="utf-8") as f:
         for row in dataset:
             try: f.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -983,8 +983,8 @@ def write_jsonl(
 # %% ../../nbs/20_data/1_io.ipynb #f467eabf
 def save_file(
     dataset, # `datasets.Dataset`
-    path:Path, # ends in .jsonl or .parquet
-    replace:bool, # replace an existing file
+    path:Path, # path that ends in .jsonl or .parquet
+    replace:bool, # True: replace an existing file
 ):
     "Save a dataset as one file, completely or not at all"
     import pyarrow
@@ -1006,9 +1006,9 @@ def save_file(
 # %% ../../nbs/20_data/1_io.ipynb #d28a3411
 def save_hub(
     data, # `datasets.Dataset` or `DatasetDict`
-    name:str, # ORG/NAME
-    replace:bool, # add to an existing repository
-    private:bool, # visible to its owners only
+    name:str, # name on the hub: ORG/NAME
+    replace:bool, # True: add to an existing repository
+    private:bool, # True: only the owners see the dataset
 ):
     "Save a dataset on the hub"
     import huggingface_hub
@@ -1027,10 +1027,10 @@ def save_hub(
 def save_rows(
     dataset, # `datasets.Dataset`, or a dict of splits
     where, # a folder, a file ending in .jsonl or .parquet, or hub:ORG/NAME
-    replace:bool=False, # replace an existing dataset
-    private:bool=True, # on the hub: visible to its owners only
-    **facts, # kept in the manifest of a folder
-)->str: # where it was saved
+    replace:bool=False, # True: replace an existing dataset
+    private:bool=True, # True: on the hub, only the owners see the dataset
+    **facts, # further entries of the manifest of a folder
+)->str: # the place where it was saved
     "Save a dataset, completely or not at all"
     from datasets import DatasetDict
     splits, text = dict(dataset) if isinstance(dataset, dict) else {None: dataset}, str(where)

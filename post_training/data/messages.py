@@ -31,23 +31,23 @@ from post_training.data.columns import (
 
 # %% ../../nbs/20_data/3_messages.ipynb #cfbb05f5
 class MalformedRow(UserError):
-    "A row that cannot be used for training. Dropped rows are counted by this message."
+    "A row that cannot be used for training; dropped rows are counted by the message of this error"
 
 # %% ../../nbs/20_data/3_messages.ipynb #92d93143
 class UnsupportedContent(UserError):
-    "A row holds something that the chat template does not support: a role, thoughts, tools"
+    "A row with content that the chat template does not support, such as a role, thoughts or tools"
 
 # %% ../../nbs/20_data/3_messages.ipynb #6692d234
 @dataclass
 class Conversation:
     "The conversation of a row: messages, tools, template arguments and weights"
-    messages:list # dicts: role, content; where present reasoning_content, tool_calls, tool_call_id, name
+    messages:list # dicts with role and content, some also with reasoning_content, tool_calls, tool_call_id, name
     tools:list|None=None # objects in OpenAI's form
     template_kwargs:dict=field(default_factory=dict) # arguments of the chat template for this row
-    weight:float=1.0 # of the row
-    message_weights:list|None=None # one float per message; None: all 1
-    # message index: [(start, end, weight)] in characters of its content, end exclusive; of a structured message
-    # {index of a block or part: such a list}
+    weight:float=1.0 # weight of the row
+    message_weights:list|None=None # one float per message; None: all weights are 1
+    # message index -> [(start, end, weight)] in characters of its content, end exclusive;
+    # for a structured content: message index -> {index of a block or part: such a list}
     span_weights:dict|None=None
 
 # %% ../../nbs/20_data/3_messages.ipynb #e34578bf
@@ -58,9 +58,9 @@ THOUGHT_COLUMNS = tuple(k for k, v in ROW_KEYS.items() if v.text == "the thought
 
 # %% ../../nbs/20_data/3_messages.ipynb #5853d1e4
 def content_text(
-    content, # text, a list of text parts, or a structured content
-)->str: # all its text, joined
-    "All text of a content, in any of its forms"
+    content, # a text, a list of text parts, or a structured content
+)->str: # all texts, joined
+    "Join all texts of a content, in any of its forms"
     if isinstance(content, str): return content
     if isinstance(content, list): return "".join(map(content_text, content))
     if isinstance(content, dict):
@@ -72,9 +72,9 @@ TEXT_PARTS = (None, "text", "input_text", "output_text") # types of parts of a c
 
 # %% ../../nbs/20_data/3_messages.ipynb #9983088a
 def plain_text(
-    content, # of a plain message: text, a list of text parts, or None
+    content, # content of a plain message: text, a list of text parts, or None
 )->str|None: # None if there is no content
-    "The text of a plain content; raises `UnsupportedContent` if it holds pictures or other parts without text"
+    "The text of a plain content; raise `UnsupportedContent` if it holds pictures or other parts without text"
     if not isinstance(content, list): return content
     texts = [p.get("text") if isinstance(p, dict) else p for p in content]
     def kind(p): return p.get("type") if isinstance(p, dict) else type(p).__name__ if p is None else "text"
@@ -90,15 +90,15 @@ def plain_text(
 def without_none(
     x, # any nesting of dicts and lists
 ):
-    "The same without the keys whose value is None, at every depth"
+    "Remove the keys whose value is None, at every depth"
     if isinstance(x, dict): return {k: without_none(v) for k, v in x.items() if v is not None}
     return [without_none(v) for v in x] if isinstance(x, list) else x
 
 # %% ../../nbs/20_data/3_messages.ipynb #736ae29b
 def as_written(
-    messages, # list of messages, as read
-)->list[dict]: # without the fields that Arrow added; text parts joined
-    "Messages as they were before Arrow gave each of them the keys of all others"
+    messages, # list of messages, read from Arrow
+)->list[dict]: # messages without the fields that Arrow added, and with joined text parts
+    "Restore messages as they were before Arrow gave each of them the keys of all others"
     out = []
     for m in messages:
         if not isinstance(m, dict): raise MalformedRow("a message is not a mapping")
@@ -114,7 +114,7 @@ THOUGHT_PARTS = ("thinking", "reasoning", "thought", "reasoning_text")
 # %% ../../nbs/20_data/3_messages.ipynb #584d8a3f
 def thinking_parts(
     content:list, # parts of a content
-)->tuple: # (parts without thoughts, texts of the thoughts)
+)->tuple: # (parts without thoughts, list of the thoughts' texts)
     "Separate the thoughts from the other parts of a content"
     rest, thoughts = [], []
     for p in content:
@@ -125,7 +125,7 @@ def thinking_parts(
 # %% ../../nbs/20_data/3_messages.ipynb #065e98d0
 def split_inline_thought(
     content:str, # text of an answer
-)->tuple[str, str]|None: # (thought, rest), both without the newlines around; None if there is no such thought
+)->tuple[str, str]|None: # (thought, rest), both without surrounding newlines; None if there is no such thought
     "Split an answer that begins with one `<think>...</think>`, as the template of Qwen 3 does"
     if not content.startswith("<think>") or content.count("<think>") != 1 or content.count("</think>") != 1: return None
     thought, _, rest = content.removeprefix("<think>").partition("</think>")
@@ -133,9 +133,9 @@ def split_inline_thought(
 
 # %% ../../nbs/20_data/3_messages.ipynb #5d717311
 def open_thought(
-    messages:list[dict], # a conversation
+    messages:list[dict], # messages of a conversation
 )->str|None: # the fault; None if there is none
-    "The fault if an answer is a thought that is begun and not ended"
+    "Find an answer whose thought begins with `<think>` and does not end"
     for m in messages:
         text = m["content"] if m["role"] == "assistant" and isinstance(m.get("content"), str) else ""
         if text.lstrip().startswith("<think>") and "</think>" not in text:
@@ -145,7 +145,7 @@ def open_thought(
 def with_thought_field(
     m:dict, # a plain message
 )->dict:
-    "The same message, with an inline thought in reasoning_content; a `MalformedRow` if there is another thought"
+    "Move an inline thought to `reasoning_content`; raise `MalformedRow` if the message has another thought"
     content = m.get("content")
     inline = m.get("role") == "assistant" and isinstance(content, str) and "</think>" in content
     split = split_inline_thought(content) if inline else None
@@ -158,8 +158,8 @@ def with_thought_field(
 def parse_json(
     x, # JSON text or a value
     name:str, # what the value is, for the message
-):        # the value
-    "The value of a JSON text; other values unchanged; `MalformedRow` if the text is not JSON"
+): # the parsed value
+    "Parse JSON text; return other values unchanged; raise `MalformedRow` if the text is not JSON"
     if not isinstance(x, str): return x
     try: return json.loads(x or "null")
     except (ValueError, RecursionError) as e: raise MalformedRow(f"{name} are not JSON") from e
@@ -168,7 +168,7 @@ def parse_json(
 def may_be_null(
     schema, # JSON schema of a property
 )->bool:
-    "Whether the schema of a property allows null"
+    "True if the schema of a property allows null"
     if not isinstance(schema, dict): return False
     kinds = schema.get("type")
     kinds = kinds if isinstance(kinds, list) else [kinds]
@@ -177,10 +177,10 @@ def may_be_null(
 
 # %% ../../nbs/20_data/3_messages.ipynb #0e1c1ba5
 def drop_filled(
-    value, # an object, list or other value from an Arrow struct
-    schema, # its JSON schema, or None
-):         # the value without the nulls that Arrow filled in
-    "Arguments without nulls, except those that the schema asks for"
+    value, # object, list or other value from an Arrow struct
+    schema, # JSON schema of the value; None: unknown
+): # the value without nulls that Arrow added
+    "Remove nulls from arguments, except those that the schema allows"
     schema = schema if isinstance(schema, dict) else {}
     if isinstance(value, list): return [drop_filled(v, schema.get("items")) for v in value]
     if not isinstance(value, dict): return value
@@ -192,10 +192,10 @@ def drop_filled(
 
 # %% ../../nbs/20_data/3_messages.ipynb #c983a511
 def read_tools(
-    row:dict, # a row
-    exact:bool=False, # nulls are real, not filled in by Arrow
-)->list[dict]|None: # tools in OpenAI's form; None without any
-    "The tools of a row, from the column `tools` or one of its other names; JSON text is read"
+    row:dict, # row of a dataset
+    exact:bool=False, # True: nulls are in the data, not added by Arrow
+)->list[dict]|None: # tools in OpenAI's form; None if there are none
+    "Read the tools of a row from the column `tools` or one of its other names; JSON text is parsed"
     found = [(c, row[c]) for c in TOOL_COLUMNS if not empty_value(row.get(c))]
     out = [[one_tool(t, exact or isinstance(tools, str)) for t in tool_values(tools)] for _, tools in found]
     out = [tools for tools in out if tools]
@@ -205,19 +205,19 @@ def read_tools(
 
 # %% ../../nbs/20_data/3_messages.ipynb #503f0919
 def tool_values(
-    tools, # a list of tools or JSON text
+    tools, # list of tools, or JSON text
 )->list:
-    "The tools as a list"
+    "Convert tools to a list"
     tools = parse_json(tools, "the tools")
     if not isinstance(tools or [], list): raise MalformedRow("the tools are not a list")
     return tools or []
 
 # %% ../../nbs/20_data/3_messages.ipynb #0eeaa87f
 def one_tool(
-    tool, # bare (name, description, parameters) or in OpenAI's form; an object or JSON text
-    exact:bool, # nulls of its schema are real, not filled in by Arrow
-)->dict: # in OpenAI's form
-    "One tool as `{type, function: {name, description, parameters}}`"
+    tool, # object or JSON text; bare (name, description, parameters) or in OpenAI's form
+    exact:bool, # True: nulls in the schema are in the data, not added by Arrow
+)->dict: # tool in OpenAI's form
+    "Convert a tool to `{type, function: {name, description, parameters}}`"
     exact, tool = exact or isinstance(tool, str), parse_json(tool, "the tools")
     if not isinstance(tool, dict): raise MalformedRow("a tool without a name")
     wrapped = not empty_value(tool.get("function"))
@@ -234,11 +234,11 @@ def one_tool(
 
 # %% ../../nbs/20_data/3_messages.ipynb #432cb88c
 def call_arguments(
-    arguments, # an object, JSON text, or None
-    schema, # JSON schema of the tool's parameters, or None
-    exact:bool, # nulls are real, not filled in by Arrow
+    arguments, # object, JSON text, or None
+    schema, # JSON schema of the tool's parameters; None: unknown
+    exact:bool, # True: nulls are in the data, not added by Arrow
 )->dict:
-    "The arguments of a call as an object; `MalformedRow` if they are something else"
+    "Convert the arguments of a call to an object; raise `MalformedRow` if that is impossible"
     exact, value = exact or isinstance(arguments, str), parse_json(arguments, "the arguments of a tool call")
     if value is None: return {}
     if not isinstance(value, dict): raise MalformedRow("the arguments of a tool call are not an object")
@@ -249,11 +249,11 @@ ARGUMENT_KEYS = ("arguments", "parameters", "args", "input") # keys of a call th
 
 # %% ../../nbs/20_data/3_messages.ipynb #6467078b
 def read_call(
-    call, # an object or JSON text: {id, type, function: {name, arguments}} or {name, arguments}
-    schemas:dict, # tool: JSON schema of its parameters
-    exact:bool=False, # nulls are real, not filled in by Arrow
-)->dict: # {id?, type, function: {name, arguments}}, arguments as an object
-    "One call in OpenAI's form, its arguments as an object"
+    call, # object or JSON text: {id, type, function: {name, arguments}} or {name, arguments}
+    schemas:dict, # tool name -> JSON schema of its parameters
+    exact:bool=False, # True: nulls are in the data, not added by Arrow
+)->dict: # {id (optional), type, function: {name, arguments}}, arguments as an object
+    "Convert a call to OpenAI's form, with its arguments as an object"
     exact, call = exact or isinstance(call, str), parse_json(call, "the calls of a message")
     function = parse_json(call.get("function"), "the calls of a message") if isinstance(call, dict) else None
     function = call if function is None else function
@@ -279,9 +279,9 @@ ROW_WEIGHTS = tuple(k for k, v in ROW_KEYS.items() if v.kind == "weight" and k !
 # %% ../../nbs/20_data/3_messages.ipynb #e3bcd482
 def weight_value(
     value, # true, false, or a number of at least 0
-    name:str, # of the key, for the message
+    name:str, # name of the key, for the message
 )->float:
-    "A weight as a number; `MalformedRow` names a key with another value"
+    "Convert a weight to a number; raise `MalformedRow` for other values"
     if isinstance(value, Decimal): value = float(value)
     if not isinstance(value, (bool, int, float)):
         raise MalformedRow(f"{name} is not a number, true or false, but {'the text ' * isinstance(value, str)}"
@@ -295,17 +295,17 @@ def weight_value(
 # %% ../../nbs/20_data/3_messages.ipynb #05948ae8
 def weight_of(
     values:dict, # a row or a message
-    names, # keys that hold weights
-)->float: # their product; 1 without any
+    names, # names of keys that hold weights
+)->float: # product of the weights; 1 if there are none
     "The weight of a row or message"
     return math.prod((weight_value(values[k], k) for k in names if values.get(k) is not None), start=1.0)
 
 # %% ../../nbs/20_data/3_messages.ipynb #13954096
 def span_list(
     details, # entries of `train_detail`, or JSON text
-    length:int, # characters of the content
-)->list[tuple]: # (start, end, weight) of the whole content, end exclusive
-    "Weights of all spans of a content; characters that no entry covers have weight 0"
+    length:int, # number of characters of the content
+)->list[tuple]: # (start, end, weight) for all spans of the content, end exclusive
+    "Weights of all spans of a content; characters without an entry have weight 0"
     spans = []
     for d in parse_json(details, "train_detail") or []:
         begin, end = d.get("begin_offset"), d.get("end_offset")
@@ -320,10 +320,10 @@ def span_list(
 
 # %% ../../nbs/20_data/3_messages.ipynb #b5aadb27
 def block_spans(
-    details, # entries of `train_detail` with the index of their `block`, or JSON text
-    role:str, # of the message
-    content:dict, # structured
-)->dict: # index of the block or part: from `span_list`
+    details, # entries of `train_detail`, each with the index of its `block`; or JSON text
+    role:str, # role of the message
+    content:dict, # structured content
+)->dict: # index of the block or part -> result of `span_list`
     "Weights of spans in the blocks or parts of a structured content"
     texts = [content] if role == "system" else content.get("parts" if role == "user" else "blocks") or []
     out = {}
@@ -336,9 +336,9 @@ def block_spans(
 
 # %% ../../nbs/20_data/3_messages.ipynb #160e50aa
 def part_spans(
-    parts:list, # of a content
-)->list[tuple]|None: # (start, end, weight) of the joined content, end exclusive; None if all weights are 1
-    "The weights of the parts of a content"
+    parts:list, # parts of a content
+)->list[tuple]|None: # (start, end, weight) per span, in characters of the joined content; None if all weights are 1
+    "Convert the weights of the parts of a content to spans"
     out, at = [], 0
     for p in parts:
         if not isinstance(p, dict): p = dict(text=p if isinstance(p, str) else "")
@@ -364,9 +364,9 @@ SPEAKERS = { # name of a speaker in lower case: role; `call`: the text of the tu
 
 # %% ../../nbs/20_data/3_messages.ipynb #8efb86c2
 def read_role(
-    turn:dict, # a message
-)->str: # a role, or `call`
-    "The role of a message, from `role` or `from`"
+    turn:dict, # message as in the dataset
+)->str: # a role, or `call` if the text of the message is a tool call
+    "Read the role of a message from `role` or `from`"
     key = "role" if turn.get("role") or not turn.get("from") else "from"
     speaker = turn.get(key)
     if speaker is None: raise MalformedRow(f"a message without role and from; its keys are {', '.join(map(str, turn))}")
@@ -379,10 +379,10 @@ def read_role(
 
 # %% ../../nbs/20_data/3_messages.ipynb #665a92ef
 def either(
-    turn:dict, # a message
-    *names:str, # two keys of the same meaning
-):             # None without a value
-    "The value of a message under one of two keys; a `MalformedRow` if both hold a value, and not the same"
+    turn:dict, # message as in the dataset
+    *names:str, # two keys with the same meaning
+): # the value; None if neither key has one
+    "The value of a message under one of two keys; raise `MalformedRow` if both have different values"
     values = [turn.get(k) for k in names]
     given = [v for v in values if not empty_value(v)]
     if len(given) > 1 and given[0] != given[1]:
@@ -391,10 +391,10 @@ def either(
 
 # %% ../../nbs/20_data/3_messages.ipynb #863136c1
 def tool_text(
-    content, # what a tool returned: text, text parts, or any JSON value
-    exact:bool, # nulls are real, not filled in by Arrow
+    content, # result of a tool: text, text parts, or any JSON value
+    exact:bool, # True: nulls are in the data, not added by Arrow
 )->str|None:
-    "The result of a tool as text; an object as JSON"
+    "Convert the result of a tool to text; objects become JSON text"
     if content is None or isinstance(content, str): return content
     parts = isinstance(content, list) and content and all(isinstance(p, dict) and "type" in p for p in content)
     if parts: return plain_text(content)
@@ -402,10 +402,10 @@ def tool_text(
 
 # %% ../../nbs/20_data/3_messages.ipynb #521a20e1
 def read_thought(
-    turn:dict, # a message
-    thoughts:list, # texts of thoughts in its content
-)->str|None: # None without a thought
-    "The thought of a message, from one of `THOUGHT_KEYS` or from its content"
+    turn:dict, # message as in the dataset
+    thoughts:list, # texts of the thoughts in its content
+)->str|None: # text; None if there is no thought
+    "Read the thought of a message from one of `THOUGHT_KEYS` or from its content"
     found = {k: turn[k] for k in THOUGHT_KEYS if turn.get(k) is not None and turn[k] is not False}
     for k, v in found.items():
         if isinstance(v, list): # parts, such as Anthropic's thinking_blocks
@@ -418,10 +418,10 @@ def read_thought(
 
 # %% ../../nbs/20_data/3_messages.ipynb #9937a5b5
 def check_thought(
-    name:str, # of a key or column
-    value, # its value
+    name:str, # name of the key or column
+    value, # value of the key or column
 ):
-    "Raise a `MalformedRow` if a thought is not text, or is a switch"
+    "Raise `MalformedRow` if a thought is not text, or is a switch such as true"
     words = ("on", "off", "true", "false", "yes", "no", "none", "auto", "low", "medium", "high")
     if value is True or isinstance(value, str) and value.strip().lower() in words:
         raise MalformedRow(f"{name} is {value!r}, a switch and not a thought: put it into chat_template_kwargs")
@@ -429,13 +429,13 @@ def check_thought(
 
 # %% ../../nbs/20_data/3_messages.ipynb #6425903e
 def read_calls(
-    turn:dict, # a message
-    content, # its content
-    role:str, # its role, or `call`
-    schemas:dict, # tool: JSON schema of its parameters
-    exact:bool, # nulls are real, not filled in by Arrow
-)->list[dict]: # calls
-    "The calls of a message: `tool_calls`, the legacy `function_call`, or the text of a turn that is a call"
+    turn:dict, # message as in the dataset
+    content, # content of the message
+    role:str, # role of the message, or `call`
+    schemas:dict, # tool name -> JSON schema of its parameters
+    exact:bool, # True: nulls are in the data, not added by Arrow
+)->list[dict]: # calls in OpenAI's form
+    "Read the calls of a message: `tool_calls`, the old `function_call`, or the text of a turn that is a call"
     given = [turn[k] for k in ("tool_calls", "tool_call") if not empty_value(turn.get(k))]
     if len(given) > 1: raise MalformedRow("a message holds tool_calls and tool_call")
     calls = as_list(parse_json(given[0], "the calls of a message") or []) if given else []
@@ -452,25 +452,25 @@ def read_calls(
 
 # %% ../../nbs/20_data/3_messages.ipynb #ef193dae
 def as_list(x)->list:
-    "A list as it is; another value as a list of one"
+    "Return a list unchanged, and put another value into a list"
     return x if isinstance(x, list) else [x]
 
 # %% ../../nbs/20_data/3_messages.ipynb #e5ddf4cc
 def refused_keys(
-    turn:dict, # a message
+    turn:dict, # message as in the dataset
     ignore=(), # keys to treat as absent, as messages.KEY
 )->list[str]:
-    "The keys of a message that would change what is trained, and that cannot be honoured"
+    "Find the keys of a message that would change what is trained and cannot be used"
     return [k for k, v in turn.items() if message_key(k).kind == "refused" and not harmless(k, v)
             and f"messages.{k}" not in ignore]
 
 # %% ../../nbs/20_data/3_messages.ipynb #3b4d79a7
 def without_inner(
-    turn:dict, # a message as written
-    key:str, # a key of it that holds parts or calls
-    inner:str, # a key of these
+    turn:dict, # message as in the dataset
+    key:str, # key of the message that holds parts or calls
+    inner:str, # key to remove from these parts or calls
 )->dict:
-    "A message without one key of its parts or calls"
+    "Remove one key from the parts or calls of a message"
     def strip(v):
         if isinstance(v, list): return [strip(x) for x in v]
         if not isinstance(v, dict): return v
@@ -482,12 +482,12 @@ def without_inner(
 
 # %% ../../nbs/20_data/3_messages.ipynb #17260994
 def read_turn(
-    turn:dict, # a message as written
-    schemas:dict, # tool: JSON schema of its parameters
-    exact:bool=False, # nulls are real, not filled in by Arrow
+    turn:dict, # message as in the dataset
+    schemas:dict, # tool name -> JSON schema of its parameters
+    exact:bool=False, # True: nulls are in the data, not added by Arrow
     ignore=(), # keys to treat as absent, as messages.KEY
 )->tuple: # (message, weight, spans or None)
-    "One message in the one form of this library, its weight, and the weights of its spans"
+    "Read one message: its standard form, its weight, and the weights of its spans"
     if not isinstance(turn, dict): raise MalformedRow("a message is not a mapping")
     turn = {k: v for k, v in turn.items() if v is not None and f"messages.{k}" not in ignore}
     for c in ignore:
@@ -519,13 +519,13 @@ def read_turn(
 
 # %% ../../nbs/20_data/3_messages.ipynb #d5654f58
 def read_content(
-    turn:dict, # a message without nulls
-    content, # its content
-    role:str, # its role, or `call`
-    schemas:dict, # tool: JSON schema of its parameters
-    exact:bool, # nulls are real, not filled in by Arrow
-)->tuple: # (content, message without it, weights of its parts as spans or None)
-    "The content of a plain message, and the rest of it: role, thought, calls, name and id"
+    turn:dict, # message without nulls
+    content, # content of the message
+    role:str, # role of the message, or `call`
+    schemas:dict, # tool name -> JSON schema of its parameters
+    exact:bool, # True: nulls are in the data, not added by Arrow
+)->tuple: # (content, message without its content, weights of the parts as spans or None)
+    "Read a plain message: its content, and role, thought, calls, name and id"
     thoughts, spans = [], None
     calls = read_calls(turn, content, role, schemas, exact)
     if role == "call": role, content = "assistant", None
@@ -550,22 +550,22 @@ def read_content(
 
 # %% ../../nbs/20_data/3_messages.ipynb #467245af
 def is_simple(
-    turn, # a message as written
+    turn, # message as in the dataset
     ignore=(), # keys to treat as absent
 )->bool:
-    "Whether a message holds a known role, a text and perhaps weights, which is all that most messages hold"
+    "True if a message holds only a known role, a text and perhaps weights, as most messages do"
     if not isinstance(turn, dict) or turn.get("role") not in ("user", "assistant", "system"): return False
     if not isinstance(turn.get("content"), str): return False
     return len(turn) == 2 or not ignore and all(k in WEIGHT_SET for k in turn if k not in ("role", "content"))
 
 # %% ../../nbs/20_data/3_messages.ipynb #2e1146fc
 def read_turns(
-    turns, # messages as written: a list or JSON text
-    tools:list|None=None, # tools of the conversation; their schemas say which nulls of calls are real
-    exact:bool=False, # nulls are real, not filled in by Arrow
+    turns, # messages as in the dataset: a list or JSON text
+    tools:list|None=None, # tools of the conversation; their schemas determine which nulls of calls are kept
+    exact:bool=False, # True: nulls are in the data, not added by Arrow
     ignore=(), # keys to treat as absent, as messages.KEY
-)->list[tuple]: # (message, weight, spans or None) each
-    "Messages in the one form of this library, with their weights"
+)->list[tuple]: # (message, weight, spans or None) per message
+    "Read all messages of a conversation, with their weights"
     schemas = {t["function"]["name"]: t["function"].get("parameters") for t in tools or []}
     out = []
     for t in turn_list(turns):
@@ -580,10 +580,10 @@ def read_turns(
 
 # %% ../../nbs/20_data/3_messages.ipynb #fa92f22a
 def turn_list(
-    turns, # a list of messages, or JSON text
-    name:str="messages", # of the column, for the message
+    turns, # list of messages, or JSON text
+    name:str="messages", # name of the column, for the message
 )->list:
-    "Messages as a list"
+    "Convert messages to a list"
     if isinstance(turns, str):
         try: turns = json.loads(turns or "[]")
         except (ValueError, RecursionError) as e: raise MalformedRow(f"{name} is a text that is not JSON") from e
@@ -627,9 +627,9 @@ def with_speaker(
 
 # %% ../../nbs/20_data/3_messages.ipynb #0b2bfaad
 def tool_turns(
-    turn, # a message
-)->list: # messages
-    "A message whose content holds calls or results of tools as parts (Anthropic), as messages with `tool_calls`"
+    turn, # message as in the dataset
+)->list: # list of messages
+    "Split a message whose parts are tool calls or results (Anthropic) into messages with `tool_calls`"
     content = either(turn, "content", "value") if isinstance(turn, dict) else None
     kinds = [p.get("type") if isinstance(p, dict) else None for p in content] if isinstance(content, list) else []
     if not {"tool_use", "tool_result"} & {*kinds} or turn.get("role") == "tool": return [turn]
@@ -652,7 +652,7 @@ def tool_turns(
 def paired_turns(
     turn, # a message, or a pair of a question and an answer (Capybara, ms-swift)
 )->list:
-    "A pair of a question and an answer as two messages; a message as it is"
+    "Split a pair of a question and an answer into two messages; leave a message unchanged"
     if not isinstance(turn, dict): return [turn]
     if not {"content", "value"} & {*turn}: turn = with_content(turn)
     if not {"role", "from"} & {*turn}: turn = with_speaker(turn)
@@ -665,10 +665,10 @@ def paired_turns(
 
 # %% ../../nbs/20_data/3_messages.ipynb #e1cc4923
 def messages_from_texts(
-    *pairs, # (role, text) pairs; a blank text is left out if its role is in `optional`
+    *pairs, # (role, text) pairs; an empty text is left out if its role is in `optional`
     optional=("system",), # roles that may be missing
 )->list[dict]: # messages
-    "Messages from roles and texts"
+    "Make messages from roles and texts"
     return [dict(role=r, content=t) for r, t in pairs if not (r in optional and not (t or "").strip())]
 
 # %% ../../nbs/20_data/3_messages.ipynb #7a3af901
@@ -676,19 +676,19 @@ INPUT_COLUMNS = ("input", "context") # they follow the prompt of a single turn
 
 # %% ../../nbs/20_data/3_messages.ipynb #3ad8e7c2
 def one_text(
-    value, # of a column
-    name:str, # of the column
-):         # the value
-    "A value that is no list of texts; `MalformedRow` names a column that holds several texts"
+    value, # value of the column
+    name:str, # name of the column
+): # the value
+    "Return the value unless it is a list; `MalformedRow` names a column that holds several texts"
     if isinstance(value, list) and value and not any(isinstance(v, dict) for v in value):
         raise MalformedRow(f"{name} is a list of values, not one text")
     return value
 
 # %% ../../nbs/20_data/3_messages.ipynb #0b0b3b6b
 def json_turns(
-    value, # of a column
-):         # the messages, if the value is their JSON text; else the value
-    "Messages that are stored as JSON text"
+    value, # value of a column
+): # the messages, if the value is their JSON text; else the value itself
+    "Parse messages that are stored as JSON text"
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"): return value
     try: found = json.loads(value)
     except (ValueError, RecursionError): return value
@@ -699,10 +699,10 @@ def json_turns(
 
 # %% ../../nbs/20_data/3_messages.ipynb #c748104b
 def prompt_turns(
-    row:dict, # a row
-    column:str, # that holds the prompt
-)->list[dict]: # messages
-    "The prompt of a row, with its `input` and `context` after an empty line"
+    row:dict, # row of a dataset
+    column:str, # name of the column with the prompt
+)->list[dict]: # list of messages
+    "Read the prompt of a row; `input` and `context` follow after an empty line"
     prompt = json_turns(one_text(row[column], column))
     more = [(c, row[c]) for c in INPUT_COLUMNS if c != column and not empty_value(row.get(c))]
     for name, text in more:
@@ -715,26 +715,26 @@ def prompt_turns(
 
 # %% ../../nbs/20_data/3_messages.ipynb #cbcc8ad6
 def from_prompt(row:dict, prompt:str="prompt", completion:str="completion")->list[dict]:
-    "A prompt and a completion, as texts or as lists of messages"
+    "Read a prompt and a completion; each is a text or a list of messages"
     c = json_turns(one_text(row[completion], completion))
     if isinstance(c, dict): c = [c]
     return [*prompt_turns(row, prompt), *(c if isinstance(c, list) else [dict(role="assistant", content=c)])]
 
 # %% ../../nbs/20_data/3_messages.ipynb #ee582cb8
 def from_instruction(row:dict)->list[dict]:
-    "Alpaca format: instruction, optional input, and output"
+    "Read the Alpaca format: instruction, optional input, and output"
     return from_prompt(row, "instruction", "output")
 
 # %% ../../nbs/20_data/3_messages.ipynb #10bd6ed3
 def from_instances(row:dict)->list[dict]:
-    "A task with one instance of input and output"
+    "Read a task with one instance of input and output"
     if not row["instances"]: raise MalformedRow("no instances")
     if len(row["instances"]) > 1: raise MalformedRow("several instances: make one row of each")
     return from_instruction(dict(row["instances"][0], instruction=row["instruction"]))
 
 # %% ../../nbs/20_data/3_messages.ipynb #6f977ce2
 def from_chosen(row:dict)->list[dict]:
-    "The chosen side of a preference row, with the prompt before it unless the chosen side includes the prompt"
+    "Read the chosen side of a preference row; the prompt comes first unless the chosen side includes it"
     chosen = json_turns(row["chosen"])
     chosen = [chosen] if isinstance(chosen, dict) else one_text(chosen, "chosen")
     prompts = [c for c in PROMPT_COLUMNS if not empty_value(row.get(c))]
@@ -752,18 +752,18 @@ def from_chosen(row:dict)->list[dict]:
 
 # %% ../../nbs/20_data/3_messages.ipynb #31c895d5
 def is_user(
-    turn, # a message as written
+    turn, # message as in the dataset
 )->bool:
-    "Whether a message is the user's"
+    "True if a message is the user's"
     speaker = turn.get("role") or turn.get("from") if isinstance(turn, dict) else None
     return isinstance(speaker, str) and SPEAKERS.get(speaker.strip().lower()) == "user"
 
 # %% ../../nbs/20_data/3_messages.ipynb #007a3849
 def from_turns(
-    row:dict, # a row
-    column:str, # that holds the messages
-)->list[dict]: # messages
-    "A list of messages; if it ends before the answer and there are sides of a pair, the chosen side follows"
+    row:dict, # row of a dataset
+    column:str, # name of the column with the messages
+)->list[dict]: # list of messages
+    "Read a list of messages; if it ends before the answer and the row is a pair, add the chosen side"
     turns, chosen = turn_list(row[column], column), json_turns(row.get("chosen"))
     if empty_value(chosen) or empty_value(row.get("rejected")) or not turns or not is_user(turns[-1]): return turns
     if isinstance(chosen, list) and any(is_user(m) for m in chosen): return turns
@@ -784,8 +784,8 @@ OPTIONAL_COLUMNS = { # format: columns that it also reads if the dataset has the
 # %% ../../nbs/20_data/3_messages.ipynb #32af05d5
 def format_of(
     columns, # names of a dataset's columns
-)->tuple[str, ...]: # the columns that name the format
-    "The format of a dataset, or a `UserError` that lists its columns and the known formats"
+)->tuple[str, ...]: # columns of the format
+    "Find the format of a dataset; raise a `UserError` with its columns and the known formats if there is none"
     for need in FORMATS:
         if need in ROW_FORMATS and set(need) <= set(columns): return need
     known = "; ".join(" + ".join(f) for f in FORMATS if f in ROW_FORMATS)
@@ -796,10 +796,10 @@ def format_of(
 
 # %% ../../nbs/20_data/3_messages.ipynb #1736cc11
 def add_system(
-    turns:list[tuple], # (message, weight, spans) each
-    row:dict, # with columns that may hold a system prompt
+    turns:list[tuple], # (message, weight, spans) per message
+    row:dict, # row whose columns may hold a system prompt
 )->list[tuple]:
-    "Turns with the system message of a column in front; a system message with the same text is not repeated"
+    "Put the system prompt of a column before the messages; a system message with the same text is not repeated"
     texts = {}
     for c in SYSTEM_COLUMNS:
         if empty_value(row.get(c)): continue
@@ -817,8 +817,8 @@ def add_system(
 # %% ../../nbs/20_data/3_messages.ipynb #17c2d299
 def history_turns(
     history, # [user, assistant] pairs, messages, or JSON text of either
-)->list: # messages as written
-    "Earlier turns as messages"
+)->list: # messages as in the dataset
+    "Convert earlier turns to messages"
     out = []
     for pair in parse_json(history, "the turns of history") or []:
         if isinstance(pair, dict): out.append(pair)
@@ -829,10 +829,10 @@ def history_turns(
 
 # %% ../../nbs/20_data/3_messages.ipynb #d4733bbb
 def add_thought(
-    turns:list[tuple], # (message, weight, spans) each
-    row:dict, # of a single turn, with columns that may hold a thought
+    turns:list[tuple], # (message, weight, spans) per message
+    row:dict, # row with a single turn, whose columns may hold a thought
 )->list[tuple]:
-    "Turns whose last answer has the thought of a column"
+    "Add the thought of a column to the last answer"
     values = {k: row[k] for k in THOUGHT_COLUMNS if not empty_value(row.get(k)) and row[k] is not False}
     for name, value in values.items(): check_thought(name, value)
     thought = read_thought(values, [])
@@ -844,9 +844,9 @@ def add_thought(
 
 # %% ../../nbs/20_data/3_messages.ipynb #d233065b
 def template_arguments(
-    row:dict, # a row
+    row:dict, # row of a dataset
 )->dict:
-    "The arguments of the chat template that a row gives; JSON text is read"
+    "Read the arguments of the chat template in a row; JSON text is parsed"
     value = row.get("chat_template_kwargs")
     exact, value = isinstance(value, str), parse_json(value, "the values of chat_template_kwargs")
     if value is None: return {}
@@ -855,7 +855,7 @@ def template_arguments(
 
 # %% ../../nbs/20_data/3_messages.ipynb #de89d0b5
 def row_weight(
-    row:dict, # a row
+    row:dict, # row of a dataset
 )->float:
     "The weight of a row: the product of its columns of `ROW_WEIGHTS`"
     mask = row.get("mask")
@@ -865,10 +865,10 @@ def row_weight(
 
 # %% ../../nbs/20_data/3_messages.ipynb #05117ab5
 def join_turns(
-    turns:list[tuple], # (message, weight, spans) each
+    turns:list[tuple], # (message, weight, spans) per message
     **rest, # other fields of `Conversation`
 )->Conversation:
-    "A conversation from messages and their weights"
+    "Make a conversation from messages with weights"
     weights = [w for _, w, _ in turns]
     spans = {i: s for i, (*_, s) in enumerate(turns) if s}
     return Conversation([m for m, *_ in turns], message_weights=None if all(w == 1 for w in weights) else weights,
@@ -876,12 +876,12 @@ def join_turns(
 
 # %% ../../nbs/20_data/3_messages.ipynb #91844f11
 def read_conversation(
-    row:dict, # one row of a dataset
-    columns=None, # the format of the dataset, from `format_of`; a row without values in it is read by its own format
-    ignore=(), # columns to treat as absent; messages.KEY for a key of the messages
-    exact:bool=False, # nulls in objects are real, not filled in by Arrow
+    row:dict, # row of a dataset
+    columns=None, # format of the dataset, from `format_of`; a row without these values is read by its own format
+    ignore=(), # columns to treat as absent, and messages.KEY for message keys
+    exact:bool=False, # True: nulls in objects are in the data, not added by Arrow
 )->Conversation:
-    "The conversation of a row; raises `MalformedRow` or `UnsupportedContent` with the reason"
+    "Read the conversation of a row; raise `MalformedRow` or `UnsupportedContent` with the reason"
     row = {k: v for k, v in row.items() if k not in ignore} if ignore else row
     fits = columns and not any(row.get(c) is None for c in columns)
     form = tuple(columns) if fits else row_format(row) or columns or format_of(row)
@@ -901,9 +901,9 @@ def read_conversation(
 
 # %% ../../nbs/20_data/3_messages.ipynb #40809586
 def to_messages(
-    row:dict, # one row of a dataset
-    columns=None, # the columns that name its format; None: found from the row
-)->list[dict]: # messages: role, content, and where present reasoning_content, tool_calls, tool_call_id, name
+    row:dict, # row of a dataset
+    columns=None, # columns of the row's format; None: determine it from the row
+)->list[dict]: # dicts with role and content, some also with reasoning_content, tool_calls, tool_call_id, name
     "The messages of a row's conversation"
     return read_conversation(row, columns).messages
 
@@ -911,7 +911,7 @@ def to_messages(
 def keeps_nulls(
     dataset, # `datasets.Dataset`
 )->bool:
-    "Whether nulls in arguments and schemas are real; in a dataset that stores them as structs they may not be"
+    "True if nulls in arguments and schemas are in the data; in structs Arrow may have added them"
     def has_struct(f, name=""):
         if isinstance(f, dict):
             free = name in ("arguments", "args", "parameters", "properties")
@@ -931,7 +931,7 @@ STRUCTURED_KEYS = dict(system="text", developer="formatted_tools", user="parts",
 def message_fault(
     m:dict, # one message
 )->str|None: # the fault; None if there is none
-    "The first fault of one message"
+    "Find the first fault of a message"
     if not isinstance(m, dict): return "a message is not a mapping"
     role, content = m.get("role"), m.get("content")
     if role not in KNOWN_ROLES: return f"unknown role {role!r:.40}"
@@ -950,7 +950,7 @@ def message_fault(
 def call_id_fault(
     messages:list[dict], # plain messages
 )->str|None: # the fault; None if there is none
-    "The fault if the result of a tool names a call that is not there"
+    "Find a tool result whose `tool_call_id` belongs to no earlier call"
     ids, all_known = set(), True
     for m in messages:
         own = [c.get("id") for c in m.get("tool_calls") or [] if isinstance(c, dict)]
@@ -962,9 +962,9 @@ def call_id_fault(
 
 # %% ../../nbs/20_data/3_messages.ipynb #18f4adb2
 def check_messages(
-    messages:list[dict], # a conversation
+    messages:list[dict], # messages of a conversation
 )->str|None: # the fault; None if there is none
-    "The first fault of a conversation"
+    "Find the first fault of a conversation"
     if not messages: return "no messages"
     for m in messages:
         if fault := message_fault(m): return fault
@@ -979,15 +979,15 @@ def check_messages(
 
 # %% ../../nbs/20_data/3_messages.ipynb #e3f5c106
 def row_id(
-    row:dict, # a row
-    index:int, # its index
+    row:dict, # row of a dataset
+    index:int, # index of the row
 )->str:
-    "The id of a row: its own if it has one, else its index"
+    "The id of a row; its index if it has none"
     return next((str(row[k]) for k in ("row_id", "id", "conversation_id") if row.get(k) is not None), str(index))
 
 # %% ../../nbs/20_data/3_messages.ipynb #88ffced9
 def alternation_fault(messages:list[dict])->str|None:
-    "The fault if user and assistant do not take turns; a tool message must follow a call, or another tool message"
+    "Check that user and assistant alternate; a tool message must follow a call or another tool message"
     last, calls = "", False
     for role, m in ((m["role"], m) for m in messages):
         if role in ("system", "developer") and last: return f"roles do not alternate: {role} after {last}"
@@ -998,12 +998,12 @@ def alternation_fault(messages:list[dict])->str|None:
 
 # %% ../../nbs/20_data/3_messages.ipynb #dd086de4
 def system_first_fault(messages:list[dict])->str|None:
-    "The fault if a system message is not the first message"
+    "Check that only the first message is a system message"
     if any(m["role"] == "system" for m in messages[1:]): return "a system message is not the first message"
 
 # %% ../../nbs/20_data/3_messages.ipynb #6873c117
 def last_role_fault(messages:list[dict])->str|None:
-    "The fault if the last message is not the assistant's"
+    "Check that the last message is the assistant's"
     if messages[-1]["role"] != "assistant": return f"the last message is the {messages[-1]['role']}'s"
 
 # %% ../../nbs/20_data/3_messages.ipynb #f3d995d6
@@ -1012,10 +1012,10 @@ ROLE_CHECKS = dict(alternation=alternation_fault, system_first=system_first_faul
 
 # %% ../../nbs/20_data/3_messages.ipynb #de48de05
 def role_fault(
-    messages:list[dict], # a conversation without other faults
-    checks, # names of `ROLE_CHECKS`
+    messages:list[dict], # messages of a conversation without other faults
+    checks, # names of checks in `ROLE_CHECKS`
 )->str|None: # the fault; None if there is none
-    "The fault of the first check that a conversation fails"
+    "The fault of the first check that a conversation does not pass"
     for name in checks:
         if name not in ROLE_CHECKS:
             raise UserError(f"Unknown role check {name!r}. Known: {', '.join(ROLE_CHECKS)}."
@@ -1028,10 +1028,10 @@ VAGUE_REASONS = ("template", "unsupported_roles", "unverifiable", "generation pr
 
 # %% ../../nbs/20_data/3_messages.ipynb #2fa765bf
 def dropped_text(
-    counts:dict, # dropped: rows by reason; first: the id of a row by reason (or examples: a list of ids); details
-    max_reasons:int=5, # name only the most frequent reasons
+    counts:dict, # dropped (reason -> rows), first (reason -> row id) or examples (reason -> row ids), details
+    max_reasons:int=5, # maximum number of reasons; the most frequent ones are named
 )->str:
-    "The dropped rows as a sentence part: counts, reasons and first rows"
+    "Describe the dropped rows for a message: counts, reasons and first rows"
     first = counts.get("first") or counts.get("examples") or {}
     reasons = sorted(counts["dropped"].items(), key=lambda kv: -kv[1])[:max_reasons]
     def row(ids): return (ids or [""])[0] if isinstance(ids, (list, tuple)) else ids
@@ -1055,12 +1055,12 @@ DROP_HINTS = { # words in a reason: advice
 
 # %% ../../nbs/20_data/3_messages.ipynb #0448ca97
 def check_dropped(
-    counts:dict, # in, out, dropped by reason, and the first row of each
-    max_drop_fraction:float|None=None, # share of rows that may be dropped; None: any
+    counts:dict, # in, out, dropped (reason -> rows), first row of each reason
+    max_drop_fraction:float|None=None, # fraction of rows that may be dropped; None: any
     of:str="", # name of the dataset, for the message
-    none_left:bool=True, # raise if no row is left, whatever the share
+    none_left:bool=True, # True: raise if no row is left, whatever the fraction is
 ):
-    "Raise a `UserError` if all rows, or more than the allowed share, were dropped"
+    "Raise a `UserError` if all rows, or more than the allowed fraction, were dropped"
     rows, dropped = f"rows{f' of {of}' * bool(of)}", counts["in"] - counts["out"]
     hints = [text for word, text in DROP_HINTS.items() if any(word in reason for reason in counts["dropped"])]
     why = "; ".join(dict.fromkeys([dropped_text(counts), *hints]))
@@ -1080,9 +1080,9 @@ INSTRUCTION_PREAMBLES = dict( # of Stanford Alpaca, by whether a row has an inpu
 
 # %% ../../nbs/20_data/3_messages.ipynb #7bcc58c5
 def with_preamble(
-    row:dict, # of any format
-)->dict: # instruction and input, if they change
-    "An instruction row, or a pair of answers to one, whose question is the text of `INSTRUCTION_PREAMBLES`"
+    row:dict, # row of any format
+)->dict: # new values of instruction and input; empty if nothing changes
+    "Rewrite the question of an instruction row, or of a pair, with the text of `INSTRUCTION_PREAMBLES`"
     texts = [row.get(k) or "" for k in ("instruction", "input")]
     form = row_format(row)
     asks = next((c for c in PROMPT_COLUMNS if not empty_value(row.get(c))), None) # of a pair
@@ -1095,9 +1095,9 @@ def with_preamble(
 # %% ../../nbs/20_data/3_messages.ipynb #86873d79
 def add_preambles(
     rows, # `datasets.Dataset`
-    ignore=(), # columns that are treated as absent
-)->tuple: # (`datasets.Dataset`, how many rows changed)
-    "Rows with the preamble around their instructions"
+    ignore=(), # columns to treat as absent
+)->tuple: # (`datasets.Dataset`, number of changed rows)
+    "Put the preamble around the instructions of all rows"
     if "instruction" not in rows.column_names: return rows, 0
     changes = [with_preamble({k: v for k, v in row.items() if k not in ignore}) for row in rows]
     if not any(changes): return rows, 0
@@ -1109,9 +1109,9 @@ def add_preambles(
 
 # %% ../../nbs/20_data/3_messages.ipynb #fae32df7
 def conversation_texts(
-    messages:list[dict], # a conversation
-)->dict: # exact: roles and texts; conversation: texts without system; prompt: the user's texts before an answer
-    "The texts by which conversations are compared"
+    messages:list[dict], # messages of a conversation
+)->dict: # exact (roles and texts), conversation (without system), prompt (user's texts before the first answer)
+    "The texts that are used to compare conversations"
     first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
     texts_without_system = [content_text(m["content"]) for m in messages if m["role"] not in ("system", "developer")]
     prompt = [content_text(m["content"]) for m in messages[:first] if m["role"] == "user"]
@@ -1121,8 +1121,8 @@ def conversation_texts(
 # %% ../../nbs/20_data/3_messages.ipynb #bd298df8
 def dataset_texts(
     dataset, # `datasets.Dataset` with messages
-):          # yields (index, id, source, texts)
-    "The texts of every row, read in blocks"
+): # yields (index, id, source, texts)
+    "Yield the texts of every row; rows are read in blocks"
     if "messages" not in dataset.column_names:
         raise UserError(f"The rows have no column messages, but {', '.join(dataset.column_names)}: convert them first.")
     columns = [c for c in ("messages", "id", "source") if c in dataset.column_names]

@@ -25,22 +25,23 @@ from .swissai import CARRIED_COLUMNS, as_messages, temporary_file
 @dataclass
 class MixtureSource:
     "One dataset of a mixture"
-    dataset_name:str # its name in the mixture: the `source` column, the ids, the seed of its draw
+    dataset_name:str # name in the mixture; it determines the `source` column, the ids and the seed of the draw
     dataset_path:str # hub name, saved folder, folder of files, file or glob
-    train_splits:list = field(default_factory=lambda: ["train"]) # splits to draw from, in this order
-    eval_splits:list = field(default_factory=list) # splits that become evaluation rows, without drawing
-    subsample_factor:float = 1 # 1 all rows, below 1 a fraction, above 1 a number of rows, 0 none
-    duplication_factor:int = 1 # how often each drawn row occurs
-    token_budget:int|None = None # tokens at most, including copies
+    # splits from which training rows are drawn, in this order
+    train_splits:list = field(default_factory=lambda: ["train"])
+    eval_splits:list = field(default_factory=list) # splits whose rows all become evaluation rows
+    subsample_factor:float = 1 # 1: all rows; below 1: a fraction; above 1: a number of rows; 0: none
+    duplication_factor:int = 1 # number of copies of each drawn row
+    token_budget:int|None = None # maximum number of tokens, including copies; None: no limit
 
 # %% ../../nbs/20_data/5_mixture.ipynb #36d3815d
 def checked_number(
-    value, # what the user wrote
-    name:str, # the key, for the message
+    value, # value as typed
+    name:str, # name of the key, for the message
     least:float=0, # smallest allowed value
-    whole:bool=False, # whether it must be a whole number
-):      # the value; an int where `whole`
-    "A finite number that is at least `least`, or a `UserError`"
+    whole:bool=False, # True: it must be a whole number
+): # the value; an int if `whole`
+    "Check that a value is a finite number of at least `least`; raise a `UserError` otherwise"
     fine = (isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= least
             and (not whole or value == int(value)))
     if not fine:
@@ -50,9 +51,9 @@ def checked_number(
 
 # %% ../../nbs/20_data/5_mixture.ipynb #600fbb48
 def parse_source(
-    settings, # mapping with keys of `MixtureSource`, or a `MixtureSource`
+    settings, # dict with fields of `MixtureSource`, or a `MixtureSource`
 )->MixtureSource:
-    "One source, checked; a `UserError` names the source and the key"
+    "Check one source; a `UserError` names the source and the key"
     keys = list(MixtureSource.__dataclass_fields__)
     settings = vars(settings) if isinstance(settings, MixtureSource) else settings
     if not isinstance(settings, dict):
@@ -83,9 +84,9 @@ def parse_source(
 
 # %% ../../nbs/20_data/5_mixture.ipynb #4fee019c
 def parse_sources(
-    settings, # list of mappings with keys of `MixtureSource`
+    settings, # list of dicts with fields of `MixtureSource`
 )->list[MixtureSource]:
-    "The sources of a mixture, checked one by one and together"
+    "Check the sources of a mixture, each alone and all together"
     if not isinstance(settings, (list, tuple)) or not settings:
         raise UserError(f"A mixture needs a list of sources with at least one in it, not {settings!r}.")
     sources = [parse_source(s) for s in settings]
@@ -100,28 +101,28 @@ def parse_sources(
 
 # %% ../../nbs/20_data/5_mixture.ipynb #5f30800d
 def draw_count(
-    factor:float, # subsample_factor
-    n:int, # usable rows
-)->int: # rows to draw
-    "How many rows a source gives, without copies"
+    factor:float, # `subsample_factor` of the source
+    n:int, # number of usable rows
+)->int: # number of rows to draw
+    "The number of rows that a source gives, without copies"
     return min(int(factor), n) if factor > 1 else math.floor(Fraction(str(factor))*n)
 
 # %% ../../nbs/20_data/5_mixture.ipynb #08c59bb0
 def seeded_generator(
-    seed:int, # of the mixture
-    name:str, # of the source
+    seed:int, # seed of the mixture
+    name:str, # name of the source
 )->np.random.Generator:
-    "A separate random generator for each (seed, name)"
+    "Make a separate random generator for each (seed, name)"
     return np.random.default_rng([seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")])
 
 # %% ../../nbs/20_data/5_mixture.ipynb #2cfa1be6
 def draw_rows(
-    n:int, # usable rows
-    source:MixtureSource, # its name, subsample_factor and duplication_factor
-    seed:int=42, # of the mixture
-    shuffle:bool=True, # at random; False: the first rows
-)->tuple: # (rows_K, positions_CK): indices of the drawn rows, and the shuffle position of each copy
-    "The rows that a source gives, in the order of the draw, and the positions of their copies"
+    n:int, # number of usable rows
+    source:MixtureSource, # the source; its name, subsample_factor and duplication_factor are used
+    seed:int=42, # seed of the mixture
+    shuffle:bool=True, # True: draw at random; False: take the first rows
+)->tuple: # (rows_K: indices of the drawn rows, positions_CK: shuffle position of each of the C copies)
+    "Draw the rows of a source, and the positions of their copies in the shuffle"
     k, copies = draw_count(source.subsample_factor, n), source.duplication_factor
     if not shuffle: return np.arange(k), np.zeros((copies, k))
     rng = seeded_generator(seed, source.dataset_name)
@@ -131,8 +132,8 @@ def draw_rows(
 def unify_types(
     a, # an Arrow type
     b, # an Arrow type
-):    # the type that holds both; None if there is none
-    "The common type of two Arrow types"
+): # type that holds the values of both; None if there is none
+    "Find the common type of two Arrow types"
     import pyarrow as pa
     schemas = [pa.schema([("x", a)]), pa.schema([("x", b)])]
     try: out = pa.unify_schemas(schemas, promote_options="permissive").field("x").type
@@ -144,16 +145,16 @@ def unify_types(
 def short_type(
     t, # an Arrow type
 )->str:
-    "A type for a message, of at most 90 characters"
+    "Write a type for a message, in at most 90 characters"
     text = str(t).replace("extension<arrow.json>", "any json")
     return text if len(text) <= 90 else text[:87] + "..."
 
 # %% ../../nbs/20_data/5_mixture.ipynb #975b6076
 def common_type(
-    column:str, # its name, for the message
-    types:dict, # source: Arrow type of the column there
-):             # the Arrow type that holds all of them
-    "The common type of a column, or a `UserError` that names two sources and their types"
+    column:str, # name of the column, for the message
+    types:dict, # source -> Arrow type of the column in it
+): # Arrow type that holds the values of all sources
+    "Find the common type of a column; a `UserError` names two sources whose types do not agree"
     import pyarrow as pa
     out = pa.null()
     for label, t in types.items():
@@ -168,10 +169,10 @@ def common_type(
 
 # %% ../../nbs/20_data/5_mixture.ipynb #8b677537
 def type_conflict(
-    column:str, # its name
-    types:dict, # source: Arrow type of the column there
-)->str|None: # a sentence; None if the types have a common one
-    "Two sources whose types of a column have nothing in common"
+    column:str, # name of the column
+    types:dict, # source -> Arrow type of the column in it
+)->str|None: # one sentence; None if there is a common type
+    "Describe two sources whose types of a column have no common type"
     pairs = ((a, b) for a in types for b in types if unify_types(types[a], types[b]) is None)
     a, b = next(pairs, (None, None))
     return None if a is None else (f"column {column!r} is {short_type(types[a])} in {a} and {short_type(types[b])} in "
@@ -180,9 +181,9 @@ def type_conflict(
 # %% ../../nbs/20_data/5_mixture.ipynb #a7b2e769
 def json_column(
     dataset, # `datasets.Dataset`
-    column:str, # its name
-):             # the dataset with the values of the column as JSON
-    "A column of any type as JSON"
+    column:str, # name of the column
+): # dataset with the values of the column as JSON
+    "Convert a column of any type to JSON"
     from datasets import ClassLabel, Features, Json
     if isinstance(dataset.features[column], ClassLabel): dataset = label_names(dataset, column)
     features = Features(dict(dataset.features, **{column: Json()}))
@@ -197,9 +198,9 @@ def json_column(
 # %% ../../nbs/20_data/5_mixture.ipynb #621e6548
 def label_names(
     dataset, # `datasets.Dataset`
-    column:str, # a column of type ClassLabel
-):             # the dataset with the names of the classes as texts
-    "A ClassLabel column as texts"
+    column:str, # name of a column of type ClassLabel
+): # dataset with the class names as texts in this column
+    "Convert a ClassLabel column to texts"
     from datasets import Value
     kind = dataset.features[column]
     texts = [None if i is None or i < 0 else kind.names[i] for i in dataset[column][:]]
@@ -207,11 +208,11 @@ def label_names(
 
 # %% ../../nbs/20_data/5_mixture.ipynb #584483d2
 def align_schemas(
-    datasets:dict, # label: `datasets.Dataset`
-    columns, # columns of the result; null where a dataset lacks one
-    notes:list|None=None, # collects sentences about columns that become JSON
-)->list: # the datasets, all with the same features
-    "Datasets brought to one schema; a column whose types have nothing in common is kept as JSON"
+    datasets:dict, # name -> `datasets.Dataset`
+    columns, # columns of the result; they are null where a dataset does not have them
+    notes:list|None=None, # list to which sentences about columns that become JSON are added; None: no notes
+)->list: # datasets with the same features, in the same order
+    "Convert datasets to one schema; a column without a common type becomes JSON"
     from datasets import ClassLabel, Features
     import pyarrow as pa
     features = {}
@@ -235,8 +236,8 @@ def with_features(
     dataset, # `datasets.Dataset`
     features, # `datasets.Features` of the result, in order
     label:str, # name of the dataset, for the message
-):            # the dataset with exactly these columns and types
-    "A dataset with missing columns added as nulls, other columns removed, and all columns cast"
+): # dataset with exactly these columns and types
+    "Add missing columns as nulls, remove other columns, and convert all columns"
     import pyarrow as pa
     for c in features:
         if c not in dataset.column_names: dataset = dataset.add_column(c, [None]*len(dataset), feature=features[c])
@@ -250,9 +251,9 @@ def with_features(
 # %% ../../nbs/20_data/5_mixture.ipynb #e3ef4cc6
 def with_ids(
     dataset, # `datasets.Dataset`
-    prefix:str, # the name of the source
-):            # the dataset with a column `id`; its former ids as `origin_id`
-    "Rows with the ids `PREFIX_i`"
+    prefix:str, # name of the source
+): # dataset with a column `id`; earlier ids are in `origin_id`
+    "Give each row the id `PREFIX_i`"
     from datasets import Value
     if "id" in dataset.column_names:
         own = [None if i is None else str(i) for i in dataset["id"][:]]
@@ -263,9 +264,9 @@ def with_ids(
 # %% ../../nbs/20_data/5_mixture.ipynb #f3227926
 def is_finer(
     dataset, # `datasets.Dataset`
-    column:str, # its name
+    column:str, # name of the column
 )->bool:
-    "Whether a column of texts or numbers has several values"
+    "True if a column of texts or numbers has several values"
     if getattr(dataset.features.get(column), "dtype", None) not in ("string", "large_string", "int64", "int32"):
         return False
     return len({*dataset.unique(column)} - {None}) > 1
@@ -274,9 +275,9 @@ def is_finer(
 def with_origin(
     dataset, # `datasets.Dataset`
     label:str, # name of the source, for the message
-    columns_to_keep, # columns of the mixture
-):            # the dataset, its column `source` renamed
-    "Rows with a column `source` keep it as `origin`, if it has several values or `columns_to_keep` names either"
+    columns_to_keep, # names of the columns that the mixture keeps
+): # dataset with the column `source` renamed to `origin`, if that is kept
+    "Rename a column `source` to `origin` if it has several values or `columns_to_keep` names either"
     wanted = {"source", "origin"} & set(columns_to_keep)
     if "source" not in dataset.column_names or not (wanted or is_finer(dataset, "source")): return dataset
     if "origin" not in dataset.column_names: return dataset.rename_column("source", "origin")
@@ -287,10 +288,10 @@ def with_origin(
 
 # %% ../../nbs/20_data/5_mixture.ipynb #73b20c76
 def read_splits(
-    source:MixtureSource, # its name and path
-    names:list[str], # splits to read, one after the other
-):                # `datasets.Dataset`
-    "The rows of some splits of a source as one dataset"
+    source:MixtureSource, # the source; its name and path are used
+    names:list[str], # names of splits, read one after the other
+): # `datasets.Dataset`
+    "Read some splits of a source as one dataset"
     from datasets import concatenate_datasets
     try: splits = load_splits(source.dataset_path, names)
     except UserError as e: raise UserError(f"Source {source.dataset_name!r}: {e}") from e
@@ -305,21 +306,22 @@ def read_splits(
 # %% ../../nbs/20_data/5_mixture.ipynb #ba140195
 @dataclass(frozen=True)
 class ReadSettings:
-    "Which rows of a source are usable, and in which form"
-    need_columns:tuple = () # columns that must be there, in the raw rows or after the conversion
-    blocks:bool|None = None # structured contents; None: where a source has them
-    checks:tuple = () # names of role checks that rows have to pass
+    "Settings that determine which rows of a source are usable, and their form"
+    need_columns:tuple = () # columns that must exist, in the raw rows or after the conversion
+    blocks:bool|None = None # True: structured contents; None: structured if the source has them
+    checks:tuple = () # names of role checks that rows must pass
     on_malformed:str = "drop" # drop or error
-    max_drop_fraction:float|None = 0.05 # share of a source's rows that may be dropped
-    ignore_columns:tuple = () # columns to treat as absent; messages.KEY for a key of the messages
-    reader:object = None # function(rows with ids) -> (rows, counts), in place of the conversion to messages
+    max_drop_fraction:float|None = 0.05 # fraction of a source's rows that may be dropped; None: any
+    ignore_columns:tuple = () # columns to treat as absent, and messages.KEY for message keys
+    # function: rows with ids -> (rows, counts), instead of the conversion to messages; None: convert
+    reader:object = None
 
 # %% ../../nbs/20_data/5_mixture.ipynb #2d5026fe
 def carried_columns(
-    found, # `Account` of the raw rows
+    found, # account of the raw rows
     columns, # names of the columns of the rows
-)->list[str]: # those to keep
-    "Columns that are always kept, as they change what is trained: system prompts, tools, template arguments, weights"
+)->list[str]: # names of columns
+    "Columns that are always kept because they change training: system prompts, tools, arguments, weights"
     known = {u.name for u in found.columns if u.rows and u.kind in ("conversation", "weight") and u.name in ROW_KEYS}
     made = {name for name, sources in CARRIED_COLUMNS.items() if known & {*sources}} # names after the conversion
     unasked = {c for sources in CARRIED_COLUMNS.values() for c in sources} | {*SYSTEM_COLUMNS}
@@ -327,14 +329,14 @@ def carried_columns(
 
 # %% ../../nbs/20_data/5_mixture.ipynb #84ff559f
 def usable_rows(
-    source:MixtureSource, # its name and path
-    names:list[str], # splits
-    label:str, # beginning of the ids: the name, with _eval for evaluation rows
-    columns_to_keep, # columns of the mixture
-    settings:ReadSettings=ReadSettings(), # which rows are usable
-    notes:list|None=None, # collects what the reader noticed
-)->tuple: # (`datasets.Dataset` with id and the columns to keep, counts, `Account` of the raw rows)
-    "The usable rows of some splits of a source"
+    source:MixtureSource, # the source; its name and path are used
+    names:list[str], # names of splits
+    label:str, # beginning of the ids: the source's name, with _eval for evaluation rows
+    columns_to_keep, # names of the columns that the mixture keeps
+    settings:ReadSettings=ReadSettings(), # settings that determine which rows are usable
+    notes:list|None=None, # list to which the notes of the reader are added; None: no notes
+)->tuple: # (`datasets.Dataset` with id and the columns to keep, counts, account of the raw rows)
+    "Read the usable rows of some splits of a source"
     given = read_splits(source, names)
     if notes is not None: notes += [f"{label}: {note.rstrip('.')}" for note in reading_notes(given)]
     raw = with_origin(with_ids(given, label), label, columns_to_keep)
@@ -355,11 +357,11 @@ def usable_rows(
 # %% ../../nbs/20_data/5_mixture.ipynb #d2be3b33
 def kept_of(
     rows, # `datasets.Dataset` of usable rows
-    raw, # the rows before their conversion, with ids
-    columns_to_keep, # columns of the mixture
-    carried, # further columns to keep
-):          # the rows with their id and the columns to keep
-    "Usable rows with the columns that a mixture keeps, also those that the conversion has read"
+    raw, # rows before the conversion, with ids
+    columns_to_keep, # names of the columns that the mixture keeps
+    carried, # names of further columns to keep
+): # rows with their id and the columns to keep
+    "Select the columns that a mixture keeps, including columns that the conversion has read"
     from datasets import concatenate_datasets
     used_up = [c for c in columns_to_keep if c in raw.column_names and c not in rows.column_names and c != "source"]
     origin = "source" in columns_to_keep or "origin" in rows.column_names and is_finer(rows, "origin")
@@ -375,11 +377,11 @@ def kept_of(
 def count_rows(
     rows, # `datasets.Dataset` of drawn rows, in the order of the draw
     count_tokens, # function(dataset) -> (tokens per row, completion tokens per row)
-    budget:int|None=None, # tokens at most; None: no limit
-    copies:int=1, # how often each row will occur
-    block:int=5000, # rows counted at a time if there is a budget
-)->tuple: # (tokens_K, completion_K) of the rows that fit
-    "Token counts of the rows, up to the first that does not fit into the budget"
+    budget:int|None=None, # maximum number of tokens; None: no limit
+    copies:int=1, # number of copies of each row in the mixture
+    block:int=5000, # number of rows to count at a time, if there is a budget
+)->tuple: # (tokens_K, completion_K) of the K rows that fit
+    "Count the tokens of the rows, up to the first row that does not fit into the budget"
     tokens, completion = np.zeros(0, np.int64), np.zeros(0, np.int64)
     for start in range(0, len(rows), block if budget else max(len(rows), 1)):
         part = rows.select(range(start, min(start + block, len(rows)))) if budget else rows
@@ -394,22 +396,22 @@ def count_rows(
 # %% ../../nbs/20_data/5_mixture.ipynb #d9815e79
 @dataclass
 class SourceRows:
-    "What one source contributes to a mixture"
+    "The rows of one source of a mixture"
     source:MixtureSource
-    train:object = None # `datasets.Dataset` of drawn rows, each once, in the order of the draw; None without any
-    eval:object = None # `datasets.Dataset` of its evaluation rows; None without eval_splits
-    shuffle_positions:np.ndarray = None # [C, K] position of each copy of a row in the shuffle
-    tokens:tuple = None # (tokens_K, completion_K); None without `count_tokens`
-    counts:dict = field(default_factory=dict) # rows read and dropped: counts of `as_messages`
-    accounts:dict = field(default_factory=dict) # NAME or NAME_eval: `Account` of its raw rows
+    train:object = None # `datasets.Dataset` of the drawn rows, each once, in the order of the draw; None: no rows
+    eval:object = None # `datasets.Dataset` of evaluation rows; None: no eval_splits
+    shuffle_positions:np.ndarray = None # [C, K]: position in the shuffle of each of the C copies of K rows
+    tokens:tuple = None # (tokens_K, completion_K): token counts per row; None: not counted
+    counts:dict = field(default_factory=dict) # NAME or NAME_eval -> counts of `as_messages`: rows read and dropped
+    accounts:dict = field(default_factory=dict) # NAME or NAME_eval -> account of the raw rows
     notes:list = field(default_factory=list) # sentences for the user
 
 # %% ../../nbs/20_data/5_mixture.ipynb #738ab350
 def cut_to_budget(
-    source_rows:SourceRows, # with the drawn rows; changed in place
-    count_tokens, # function(dataset) -> (tokens per row, completion tokens per row)
+    source_rows:SourceRows, # drawn rows of a source; changed in place
+    count_tokens, # function: dataset -> (tokens per row, completion tokens per row)
 ):
-    "Count the tokens of the drawn rows, and remove rows beyond the source's budget"
+    "Count the tokens of the drawn rows, and remove the rows beyond the source's budget"
     s, drawn = source_rows.source, len(source_rows.train)
     source_rows.tokens = count_rows(source_rows.train, count_tokens, s.token_budget, s.duplication_factor)
     k, total = len(source_rows.tokens[0]), int(source_rows.tokens[0].sum())*s.duplication_factor
@@ -425,13 +427,13 @@ def cut_to_budget(
 # %% ../../nbs/20_data/5_mixture.ipynb #9ec714c9
 def sample_source(
     source:MixtureSource, # what to read
-    columns_to_keep, # columns of the mixture
-    seed:int=42, # of the mixture
-    shuffle:bool=True, # draw at random
-    count_tokens=None, # function(dataset) -> (tokens per row, completion tokens per row)
-    settings:ReadSettings=ReadSettings(), # which rows are usable
+    columns_to_keep, # names of the columns that the mixture keeps
+    seed:int=42, # seed of the mixture
+    shuffle:bool=True, # True: draw at random; False: take the first rows
+    count_tokens=None, # function: dataset -> (tokens per row, completion tokens per row); None: do not count
+    settings:ReadSettings=ReadSettings(), # settings that determine which rows are usable
 )->SourceRows:
-    "Read one source, draw its rows and count them; independent of all other sources"
+    "Read one source, draw its rows and count their tokens, independently of all other sources"
     out = SourceRows(source)
     name = source.dataset_name
     factor = source.subsample_factor
@@ -463,20 +465,20 @@ def sample_source(
 @dataclass
 class Mixture:
     "The rows of a mixture, and their counts"
-    train:object # `datasets.Dataset`
-    eval:object # `datasets.Dataset`, or None without evaluation splits
-    table:list # one dict per source, and one for the total
-    counts:dict # source (NAME, NAME_eval): in, out, dropped by reason, examples
-    inputs:dict # path: rows read there
+    train:object # `datasets.Dataset` of training rows
+    eval:object # `datasets.Dataset` of evaluation rows; None: no evaluation splits
+    table:list # list of dicts: one per source, and one for the total
+    counts:dict # source (NAME or NAME_eval) -> in, out, dropped by reason, examples
+    inputs:dict # path -> number of rows read from it
     notes:list # sentences for the user
-    lengths:dict # source: tokens of each drawn row; empty without `count_tokens`
-    accounts:dict = field(default_factory=dict) # source (NAME, NAME_eval): `Account` of its columns and message keys
+    lengths:dict # source -> tokens of each drawn row; empty if tokens were not counted
+    accounts:dict = field(default_factory=dict) # source (NAME or NAME_eval) -> account of its columns and message keys
 
 # %% ../../nbs/20_data/5_mixture.ipynb #35fcf5aa
 def source_table_row(
-    source_rows:SourceRows, # of one source
+    source_rows:SourceRows, # rows of one source
 )->dict:
-    "Rows and tokens of one source; `mixture_table` fills in the shares"
+    "Count the rows and tokens of one source; `mixture_table` adds the shares"
     s, counts = source_rows.source, source_rows.counts.get(source_rows.source.dataset_name, {"in": 0, "out": 0})
     drawn = 0 if source_rows.train is None else len(source_rows.train)
     tokens = [None]*2 if source_rows.tokens is None else [int(t.sum())*s.duplication_factor for t in source_rows.tokens]
@@ -487,10 +489,10 @@ def source_table_row(
 
 # %% ../../nbs/20_data/5_mixture.ipynb #a44265b9
 def mixture_table(
-    source_rows:list[SourceRows], # of all sources
-    counted:bool, # whether tokens were counted
+    source_rows:list[SourceRows], # rows of each source
+    counted:bool, # True: tokens were counted
 )->list[dict]: # one dict per source, and one for the total
-    "The contribution of each source, in rows and tokens"
+    "Count the rows and tokens of each source and their shares of the mixture"
     rows = [source_table_row(p) for p in source_rows]
     if counted: rows = [dict(r, tokens=r["tokens"] or 0, completion_tokens=r["completion_tokens"] or 0) for r in rows]
     sums = [k for k in rows[0] if k not in ("source", "copies", "row_share", "token_share")]
@@ -503,12 +505,12 @@ def mixture_table(
 
 # %% ../../nbs/20_data/5_mixture.ipynb #4a6cf5b7
 def concatenate_sources(
-    source_rows:list[SourceRows], # of all sources
-    columns, # of the mixture
-    shuffle:bool, # order by shuffle position; False: one source after the other
-    notes:list|None=None, # collects sentences about columns that become JSON
-)->tuple: # (train, eval): `datasets.Dataset` each, eval None without evaluation rows
-    "The rows of all sources in one dataset, and the evaluation rows in another, with the same schema"
+    source_rows:list[SourceRows], # rows of each source
+    columns, # names of the mixture's columns
+    shuffle:bool, # True: order by shuffle position; False: one source after the other
+    notes:list|None=None, # list to which sentences about columns that become JSON are added; None: no notes
+)->tuple: # (train, eval), each a `datasets.Dataset`; eval is None without evaluation rows
+    "Concatenate the rows of all sources, and separately the evaluation rows, with the same schema"
     from datasets import Value, concatenate_datasets
     rows = {f"{p.source.dataset_name}{kind}": (p, d) for kind in ("", "_eval") for p in source_rows
             if (d := p.eval if kind else p.train) is not None}
@@ -528,16 +530,16 @@ def concatenate_sources(
 
 # %% ../../nbs/20_data/5_mixture.ipynb #c0d57ff9
 def columns_of(
-    source_rows:list[SourceRows], # of all sources
+    source_rows:list[SourceRows], # rows of each source
 )->set[str]:
-    "The columns that some source has"
+    "All columns of the sources"
     return {c for p in source_rows for d in (p.train, p.eval) if d is not None for c in d.column_names}
 
 # %% ../../nbs/20_data/5_mixture.ipynb #25a4b589
 def carried_names(
-    source_rows:list[SourceRows], # of all sources
+    source_rows:list[SourceRows], # rows of each source
 )->list[str]:
-    "The columns that some source carries into the mixture"
+    "All columns that the mixture keeps because they change training"
     have = columns_of(source_rows)
     names = [*CARRIED_COLUMNS, *(c for c, k in ROW_KEYS.items() if k.kind in ("conversation", "weight"))]
     found = [a for p in source_rows for a in p.accounts.values()]
@@ -545,10 +547,10 @@ def carried_names(
 
 # %% ../../nbs/20_data/5_mixture.ipynb #bf649130
 def mixture_columns(
-    source_rows:list[SourceRows], # of all sources
-    columns_to_keep, # columns of the mixture
-)->list[str]: # in order: the columns to keep and those that are carried, id, source, origin, origin_id
-    "The columns of a mixture; a `UserError` if no source has any of the columns to keep"
+    source_rows:list[SourceRows], # rows of each source
+    columns_to_keep, # names of the columns that the mixture keeps
+)->list[str]: # the columns to keep, further kept columns, id, source, origin, origin_id
+    "The columns of a mixture; raise a `UserError` if no source has any of `columns_to_keep`"
     have = columns_of(source_rows)
     if not {*columns_to_keep} & (have | {"source"}) - {"id"}:
         raise UserError(f"No source has a column of columns_to_keep ({', '.join(columns_to_keep)})."
@@ -560,10 +562,10 @@ def mixture_columns(
 
 # %% ../../nbs/20_data/5_mixture.ipynb #5ba22a2b
 def mixture_notes(
-    source_rows:list[SourceRows], # of all sources
-    columns_to_keep, # columns of the mixture
+    source_rows:list[SourceRows], # rows of each source
+    columns_to_keep, # names of the columns that the mixture keeps
 )->list[str]: # sentences
-    "The notes of the sources, columns that no source has, and columns that are kept without being named"
+    "Notes of the sources, columns that no source has, and columns that are kept without being named"
     notes = [n for p in source_rows for n in p.notes]
     have = columns_of(source_rows)
     notes += [f"no source has the column {c!r}: it is null in every row.{did_you_mean(c, have)}"
@@ -576,17 +578,17 @@ def mixture_notes(
 
 # %% ../../nbs/20_data/5_mixture.ipynb #a47ba538
 def mix_sources(
-    sources, # list of mappings with keys of `MixtureSource`
+    sources, # list of dicts with fields of `MixtureSource`
     *,
-    columns_to_keep=("messages",), # columns of the mixture; null where a source lacks one
+    columns_to_keep=("messages",), # names of columns to keep; null where a source does not have one
     need_columns=(), # columns that every source must have
-    keep_ids:bool=True, # keep the column id
-    shuffle:bool=True, # draw and order at random; False: the first rows, source after source
-    seed:int=42, # of the draw and the order
-    count_tokens=None, # function(dataset) -> (tokens per row, completion tokens per row)
+    keep_ids:bool=True, # True: keep the column id
+    shuffle:bool=True, # True: draw and order at random; False: first rows, source after source
+    seed:int=42, # seed of the draw and of the order
+    count_tokens=None, # function: dataset -> (tokens per row, completion tokens per row); None: do not count
     **settings, # other fields of `ReadSettings`: blocks, checks, on_malformed, max_drop_fraction, ignore_columns
 )->Mixture:
-    "Mix sources: draw, repeat, tag, align and shuffle; nothing is written"
+    "Make a mixture in memory: draw, repeat, convert to one schema and shuffle; nothing is written"
     sources, seed = parse_sources(sources), checked_number(seed, "seed", whole=True)
     keep = [*dict.fromkeys([columns_to_keep] if isinstance(columns_to_keep, str) else columns_to_keep)]
     if not keep: raise UserError("columns_to_keep is empty: name at least messages.")
@@ -609,9 +611,9 @@ def mix_sources(
 
 # %% ../../nbs/20_data/5_mixture.ipynb #c29dcd57
 def plot_composition(
-    mixture:Mixture, # with its table
-):                   # `matplotlib` figure
-    "The share of each source in rows, and in tokens if they were counted"
+    mixture:Mixture, # mixture with its table
+): # `matplotlib` figure
+    "Plot the share of each source in rows, and in tokens if they were counted"
     from matplotlib import pyplot as plt
     rows = mixture.table[:-1]
     kinds = dict(row_share="rows") | (dict(token_share="tokens", completion_share="completion tokens")
@@ -633,10 +635,10 @@ def plot_composition(
 
 # %% ../../nbs/20_data/5_mixture.ipynb #4a65b716
 def source_lengths(
-    mixture:Mixture, # with its training rows
-    max_rows:int=2000, # rows per source to look at where characters are counted
-)->dict: # source: lengths_K of its rows, each once
-    "Lengths of the rows of every source: tokens if they were counted, else characters"
+    mixture:Mixture, # mixture with its training rows
+    max_rows:int=2000, # maximum rows per source if characters are counted
+)->dict: # source -> lengths_K of its rows, each row once
+    "The lengths of each source's rows, in tokens if they were counted, else in characters"
     if mixture.lengths: return {s: n for s, n in mixture.lengths.items() if len(n)}
     at = {}
     for i, s in enumerate(mixture.train["source"][:]): at.setdefault(s, []).append(i)
@@ -645,9 +647,9 @@ def source_lengths(
 
 # %% ../../nbs/20_data/5_mixture.ipynb #351c36d6
 def plot_mixture_lengths(
-    mixture:Mixture, # with its training rows
-):                   # `matplotlib` figure
-    "Box plot of the lengths per source: quartiles, whiskers of at most 1.5 box lengths, single rows as dots"
+    mixture:Mixture, # mixture with its training rows
+): # `matplotlib` figure
+    "Plot the lengths per source as boxes: quartiles, whiskers up to 1.5 box lengths, outliers as dots"
     from matplotlib import pyplot as plt
     from matplotlib.ticker import LogLocator, NullFormatter
     lengths = source_lengths(mixture)

@@ -34,10 +34,10 @@ SUBSCHEMAS = { # key of a JSON schema that holds schemas: the container that hol
 
 # %% ../../nbs/20_data/4_swissai.ipynb #4606f136
 def plain_schema(
-    schema, # a JSON schema: a dict, JSON text, or None
-    exact:bool=False, # None is a null, not a field that Arrow filled in
+    schema, # JSON schema: a dict, JSON text, or None
+    exact:bool=False, # True: None is a null of the data, not a field that Arrow added
 )->dict:
-    "A schema as a dict, with `required` as a list of names at every depth"
+    "Convert a schema to a dict with `required` as a list of names at every depth"
     exact, schema = exact or isinstance(schema, str), parse_json(schema, "the parameters of a tool")
     if not schema: return {}
     if not isinstance(schema, dict): raise MalformedRow("the parameters of a tool are not an object")
@@ -56,10 +56,10 @@ def plain_schema(
 
 # %% ../../nbs/20_data/4_swissai.ipynb #3eafadfb
 def properties_of(
-    properties, # name: schema, as a dict, JSON text or None
-    exact:bool=False, # None is a null, not a field that Arrow filled in
-)->dict|None: # name: plain schema
-    "The properties of a schema; a property that is None in a dict belongs to other rows and is left out"
+    properties, # property name -> schema, as a dict, JSON text or None
+    exact:bool=False, # True: None is a null of the data, not a field that Arrow added
+)->dict|None: # property name -> plain schema
+    "Convert the properties of a schema; a None in a dict belongs to other rows and is left out"
     exact, schemas = exact or isinstance(properties, str), parse_json(properties, "the properties of a tool")
     if not schemas: return None if schemas is None else {}
     if not isinstance(schemas, dict): raise MalformedRow("the properties of a tool are not an object")
@@ -68,10 +68,10 @@ def properties_of(
 
 # %% ../../nbs/20_data/4_swissai.ipynb #7a57af71
 def tool_list(
-    tools, # a list of tools, JSON text, or None; a tool is bare (name, description, parameters) or in OpenAI's form
-    exact:bool=False, # None is a null, not a field that Arrow filled in
-)->list[dict]: # name, description and plain schema of each
-    "Tools in one form; `MalformedRow` if they cannot be read"
+    tools, # list of tools, JSON text, or None; a tool is bare (name, description, parameters) or in OpenAI's form
+    exact:bool=False, # True: None is a null of the data, not a field that Arrow added
+)->list[dict]: # dicts with name, description and plain schema
+    "Convert tools to one form; raise `MalformedRow` if they cannot be read"
     text, tools = exact or isinstance(tools, str), parse_json(tools, "the tools") or []
     if not isinstance(tools, list): raise MalformedRow("the tools are not a list")
     out = []
@@ -86,9 +86,9 @@ def tool_list(
 
 # %% ../../nbs/20_data/4_swissai.ipynb #690264a0
 def ts_object(
-    spec:dict, # a JSON schema of type object
+    spec:dict, # JSON schema of type object
 )->str:
-    "An object type with its properties; the long indent is part of the trained layout"
+    "Write an object type with its properties; the long indent is part of the trained layout"
     props, required = spec.get("properties"), spec.get("required") or []
     if not props: return "object"
     each = [f"{k}{'' if k in required else '?'}: \n{' '*16}{ts_type(v)}" for k, v in props.items()]
@@ -100,9 +100,9 @@ FLAT_TYPES = dict(string="string", number="number", integer="number", boolean="b
 
 # %% ../../nbs/20_data/4_swissai.ipynb #10cff4a6
 def ts_array(
-    spec:dict, # a JSON schema of type array
+    spec:dict, # JSON schema of type array
 )->str:
-    "An array type; flat items without their enum or null, and `any` for an item type of more than 50 characters"
+    "Write an array type; items lose their enum and null, and an item type of more than 50 characters is `any`"
     items = spec.get("items") or {}
     kind = items.get("type") if isinstance(items, dict) else None
     inner = FLAT_TYPES[kind] if isinstance(kind, str) and kind in FLAT_TYPES else ts_type(items)
@@ -111,9 +111,9 @@ def ts_array(
 
 # %% ../../nbs/20_data/4_swissai.ipynb #4f59c149
 def ts_union(
-    variants:list[dict], # JSON schemas
+    variants:list[dict], # JSON schemas of the members
 )->str:
-    "A union: each member with its description and, after a wide gap, its default"
+    "Write a union: each member with its description and, after a wide gap, its default"
     each = []
     for v in variants:
         text = ts_type(v)
@@ -125,9 +125,9 @@ def ts_union(
 
 # %% ../../nbs/20_data/4_swissai.ipynb #026e61c5
 def ts_type(
-    spec:dict, # a JSON schema
-)->str: # TypeScript
-    "A JSON schema as a TypeScript-like type"
+    spec:dict, # JSON schema
+)->str: # TypeScript-like type
+    "Write a JSON schema as a TypeScript-like type"
     if not isinstance(spec, dict): return "any"
     kind = spec.get("type")
     if kind == "array": return ts_array(spec)
@@ -140,11 +140,11 @@ def ts_type(
 
 # %% ../../nbs/20_data/4_swissai.ipynb #16ef4b21
 def ts_parameter(
-    name:str, # of the parameter
-    spec:dict, # its JSON schema
-    required:bool, # whether a call must give it
+    name:str, # name of the parameter
+    spec:dict, # JSON schema of the parameter
+    required:bool, # True: a call must give the parameter
 )->str:
-    "One parameter: its description before it, its default after it; defaults are JSON, unless they are choices"
+    "Write a parameter: description before it, default after it; a default is JSON unless it is a choice"
     text = (f"// {spec['description']}\n" if spec.get("description")
             else "") + f"{name}{'' if required else '?'}: {ts_type(spec)}"
     if "default" not in spec: return text
@@ -155,9 +155,9 @@ def ts_parameter(
 
 # %% ../../nbs/20_data/4_swissai.ipynb #e96bd3fe
 def format_tools(
-    tools:list[dict], # name, description and parameters (a plain schema) of each
+    tools:list[dict], # dicts with name, description and parameters (plain schema)
 )->str:
-    "Tools as TypeScript-like declarations"
+    "Write tools as TypeScript-like declarations"
     out = []
     for t in tools:
         required = t["parameters"].get("required") or []
@@ -168,12 +168,12 @@ def format_tools(
 
 # %% ../../nbs/20_data/4_swissai.ipynb #dac5a57d
 def make_block(
-    kind:str, # thoughts, tool_calls, tool_outputs or response
-    text:str="", # of thoughts and responses
-    calls=None, # list of (name, arguments as JSON text)
-    outputs=None, # list of (name, output)
+    kind:str, # type of the block: thoughts, tool_calls, tool_outputs or response
+    text:str="", # text, for thoughts and response
+    calls=None, # list of (tool name, arguments as JSON text); None: no calls
+    outputs=None, # list of (tool name, output); None: no outputs
 )->dict:
-    "A block with all fields; unused ones hold one empty item, so that all rows have the same schema"
+    "Make a block with all fields; unused fields hold one empty item, so that all rows have the same schema"
     return dict(type=kind, text=text, calls=[dict(name=n, arguments=a) for n, a in calls or [("", "")]],
                 outputs=[dict(name=n, output=o) for n, o in outputs or [("", "")]])
 
@@ -186,10 +186,10 @@ DISPLAY_ANSWERS = dict( # the tool that displays verifiable answers
 
 # %% ../../nbs/20_data/4_swissai.ipynb #0db5fb9d
 def call_of(
-    name, # of the tool
+    name, # name of the tool
     arguments, # JSON text, a dict, or nothing
-)->tuple[str, str]: # name, arguments as JSON text
-    "A call as the model writes it; arguments in JSON text stay unchanged"
+)->tuple[str, str]: # (tool name, arguments as JSON text)
+    "Write a call as the model writes it; arguments in JSON text stay unchanged"
     if not isinstance(name, str) or not name: raise MalformedRow("a tool call without a name")
     if isinstance(arguments, dict): arguments = json.dumps(without_none(arguments), ensure_ascii=False)
     parse_json(arguments, "the arguments of a tool call")
@@ -199,10 +199,10 @@ def call_of(
 
 # %% ../../nbs/20_data/4_swissai.ipynb #e174f39e
 def check_pending(
-    blocks:list[dict], # the blocks so far
-    kind:str, # the next part, with its article
+    blocks:list[dict], # blocks of the turn so far
+    kind:str, # next part with its article, for the message
 ):
-    "Raise `MalformedRow` if the last tool calls do not have exactly their outputs"
+    "Raise `MalformedRow` unless each of the last tool calls has one output"
     last = blocks[-1] if blocks else None
     if last and last["type"] == "tool_calls":
         raise MalformedRow(f"a tool call is followed by {kind} with no tool output in between")
@@ -211,10 +211,10 @@ def check_pending(
 
 # %% ../../nbs/20_data/4_swissai.ipynb #fd7f40e5
 def add_output(
-    blocks:list[dict], # the blocks so far; changed in place
-    output:str, # of the tool
+    blocks:list[dict], # blocks of the turn so far; changed in place
+    output:str, # output of the tool
 ):
-    "Append the output of a tool to the blocks of a turn; calls before it must still lack an output"
+    "Append the output of a tool; an earlier call must still lack its output"
     last = blocks[-1] if blocks else dict(type="")
     if last["type"] == "tool_calls": blocks.append(make_block("tool_outputs", outputs=[("", output)]))
     elif last["type"] == "tool_outputs" and len(last["outputs"]) < len(blocks[-2]["calls"]):
@@ -223,10 +223,10 @@ def add_output(
 
 # %% ../../nbs/20_data/4_swissai.ipynb #b88cc34f
 def add_part(
-    blocks:list[dict], # the blocks so far; changed in place
-    part:dict, # one part of an assistant turn
+    blocks:list[dict], # blocks of the turn so far; changed in place
+    part:dict, # part of an assistant turn
 ):
-    "Append one part to the blocks of a turn"
+    "Append a part of a turn to its blocks"
     kind, last = part["type"], blocks[-1] if blocks else dict(type="")
     if kind in ("thought", "response", "function-output") and not isinstance(part.get("content"), str):
         raise MalformedRow(f"a {kind} without content")
@@ -246,9 +246,9 @@ def add_part(
 
 # %% ../../nbs/20_data/4_swissai.ipynb #5b654e4a
 def assistant_blocks(
-    parts:list[dict], # parts of one assistant turn
-)->list[dict]: # its blocks
-    "An assistant turn as blocks; every call has its outputs at the end"
+    parts:list[dict], # parts of an assistant turn
+)->list[dict]: # blocks of the turn
+    "Convert an assistant turn to blocks; every call must have its output"
     blocks = []
     for part in parts: add_part(blocks, part)
     check_pending(blocks, "the end of the turn")
@@ -256,45 +256,45 @@ def assistant_blocks(
 
 # %% ../../nbs/20_data/4_swissai.ipynb #4ea204dc
 def is_swissai(row)->bool:
-    "Whether a row, or a list of columns, is in the Swiss-AI format"
+    "True if a row, or a list of column names, is in the Swiss-AI format"
     return "conversation_branches" in row
 
 # %% ../../nbs/20_data/4_swissai.ipynb #1996105b
 def row_tools(
-    row:dict, # a Swiss-AI row
-    verifiable:bool, # whether an answer is displayed through `display_answers`
+    row:dict, # Swiss-AI row
+    verifiable:bool, # True: the branch displays an answer through `display_answers`
 )->list[dict]: # tools with plain schemas
-    "The tools of a row, with the one that displays answers if it is used"
+    "The tools of a row, and `display_answers` if it is used"
     tools = tool_list(row.get("available_functions"))
     return tools + [DISPLAY_ANSWERS]*(verifiable and all(t["name"] != "display_answers" for t in tools))
 
 # %% ../../nbs/20_data/4_swissai.ipynb #cf7fa8e0
 def developer_message(
     tools:list[dict], # tools with plain schemas
-    has_thinking:bool, # whether the assistant thinks
-)->dict: # message
-    "The developer message: the tools of the assistant, and whether it thinks"
+    has_thinking:bool, # True: the assistant thinks somewhere in the conversation
+)->dict: # structured message
+    "Make the developer message: the tools of the assistant, and whether it thinks"
     return dict(role="developer", content=dict(tools=json.dumps(tools, ensure_ascii=False) if tools else "",
                                                has_thinking=has_thinking, formatted_tools=format_tools(tools)))
 
 # %% ../../nbs/20_data/4_swissai.ipynb #f4038a0d
 def user_message(*texts)->dict:
-    "A structured user message"
+    "Make a structured user message"
     if not all(isinstance(t, str) for t in texts): raise MalformedRow("user message without content")
     return dict(role="user", content=dict(parts=[dict(type="text", text=t) for t in texts]))
 
 # %% ../../nbs/20_data/4_swissai.ipynb #24e528bd
 def escaped(
-    text:str, # JSON
+    text:str, # JSON text
 )->str:
-    "JSON text with escapes in place of the characters beyond ASCII"
+    "Replace characters beyond ASCII in JSON text by escapes"
     return re.sub(r"[^\x00-\x7f]", lambda m: json.dumps(m[0])[1:-1], text)
 
 # %% ../../nbs/20_data/4_swissai.ipynb #3f35e3d5
 def all_required(
     schema, # JSON schema: a dict or JSON text
-):         # the schema as a dict
-    "A schema in which `required: false` is read like `required: true`: all properties are required"
+): # the schema as a dict
+    "Read `required: false` in a schema like `required: true`: all properties are required"
     schema = parse_json(schema, "the parameters of a tool")
     if not isinstance(schema, dict): return schema
     out = {k: all_required(v) if isinstance(v, dict) or k == "properties" else
@@ -305,10 +305,10 @@ def all_required(
 
 # %% ../../nbs/20_data/4_swissai.ipynb #0eacf024
 def as_published(
-    row:dict, # a Swiss-AI row
-    branch:int=0, # the branch that is followed
+    row:dict, # Swiss-AI row
+    branch:int=0, # index of the branch
 )->dict:
-    "A row from which `linearise_branch` makes the tools and arguments that the published linearisation makes"
+    "Change a row so that `linearise_branch` gives the tools and arguments of the published linearisation"
     def with_text(part):
         args = part.get("args")
         return dict(part, args=escaped(json.dumps(without_none(args), ensure_ascii=False))) if isinstance(
@@ -324,9 +324,9 @@ def as_published(
 
 # %% ../../nbs/20_data/4_swissai.ipynb #4f1663fc
 def escape_json(
-    messages:list[dict], # from `linearise_branch`
-)->list[dict]: # changed in place
-    "Structured messages whose tools and displayed answers have escapes in place of the characters beyond ASCII"
+    messages:list[dict], # messages from `linearise_branch`, changed in place
+)->list[dict]: # the same messages
+    "Escape characters beyond ASCII in the tools and displayed answers of structured messages"
     for m in messages:
         if m["role"] == "developer": m["content"]["tools"] = escaped(m["content"]["tools"])
         blocks = m["content"].get("blocks", [])
@@ -337,11 +337,11 @@ def escape_json(
 
 # %% ../../nbs/20_data/4_swissai.ipynb #e78dc263
 def linearise_branch(
-    row:dict, # a Swiss-AI row
-    branch:int=0, # which branch to follow
-    published:bool=False, # texts as in the data of the published runs, see `as_published`
-)->list[dict]: # system (if there is one), developer, then user and assistant messages, all structured
-    "One branch of a Swiss-AI row as structured messages; raises `MalformedRow` with the reason"
+    row:dict, # Swiss-AI row
+    branch:int=0, # index of the branch
+    published:bool=False, # True: write texts as in the data of the published runs, see `as_published`
+)->list[dict]: # structured messages: system (optional), developer, then user and assistant messages
+    "Convert one branch of a Swiss-AI row to structured messages; raise `MalformedRow` with the reason"
     try:
         if published: row = as_published(row, branch)
         branches = row["conversation_branches"] or []
@@ -366,14 +366,14 @@ def linearise_branch(
 
 # %% ../../nbs/20_data/4_swissai.ipynb #1f727c41
 def is_structured(messages:list[dict])->bool:
-    "Whether messages have structured contents, as `linearise_branch` makes them"
+    "True if messages have structured contents, as `linearise_branch` makes them"
     return any(isinstance(m.get("content"), dict) for m in messages)
 
 # %% ../../nbs/20_data/4_swissai.ipynb #dfa016dd
 def message_parts(
-    m:dict, # a plain message of the assistant or of a tool
+    m:dict, # plain message of the assistant or of a tool
 )->list[dict]: # parts of an assistant turn, as in a Swiss-AI row
-    "A message as parts: thoughts, then text, then calls; or an output"
+    "Split a message into parts: thoughts, then text, then calls; or an output"
     calls = m.get("tool_calls") or []
     if m["role"] == "tool":
         return [dict(type="function-output", content=tool_text(m.get("content"), True), id=m.get("tool_call_id"))]
@@ -389,8 +389,8 @@ def message_parts(
 
 # %% ../../nbs/20_data/4_swissai.ipynb #d7590452
 def in_call_order(
-    parts:list[dict], # parts of an assistant turn; calls and outputs may carry an id
-)->list[dict]: # the same, outputs in the order of the calls that they answer
+    parts:list[dict], # parts of an assistant turn; calls and outputs may have an id
+)->list[dict]: # the same parts, outputs in the order of their calls
     "Sort the outputs of parallel calls by the ids of the calls, if they have ids"
     out = []
     calls = []
@@ -409,8 +409,8 @@ def in_call_order(
 # %% ../../nbs/20_data/4_swissai.ipynb #51d5a254
 def turn_groups(
     messages:list[dict], # plain messages
-)->list[list[int]]: # indices of the messages of each turn
-    "Gather messages into turns; a turn of the assistant continues with the outputs of its tools and after them"
+)->list[list[int]]: # message indices of each turn
+    "Group messages into turns; tool outputs and the messages after them belong to the assistant's turn"
     out = []
     for i, m in enumerate(messages):
         last = messages[i - 1]["role"] if out else ""
@@ -422,19 +422,19 @@ def turn_groups(
 # %% ../../nbs/20_data/4_swissai.ipynb #88aba3a3
 def assistant_turns(
     messages:list[dict], # plain messages
-)->list: # plain messages, with a list of parts in place of each turn of the assistant
-    "Messages with each turn of the assistant and its tools as one list of parts"
+)->list: # plain messages, and a list of parts for each turn of the assistant
+    "Replace each turn of the assistant and its tools by one list of parts"
     groups = [[messages[i] for i in group] for group in turn_groups(messages)]
     return [g[0] if g[0]["role"] not in ("assistant", "tool") else [p for m in g for p in message_parts(m)]
             for g in groups]
 
 # %% ../../nbs/20_data/4_swissai.ipynb #1ae99327
 def to_structured(
-    messages:list[dict], # plain messages; structured ones stay as they are
-    tools=None, # the tools of the conversation: a list or JSON text, bare or OpenAI's
-    exact:bool=False, # None in the tools is a null, not a field that Arrow filled in
-)->list[dict]: # structured messages
-    "Plain messages as structured ones: system (if there is one), developer, then users and assistants"
+    messages:list[dict], # plain messages; structured ones are returned unchanged
+    tools=None, # tools of the conversation: a list or JSON text, bare or in OpenAI's form; None: no tools
+    exact:bool=False, # True: None in the tools is a null of the data, not a field that Arrow added
+)->list[dict]: # structured messages: system (optional), developer, then user and assistant messages
+    "Convert plain messages to structured ones"
     if is_structured(messages): return as_written(messages)
     out = []
     try:
@@ -454,7 +454,7 @@ def to_structured(
 
 # %% ../../nbs/20_data/4_swissai.ipynb #3850b810
 def show_block(b:dict)->str:
-    "One block as text for a reader"
+    "Write a block as text for a human reader"
     if b["type"] == "tool_calls": return "\n".join(f"[calls {c['name']}({c['arguments']})]" for c in b["calls"])
     if b["type"] == "tool_outputs": return "\n".join(f"[got {o['output']}]" for o in b["outputs"])
     return f"[thinks: {b['text']}]" if b["type"] == "thoughts" else b["text"]
@@ -462,9 +462,9 @@ def show_block(b:dict)->str:
 # %% ../../nbs/20_data/4_swissai.ipynb #7bf9a5fe
 def plain_messages(
     messages:list[dict], # structured messages
-    show:bool=False, # write thoughts and tools as text instead of raising
-)->list[dict]: # role and text
-    "Structured messages as plain ones"
+    show:bool=False, # True: write thoughts and tools as text; False: raise `UnsupportedContent` for them
+)->list[dict]: # messages with role and text
+    "Convert structured messages to plain ones"
     if not is_structured(messages): return messages
     out = []
     for m in messages:
@@ -482,8 +482,8 @@ def plain_messages(
 # %% ../../nbs/20_data/4_swissai.ipynb #cd1a9851
 def texts_only(
     messages:list[dict], # plain or structured messages
-)->list[dict]: # role and text, and nothing else
-    "Messages as role and text; `UnsupportedContent` if calls or thoughts would be lost"
+)->list[dict]: # messages with role and text only
+    "Reduce messages to role and text; raise `UnsupportedContent` if calls or thoughts would be lost"
     out = []
     for m in plain_messages(messages):
         if m.get("tool_calls"): raise UnsupportedContent("an assistant message calls tools")
@@ -493,14 +493,14 @@ def texts_only(
 
 # %% ../../nbs/20_data/4_swissai.ipynb #bc5d5a9e
 def conversation_of(
-    row:dict, # a row of a dataset
-    columns=None, # the columns that name its format, from `format_of`; None for the Swiss-AI format
-    ignore=(), # columns to treat as absent; messages.KEY for a key of the messages
-    exact:bool=False, # nulls in objects are real, not filled in by Arrow
-    branch:int=0, # which branch of a Swiss-AI row
-    published:bool=False, # texts of a Swiss-AI row as in the data of the published runs
+    row:dict, # row of a dataset
+    columns=None, # columns of its format, from `format_of`; None: Swiss-AI format
+    ignore=(), # columns to treat as absent, and messages.KEY for message keys
+    exact:bool=False, # True: nulls in objects are in the data, not added by Arrow
+    branch:int=0, # index of the branch, for a Swiss-AI row
+    published:bool=False, # True: write a Swiss-AI row as in the data of the published runs
 )->Conversation:
-    "The conversation of a row of any format; raises `MalformedRow` or `UnsupportedContent` with the reason"
+    "Read the conversation of a row of any format; raise `MalformedRow` or `UnsupportedContent`"
     if columns is not None: return read_conversation(row, columns, ignore, exact)
     row = {k: v for k, v in row.items() if k not in ignore} if ignore else row
     if bad := refused_columns(row, ("conversation_branches",)):
@@ -511,9 +511,9 @@ def conversation_of(
 
 # %% ../../nbs/20_data/4_swissai.ipynb #d1212e81
 def block_numbers(
-    kinds:list[str], # types of the parts of a turn
-)->list[int]: # of each part
-    "The number of the block of each part of a turn: consecutive calls share a block, and so do consecutive outputs"
+    kinds:list[str], # type of each part of a turn
+)->list[int]: # block index of each part
+    "The index of the block of each part: consecutive calls share a block, and so do consecutive outputs"
     joined = ("function-call", "function-output")
     new = [kind not in joined or n == 0 or kinds[n-1] != kind for n, kind in enumerate(kinds)]
     return (np.cumsum(new) - 1).tolist()
@@ -521,9 +521,9 @@ def block_numbers(
 # %% ../../nbs/20_data/4_swissai.ipynb #6cfca100
 def structured_spans(
     messages:list[dict], # plain messages
-    spans:dict, # index of a message: weights of spans of its content
-)->dict: # index of the structured message: {index of the block or part: weights of spans of its text}
-    "Weights of spans, for the messages that `to_structured` makes"
+    spans:dict, # message index -> weights of spans of its content
+)->dict: # index of the structured message -> {index of the block or part: weights of spans of its text}
+    "Convert the weights of spans to the messages that `to_structured` makes"
     out, first = {}, messages[0]["role"] == "system"
     for g, group in enumerate(turn_groups(messages)):
         at = g if first and g == 0 else g + 1 # the developer message stands before it
@@ -541,9 +541,9 @@ def structured_spans(
 
 # %% ../../nbs/20_data/4_swissai.ipynb #67645cef
 def structured_conversation(
-    conversation:Conversation, # plain or structured
+    conversation:Conversation, # conversation with plain or structured messages
 )->Conversation:
-    "A conversation with structured messages; the tools are in its developer message"
+    "Convert a conversation to structured messages; the tools are in its developer message"
     c = conversation
     if is_structured(c.messages): return replace(c, messages=as_written(c.messages))
     spans = c.span_weights or {}
@@ -563,26 +563,26 @@ def structured_conversation(
 
 # %% ../../nbs/20_data/4_swissai.ipynb #8c03d79d
 def block_texts(
-    m:dict, # a structured message
+    m:dict, # structured message
 )->list[str]:
-    "The texts of its blocks or parts"
+    "The texts of the blocks or parts of a message"
     c = m["content"]
     if m["role"] == "system": return [c["text"]]
     return [b["text"] for b in c["parts" if m["role"] == "user" else "blocks"]]
 
 # %% ../../nbs/20_data/4_swissai.ipynb #8060c0aa
 def joined_spans(
-    texts:list[str], # of blocks or parts
-    spans:dict, # index of a text: weights of its spans
-)->list[tuple]: # (start, end, weight) of the joined text
-    "Weights of spans of several texts as those of the joined text"
+    texts:list[str], # texts of blocks or parts
+    spans:dict, # index of a text -> weights of its spans
+)->list[tuple]: # (start, end, weight) in characters of the joined text, end exclusive
+    "Convert weights of spans of several texts to spans of the joined text"
     return [(a + len("".join(texts[:n])), b + len("".join(texts[:n])), w) for n, ss in spans.items() for a, b, w in ss]
 
 # %% ../../nbs/20_data/4_swissai.ipynb #60b2caae
 def plain_conversation(
-    conversation:Conversation, # plain or structured
+    conversation:Conversation, # conversation with plain or structured messages
 )->Conversation:
-    "A conversation with plain messages; `UnsupportedContent` if a structured one has thoughts or tools"
+    "Convert a conversation to plain messages; raise `UnsupportedContent` for thoughts or tools"
     c = conversation
     if not is_structured(c.messages): return c
     kept = [i for i, m in enumerate(c.messages) if m["role"] != "developer"]
@@ -592,10 +592,10 @@ def plain_conversation(
 
 # %% ../../nbs/20_data/4_swissai.ipynb #73e4acd1
 def unpacked_turn(
-    blocks:list[dict], # of one turn of the assistant
-    calls:int=0, # number of calls before this turn; ids continue it
+    blocks:list[dict], # blocks of one turn of the assistant
+    calls:int=0, # number of calls before this turn; the ids of calls continue from it
 )->list[dict]: # plain messages of assistant and tools
-    "A structured turn as plain messages"
+    "Convert a structured turn to plain messages"
     out, waiting = [], []
     def add(): out.append(dict(role="assistant", content=""))
     for b in blocks:
@@ -620,10 +620,10 @@ def unpacked_turn(
 
 # %% ../../nbs/20_data/4_swissai.ipynb #92d93ecb
 def unpacked_spans(
-    m:dict, # a structured message
-    spans:dict, # index of a block or part: weights of spans of its text
-)->dict: # number of the plain message: weights of spans of its content
-    "Weights of spans, for the messages that `unpacked_turn` makes"
+    m:dict, # structured message
+    spans:dict, # index of a block or part -> weights of spans of its text
+)->dict: # index of the plain message in the turn -> weights of spans of its content
+    "Convert the weights of spans to the messages that `unpacked_turn` makes"
     if m["role"] != "assistant": return {0: joined_spans(block_texts(m), spans)} if spans else {}
     out = {}
     for n, weights in spans.items():
@@ -636,9 +636,9 @@ def unpacked_spans(
 
 # %% ../../nbs/20_data/4_swissai.ipynb #f9de1f36
 def unpacked_conversation(
-    conversation:Conversation, # plain or structured
+    conversation:Conversation, # conversation with plain or structured messages
 )->Conversation:
-    "A conversation with plain messages, which keep thoughts, calls and outputs of tools"
+    "Convert a conversation to plain messages that keep thoughts, calls and outputs of tools"
     c = conversation
     if not is_structured(c.messages): return c
     messages, weights = [], []
@@ -659,9 +659,9 @@ def unpacked_conversation(
 
 # %% ../../nbs/20_data/4_swissai.ipynb #09044ee0
 def message_fields(
-    blocks:bool, # structured contents
-)->dict: # field: `datasets` feature
-    "The Arrow types of the fields that a message may have beside role and content"
+    blocks:bool, # True: structured contents
+)->dict: # field -> `datasets` feature
+    "The Arrow types of the fields that a message may have in addition to role and content"
     from datasets import List, Value
     text, number = Value("string"), Value("float64")
     call = dict(id=text, type=text, function=dict(name=text, arguments=text))
@@ -672,9 +672,9 @@ def message_fields(
 
 # %% ../../nbs/20_data/4_swissai.ipynb #ba1bc1c0
 def message_features(
-    blocks:bool, # structured contents
-    fields=(), # names of `message_fields` that the messages have
-):           # a `datasets` feature
+    blocks:bool, # True: structured contents
+    fields=(), # names of fields, keys of `message_fields`
+): # `datasets` feature
     "The Arrow type of a column of messages"
     from datasets import List, Value
     text = Value("string")
@@ -691,9 +691,9 @@ PLAIN_KEYS = {"role", "content", "reasoning_content", "tool_calls", "tool_call_i
 
 # %% ../../nbs/20_data/4_swissai.ipynb #ebb5e48a
 def stored_messages(
-    conversation:Conversation, # plain or structured
-)->list[dict]: # messages with the fields that they have, for Arrow
-    "Messages as they are stored: arguments as JSON text, weights in the messages"
+    conversation:Conversation, # conversation with plain or structured messages
+)->list[dict]: # messages for Arrow
+    "Convert messages to the stored form: arguments as JSON text, weights inside the messages"
     c, out = conversation, []
     for i, m in enumerate(c.messages):
         m = {k: v for k, v in m.items() if k in PLAIN_KEYS} if len(m) > 2 else dict(m)
@@ -708,9 +708,9 @@ def stored_messages(
 
 # %% ../../nbs/20_data/4_swissai.ipynb #b1a55325
 def stored_call(
-    call:dict, # a call with its arguments as an object
+    call:dict, # call with its arguments as an object
 )->dict:
-    "A call with its arguments as JSON text"
+    "Convert a call to the stored form: arguments as JSON text"
     arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
     return dict(call, function=dict(call["function"], arguments=arguments))
 
@@ -718,7 +718,7 @@ def stored_call(
 def has_blocks(
     dataset, # `datasets.Dataset`
 )->bool:
-    "Whether the conversations of a dataset are structured: Swiss-AI rows, or messages with structured contents"
+    "True if the conversations of a dataset are structured: Swiss-AI rows or structured contents"
     if is_swissai(dataset.column_names): return True
     feature = dataset.features.get("messages")
     feature = getattr(feature, "feature", feature)
@@ -732,7 +732,7 @@ def has_blocks(
 def uses_tools(
     dataset, # `datasets.Dataset`
 )->bool:
-    "Whether plain messages of a dataset use tools: a column `tools`, or calls, that are not empty"
+    "True if plain messages of a dataset use tools: some row has tools or calls"
     if "tools" in dataset.column_names and any(t and t != "[]" for t in dataset["tools"]): return True
     feature = dataset.features.get("messages")
     inner = getattr(feature, "feature", feature)
@@ -742,31 +742,31 @@ def uses_tools(
 
 # %% ../../nbs/20_data/4_swissai.ipynb #a728d242
 def row_conversation(
-    row:dict, # a row of a dataset
-    columns, # the columns that name its format, from `format_of`; None for the Swiss-AI format
-    blocks:bool, # structured contents
-    checks=(), # names of role checks that it has to pass
-    **how, # other arguments of `conversation_of`
+    row:dict, # row of a dataset
+    columns, # columns of its format, from `format_of`; None: Swiss-AI format
+    blocks:bool, # True: return structured messages
+    checks=(), # names of role checks that the row must pass
+    **how, # further arguments of `conversation_of`
 )->Conversation:
-    "The conversation of a row, checked; raises `MalformedRow` or `UnsupportedContent` with the reason"
+    "Read and check the conversation of a row; raise `MalformedRow` or `UnsupportedContent`"
     c = conversation_of(row, columns, **how)
     if fault := check_messages(c.messages) or role_fault(c.messages, checks): raise MalformedRow(fault)
     return structured_conversation(c) if blocks else plain_conversation(c)
 
 # %% ../../nbs/20_data/4_swissai.ipynb #0db27087
 def convert_batch(
-    batch:dict, # columns of rows
-    indices:list[int], # their indices
-    columns, # the columns that name the format
-    blocks:bool, # structured contents
+    batch:dict, # column name -> values of the rows
+    indices:list[int], # indices of the rows
+    columns, # columns of the format; None: Swiss-AI format
+    blocks:bool, # True: make structured messages
     checks, # names of role checks
-    on_malformed:str, # drop or error
-    branches=None, # of each row: (index of the conversation, branch to follow); None: first branches, ids unchanged
+    on_malformed:str, # drop (return the fault) or error (raise)
+    branches=None, # (index of the conversation, branch) per row; None: first branches, and ids stay unchanged
     ignore=(), # columns to treat as absent
-    exact:bool=False, # nulls in objects are real, not filled in by Arrow
-    published:bool=False, # texts of Swiss-AI rows as in the data of the published runs
-)->dict: # messages, tools, template arguments and weight, and a fault if there are none
-    "The conversations of a batch; a row that is to be dropped is returned with its fault"
+    exact:bool=False, # True: nulls in objects are in the data, not added by Arrow
+    published:bool=False, # True: write Swiss-AI rows as in the data of the published runs
+)->dict: # column name -> values: messages, tools, template arguments, weight, and a fault or None
+    "Convert a batch of rows to conversations; a row to drop is returned with its fault"
     out = dict(messages=[], tools=[], chat_template_kwargs=[], weight=[], _fault=[], _row=[])
     for i, values in zip(indices, zip(*batch.values())):
         row = dict(zip(batch, values))
@@ -787,8 +787,8 @@ def convert_batch(
 # %% ../../nbs/20_data/4_swissai.ipynb #dd86afd8
 def keep_good(
     data, # `datasets.Dataset` with the columns `_fault` and `_row` of `convert_batch`
-)->tuple: # (`datasets.Dataset` without the faulty rows, counts)
-    "Drop the rows with a fault, and count them by it"
+)->tuple: # (`datasets.Dataset` without faulty rows, counts)
+    "Drop the rows with a fault, and count them by fault"
     from collections import Counter
     faults, names = data["_fault"][:], data["_row"][:]
     dropped = Counter(f for f in faults if f)
@@ -808,9 +808,9 @@ CARRIED_COLUMNS = dict(tools=TOOL_COLUMNS, chat_template_kwargs=("chat_template_
 # %% ../../nbs/20_data/4_swissai.ipynb #45861db4
 def drop_unused(
     data, # `datasets.Dataset` from `convert_batch`, with all fields and columns
-    blocks:bool, # structured contents
-):       # the dataset without columns and fields of messages that have no value in any row
-    "Keep the columns and the fields of messages that some row needs"
+    blocks:bool, # True: structured contents
+): # dataset without empty columns and message fields
+    "Remove columns and message fields that have no value in any row"
     columns, fields = {c: False for c in CARRIED_COLUMNS}, dict.fromkeys(message_fields(blocks), False)
     for table in data.with_format("arrow").iter(batch_size=10_000):
         found = key_masks(table["messages"])
@@ -823,9 +823,9 @@ def drop_unused(
 # %% ../../nbs/20_data/4_swissai.ipynb #8566a229
 def narrow_messages(
     data, # `datasets.Dataset` with a column `messages`
-    feature, # of the messages, with some of their fields
-):       # the dataset with these fields only
-    "A dataset whose messages have some of their fields"
+    feature, # feature of the messages with the fields to keep
+): # dataset whose messages have only these fields
+    "Remove the other fields from the messages of a dataset"
     import pyarrow as pa, pyarrow.compute as pc
     from datasets import Features
     features = Features(dict(data.features, messages=feature))
@@ -844,14 +844,14 @@ def narrow_messages(
 
 # %% ../../nbs/20_data/4_swissai.ipynb #b01c5bf1
 def temporary_file()->str:
-    "A new name of an Arrow file that is removed when the process ends"
+    "Make a new name for an Arrow file that is removed when the process ends"
     from datasets.fingerprint import get_temporary_cache_files_directory
     return os.path.join(get_temporary_cache_files_directory(), f"messages-{os.urandom(8).hex()}.arrow")
 
 # %% ../../nbs/20_data/4_swissai.ipynb #612f48ac
 def empty_dataset(
-    features:dict, # column: feature
-):                # `datasets.Dataset`
+    features:dict, # column name -> feature
+): # `datasets.Dataset`
     "A dataset without rows"
     from datasets import Dataset, Features
     return Dataset.from_dict({k: [] for k in features}, features=Features(features))
@@ -869,14 +869,14 @@ def _made_features(blocks:bool, branches):
 # %% ../../nbs/20_data/4_swissai.ipynb #cd74da9a
 def convert_dataset(
     dataset, # `datasets.Dataset`
-    columns, # the columns that name its format; None for the Swiss-AI format
-    blocks:bool, # structured contents
+    columns, # columns of its format; None: Swiss-AI format
+    blocks:bool, # True: make structured messages
     checks=(), # names of role checks
     on_malformed:str="drop", # drop or error
-    num_proc:int|None=None, # processes; None chooses
-    branches=None, # as for `convert_batch`
-    ignore=(), # columns to treat as absent; messages.KEY for a key of the messages
-    published:bool=False, # texts of Swiss-AI rows as in the data of the published runs
+    num_proc:int|None=None, # number of processes; None: choose by the number of rows
+    branches=None, # (index of the conversation, branch) per row, as for `convert_batch`
+    ignore=(), # columns to treat as absent, and messages.KEY for message keys
+    published:bool=False, # True: write Swiss-AI rows as in the data of the published runs
 )->tuple: # (`datasets.Dataset`, counts)
     "Replace the columns of a conversation by a column of messages"
     from datasets import concatenate_datasets
@@ -902,13 +902,13 @@ def convert_dataset(
 # %% ../../nbs/20_data/4_swissai.ipynb #cf5336aa
 def kept_columns(
     dataset, # `datasets.Dataset`
-    columns, # the columns that name its format; None for the Swiss-AI format
-    blocks:bool, # structured contents
-    made, # names of the columns that were made from it
-    branches, # as for `convert_batch`
+    columns, # columns of its format; None: Swiss-AI format
+    blocks:bool, # True: structured messages were made
+    made, # names of the new columns
+    branches, # (index of the conversation, branch) per row, as for `convert_batch`
     ignore, # columns to treat as absent
-):          # the dataset without the columns that became part of the conversation
-    "The columns that stay as they are"
+): # dataset without the columns that became part of the conversation
+    "Select the columns that stay unchanged"
     used = {"messages", *(SWISSAI_COLUMNS if columns is None else (*columns, *OPTIONAL_COLUMNS.get(columns, ()))),
             *(TOOL_COLUMNS if blocks else []), *(["conversation_id"] if branches else []),
             *ignore, *(c for name, sources in CARRIED_COLUMNS.items() if name in made for c in sources)}
@@ -917,12 +917,12 @@ def kept_columns(
 # %% ../../nbs/20_data/4_swissai.ipynb #02f11029
 def as_messages(
     dataset, # `datasets.Dataset` in any known format
-    blocks:bool|None=None, # structured contents; None: if the rows have them
-    checks=(), # names of role checks that rows have to pass
+    blocks:bool|None=None, # True: make structured messages; None: only if the rows have structured contents
+    checks=(), # names of role checks that rows must pass
     on_malformed:str="drop", # drop or error
-    num_proc:int|None=None, # processes; None chooses
-    ignore=(), # columns to treat as absent; messages.KEY for a key of the messages
-)->tuple: # (`datasets.Dataset`, counts: in, out, dropped by reason, the first row of each reason)
+    num_proc:int|None=None, # number of processes; None: choose by the number of rows
+    ignore=(), # columns to treat as absent, and messages.KEY for message keys
+)->tuple: # (`datasets.Dataset`, counts: in, out, dropped by reason, first row of each reason)
     "Replace the columns of a dataset's format by a column `messages`; other columns stay"
     names = [c for c in dataset.column_names if c not in ignore]
     columns = None if is_swissai(names) else format_of(names)
@@ -932,12 +932,12 @@ def as_messages(
 # %% ../../nbs/20_data/4_swissai.ipynb #827eb191
 def linearise_dataset(
     dataset, # `datasets.Dataset` of Swiss-AI rows
-    branches:str="first", # first: one row per conversation; all: one row per branch, conversation_id gets "/N"
+    branches:str="first", # first: one row per conversation; all: one row per branch, with "/N" added to conversation_id
     on_malformed:str="drop", # drop or error
-    num_proc:int|None=None, # processes; None chooses
-    published:bool=False, # texts as in the data of the published runs, see `as_published`
-)->tuple: # (`datasets.Dataset`, counts as for `as_messages`; a row is a branch)
-    "Swiss-AI rows as structured messages; other columns stay"
+    num_proc:int|None=None, # number of processes; None: choose by the number of rows
+    published:bool=False, # True: write texts as in the data of the published runs, see `as_published`
+)->tuple: # (`datasets.Dataset`, counts as for `as_messages`; each row is a branch)
+    "Convert Swiss-AI rows to structured messages; other columns stay"
     if not is_swissai(dataset.column_names):
         raise UserError("The dataset is not in the Swiss-AI format: it has no column conversation_branches, only "
                         f"{', '.join(dataset.column_names)}.")

@@ -182,7 +182,7 @@ def read_certificate(
     except ValueError as e: raise UserError(f"{path.name} of {Path(folder).name} is not JSON: {e}.") from e
     lacking = [k for k in ("format", "dialogues", "precision") if k not in certificate]
     if lacking or certificate["format"] != 1:
-        raise UserError(f"{path.name} of {Path(folder).name} is of another form"
+        raise UserError(f"{path.name} of {Path(folder).name} has another form"
                         f"{f' (it lacks {lacking[0]})' if lacking else ''}: make it anew with an export.")
     return certificate
 

@@ -39,7 +39,8 @@ def without_other_logprobs(
     if c["ref_logprob"] is None: return c, []
     scored = (c["num_tokens"], len(c["ref_logprobs"]) if c["ref_logprobs"] else None)
     if all(n in (None, length) for n in scored) and c["prompt_tokens"] in (None, prompt_length): return c, []
-    return dict(c, ref_logprob=None, ref_logprobs=None), ["ref_logprob is of another number of tokens: left out"]
+    return (dict(c, ref_logprob=None, ref_logprobs=None),
+            ["ref_logprob was computed for another number of tokens: left out"])
 
 # %% ../../nbs/35_preferences/2_filter.ipynb #df2ae4a5
 def filter_row(

@@ -382,7 +382,7 @@ def check_existing_logprobs(
     gap = sum(abs(math.fsum(x.tolist()) - y) for x, y in zip(logps, brought))/max(sum(map(len, logps)), 1)
     limit = LOGPROB_TOLERANCES.get(model.dtype, 0.02)
     if gap <= limit: return gap
-    raise UserError(f"The log-probabilities that the rows bring are not those of this model: over {len(pieces)} "
+    raise UserError(f"The log-probabilities in the rows are not those of this model: over {len(pieces)} "
                     f"completions they differ by {gap:.2g} per token, and {limit:g} is the limit. Give the model, "
                     "tokenizer and template that computed them, or set existing_logprobs=recompute.")
 

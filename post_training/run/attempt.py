@@ -200,10 +200,10 @@ def _refuse_lost_record(cfg:dict, run_dir:Path):
     "Refuse to begin a run again if it has complete checkpoints whose record is lost"
     if (run_dir/"record.json").exists() or not (best := orphaned_checkpoint(cfg)): return
     if not any((run_dir/n).exists() for n in ("config.yaml", "metrics.jsonl", "attempts")): # removed on purpose
-        print(f"! {best.parent.name}/{best.name} of an earlier run of this config stands in {best.parent.parent}; this "
+        print(f"! {best.parent.name}/{best.name} of an earlier run of this config exists in {best.parent.parent}; this "
               "run begins anew")
         return
-    raise UserError(f"{run_dir}/record.json is missing, and {best} stands. `post-training runs repair {run_dir.name}` "
+    raise UserError(f"{run_dir}/record.json is missing, but {best} exists. `post-training runs repair {run_dir.name}` "
                     "takes its checkpoints up again; --force begins a new generation from step 0.")
 
 # %% ../../nbs/15_run/6_attempt.ipynb #50f9eaa8

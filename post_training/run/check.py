@@ -146,7 +146,7 @@ def repair_run(
         try: record = read_record(run_dir)
         except UserError: record = {}
         if not (cfg := whole_config(run_dir, record)):
-            raise UserError(f"No frozen config of {run_dir} is whole, in config.yaml, record.json or attempts/. Type "
+            raise UserError(f"{run_dir} has no complete config in config.yaml, record.json or attempts/. Type "
                             "the command of the run again with --force.")
         done += [f"removed {p.name}, left by a killed writer" for p in clear_leftovers(run_dir)]
         path = run_dir/"config.yaml"
@@ -161,5 +161,5 @@ def repair_run(
             done.append(f"record.json rebuilt: generation {record.get('generation', 'none')}, "
                         f"{len(record['attempts'])} attempts")
             done.append(f"{locate_run(cfg).why}. The command of the run continues it.")
-        return done or ["nothing to repair: record.json and config.yaml are whole"]
+        return done or ["nothing to repair: record.json and config.yaml are complete"]
     finally: release_run(run_dir)

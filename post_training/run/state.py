@@ -91,8 +91,8 @@ def _why_resume(run_dir:Path, record:dict, folder:Path)->str:
     how = dict(running="is at work now", killed="was killed", failed="failed", finished="finished",
                queued="was handed over").get(state, state)
     best, skipped = newest_verified(folder)
-    passed = "".join(f"; passed over {p.name}: {why}" for p, why in skipped)
-    newest = f"{best.name} is the newest whole one" if best else "no checkpoint is whole"
+    passed = "".join(f"; skipped {p.name}: {why}" for p, why in skipped)
+    newest = f"{best.name} is the newest complete one" if best else "no checkpoint is complete"
     return f"attempt {len(record.get('attempts') or [])} {how}; {newest}{passed}"
 
 # %% ../../nbs/15_run/5_state.ipynb #7bd60527
@@ -167,7 +167,7 @@ def rebuild_record(
 def _unrecorded(cfg:dict)->str: # the end of a sentence; empty if there are none
     "Describe checkpoints that have no record"
     best = orphaned_checkpoint(cfg)
-    return f", though {best.parent.name}/{best.name} stands in {best.parent.parent}" if best else ""
+    return f", but {best.parent.name}/{best.name} exists in {best.parent.parent}" if best else ""
 
 # %% ../../nbs/15_run/5_state.ipynb #e466dc26
 def locate_run(

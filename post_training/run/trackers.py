@@ -16,17 +16,17 @@ from .record import read_record
 def curve_values(
     line:dict, # a line of metrics.jsonl
 )->dict[str, float]: # name of a metric -> its value
-    "The numbers of a line, without the step"
+    "Select the numbers of a line, without the step"
     special = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
     values = {k: special.get(v, v) if isinstance(v, str) else v for k, v in line.items() if k != "step"}
     return {k: float(v) for k, v in values.items() if isinstance(v, (int, float))}
 
 # %% ../../nbs/15_run/10_trackers.ipynb #fa57d6f9
 class TensorBoardWriter:
-    "Event files of TensorBoard in the run folder"
+    "Write the event files of TensorBoard in the run folder"
     def __init__(self,
         run_dir, # folder of a run
-        cfg:dict, # the run's config, shown as text
+        cfg:dict, # config of the run, shown as text
     ):
         from torch.utils.tensorboard import SummaryWriter
         folder = Path(run_dir)/"tensorboard"
@@ -48,10 +48,10 @@ class TensorBoardWriter:
 
 # %% ../../nbs/15_run/10_trackers.ipynb #c03f4163
 class TrackioWriter:
-    "A run of a local project of trackio; the project has the name of the Weights & Biases project"
+    "Write to a run of a local trackio project, which has the name of the Weights & Biases project"
     def __init__(self,
         run_dir, # folder of a run
-        cfg:dict, # the run's config
+        cfg:dict, # config of the run
     ):
         import trackio
         section = cfg.get("wandb") or {}
@@ -69,7 +69,7 @@ class TrackioWriter:
         self.run.log(values, step=step)
 
     def flush(self):
-        "Nothing: trackio's own thread writes within a second"
+        "Do nothing: trackio's own thread writes within a second"
 
     def close(self):
         "Wait until everything is written"
@@ -77,9 +77,9 @@ class TrackioWriter:
 
 # %% ../../nbs/15_run/10_trackers.ipynb #69dff671
 def plain_config(
-    cfg:dict, # the run's config
-)->dict: # the same with values that JSON has, without secrets
-    "The config as a tracker stores it"
+    cfg:dict, # config of the run
+)->dict: # config with values that JSON can hold, without secrets
+    "Convert the config to the form that a tracker stores"
     return json.loads(json.dumps(redact(cfg), default=str))
 
 # %% ../../nbs/15_run/10_trackers.ipynb #3ec1bdd0
@@ -87,7 +87,7 @@ WRITERS = dict(tensorboard=TensorBoardWriter, trackio=TrackioWriter)
 
 # %% ../../nbs/15_run/10_trackers.ipynb #2d93a40e
 def check_trackers(
-    names:list[str], # value of the key `trackers`
+    names:list[str], # names of trackers, the value of the key `trackers`
 ):
     "Refuse trackers whose library is not installed"
     for name in names:
@@ -97,11 +97,11 @@ def check_trackers(
 
 # %% ../../nbs/15_run/10_trackers.ipynb #50e7e0c4
 class Follower:
-    "Copies the lines of metrics.jsonl to one tracker"
+    "Copy the lines of metrics.jsonl to one tracker"
     def __init__(self,
         name:str, # tensorboard or trackio
         run_dir, # folder of a run
-        cfg:dict, # the run's config
+        cfg:dict, # config of the run
     ):
         self.name = name
         self.path = Path(run_dir)/"metrics.jsonl"
@@ -110,10 +110,11 @@ class Follower:
         self._try(lambda: setattr(self, "writer", WRITERS[name](run_dir, cfg)))
 
     def _try(self, action):
-        "Carry out an action; its error ends this tracker and not the run"
+        "Carry out an action; an error ends this tracker, but not the run"
         try: return action()
         except Exception as e:
-            print(f"the tracker {self.name} stopped: {type(e).__name__}: {e}. metrics.jsonl has all lines.", file=sys.stderr)
+            print(f"the tracker {self.name} stopped: {type(e).__name__}: {e}. metrics.jsonl has all lines.",
+                  file=sys.stderr)
             self.writer = None
 
     def _copy(self):
@@ -140,7 +141,7 @@ class Follower:
 def read_tensorboard(
     run_dir, # folder of a run
 )->list[tuple[str, int, float]]: # (name of the metric, step, value), sorted
-    "The points in a run's event files"
+    "Read the points in a run's event files"
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator(str(Path(run_dir)/"tensorboard"), size_guidance=dict(scalars=0))
     events.Reload()
@@ -151,7 +152,7 @@ def read_trackio(
     project:str, # name of the project
     name:str, # name of the run
 )->list[tuple[str, int, float]]: # (name of the metric, step, value), sorted
-    "The points of a run in a local project of trackio"
+    "Read the points of a run in a local trackio project"
     from trackio.sqlite_storage import SQLiteStorage
     lines = SQLiteStorage.get_logs(project, name)
     return sorted((k, line["step"], v) for line in lines for k, v in line.items() if k not in ("step", "timestamp"))

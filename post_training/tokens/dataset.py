@@ -32,20 +32,20 @@ from .gates import check_turns
 # %% ../../nbs/25_tokens/7_dataset.ipynb #ecaf5b35
 @dataclass
 class TemplateChat:
-    "A conversation as a chat template takes it"
-    messages:list # in the template's format
-    tools:list|None = None # for a template that takes them as an argument
-    template_kwargs:dict|None = None # further arguments of the template, for this row
-    weights:tuple|None = None # weights of the messages and of parts of their contents, as for `tokenize_chats`
-    row_weight:float = 1. # of the row
-    trained_from:int = 0 # answers before this message are not trained on
+    "A conversation in the form that a chat template takes"
+    messages:list # messages in the form that the template takes
+    tools:list|None = None # tools, for a template that takes them as an argument; None: no tools
+    template_kwargs:dict|None = None # further arguments of the template for this row; None: none
+    weights:tuple|None = None # (message weights, part weights), as for `tokenize_chats`; None: all 1
+    row_weight:float = 1. # weight of the row
+    trained_from:int = 0 # index of a message; earlier answers are not trained on
 
 # %% ../../nbs/25_tokens/7_dataset.ipynb #21e74a1b
 def with_thought_fields(
     messages:list[dict], # plain messages
-    parts:dict, # index of a message: weights of parts of its content
+    parts:dict, # message index -> weights of parts of its content
 )->list[dict]:
-    "Messages whose inline thoughts `<think>...</think>` stand in reasoning_content"
+    "Move inline thoughts `<think>...</think>` to the key `reasoning_content`"
     out = []
     for n, m in enumerate(messages):
         out.append(m if n in parts else with_thought_field(m))
@@ -53,9 +53,9 @@ def with_thought_fields(
 
 # %% ../../nbs/25_tokens/7_dataset.ipynb #7f966ae2
 def without_wrappers(
-    c:Conversation, # with plain messages
+    c:Conversation, # conversation with plain messages
 )->Conversation:
-    "Results of tools without the `<tool_response>` tags that the template writes itself; one message for each result"
+    "Remove `<tool_response>` tags that the template writes itself; each result gets its own message"
     pattern = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.S)
     def results(m):
         text = m.get("content") if m.get("role") == "tool" else None
@@ -73,11 +73,11 @@ def without_wrappers(
 
 # %% ../../nbs/25_tokens/7_dataset.ipynb #c4ab702a
 def template_chat(
-    c:Conversation, # of a row
-    encoder:ChatEncoder, # of the template
-    complete:bool=True, # whether the conversation must hold an answer, and is checked for other faults
+    c:Conversation, # conversation of a row
+    encoder:ChatEncoder, # encoder of the tokenizer with the template
+    complete:bool=True, # True: the conversation must have an answer and no other fault
 )->TemplateChat:
-    "A conversation in the format that a template takes; raises if it is malformed or unsupported"
+    "Convert a conversation to the form that a template takes; raise if it is malformed or unsupported"
     faults = [check_messages(c.messages) or open_thought(c.messages)] if complete else map(message_fault, c.messages)
     if fault := next(filter(None, faults), None): raise MalformedRow(fault)
     blocks = encoder.takes_blocks(bool(c.tools))
@@ -96,21 +96,21 @@ def template_chat(
 
 # %% ../../nbs/25_tokens/7_dataset.ipynb #79c3120d
 def row_chat(
-    row:dict, # a row of a dataset
-    tokenizer, # with a chat template, or its `ChatEncoder`
-    ignore=(), # columns that are treated as absent
-    exact:bool=False, # nulls in objects are real, not filled in by Arrow
+    row:dict, # row of a dataset
+    tokenizer, # tokenizer with a chat template, or its `ChatEncoder`
+    ignore=(), # columns to treat as absent
+    exact:bool=False, # True: nulls in objects are in the data, not added by Arrow
 )->TemplateChat:
-    "The conversation of a row as the template takes it; raises if it is malformed or unsupported"
+    "Read a row in the form that the template takes; raise if it is malformed or unsupported"
     encoder = tokenizer if isinstance(tokenizer, ChatEncoder) else encoder_for(tokenizer)
     columns = None if is_swissai(row) and row["conversation_branches"] is not None else () # each row by its own format
     return template_chat(conversation_of(row, columns, ignore, exact), encoder)
 
 # %% ../../nbs/25_tokens/7_dataset.ipynb #cf782215
 def split_turns(
-    chat:TemplateChat,
-)->list[TemplateChat]: # one per turn; the same chat where there is one turn
-    "A conversation up to each of its turns, of which the last one is trained on"
+    chat:TemplateChat, # whole conversation
+)->list[TemplateChat]: # one conversation per turn
+    "Make one conversation per turn: all messages up to it; only this turn is trained on"
     roles = [m["role"] for m in chat.messages]
     asks = [n for n, role in enumerate(roles) if role == "user" and "assistant" in roles[n:]]
     asks = [n for n, after in zip(asks, [*asks[1:], len(roles)]) if "assistant" in roles[n:after]]
@@ -126,9 +126,9 @@ ROW_POLICIES = dict( # policy: its choices, the default first
 
 # %% ../../nbs/25_tokens/7_dataset.ipynb #eedccc97
 def check_policies(
-    **policies, # name: choice
-)->dict: # all policies
-    "All policies with their choices; a `UserError` for an unknown policy or choice"
+    **policies, # name of a policy -> choice
+)->dict: # name -> choice, for all policies
+    "Add the default choices; raise a `UserError` for an unknown policy or choice"
     for name, choice in policies.items():
         if name not in ROW_POLICIES: raise UserError(f"Unknown policy {name!r}: {', '.join(ROW_POLICIES)}.")
         if choice not in ROW_POLICIES[name]:
@@ -137,19 +137,19 @@ def check_policies(
 
 # %% ../../nbs/25_tokens/7_dataset.ipynb #e9fc7a4d
 def policy_for_reason(
-    reason:str, # why a row cannot be used, from `Refused` or `fit_to_length`
-)->str: # the policy that decides about it; empty: the row is always dropped
-    "The policy that decides about a reason"
+    reason:str, # reason why a row cannot be used, from `Refused` or `fit_to_length`
+)->str: # name of a policy; empty: the row is always dropped
+    "The policy that applies to a reason"
     if reason.startswith("no completion after"): return "overlength"
     return dict(malformed="on_malformed", unsupported_roles="unsupported_roles", overlength="overlength",
                 weight="", refused="").get(reason.split(":")[0], "on_unverifiable")
 
 # %% ../../nbs/25_tokens/7_dataset.ipynb #2f015fd8
 def policy_effect(
-    policy:str, # of `ROW_POLICIES`
-    detail:str, # of a `Refused`
-)->str: # completes "Set the policy to drop to ..."
-    "What a policy `drop` does with a refused row: a template may leave out system messages and thoughts"
+    policy:str, # name of a policy in `ROW_POLICIES`
+    detail:str, # detail of a `Refused`
+)->str: # text after "Set the policy to drop to ..."
+    "Describe the effect of the choice `drop` on a refused row"
     texts = re.findall(r"\(([^()]*)\)$", detail) if "has no place for" in detail else []
     missing = texts[0].split(", ") if texts and policy == "unsupported_roles" else []
     thoughts = [m for m in missing if m.split(".")[-1] in REASONING_KEYS]
@@ -160,11 +160,11 @@ def policy_effect(
 # %% ../../nbs/25_tokens/7_dataset.ipynb #d5c91766
 def read_chats(
     rows:list[dict], # rows of a dataset
-    tokenizer, # with a chat template
-    ignore=(), # columns that are treated as absent
-    exact:bool=False, # nulls in objects are real, not filled in by Arrow
-)->list: # a `TemplateChat`, or a `Refused`, for each
-    "Conversations of a batch; a row that holds none is refused with its reason"
+    tokenizer, # tokenizer with a chat template
+    ignore=(), # columns to treat as absent
+    exact:bool=False, # True: nulls in objects are in the data, not added by Arrow
+)->list: # for each row, a `TemplateChat` or a `Refused`
+    "Read the conversations of a batch; a row without a usable conversation is refused"
     encoder, out = encoder_for(tokenizer), []
     for row in rows:
         try: chat = row_chat(row, encoder, ignore, exact)
@@ -181,12 +181,12 @@ def read_chats(
 
 # %% ../../nbs/25_tokens/7_dataset.ipynb #87840ea3
 def tokenize_template_chats(
-    chats:list, # a `TemplateChat`, or a `Refused`, for each row
-    tokenizer, # with a chat template
-    unsupported_roles:str="error", # as for `tokenize_chats`
+    chats:list, # for each row, a `TemplateChat` or a `Refused`
+    tokenizer, # tokenizer with a chat template
+    unsupported_roles:str="error", # error or drop, as for `tokenize_chats`
     allow_control_tokens_in_content:bool=False, # encode control tokens in contents as control tokens
-)->list: # a `TokenizedChat`, or a `Refused`, for each
-    "Tokens of conversations, with their tools, template arguments and weights"
+)->list: # for each row, a `TokenizedChat` or a `Refused`
+    "Tokenize conversations with their tools, template arguments and weights"
     at = [i for i, c in enumerate(chats) if isinstance(c, TemplateChat)]
     good = [chats[i] for i in at]
     out = list(chats)
@@ -204,23 +204,23 @@ def tokenize_template_chats(
 # %% ../../nbs/25_tokens/7_dataset.ipynb #82a49e78
 def tokenize_conversations(
     rows:list[dict], # rows of a dataset
-    tokenizer, # with a chat template
-    unsupported_roles:str="error", # as for `tokenize_chats`
+    tokenizer, # tokenizer with a chat template
+    unsupported_roles:str="error", # error or drop, as for `tokenize_chats`
     allow_control_tokens_in_content:bool=False, # encode control tokens in contents as control tokens
-    ignore=(), # columns that are treated as absent
-    exact:bool=False, # nulls in objects are real, not filled in by Arrow
-)->tuple[list, list]: # of each row: a `TemplateChat` or a `Refused`; a `TokenizedChat` or a `Refused`
-    "Conversations and tokens of rows"
+    ignore=(), # columns to treat as absent
+    exact:bool=False, # True: nulls in objects are in the data, not added by Arrow
+)->tuple[list, list]: # (`TemplateChat` or `Refused` per row, `TokenizedChat` or `Refused` per row)
+    "Read and tokenize the conversations of rows"
     chats = read_chats(rows, tokenizer, ignore, exact)
     return chats, tokenize_template_chats(chats, tokenizer, unsupported_roles, allow_control_tokens_in_content)
 
 # %% ../../nbs/25_tokens/7_dataset.ipynb #f42f00b3
 def fit_to_length(
-    chat, # a `TokenizedChat`
-    max_length:int|None, # tokens at most
-    overlength:str, # truncate, drop or error
+    chat, # tokenized conversation
+    max_length:int|None, # maximum number of tokens; None: no limit
+    overlength:str, # choice of the policy: truncate, drop or error
 )->tuple|Refused: # (ids_T, completion_T, weights_T or None)
-    "A tokenized chat cut to length; refused if no token is left to train on"
+    "Truncate a tokenized conversation; refuse it if no token is left to train on"
     n = len(chat)
     if max_length and n > max_length and overlength != "truncate":
         return Refused("overlength", f"it has {n} tokens and max_length is {max_length}")
@@ -234,9 +234,9 @@ def fit_to_length(
 
 # %% ../../nbs/25_tokens/7_dataset.ipynb #c86d890c
 def raise_for_policy(
-    ids:list[str], # ids of rows
-    rows:list, # of each row: a `Refused`, or anything else
-    policies:dict, # from `check_policies`
+    ids:list[str], # row ids
+    rows:list, # for each row, a `Refused` or any other value
+    policies:dict, # name -> choice, from `check_policies`
 ):
     "Raise a `UserError` for the first refused row whose policy is error"
     for name, v in zip(ids, rows):
@@ -247,36 +247,36 @@ def raise_for_policy(
 # %% ../../nbs/25_tokens/7_dataset.ipynb #e06ae44f
 @dataclass(frozen=True)
 class RowSettings:
-    "How rows are tokenized"
-    max_length:int|None=None # tokens of a row at most
+    "Settings of the tokenization of rows"
+    max_length:int|None=None # maximum number of tokens of a row; None: no limit
     allow_control_tokens_in_content:bool=False # encode control tokens in contents as control tokens
-    ignore:tuple=() # columns that are treated as absent
-    exact:bool=False # nulls in objects are real, not filled in by Arrow
-    stop_ids:frozenset=frozenset() # ids that generation stops at
-    weighted:bool=False # whether any row of the dataset has weights
-    serial:bool=False # several processes share the work: one thread each
+    ignore:tuple=() # columns to treat as absent
+    exact:bool=False # True: nulls in objects are in the data, not added by Arrow
+    stop_ids:frozenset=frozenset() # token ids that stop generation
+    weighted:bool=False # True: some row of the dataset has weights
+    serial:bool=False # True: several processes share the work, so each uses one thread
 
 # %% ../../nbs/25_tokens/7_dataset.ipynb #cabda7a4
 def faults_of_turns(
-    chats:list, # a `TemplateChat`, or a `Refused`, for each row
-    tokenized:list, # a `TokenizedChat`, or a `Refused`, for each row
-    tokenizer, # with a chat template
-    stop_ids, # ids that generation stops at
-)->list: # a `Refused`, or None, for each row
-    "The checks of `tokens.gates` for the turns of each row"
+    chats:list, # for each row, a `TemplateChat` or a `Refused`
+    tokenized:list, # for each row, a `TokenizedChat` or a `Refused`
+    tokenizer, # tokenizer with a chat template
+    stop_ids, # token ids that stop generation
+)->list: # for each row, a `Refused` or None
+    "Check the turns of each row as in `tokens.gates`"
     encoder, stops = encoder_for(tokenizer), frozenset(stop_ids)
     return [None if isinstance(done, Refused) else encoder.turn_fault(done, chat.messages, stops)
             for chat, done in zip(chats, tokenized)]
 
 # %% ../../nbs/25_tokens/7_dataset.ipynb #f6b6d6e6
 def tokenize_row_batch(
-    batch:dict, # columns of raw rows
-    indices:list[int], # their indices
-    tokenizer, # with a chat template
+    batch:dict, # column name -> values of raw rows
+    indices:list[int], # indices of the rows
+    tokenizer, # tokenizer with a chat template
     settings:RowSettings,
-    policies:dict, # from `check_policies`
-)->dict: # columns of tokenized rows
-    "Tokenize a batch of raw rows; every row comes out, with a reason if it is to be dropped"
+    policies:dict, # name -> choice, from `check_policies`
+)->dict: # column name -> values of tokenized rows
+    "Tokenize a batch of raw rows; a row to drop is returned with the reason"
     if settings.serial: os.environ["TOKENIZERS_PARALLELISM"] = "false"
     rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
     ids = [row_id(r, i) for r, i in zip(rows, indices)]
@@ -295,14 +295,14 @@ def tokenize_row_batch(
 # %% ../../nbs/25_tokens/7_dataset.ipynb #9ad50d04
 def row_columns(
     rows:list[dict], # raw rows
-    ids:list[str], # of the rows
-    chats:list, # a `TemplateChat`, or a `Refused`, for each
-    tokenized:list, # a `TokenizedChat`, or a `Refused`, for each
-    faults:list, # from `faults_of_turns`
+    ids:list[str], # row ids
+    chats:list, # for each row, a `TemplateChat` or a `Refused`
+    tokenized:list, # for each row, a `TokenizedChat` or a `Refused`
+    faults:list, # for each row, a `Refused` or None, from `faults_of_turns`
     settings:RowSettings,
-    policies:dict, # from `check_policies`
-)->dict: # columns of tokenized rows
-    "The columns of tokenized rows, cut to length, or with the reason to drop them"
+    policies:dict, # name -> choice, from `check_policies`
+)->dict: # column name -> values of tokenized rows
+    "Make the columns of tokenized rows: truncated tokens, or the reason to drop the row"
     fitted = [done if isinstance(done, Refused) else fit_to_length(done, settings.max_length, policies["overlength"])
               for done in tokenized]
     raise_for_policy(ids, fitted, policies)
@@ -328,8 +328,8 @@ def row_columns(
 
 # %% ../../nbs/25_tokens/7_dataset.ipynb #a73b529e
 def process_count(
-    rows:int, # rows to tokenize
-    num_proc:int|None=None, # requested; None chooses
+    rows:int, # number of rows to tokenize
+    num_proc:int|None=None, # requested number; None: choose by the number of rows
 )->int:
     "The number of processes to start"
     return max(1, min(num_proc or min(os.cpu_count() or 1, rows//5000), rows))
@@ -338,7 +338,7 @@ def process_count(
 def tokenization_counts(
     data, # tokenized rows with reasons
 )->dict:
-    "Rows in, out, dropped by reason (with the first id), cut, left out of kept rows; tokens, and those of completions"
+    "Count rows in, out, dropped by reason (with first id), truncated, with omitted texts; and tokens"
     import pyarrow.compute as pc
     why = data["reason"][:]
     reasons = Counter(why)
@@ -356,10 +356,10 @@ def tokenization_counts(
 
 # %% ../../nbs/25_tokens/7_dataset.ipynb #bdaa191d
 def template_account(
-    columns, # `Account` of raw rows
-    encoder:ChatEncoder, # of the template
-):          # `Account`
-    "An account that says whether the chat template writes the names of speakers"
+    columns, # account of the raw rows
+    encoder:ChatEncoder, # encoder of the tokenizer with the template
+): # `Account`
+    "Add to an account whether the chat template writes the names of speakers"
     def of(use):
         if use.name != "name" or use.kind != "conversation": return use
         roles = sorted(encoder.writes_names())
@@ -370,8 +370,8 @@ def template_account(
 # %% ../../nbs/25_tokens/7_dataset.ipynb #30fe15a2
 def weight_counts(
     data, # tokenized rows with weights
-)->dict: # trained_tokens: completion tokens of weight above 0; weight_sum: the sum of weights of completion tokens
-    "How many completion tokens are trained on, and the sum of their weights times those of their rows"
+)->dict: # trained_tokens (completion tokens of weight above 0), weight_sum (of completion tokens)
+    "Count the trained tokens, and sum their weights times the weights of their rows"
     import pyarrow.compute as pc
     def flat(c): return pc.list_flatten(data.data.column(c)).to_numpy(zero_copy_only=False)
     weights_N = np.where(flat("completion_mask").astype(bool), flat("weights"), 0.)
@@ -380,9 +380,9 @@ def weight_counts(
 
 # %% ../../nbs/25_tokens/7_dataset.ipynb #432aefb5
 def tokenized_features(
-    weighted:bool=False, # whether any row of the dataset has weights
+    weighted:bool=False, # True: some row of the dataset has weights
 ): # `datasets.Features`
-    "The columns of tokenized rows, those that are dropped after counting included"
+    "The columns of tokenized rows, including those that are removed after counting"
     from datasets import Features, List, Value
     text = Value("string")
     more = dict(weights=List(Value("float32")), row_weight=Value("float32")) if weighted else {}
@@ -393,16 +393,16 @@ def tokenized_features(
 # %% ../../nbs/25_tokens/7_dataset.ipynb #1dee2631
 def tokenize_rows(
     dataset, # `datasets.Dataset` of raw rows in a known format
-    tokenizer, # with a chat template
-    max_length:int|None=None, # tokens of a row at most
+    tokenizer, # tokenizer with a chat template
+    max_length:int|None=None, # maximum number of tokens of a row; None: no limit
     allow_control_tokens_in_content:bool=False, # encode control tokens in contents as control tokens
-    num_proc:int|None=None, # processes; None chooses
-    work=None, # folder for temporary files; None keeps everything in memory
-    ignore_columns=(), # columns that are treated as absent
-    stop_ids=None, # ids that generation stops at; None: the tokenizer's eos
-    **policies, # of `ROW_POLICIES`
-): # (`datasets.Dataset`: a row for each raw row, with the reason if it is to be dropped; `Account` of the raw rows)
-    "Tokenize every row; nothing is dropped yet"
+    num_proc:int|None=None, # number of processes; None: choose by the number of rows
+    work=None, # folder for temporary files; None: keep everything in memory
+    ignore_columns=(), # columns to treat as absent
+    stop_ids=None, # token ids that stop generation; None: the tokenizer's eos
+    **policies, # name of a policy in `ROW_POLICIES` -> choice
+): # (`datasets.Dataset` with one row per raw row and the reason to drop it, account of the raw rows)
+    "Tokenize every row; no row is dropped yet"
     policies = check_policies(**policies)
     if not len(dataset): raise UserError("The dataset has no rows.")
     columns = template_account(account(dataset, ignore_columns), encoder_for(tokenizer))
@@ -425,12 +425,12 @@ def tokenize_rows(
 
 # %% ../../nbs/25_tokens/7_dataset.ipynb #2cb9f2dc
 def refuse_mostly_failing(
-    dataset, # raw rows
-    counts:dict, # from `tokenization_counts`
-    tokenizer, # with a chat template
-    ignore_columns=(), # columns that are treated as absent
+    dataset, # `datasets.Dataset` of raw rows
+    counts:dict, # counts from `tokenization_counts`
+    tokenizer, # tokenizer with a chat template
+    ignore_columns=(), # columns to treat as absent
 ):
-    "Raise a `UserError` with one example if more than half of the rows fail a check of their turns"
+    "Raise a `UserError` with an example if more than half of the rows fail a check of their turns"
     failed = {r: n for r, n in counts["dropped"].items() if r in ("generation prompt", "end of turn", "unverifiable")}
     if 2*sum(failed.values()) <= counts["in"]: return
     from post_training.tokens.colours import colour_ansi
@@ -448,11 +448,11 @@ def refuse_mostly_failing(
 
 # %% ../../nbs/25_tokens/7_dataset.ipynb #a30816f5
 def check_lost(
-    counts:dict, # in, out, dropped by reason, and the first row of each
-    max_drop_fraction:float|None=None, # share of rows that may be dropped; None: any
+    counts:dict, # in, out, dropped (reason -> rows), first row of each reason
+    max_drop_fraction:float|None=None, # fraction of rows that may be dropped; None: any
     of:str="", # name of the dataset, for the message
 ):
-    "Raise a `UserError` if all rows, or more than the allowed share, were dropped for another reason than weight 0"
+    "Raise a `UserError` if too many rows were dropped; rows of weight 0 do not count"
     chosen = sum(n for reason, n in counts["dropped"].items() if reason.startswith("weight:"))
     lost = {reason: n for reason, n in counts["dropped"].items() if not reason.startswith("weight:")}
     if counts["out"] or lost: counts = dict(counts, dropped=lost) | {"in": counts["in"] - chosen}
@@ -461,12 +461,12 @@ def check_lost(
 # %% ../../nbs/25_tokens/7_dataset.ipynb #4bc9045a
 def tokenize_dataset(
     dataset, # `datasets.Dataset` of raw rows in a known format
-    tokenizer, # with a chat template
+    tokenizer, # tokenizer with a chat template
     *,
-    max_drop_fraction:float|None=None, # share of rows that may be dropped
-    **parameters, # max_length, policies and the other parameters of `tokenize_rows`
+    max_drop_fraction:float|None=None, # fraction of rows that may be dropped; None: any
+    **parameters, # max_length, policies and other parameters of `tokenize_rows`
 )->tuple: # (`datasets.Dataset`, counts)
-    "Tokenize a dataset: ids and masks of the kept rows, and counts of all"
+    "Tokenize a dataset: token ids and masks of the kept rows, and counts of all rows"
     data, columns = tokenize_rows(dataset, tokenizer, **parameters)
     counts = dict(tokenization_counts(data), columns=account_lines(columns), notes=account_notes([columns]))
     refuse_mostly_failing(dataset, counts, tokenizer, parameters.get("ignore_columns", ()))
@@ -480,11 +480,11 @@ def tokenize_dataset(
 # %% ../../nbs/25_tokens/7_dataset.ipynb #7cfef454
 def count_tokens(
     dataset, # `datasets.Dataset` of raw rows in a known format
-    tokenizer, # with a chat template
-    num_proc:int|None=None, # processes; None chooses
-    ignore_columns=(), # columns that are treated as absent
-)->tuple[list[int], list[int]]: # of each row; 0 for rows that would be dropped
-    "The number of tokens of each row, and of its completions"
+    tokenizer, # tokenizer with a chat template
+    num_proc:int|None=None, # number of processes; None: choose by the number of rows
+    ignore_columns=(), # columns to treat as absent
+)->tuple[list[int], list[int]]: # (tokens, completion tokens) per row; 0 for rows that would be dropped
+    "Count the tokens of each row, and of its completions"
     import pyarrow as pa, pyarrow.compute as pc
     if not len(dataset): return [], []
     data, _ = tokenize_rows(dataset, tokenizer, num_proc=num_proc, unsupported_roles="drop", on_missing_stop="warn",
@@ -496,13 +496,13 @@ def count_tokens(
 
 # %% ../../nbs/25_tokens/7_dataset.ipynb #af992962
 def check_sample(
-    dataset, # raw rows
-    tokenizer, # with a chat template
-    stop_ids=None, # ids that generation_config stops at; None: the tokenizer's eos
-    on_missing_stop:str="error", # error or warn
-    n:int=32, # rows to look at, spread over the dataset
-    ignore_columns=(), # columns that are treated as absent
-)->list[str]: # warnings
+    dataset, # `datasets.Dataset` of raw rows
+    tokenizer, # tokenizer with a chat template
+    stop_ids=None, # token ids that stop generation; None: the tokenizer's eos
+    on_missing_stop:str="error", # error (raise) or warn (return the warning)
+    n:int=32, # number of rows to check, spread over the dataset
+    ignore_columns=(), # columns to treat as absent
+)->list[str]: # warnings, one sentence each
     "Check the stop tokens and the generation prompt on some rows of a dataset"
     rows = dataset.select(np.linspace(0, len(dataset) - 1, min(n, len(dataset)), dtype=int).tolist()).to_list()
     chats = read_chats(rows, tokenizer, ignore_columns, keeps_nulls(dataset))
@@ -516,7 +516,7 @@ def check_sample(
 # %% ../../nbs/25_tokens/7_dataset.ipynb #07acd5b7
 def rows_fingerprint(
     dataset, # `datasets.Dataset`
-    batch_size:int=1000, # rows hashed at a time
+    batch_size:int=1000, # number of rows to hash at a time
 )->str: # hex digest
     "SHA-256 of the content of the rows, in order, column by column"
     import pyarrow as pa
@@ -531,10 +531,10 @@ def rows_fingerprint(
 
 # %% ../../nbs/25_tokens/7_dataset.ipynb #ea0de46d
 def hash_array(
-    h, # a hash object, updated
+    h, # hash object; updated
     array, # `pyarrow.Array`
 ):
-    "Add the content of an Arrow array to a hash: nulls, lengths and values at every depth, not its layout in memory"
+    "Hash the content of an Arrow array (nulls, lengths and values at every depth), not its memory layout"
     import pyarrow as pa, pyarrow.compute as pc
     def add_lengths(lengths):
         h.update(pc.fill_null(lengths, 0).to_numpy(zero_copy_only=False).astype(np.int64).tobytes())
@@ -561,10 +561,10 @@ def hash_array(
 
 # %% ../../nbs/25_tokens/7_dataset.ipynb #e9b5edbf
 def tokenize_key(
-    dataset, # raw rows
-    tokenizer, # with a chat template
-    fingerprint:str|None=None, # of the tokenizer, if known: computing it takes 0.5 s at 131,072 ids
-    **parameters, # everything else that determines the result
+    dataset, # `datasets.Dataset` of raw rows
+    tokenizer, # tokenizer with a chat template
+    fingerprint:str|None=None, # fingerprint of the tokenizer; None: compute it (0.5 s at 131,072 ids)
+    **parameters, # all other parameters that determine the result
 )->dict: # fingerprints and parameters, and their hash under `key`
     "The facts that identify a tokenized dataset"
     facts = dict(format=3, rows=rows_fingerprint(dataset), n_rows=len(dataset),
@@ -574,17 +574,17 @@ def tokenize_key(
 
 # %% ../../nbs/25_tokens/7_dataset.ipynb #deba2836
 def cached_tokenize(
-    folder, # where tokenized datasets are kept
-    dataset, # raw rows
-    tokenizer, # with a chat template
+    folder, # folder for tokenized datasets
+    dataset, # `datasets.Dataset` of raw rows
+    tokenizer, # tokenizer with a chat template
     *,
-    max_drop_fraction:float|None=None, # share of rows that may be dropped
-    num_proc:int|None=None, # processes; None chooses
-    make=tokenize_dataset, # the function that tokenizes: for conversations, or for rows of another kind
-    fingerprint:str|None=None, # of the tokenizer, if it is known
-    **parameters, # max_length, policies and the other parameters of `make`
-)->tuple: # (`datasets.Dataset`, counts with the key and whether it was found)
-    "Tokenize a dataset once and keep it under a hash of its inputs; one process works, the others wait and read"
+    max_drop_fraction:float|None=None, # fraction of rows that may be dropped; None: any
+    num_proc:int|None=None, # number of processes; None: choose by the number of rows
+    make=tokenize_dataset, # function that tokenizes, such as `tokenize_dataset`
+    fingerprint:str|None=None, # fingerprint of the tokenizer; None: compute it
+    **parameters, # max_length, policies and other parameters of `make`
+)->tuple: # (`datasets.Dataset`, counts with the key and whether it was in the cache)
+    "Tokenize a dataset once and store it under a hash of its inputs; other processes wait and read it"
     from datasets import load_from_disk
     if not len(dataset): raise UserError("The dataset has no rows.")
     maker = {} if make is tokenize_dataset else dict(make=make.__name__)

@@ -27,11 +27,11 @@ from .completions import encode_completions
 
 # %% ../../nbs/25_tokens/11_pairs.ipynb #9d0b2888
 def pair_messages(
-    row:dict, # chosen and rejected, and what precedes them
-    ignore=(), # columns that are treated as absent
-    exact:bool=False, # nulls in objects are real, not filled in by Arrow
-)->tuple[Conversation, dict, dict]: # the prompt with its tools and row weight; the chosen and the rejected message
-    "The prompt and the two answers of a row"
+    row:dict, # pair with chosen and rejected, and optionally a prompt
+    ignore=(), # columns to treat as absent
+    exact:bool=False, # True: nulls in objects are in the data, not added by Arrow
+)->tuple[Conversation, dict, dict]: # (prompt with its tools and row weight, chosen message, rejected message)
+    "Read the prompt and the two answers of a pair"
     forms = [f for f, kind in FORMATS.items() if kind == "pair"]
     form = next((f for f in forms if not any(empty_value(row.get(c)) for c in f)), None)
     if form is None: raise MalformedRow("chosen or rejected is empty")
@@ -56,11 +56,11 @@ QUANTILE_COLUMNS = ("chosen_quantile_reward", "rejected_quantile_reward")
 
 # %% ../../nbs/25_tokens/11_pairs.ipynb #1034e706
 def check_pair_columns(
-    names, # columns of the data
-    reference:bool=False, # log-probabilities of the reference are read from the data
-    rewards:bool=False, # the loss needs quantile rewards
+    names, # names of the dataset's columns
+    reference:bool=False, # True: the log-probabilities of the reference are read from the data
+    rewards:bool=False, # True: the loss needs quantile rewards
 ):
-    "Raise a `UserError` if the data lacks columns that a loss needs; nothing is used in their place"
+    "Raise a `UserError` if the data lacks columns that a loss needs"
     def missing_text(missing): return f"The data has no column {' and no column '.join(missing)}."
     sides = [k for k in ("chosen", "rejected") if k not in names]
     if sides:
@@ -79,8 +79,8 @@ def check_pair_columns(
                         "ref_rewards.")
 
 # %% ../../nbs/25_tokens/11_pairs.ipynb #8ed4bc58
-def is_finite(x)->bool: # of a number, or of a list of numbers that is not empty
-    "Whether a number, or every number of a list, is present and finite"
+def is_finite(x)->bool: # True if all are present and finite
+    "Check a number, or every number of a non-empty list"
     if isinstance(x, list): return bool(x) and all(map(is_finite, x))
     return isinstance(x, (int, float)) and math.isfinite(x)
 
@@ -88,9 +88,9 @@ def is_finite(x)->bool: # of a number, or of a list of numbers that is not empty
 def reference_fault(
     row:dict, # a pair
     side:str, # chosen or rejected
-    n:int, # scored tokens of that side
-)->str|None: # the fault
-    "The fault of the reference's log-probabilities of a side"
+    n:int, # number of scored tokens of that side
+)->str|None: # the fault; None if there is none
+    "Find a fault of the reference's log-probabilities of one side"
     total = row.get(f"ref_{side}_logprob")
     per_token = row.get(f"ref_{side}_logprobs")
     length = row.get(f"{side}_length")
@@ -105,8 +105,8 @@ def reference_fault(
 # %% ../../nbs/25_tokens/11_pairs.ipynb #53b0d169
 def reward_fault(
     row:dict, # a pair
-)->str|None: # the fault
-    "The fault of the rewards of a pair"
+)->str|None: # the fault; None if there is none
+    "Find a fault of the rewards of a pair"
     for k in QUANTILE_COLUMNS:
         if k in row and not (is_finite(row[k]) and 0 <= row[k] <= 1): return "reward: a quantile is not between 0 and 1"
     if "ref_rewards" not in row: return None
@@ -123,27 +123,27 @@ def reward_fault(
 # %% ../../nbs/25_tokens/11_pairs.ipynb #635fbdda
 @dataclass(frozen=True)
 class PairSettings:
-    "How pairs are tokenized and what is checked"
-    max_length:int|None=None # tokens of prompt and answer at most
+    "Settings of the tokenization and the checks of pairs"
+    max_length:int|None=None # maximum number of tokens of prompt and answer; None: no limit
     max_prompt_length:int|None=None # tokens of the prompt at most
     max_completion_length:int|None=None # tokens of an answer at most
-    reference:bool=False # check the reference's log-probabilities
-    rewards:bool=False # check rewards
+    reference:bool=False # True: check the reference's log-probabilities
+    rewards:bool=False # True: check the rewards
     allow_control_tokens_in_content:bool=False # encode control tokens in contents as control tokens
-    ignore:tuple=() # columns that are treated as absent
-    exact:bool=False # nulls in objects are real, not filled in by Arrow
-    stop_ids:frozenset|None=None # ids that generation stops at; None: not checked
-    special_ids:frozenset=frozenset() # control tokens
-    weighted:bool=False # whether any row of the dataset has a weight
-    serial:bool=False # several processes share the work: one thread each
+    ignore:tuple=() # columns to treat as absent
+    exact:bool=False # True: nulls in objects are in the data, not added by Arrow
+    stop_ids:frozenset|None=None # token ids that stop generation; None: not checked
+    special_ids:frozenset=frozenset() # ids of control tokens
+    weighted:bool=False # True: some row of the dataset has a weight
+    serial:bool=False # True: several processes share the work, so each uses one thread
 
 # %% ../../nbs/25_tokens/11_pairs.ipynb #80e1cec5
 def ends_with_stop(
-    side, # an `EncodedCompletion`
-    stop_ids, # ids that generation stops at
-    special_ids, # control tokens; several may end an answer
+    side, # tokenized answer, an `EncodedCompletion`
+    stop_ids, # token ids that stop generation
+    special_ids, # ids of control tokens
 )->bool:
-    "Whether one of the control tokens at the end of an answer stops generation"
+    "True if one of the control tokens at the end of an answer stops generation"
     for i in reversed(side.ids):
         if i in stop_ids: return True
         if i not in special_ids: return False
@@ -152,10 +152,10 @@ def ends_with_stop(
 # %% ../../nbs/25_tokens/11_pairs.ipynb #283ceede
 def tokenize_pair(
     row:dict, # a pair
-    encoded, # from `encode_completions`: the prompt with both answers
+    encoded, # prompt with both answers, from `encode_completions`
     settings:PairSettings=PairSettings(),
-)->dict|str: # columns, or the reason to drop it
-    "One tokenized pair"
+)->dict|str: # column name -> value; or the reason to drop the pair
+    "Tokenize and check one pair"
     if isinstance(encoded, Refused): return encoded.reason
     for side in encoded.completions:
         if isinstance(side, Refused): return side.reason
@@ -189,10 +189,10 @@ PAIR_INDEX_COLUMNS = ("chosen_reference", "rejected_reference") # index of the r
 # %% ../../nbs/25_tokens/11_pairs.ipynb #748d3f40
 def read_pairs(
     rows:list[dict], # pairs
-    ignore=(), # columns that are treated as absent
-    exact:bool=False, # nulls in objects are real, not filled in by Arrow
-)->list: # from `pair_messages`, or the reason to drop the row
-    "The prompts and answers of a batch"
+    ignore=(), # columns to treat as absent
+    exact:bool=False, # True: nulls in objects are in the data, not added by Arrow
+)->list: # for each pair, the result of `pair_messages` or the reason to drop it
+    "Read the prompts and answers of a batch of pairs"
     out = []
     for row in rows:
         try: out.append(pair_messages(row, ignore, exact))
@@ -203,20 +203,20 @@ def read_pairs(
 
 # %% ../../nbs/25_tokens/11_pairs.ipynb #483febef
 def refusal_detail(
-    encoded, # from `encode_completions`; None if the row holds no pair
-)->str: # empty if nothing is refused
+    encoded, # result of `encode_completions`; None if the row is not a pair
+)->str: # reason; empty if nothing is refused
     "The reason why a prompt or one of its answers is refused"
     found = [encoded, *getattr(encoded, "completions", [])]
     return next((r.detail for r in found if isinstance(r, Refused)), "")
 
 # %% ../../nbs/25_tokens/11_pairs.ipynb #e5d8177f
 def tokenize_pair_batch(
-    batch:dict, # columns of pairs
-    indices:list[int], # their indices
-    tokenizer, # with a chat template
+    batch:dict, # column name -> values of pairs
+    indices:list[int], # indices of the pairs
+    tokenizer, # tokenizer with a chat template
     settings:PairSettings,
-)->dict: # columns of tokenized pairs
-    "Tokenize a batch of pairs; every row comes out, with a reason if it is to be dropped"
+)->dict: # column name -> values of tokenized pairs
+    "Tokenize a batch of pairs; a pair to drop is returned with the reason"
     if settings.serial: os.environ["TOKENIZERS_PARALLELISM"] = "false"
     rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
     parsed = read_pairs(rows, settings.ignore, settings.exact)
@@ -237,7 +237,7 @@ def tokenize_pair_batch(
 
 # %% ../../nbs/25_tokens/11_pairs.ipynb #64f3adc3
 def tokenized_pair_features(
-    weighted:bool=False, # whether any row of the dataset has a weight
+    weighted:bool=False, # True: some row of the dataset has a weight
 ): # `datasets.Features`
     "The columns of tokenized pairs"
     from datasets import Features, List, Value
@@ -256,9 +256,9 @@ ALWAYS_DROPPED = ("reference:", "reward:", "chosen equals rejected", "empty comp
 
 # %% ../../nbs/25_tokens/11_pairs.ipynb #e8d77b2f
 def check_pair_policies(
-    policies:dict, # name: choice
+    policies:dict, # name of a policy -> choice
 ):
-    "Check policies: those of conversations, but only drop or error; a pair is never truncated"
+    "Check the policies: drop or error are the only choices, because a pair is never truncated"
     known = ("overlength", "on_unverifiable", "unsupported_roles", "on_malformed")
     for name, choice in policies.items():
         if name == "on_missing_stop":
@@ -274,7 +274,7 @@ def check_pair_policies(
 def pair_counts(
     data, # tokenized pairs with reasons
 )->dict:
-    "Pairs in, out, dropped by reason (with the first id); tokens, and those of completions"
+    "Count pairs in, out and dropped by reason (with the first id), tokens and completion tokens"
     why = data["reason"][:]
     reasons = Counter(why)
     rows = {r: data[why.index(r)] for r in reasons if r}
@@ -287,10 +287,10 @@ def pair_counts(
 # %% ../../nbs/25_tokens/11_pairs.ipynb #7cc571b9
 def drop_pairs(
     data, # tokenized pairs with reasons
-    policies:dict, # name: choice
-    max_drop_fraction:float|None=None, # share of rows that may be dropped
-)->tuple: # (`datasets.Dataset`, counts)
-    "The pairs without a reason to drop them, and counts; a `UserError` if a policy or the share forbids dropping"
+    policies:dict, # name of a policy -> choice
+    max_drop_fraction:float|None=None, # fraction of rows that may be dropped; None: any
+)->tuple: # (`datasets.Dataset` of kept pairs, counts)
+    "Drop the pairs that have a reason; raise a `UserError` if a policy or the fraction does not allow it"
     counts = pair_counts(data)
     for reason in counts["dropped"]:
         policy = "overlength" if reason.startswith("longer than") else policy_for_reason(reason)
@@ -306,19 +306,19 @@ def drop_pairs(
 # %% ../../nbs/25_tokens/11_pairs.ipynb #8f94bf19
 def tokenize_pairs(
     dataset, # `datasets.Dataset` of pairs
-    tokenizer, # with a chat template
+    tokenizer, # tokenizer with a chat template
     *,
-    max_length:int|None=None, # tokens of a side at most
-    reference:bool=False, # read the reference's log-probabilities
-    rewards:bool=False, # the loss needs quantile rewards
-    max_drop_fraction:float|None=None, # share of rows that may be dropped
-    num_proc:int|None=None, # processes; None chooses
+    max_length:int|None=None, # maximum number of tokens of prompt and answer; None: no limit
+    reference:bool=False, # True: read the reference's log-probabilities
+    rewards:bool=False, # True: the loss needs quantile rewards
+    max_drop_fraction:float|None=None, # fraction of rows that may be dropped; None: any
+    num_proc:int|None=None, # number of processes; None: choose by the number of rows
     work=None, # folder for temporary files; None: in memory
-    ignore_columns=(), # columns treated as absent
-    stop_ids=None, # ids that generation stops at; None: not checked
-    **policies, # allow_control_tokens_in_content, on_missing_stop, `PAIR_LIMITS`; others: drop or error
+    ignore_columns=(), # columns to treat as absent
+    stop_ids=None, # token ids that stop generation; None: not checked
+    **policies, # allow_control_tokens_in_content, on_missing_stop; other policies: drop or error
 )->tuple: # (`datasets.Dataset`, counts)
-    "Tokenize pairs: the kept ones, and counts of all"
+    "Tokenize pairs: the kept pairs, and counts of all"
     if not len(dataset): raise UserError("The dataset has no rows.")
     control_tokens = policies.pop("allow_control_tokens_in_content", False)
     limits = {k: policies.pop(k, None) for k in PAIR_LIMITS}
@@ -346,11 +346,11 @@ def tokenize_pairs(
 
 # %% ../../nbs/25_tokens/11_pairs.ipynb #11189a20
 def cached_pairs(
-    folder, # where tokenized datasets are kept
-    dataset, # pairs
-    tokenizer, # with a chat template
-    **parameters, # max_drop_fraction, num_proc, and the other parameters of `tokenize_pairs`
-)->tuple: # (`datasets.Dataset`, counts with the key and whether it was found)
-    "Tokenize pairs once and keep them"
+    folder, # folder for tokenized datasets
+    dataset, # `datasets.Dataset` of pairs
+    tokenizer, # tokenizer with a chat template
+    **parameters, # max_drop_fraction, num_proc and other parameters of `tokenize_pairs`
+)->tuple: # (`datasets.Dataset`, counts with the key and whether it was in the cache)
+    "Tokenize pairs once and store them under a hash of their inputs"
     check_pair_columns(dataset.column_names, parameters.get("reference", False), parameters.get("rewards", False))
     return cached_tokenize(folder, dataset, tokenizer, make=tokenize_pairs, **parameters)
