@@ -10,7 +10,7 @@ __all__ = ['GENERATION_MODEL_SIZES', 'GENERATION_VARIANTS', 'bench_generation_mo
 from .measure import measure_call, measure_cases
 
 # %% ../../nbs/90_bench/5_generation.ipynb #971b7db9
-GENERATION_MODEL_SIZES = { # name: what differs from the tiny model of the demo
+GENERATION_MODEL_SIZES = { # name -> differences from the tiny model of the demo
     "tiny": {},
     "small": dict(hidden_size=384, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=6,
                   num_key_value_heads=6),
@@ -19,12 +19,12 @@ GENERATION_MODEL_SIZES = { # name: what differs from the tiny model of the demo
 # %% ../../nbs/90_bench/5_generation.ipynb #a2e5b7b6
 def bench_generation_model(
     size:str="tiny", # a key of `GENERATION_MODEL_SIZES`
-    vocab:int=1024, # ids
-    mean_new:int=32, # tokens after which a completion ends, on average
-    device:str="cpu",
-    dtype:str="float32",
-    seed:int=0, # of the weights
-): # a causal language model with its stop tokens in the generation config
+    vocab:int=1024, # size of the vocabulary
+    mean_new:int=32, # mean number of tokens of a completion
+    device:str="cpu", # torch device
+    dtype:str="float32", # dtype of the weights
+    seed:int=0, # seed of the weights
+): # causal language model; its generation config has the stop tokens
     "An untrained model"
     import torch
     from transformers import ApertusForCausalLM, GenerationConfig
@@ -39,13 +39,13 @@ def bench_generation_model(
 
 # %% ../../nbs/90_bench/5_generation.ipynb #77d240d4
 def bench_prompts(
-    num_prompts:int=32, # of prompts
-    median:int=64, # of their lengths
-    longest:int=512, # tokens at most
-    vocab:int=1024, # ids
-    seed:int=0,
-)->list[list[int]]: # token ids
-    "Prompts of mixed lengths, in no order"
+    num_prompts:int=32, # number of prompts
+    median:int=64, # median of their lengths, in tokens
+    longest:int=512, # maximal length in tokens
+    vocab:int=1024, # size of the vocabulary
+    seed:int=0, # seed of lengths and ids
+)->list[list[int]]: # token ids of each prompt
+    "Prompts of different lengths, in random order"
     import numpy as np
     draw = np.random.default_rng(seed)
     lengths = np.clip(median*np.exp(.8*draw.standard_normal(num_prompts)), 4, longest).astype(int)
@@ -53,14 +53,14 @@ def bench_prompts(
 
 # %% ../../nbs/90_bench/5_generation.ipynb #7431ddd2
 def plain_generate(
-    model, # of `bench_generation_model`
-    prompts:list, # token ids
-    n:int, # samples of each
-    max_new_tokens:int,
-    batch:int, # prompts at a time
-    seed:int=0,
+    model, # model of `bench_generation_model`
+    prompts:list, # token ids of each prompt
+    n:int, # number of samples per prompt
+    max_new_tokens:int, # number of new tokens at most
+    batch:int, # number of prompts in a batch
+    seed:int=0, # seed of the sampling
 )->list[int]: # new tokens of each completion
-    "Padded batches in the order of the data, all samples through `model.generate`"
+    "Padded batches in the order of the data, with `model.generate`"
     import torch
     from post_training.models.generate import left_pad
     torch.manual_seed(seed)
@@ -76,15 +76,15 @@ def plain_generate(
 
 # %% ../../nbs/90_bench/5_generation.ipynb #ec8d0576
 def planned_backend(
-    model, # of `bench_generation_model`
-    prompts:list, # token ids
-    n:int, # samples of each
-    max_new_tokens:int,
-    batch:int, # of the longest prompts at a time
-    seed:int=0,
-    share_prompts:bool=True, # read each prompt once
+    model, # model of `bench_generation_model`
+    prompts:list, # token ids of each prompt
+    n:int, # number of samples per prompt
+    max_new_tokens:int, # number of new tokens at most
+    batch:int, # number of the longest prompts in a batch
+    seed:int=0, # seed of the sampling
+    share_prompts:bool=True, # True: process each prompt only once
 )->list[int]: # new tokens of each completion
-    "`preferences.completions.transformers_backend` on planned batches"
+    "`preferences.completions.transformers_backend` with planned batches"
     from types import SimpleNamespace
     from post_training.preferences.completions import plan_lengths, sample_seeds, transformers_backend
     from post_training.core.shards import token_batches
@@ -98,19 +98,19 @@ def planned_backend(
 
 # %% ../../nbs/90_bench/5_generation.ipynb #ad35cf1c
 def unshared_backend(*args, **kwargs)->list[int]: # new tokens of each completion
-    "`planned_backend`, but the prompt is read again for each sample"
+    "`planned_backend`, but each sample processes its prompt again"
     return planned_backend(*args, **kwargs, share_prompts=False)
 
 # %% ../../nbs/90_bench/5_generation.ipynb #e339c694
 def continuous_generate(
-    model, # of `bench_generation_model`
-    prompts:list, # token ids
-    n:int, # samples of each
-    max_new_tokens:int,
-    batch:int, # not used: it makes its own batches
-    seed:int=0,
+    model, # model of `bench_generation_model`
+    prompts:list, # token ids of each prompt
+    n:int, # number of samples per prompt
+    max_new_tokens:int, # number of new tokens at most
+    batch:int, # ignored: it makes its own batches
+    seed:int=0, # seed of the sampling
 )->list[int]: # new tokens of each completion
-    "Continuous batching of transformers: a paged cache; a row enters when another leaves"
+    "Continuous batching of transformers with a paged cache; a row enters the batch when another row leaves"
     import torch
     from transformers import ContinuousBatchingConfig, GenerationConfig
     torch.manual_seed(seed)
@@ -128,16 +128,16 @@ GENERATION_VARIANTS = {"generate": plain_generate, "unshared": unshared_backend,
 
 # %% ../../nbs/90_bench/5_generation.ipynb #eb89220a
 def measure_generation(
-    variants:list, # keys of `GENERATION_VARIANTS`, the first is the baseline
+    variants:list, # keys of `GENERATION_VARIANTS`; the first one is the baseline
     sizes:list, # keys of `GENERATION_MODEL_SIZES`
-    repetitions:int=3, # of each, interleaved
-    prompts:list=(), # of `bench_prompts`
-    n:int=8, # samples of each
-    max_new_tokens:int=128, # limit of a completion
-    batch:int=8, # prompts at a time
-    **model_args, # mean_new, vocab, device and dtype of `bench_generation_model`
+    repetitions:int=3, # number of repetitions of each, alternating
+    prompts:list=(), # arguments of `bench_prompts`
+    n:int=8, # number of samples per prompt
+    max_new_tokens:int=128, # number of new tokens at most
+    batch:int=8, # number of prompts in a batch
+    **model_args, # mean_new, vocab, device and dtype, see `bench_generation_model`
 ): # DataFrame with a row per size and variant
-    "New tokens per second of each variant"
+    "Measure the new tokens per second of each variant"
     import pandas as pd
     tables = []
     for size in sizes:
@@ -160,9 +160,9 @@ def measure_generation(
 
 # %% ../../nbs/90_bench/5_generation.ipynb #8e4d7b2e
 def plot_generation(
-    table, # of `measure_generation`
+    table, # result of `measure_generation`
 ): # matplotlib figure
-    "New tokens per second of wall time and of CPU time, as bars"
+    "Plot new tokens per second of wall time and of CPU time"
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 2, figsize=(7, 2.6), dpi=70)
     variants = list(dict.fromkeys(table.index.get_level_values("variant")))
