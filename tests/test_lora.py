@@ -18,7 +18,7 @@ from post_training.core.files import verify_manifest
 
 LORA = dict(lora_r=4, lora_alpha=16, lora_dropout=0.0)
 SFT = {"plw": dict(name="plw", prompt_loss_weight=0.1), "irl": dict(name="irl", prompt_loss_weight=0.1, lambda_td=0.3, gamma=0.9)}
-PAIRS = {"qrpo": dict(loss_type="qrpo", beta=0.2), "sigmoid": dict(loss_type="sigmoid", beta=0.3)}
+PAIRS = {"qrpo": dict(loss_type="qrpo", beta=0.2), "sigmoid": dict(loss_type="sigmoid", beta=0.3), "free": pairs.OBJECTIVES["free"]}
 CHECKPOINTING = dict(activation_checkpointing=True, activation_checkpointing_kwargs=dict(use_reentrant=False))
 DEEPSPEED = dict(ACCELERATE_USE_DEEPSPEED="true", DS_ACCELERATOR="cpu", ACCELERATE_MIXED_PRECISION="no", ACCELERATE_DEEPSPEED_ZERO3_INIT="false",
                  ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL="true")
@@ -102,7 +102,7 @@ def run_all(tmp_path, cases, world=1, env=None):
 def test_one_process(tmp_path):
     run_all(tmp_path, [sft("plw", "whole", 4, 1), sft("plw", "packed", 2, 2, packed=True, args=CHECKPOINTING), sft("irl", "left", 1, 4, side="left"),
                        sft("plw", "head", 4, 1) | dict(lora=LORA | dict(lora_modules_to_save=["lm_head"])),
-                       pref("qrpo", "left", 1, 4, side="left"), pref("sigmoid", "checkpointing", 4, 1, args=CHECKPOINTING)])
+                       pref("qrpo", "left", 1, 4, side="left"), pref("sigmoid", "checkpointing", 4, 1, args=CHECKPOINTING), pref("free", "packed", 2, 2, packed=True)])
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ OBJECTIVES = {
     "qrpo-finite": dict(loss_type="qrpo", beta=0.3, partition="finite"),
     "sigmoid": dict(loss_type="sigmoid", beta=0.3),
     "sigmoid-long": dict(loss_type="sigmoid", beta=0.8, normalize_beta_by_length=True, normalize_loss_by_length=True),
+    "free": dict(loss_type=["simpo", "orpo", "cpo"], loss_weights=[1.0, 0.5, 0.7], beta=1.5, simpo_gamma=0.4, cpo_alpha=0.6),
     "mixed": dict(loss_type=["sigmoid", "qrpo", "sft"], loss_weights=[0.7, 0.5, 0.1], beta=0.3),
 }
 ONE = {"whole": (4, 1, {}), "left": (1, 4, dict(side="left")), "packed": (2, 2, dict(packed=True))}
@@ -53,10 +54,19 @@ def qrpo_of(logp, ref, n, quantile, refs, o):
     return (quantile - beta * math.log(z) - beta * (logp - ref)) ** 2 / (n if o.get("normalize_loss_by_length") else 1)
 
 
+def reference_free(name, c, nc, r, nr, o):
+    "SimPO, CPO or ORPO of one pair without the likelihood of the chosen answer, from the papers' formulas"
+    if name == "simpo": return torch.log1p(torch.exp(-(o["beta"] * c / nc - o["beta"] * r / nr - o["simpo_gamma"])))
+    if name == "cpo": return torch.log1p(torch.exp(-o["beta"] * (c - r)))
+    odds = [p / (1 - p) for p in (torch.exp(c / nc), torch.exp(r / nr))]
+    return -o["beta"] * torch.log(1 / (1 + odds[1] / odds[0]))
+
+
 def pair_oracle(model, rows, o):
     "The loss of one optimizer step, an fp64 scalar with gradient"
     names = o["loss_type"] if isinstance(o["loss_type"], list) else [o["loss_type"]]
     weights, sums, counts = o.get("loss_weights", [1.0] * len(names)), [0.0] * len(names), [0] * len(names)
+    likelihood, tokens = 0.0, 0
     for row in rows:
         (c, nc), (r, nr) = (logprob(model, row, s) for s in ("chosen", "rejected"))
         rc, rr = row["ref_chosen_logprob"], row["ref_rejected_logprob"]
@@ -65,11 +75,14 @@ def pair_oracle(model, rows, o):
             if name == "qrpo":
                 both = [(c, rc, nc, *share_below(row, "chosen", "partition" in o)), (r, rr, nr, *share_below(row, "rejected", "partition" in o))]
                 sums[k], counts[k] = sums[k] + sum(qrpo_of(*x, o) for x in both), counts[k] + 2
+            elif name in ("simpo", "cpo", "orpo"): sums[k], counts[k] = sums[k] + reference_free(name, c, nc, r, nr, o), counts[k] + 1
             elif name == "sft": sums[k], counts[k] = sums[k] - c, counts[k] + nc
             else:
                 loss = torch.log1p(torch.exp(-(bc * (c - rc) - br * (r - rr))))
                 sums[k], counts[k] = sums[k] + loss / ((nc + nr) / 2 if o.get("normalize_loss_by_length") else 1), counts[k] + 1
-    return sum(w * s / n for w, s, n in zip(weights, sums, counts))
+        likelihood, tokens = likelihood - c, tokens + nc
+    parts = [s / n + dict(orpo=1, cpo=o.get("cpo_alpha", 1)).get(name, 0) * likelihood / tokens for s, n, name in zip(sums, counts, names)]
+    return sum(w * x for w, x in zip(weights, parts))
 
 
 @lru_cache
@@ -135,7 +148,7 @@ def test_two_processes(tmp_path):
 def test_deepspeed(tmp_path, stage):
     env = dict(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE=str(stage), DS_ACCELERATOR="cpu", ACCELERATE_MIXED_PRECISION="no",
                ACCELERATE_DEEPSPEED_ZERO3_INIT="false", ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL="true")
-    run_all(tmp_path, cases({"two": TWO["two"]}, ["qrpo", "mixed"]) + cases({"computed": (1, 2, {})}, ["sigmoid"], computed=True), world=2, env=env)
+    run_all(tmp_path, cases({"two": TWO["two"]}, ["qrpo", "mixed", "free"]) + cases({"computed": (1, 2, {})}, ["sigmoid"], computed=True), world=2, env=env)
 
 
 # -- TRL's own trainer on the same batch

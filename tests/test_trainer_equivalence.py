@@ -26,6 +26,8 @@ OBJECTIVES = {
     "ln-plw-seq": dict(name="ln-plw", prompt_loss_weight=0.3, sequence_level=True),
     "irl0": dict(name="irl", prompt_loss_weight=0.0),
     "irl": dict(name="irl", prompt_loss_weight=0.1, lambda_td=0.3, gamma=0.9),
+    "dft": dict(name="dft", prompt_loss_weight=0.1),
+    "eaft-seq": dict(name="eaft", prompt_loss_weight=0.1, sequence_level=True),
 }
 ONE = {  # name: (rows of a micro-batch, accumulation, how they are laid out) in one process
     "whole": (4, 1, {}),

@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any, Literal
 from ..core.files import UserError, did_you_mean
 from .preference_losses import (
-    DIVERGENCE_LOSSES, DPO_LOSSES, LABEL_SMOOTHING_RANGES, LOSS_CHOICES, UNSUPPORTED_PAIR_ARGS, spelling_hint)
+    DIVERGENCE_LOSSES, LABEL_SMOOTHING_RANGES, LOSS_CHOICES, PAIR_LOSS_NAMES, UNSUPPORTED_PAIR_ARGS, needs_reference,
+    spelling_hint)
 from .preference_losses import PAIR_LIMITS
 
 # %% ../../nbs/10_config/2_schema.ipynb #687d18b5
@@ -219,8 +220,14 @@ LOSS_CONDITIONS = {
         _is_one_of("training_args.f_divergence_type", "alpha_divergence"),
         "it is the order of the alpha divergence, and this is <training_args.f_divergence_type>",
         "set training_args.f_divergence_type=alpha_divergence, or leave it out"),
-    "reference": Condition("a loss other than sft", lambda c: _loss_names(c) != {"sft"},
+    "reference": Condition("a loss with a reference", lambda c: not _loss_names(c) or needs_reference(_loss_names(c)),
         "<training_args.loss_type> compares with no reference"),
+    "pair_loss": Condition("a loss other than sft", lambda c: _loss_names(c) != {"sft"},
+        "<training_args.loss_type> compares no answers"),
+    "simpo": Condition("loss_type=simpo", _reads_loss("simpo"),
+        "it is the margin of loss_type=simpo, and this is <training_args.loss_type>"),
+    "cpo": Condition("loss_type=cpo", _reads_loss("cpo"),
+        "it belongs to loss_type=cpo, and this is <training_args.loss_type>"),
     "computes_reference": Condition("ref_logprobs_from_dataset=false",
         lambda c: not c("training_args.ref_logprobs_from_dataset"),
         "<training_args.ref_logprobs_from_dataset> takes the log-probabilities of the reference from the data"),
@@ -1155,15 +1162,16 @@ SFT_TRAINER_KEYS = { # training_args.KEY of train_sft
 
 # %% ../../nbs/10_config/2_schema.ipynb #63e5415c
 PREFERENCE_TRAINER_KEYS = { # training_args.KEY of train_preference
-    "loss_type": ConfigKey("|".join(f"={t}" for t in ("qrpo", *DPO_LOSSES)) + "|list[str]"),
+    "loss_type": ConfigKey("|".join(f"={t}" for t in ("qrpo", *PAIR_LOSS_NAMES)) + "|list[str]"),
     "packing": ConfigKey("bool"), "log_entropy": ConfigKey("bool"), "loss_weights": ConfigKey("list[float]|null"),
     "num_ref_rewards": ConfigKey("int|null", low=1, when="quantiles"),
     **{k: ConfigKey("|".join(f"={c}" for c in LOSS_CHOICES[k]), when="qrpo") for k in ("transform", "partition")},
     "ref_logprobs_from_dataset": ConfigKey("bool", when="reference"),
-    "normalize_beta_by_length": ConfigKey("bool", when="reference"),
-    "normalize_loss_by_length": ConfigKey("bool", when="reference"),
-    "max_effective_beta": ConfigKey("float|null", low=0, above=True, when="reference"),
-    "beta": ConfigKey(low=0, above=True, when="reference"), "ld_alpha": ConfigKey(low=0, high=1, when="reference"),
+    "normalize_beta_by_length": ConfigKey("bool", when="pair_loss"),
+    "normalize_loss_by_length": ConfigKey("bool", when="pair_loss"),
+    "max_effective_beta": ConfigKey("float|null", low=0, above=True, when="pair_loss"),
+    "simpo_gamma": ConfigKey("float", low=0, when="simpo"), "cpo_alpha": ConfigKey("float", low=0, when="cpo"),
+    "beta": ConfigKey(low=0, above=True, when="pair_loss"), "ld_alpha": ConfigKey(low=0, high=1, when="reference"),
     "f_divergence_type": ConfigKey(when="divergence"),
     "f_alpha_divergence_coef": ConfigKey(low=-1e3, high=1e3, when="divergence alpha_divergence"),
     "label_smoothing": ConfigKey(low=0, high=1, when="smooths"),

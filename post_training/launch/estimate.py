@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from ..core.files import UserError
 from ..config.schema import TRAINING_STAGES
 from ..config.presets import site_path
-from ..config.preference_losses import losses_of
+from ..config.preference_losses import losses_of, needs_reference
 from ..run.identity import training_topology
 from ..run.record import list_checkpoints, read_record
 from ..run.find import find_run
@@ -335,7 +335,7 @@ def reference_of(
 )->str|None: # name of the model; None if no model scores the rows
     "The reference model that scores all answers before training on pairs"
     t = cfg["training_args"]
-    if cfg["stage"] != "train_preference" or t["ref_logprobs_from_dataset"] or {*losses_of(t)} == {"sft"}: return None
+    if cfg["stage"] != "train_preference" or t["ref_logprobs_from_dataset"] or not needs_reference(losses_of(t)): return None
     return cfg["ref_model_args"]["model_name_or_path"] or cfg["model_args"]["model_name_or_path"]
 
 # %% ../../nbs/70_launch/3_estimate.ipynb #7310aa00

@@ -38,8 +38,11 @@ class PairScores(NamedTuple):
     rejected_length: torch.Tensor
     logp_margin: torch.Tensor # beta times log-probability under the policy, chosen minus rejected
     ref_margin: torch.Tensor # the same margin under the reference
+    chosen_logp: torch.Tensor|None = None # log-probability of the chosen answer under the policy
+    rejected_logp: torch.Tensor|None = None
     smoothing: float = 0. # `label_smoothing`
     tau: float = 0.05 # `discopop_tau`
+    gamma: float = 0.5 # `simpo_gamma`
     @property
     def margin(self): return self.chosen - self.rejected
     @property
@@ -68,8 +71,8 @@ def _discopop(s):
     return -F.logsigmoid(s.margin)*(1 - blend) + torch.exp(-s.margin)*blend
 
 # %% ../../nbs/05_losses/5_dpo.ipynb #042e8294
-def _sorted(s, delta):
-    "Logistic loss with smoothed labels on the differences of sorted values (2406.05882)"
+def _smoothed(s, delta):
+    "Logistic loss with smoothed labels; on differences of sorted values it is that of 2406.05882"
     return -F.logsigmoid(delta)*(1 - s.smoothing) - F.logsigmoid(-delta)*s.smoothing
 
 # %% ../../nbs/05_losses/5_dpo.ipynb #ncaloss1
@@ -90,6 +93,26 @@ def _ipo(s):
     chosen, rejected = s.per_token
     return ((chosen - rejected)/s.chosen_beta - 0.5/s.chosen_beta)**2
 
+# %% ../../nbs/05_losses/5_dpo.ipynb #4b7b4090
+def _simpo(s):
+    "Logistic loss of beta times the difference of mean log-probabilities, less a margin (2405.14734, eq. 6)"
+    chosen, rejected = s.chosen_logp/s.chosen_length, s.rejected_logp/s.rejected_length
+    return _smoothed(s, s.chosen_beta*chosen - s.rejected_beta*rejected - s.gamma)
+
+# %% ../../nbs/05_losses/5_dpo.ipynb #401d2600
+def _cpo(s):
+    "DPO without the reference (2401.08417, eq. 3); the paper adds the likelihood of the chosen answer"
+    return _smoothed(s, s.chosen_beta*s.chosen_logp - s.rejected_beta*s.rejected_logp)
+
+# %% ../../nbs/05_losses/5_dpo.ipynb #f17f6886
+def _orpo(s):
+    "beta times the logistic loss of the log odds ratio (2403.07691, eq. 7); the paper adds the likelihood"
+    def log_odds(logp, length):
+        mean = (logp/length).clamp(max=-1e-12) # a probability of 1 has infinite odds
+        return mean - torch.log(-torch.expm1(mean))
+    odds = log_odds(s.chosen_logp, s.chosen_length) - log_odds(s.rejected_logp, s.rejected_length)
+    return -s.chosen_beta*F.logsigmoid(odds)
+
 # %% ../../nbs/05_losses/5_dpo.ipynb #a5246c90
 PAIR_LOSSES = { # loss_type: loss of each pair
     "sigmoid": lambda s: -F.logsigmoid(s.margin),
@@ -101,13 +124,14 @@ PAIR_LOSSES = { # loss_type: loss of each pair
     "bco_pair": lambda s: -F.logsigmoid(_side_scores(s)[0]) - F.logsigmoid(-_side_scores(s)[1]), # 2404.04656
     "sppo_hard": lambda s: (s.chosen_ratio - 0.5/s.chosen_beta)**2
                            + (s.rejected_ratio + 0.5/s.rejected_beta)**2, # 2405.00675
-    "aot": lambda s: _sorted(s, s.logp_margin.sort().values - s.ref_margin.sort().values),
-    "aot_unpaired": lambda s: _sorted(s, _side_scores(s)[0].sort().values - _side_scores(s)[1].sort().values),
+    "aot": lambda s: _smoothed(s, s.logp_margin.sort().values - s.ref_margin.sort().values),
+    "aot_unpaired": lambda s: _smoothed(s, _side_scores(s)[0].sort().values - _side_scores(s)[1].sort().values),
     "apo_zero": lambda s: 1 - torch.sigmoid(_side_scores(s)[0]) + torch.sigmoid(_side_scores(s)[1]), # 2408.06266, eq. 7
     "apo_down": lambda s: torch.sigmoid(_side_scores(s)[0]) + 1
                           - torch.sigmoid(_side_scores(s)[0] - _side_scores(s)[1]), # 2408.06266, eq. 8
     "discopop": _discopop,
     "sigmoid_norm": lambda s: -F.logsigmoid(s.per_token[0] - s.per_token[1]), # DPO with beta/|y| on each side
+    "simpo": _simpo, "cpo": _cpo, "orpo": _orpo, # without a reference
 }
 
 # %% ../../nbs/05_losses/5_dpo.ipynb #140782fc
@@ -120,7 +144,7 @@ def pair_scores(
     alpha:float=0.5, # order of the alpha divergence (`f_alpha_divergence_coef`)
     normalize_beta_by_length:bool=False, # divide beta by the length of the answer
     max_effective_beta:float|None=None, # upper bound on beta after normalisation; None: no bound
-    **kwargs, # `smoothing` and `tau` of PairScores
+    **kwargs, # `smoothing`, `tau` and `gamma` of PairScores
 )->tuple: # (PairScores, number of answers whose beta the bound changed)
     "Compute log-ratios, betas and scores of both sides"
     logps_S = at_least_fp32(logps_S)
@@ -130,7 +154,7 @@ def pair_scores(
     score_S = beta_S*DIVERGENCES[f_divergence_type](ratio_S, alpha)
     sides = [x for v_S in (score_S, ratio_S, beta_S, n_S) for x in (v_S[0::2], v_S[1::2])]
     margins = [(beta_S*v_S)[0::2] - (beta_S*v_S)[1::2] for v_S in (logps_S, ref_logps_S)]
-    return PairScores(*sides, *margins, **kwargs), clamped
+    return PairScores(*sides, *margins, logps_S[0::2], logps_S[1::2], **kwargs), clamped
 
 # %% ../../nbs/05_losses/5_dpo.ipynb #c97b58b2
 def used_answers(

@@ -388,7 +388,9 @@ def loss_text(
     args = cfg["training_args"]
     if cfg["stage"] == "train_preference":
         names = args["loss_type"]
-        return f"{' + '.join([names] if isinstance(names, str) else names)}, beta {args['beta']:g}"
+        names = [names] if isinstance(names, str) else names
+        gamma = f", gamma {args['simpo_gamma']:g}" if "simpo" in names else ""
+        return f"{' + '.join(names)}, beta {args['beta']:g}{gamma}"
     name = cfg["trainer"]
     if name == "irl": return f"irl, lambda_td {cfg['irl_args']['lambda_td']:g}, gamma {cfg['irl_args']['gamma']:g}"
     alpha = f", alpha {cfg[f'{name}_args']['alpha']:g}" if name in ("dft", "eaft") else ""
