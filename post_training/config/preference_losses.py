@@ -73,14 +73,14 @@ def losses_of(
 def needs_reference(
     losses, # loss_type -> weight, or the names alone
 )->bool:
-    "Whether one of the losses compares the policy with a reference"
+    "True if one of the losses compares the policy with a reference"
     return bool({*losses} - {"sft", *REFERENCE_FREE_LOSSES})
 
 # %% ../../nbs/10_config/1_preference_losses.ipynb #4e107ca3
 def with_likelihood(
     losses:dict, # loss_type -> weight
     cpo_alpha:float=1., # weight of the likelihood term of cpo
-)->dict: # the same, and the weight of sft
+)->dict: # the losses and their weights, including sft
     "The terms of the losses: cpo and orpo contain the likelihood of the chosen answer, which is the loss sft"
     weight = losses.get("orpo", 0.) + cpo_alpha*losses.get("cpo", 0.)
     return {**losses, "sft": losses.get("sft", 0.) + weight} if weight else losses
