@@ -129,6 +129,17 @@ def hostile_models(demo, tmp_path_factory):
     return root
 
 
+def test_a_template_without_end_in_a_thread(monkeypatch):
+    "A thread gets no signals: its processor time is watched, and the thread goes on to render others"
+    from concurrent.futures import ThreadPoolExecutor
+
+    from post_training.tokens import templates
+    monkeypatch.setattr(templates, "TEMPLATE_SECONDS", 0.2)
+    with ThreadPoolExecutor(1) as pool:
+        with pytest.raises(templates.TemplateLimit, match="did not end within"): pool.submit(templates.render_template, LOOPS + "in a thread", []).result(60)
+        assert pool.submit(templates.render_template, "{{ messages | length }}", [dict(role="user", content="a")]).result(60) == "1"
+
+
 @pytest.mark.parametrize("name", BOMBS)
 def test_template_of_a_tokenizer(hostile_models, name):
     "Loaded for any stage, or for a chat: an error that names the folder, within seconds"

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['VOLATILE_KEYS', 'PROBE_TEXTS', 'OPTIMIZER_NUMBERS', 'SHARD_BYTES', 'SMALL_FILES', 'weightless_model',
            'check_settings', 'check_tokenizer_files', 'write_and_read', 'export_notices', 'SavePlan', 'large_files',
-           'checkpoints_at_once', 'size_text', 'check_files', 'check_space', 'Rehearsal', 'rehearse']
+           'checkpoints_at_once', 'size_text', 'reserve_space', 'check_files', 'check_space', 'Rehearsal', 'rehearse']
 
 # %% ../../nbs/55_export/7_rehearsal.ipynb #0035626e
-import json, math, os, shutil, tempfile
+import contextlib, ctypes, errno, json, math, os, shutil, tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from ..core.files import UserError
@@ -221,28 +221,44 @@ def size_text(
     "A size with a suitable unit"
     return f"{n/1e9:.1f} GB" if n >= 1e8 else f"{n/1e6:.1f} MB"
 
+# %% ../../nbs/55_export/7_rehearsal.ipynb #b14e795a
+def reserve_space(
+    fd:int, # of an open file
+    size:int, # bytes
+):
+    "Reserve the space of a file; an `OSError` says why it is refused"
+    libc = ctypes.CDLL(None, use_errno=True) # `os.posix_fallocate` writes the file where space cannot be reserved
+    code = errno.EINTR
+    while code == errno.EINTR: # a signal came in between
+        done = libc.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size))
+        code = ctypes.get_errno() if done else 0
+    if code in (errno.EOPNOTSUPP, errno.ENOSYS): os.truncate(fd, size)
+    elif code: raise OSError(code, os.strerror(code))
+
 # %% ../../nbs/55_export/7_rehearsal.ipynb #f0e3cf42
 def check_files(
     folder, # folder of the checkpoints
-    largest:int, # size in bytes of the largest file of a checkpoint
+    files:list[int], # sizes in bytes of the large files of a checkpoint
     count:int, # number of files that the run will write
 ):
     "Refuse to train if the file system, or a limit of this process, refuses the files of the checkpoints"
     import resource
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    files = os.statvfs(folder)
+    limit, disk, largest = resource.getrlimit(resource.RLIMIT_FSIZE)[0], os.statvfs(folder), max(files)
     if limit != resource.RLIM_INFINITY and limit < largest:
         raise UserError(f"A checkpoint has a file of {size_text(largest)}, and this process may write files of "
                         f"{size_text(limit)} only (RLIMIT_FSIZE). Raise the limit before the command: `ulimit -f "
                         "unlimited`, or ask the administrators of the machine.")
-    if files.f_files and files.f_favail < count: # some file systems do not count files
-        raise UserError(f"The checkpoints to come have about {count} files, and {folder} has room for {files.f_favail} "
+    if disk.f_files and disk.f_favail < count: # some file systems do not count files
+        raise UserError(f"The checkpoints to come have about {count} files, and {folder} has room for {disk.f_favail} "
                         "more (inodes). Remove files, or choose another artifacts_dir.")
-    with tempfile.NamedTemporaryFile(prefix=".tmp-rehearsal-", dir=folder) as f:
-        try: os.truncate(f.fileno(), largest)
-        except OSError as e:
-            raise UserError(f"A checkpoint has a file of {size_text(largest)}, and {folder} refuses such a file "
-                            f"({e.strerror}). Choose another artifacts_dir.") from e
+    with contextlib.ExitStack() as stack:
+        for size in files:
+            f = stack.enter_context(tempfile.NamedTemporaryFile(prefix=".tmp-rehearsal-", dir=folder))
+            try: reserve_space(f.fileno(), size)
+            except OSError as e:
+                raise UserError(f"A checkpoint has {len(files)} large files, {size_text(sum(files))} together, and "
+                                f"{folder} refuses one of {size_text(size)} ({e.strerror}). Make room there, or choose "
+                                "another artifacts_dir.") from e
 
 # %% ../../nbs/55_export/7_rehearsal.ipynb #d4fa82e7
 def check_space(
@@ -259,7 +275,7 @@ def check_space(
                   "(training_args.save_steps), or choose another artifacts_dir.")
         raise UserError(f"{count} checkpoint{'s'*(count != 1)} of {size_text(one)} need {size_text(one*count)}, and "
                         f"{folder} has {size_text(free)} free. {advice}")
-    check_files(folder, max(files), (len(files) + SMALL_FILES + plan.processes)*count)
+    check_files(folder, files, (len(files) + SMALL_FILES + plan.processes)*count)
     return dict(checkpoint_bytes=one, checkpoints=count, free_bytes=free)
 
 # %% ../../nbs/55_export/7_rehearsal.ipynb #3ab08d5e

@@ -10,7 +10,7 @@ __all__ = ['CHAT_TEMPLATES', 'TEMPLATE_RULES', 'TEMPLATE_SECONDS', 'TEMPLATE_BYT
            'template_variables', 'wants_blocks', 'render_template']
 
 # %% ../../nbs/25_tokens/1_templates.ipynb #36d3094a
-import contextlib, jinja2, jinja2.sandbox, json, re, resource, signal, threading, time
+import contextlib, ctypes, jinja2, jinja2.sandbox, json, re, resource, signal, threading, time
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
@@ -104,6 +104,7 @@ def template_name(
 
 # %% ../../nbs/25_tokens/1_templates.ipynb #10035b23
 TEMPLATE_SECONDS = 2. # CPU time limit in seconds, for one conversation
+_TOO_LONG = f"it did not end within {TEMPLATE_SECONDS:g} s"
 TEMPLATE_BYTES = 2**31 # limit of additional memory in bytes
 TEMPLATE_CHARS = 2**26 # maximum characters of a rendered text
 TEMPLATE_BITS = 4096 # maximum bits of a whole number
@@ -147,16 +148,38 @@ def _limited_memory():
     try: yield
     finally: resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
+# %% ../../nbs/25_tokens/1_templates.ipynb #07711b21
+@contextlib.contextmanager
+def _limited_thread():
+    "The time limit in a thread that gets no signals: a second thread watches its processor time"
+    ident, ended = threading.get_ident(), threading.Event()
+    clock = time.pthread_getcpuclockid(ident)
+    start = time.clock_gettime(clock)
+    def watch():
+        left = TEMPLATE_SECONDS
+        while not ended.wait(max(left, 0.1)):
+            left = TEMPLATE_SECONDS - (time.clock_gettime(clock) - start)
+            if left <= 0: raise_in_thread(ctypes.c_ulong(ident), ctypes.py_object(_Excess))
+    raise_in_thread, watcher = ctypes.pythonapi.PyThreadState_SetAsyncExc, threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try: yield
+    finally:
+        ended.set()
+        watcher.join()
+        raise_in_thread(ctypes.c_ulong(ident), None) # one that has not arrived yet
+
 # %% ../../nbs/25_tokens/1_templates.ipynb #3618eab5
 @contextlib.contextmanager
 def _limited_time():
     "Raise `_Excess` in the block after `TEMPLATE_SECONDS`, and again if the block catches it"
-    if threading.current_thread() is not threading.main_thread(): yield; return
+    if threading.current_thread() is not threading.main_thread():
+        with _limited_thread(): yield
+        return
     began, start = time.monotonic(), time.thread_time()
     def stop(*_): # after so many seconds; a busy machine may have given the block less
         left = TEMPLATE_SECONDS - (time.thread_time() - start)
         signal.setitimer(signal.ITIMER_REAL, max(left, 0.5))
-        if left <= 0: raise _Excess(f"it did not end within {TEMPLATE_SECONDS:g} s")
+        if left <= 0: raise _Excess(_TOO_LONG)
     before = signal.signal(signal.SIGALRM, stop)
     alarm, interval = signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS) # an existing alarm is restored afterwards
     try: yield
@@ -174,7 +197,7 @@ def template_limits(
     try:
         with _limited_memory(), _limited_time(): yield
     except (_Excess, MemoryError) as e:
-        why = str(e) if isinstance(e, _Excess) else f"it takes over {TEMPLATE_BYTES/2**30:g} GiB"
+        why = str(e) or _TOO_LONG if isinstance(e, _Excess) else f"it takes over {TEMPLATE_BYTES/2**30:g} GiB"
         _OVER_LIMIT[source] = (f"The chat template {template_place(source)} cannot be used ({why}): correct it, or "
                                "choose another one with tokenizer_args.chat_template_name (--template in a chat).")
     if source in _OVER_LIMIT: raise TemplateLimit(_OVER_LIMIT[source])
