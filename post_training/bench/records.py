@@ -132,9 +132,9 @@ def newest_records(
             else project_root()/"runs/examples/bench")
 
 # %% ../../nbs/90_bench/1_records.ipynb #80e0a2fc
-def plot_targets( # result of `load_records`
-    table, # matplotlib figure
-): # a matplotlib figure
+def plot_targets(
+    table, # result of `load_records`
+): # matplotlib figure
     "Plot the ratio of each number to its target as a bar; above 1 the target is met"
     import matplotlib.pyplot as plt
     shown = table[(table.target != "") & table.measured.notna()]

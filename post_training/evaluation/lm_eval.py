@@ -144,10 +144,10 @@ def chat_text(
         raise
 
 # %% ../../nbs/60_evaluation/4_lm_eval.ipynb #bf4a7c5b
-def lm_eval_model( # model in evaluation mode
-    model, # tokenizer with its chat template
-    tokenizer, # number of requests at a time
-    batch_size:int=32, # requests at a time
+def lm_eval_model(
+    model, # model in evaluation mode
+    tokenizer, # tokenizer with its chat template
+    batch_size:int=32, # number of requests at a time
 ): # model of the harness; its attribute `cut_prompts` has the texts that it shortened
     "Wrap a loaded model as a model of the harness"
     import_lm_eval()

@@ -71,10 +71,10 @@ def prompt_samples(
     return samples
 
 # %% ../../nbs/60_evaluation/1_statistics.ipynb #a8d9ec9c
-def score_kind( # result of `prompt_samples`
-    samples:list, # mean score of each prompt
-    values, # "once" (0 or 1, one sample), "sampled" (0 or 1, several samples), "graded"
-)->str: # once, sampled, graded
+def score_kind(
+    samples:list, # result of `prompt_samples`
+    values, # mean score of each prompt
+)->str: # "once" (0 or 1, one sample), "sampled" (0 or 1, several samples), "graded"
     "The kind of scores, which determines the method of the interval"
     flat = np.concatenate(samples)
     if np.isin(flat, (0, 1)).all(): return "once" if len(flat) == len(samples) else "sampled"

@@ -65,9 +65,9 @@ def certified_dialogues(
     return out
 
 # %% ../../nbs/55_export/6_certificate.ipynb #c3baad05
-def tensor_digests( # folder with safetensors files
-    folder, # tensor name -> dtype, shape and hash, one string
-)->dict[str, str]: # tensor -> dtype, shape and digest
+def tensor_digests(
+    folder, # folder with safetensors files
+)->dict[str, str]: # tensor name -> dtype, shape and hash, one string
     "A hash of each tensor, whichever file the tensor is in"
     out = {}
     for path in sorted(Path(folder).glob("*.safetensors")):

@@ -458,9 +458,9 @@ def leftover_folders(
             for place in places for p in leftovers(place) if not p.name.startswith(_UNFINISHED)]
 
 # %% ../../nbs/70_launch/11_runs.ipynb #398a669c
-def artifact_leftovers( # records of all runs
-    records:list[dict], # the remaining files and folders
-)->list[CheckpointFolder]:
+def artifact_leftovers(
+    records:list[dict], # records of all runs
+)->list[CheckpointFolder]: # the remaining files and folders
     "Files that killed processes left in the folders of datasets, models and tokenized rows"
     out = []
     for root in {site_path((r.get("config") or {}).get("artifacts_dir") or "artifacts") for r in records}:

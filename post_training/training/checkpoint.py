@@ -14,8 +14,8 @@ from pathlib import Path
 from ..core.files import MANIFEST, UserError, sync_tree, verify_manifest, write_manifest
 
 # %% ../../nbs/40_training/2_checkpoint.ipynb #65105e9b
-def tensor_header( # path of a .safetensors file
-    path, # a .safetensors file
+def tensor_header(
+    path, # path of a .safetensors file
 )->dict[str, tuple]: # tensor name -> (dtype such as "F32", shape as a tuple)
     "Names, dtypes and shapes of the tensors in a safetensors file, read from its header; a truncated file is an error"
     path, size = Path(path), Path(path).stat().st_size
