@@ -25,12 +25,12 @@ from ..launch.estimate import (MemoryOptions, TrainShape, cpu_memory_options, cp
 
 # %% ../../nbs/90_bench/11_scale.ipynb #eaac587f
 def apertus_config(
-    vocab:int=131_072, # ids in the vocabulary
+    vocab:int=131_072, # size of the vocabulary
     hidden:int=256, # hidden size, a multiple of 64
     layers:int=2, # transformer layers
-    mlp:int|None=None, # MLP size; None: four times `hidden`
-)->dict: # of a config.json
-    "An Apertus of these sizes"
+    mlp:int|None=None, # MLP size; None: 4 times `hidden`
+)->dict: # contents of a config.json
+    "The config of an Apertus model with these sizes"
     return dict(model_type="apertus", vocab_size=vocab, hidden_size=hidden, intermediate_size=mlp or 4*hidden,
                 num_hidden_layers=layers, num_attention_heads=max(1, hidden//64),
                 num_key_value_heads=max(1, hidden//256))
@@ -39,13 +39,13 @@ def apertus_config(
 @dataclass(frozen=True)
 class ScaleModel:
     "The model of a measurement: an Apertus with random weights"
-    vocab:int=131_072 # ids in the vocabulary
+    vocab:int=131_072 # size of the vocabulary
     hidden:int=256 # hidden size, a multiple of 64
     layers:int=2 # transformer layers
-    mlp:int|None=None # MLP size; None: four times `hidden`
+    mlp:int|None=None # MLP size; None: 4 times `hidden`
     attention:str="sdpa" # attn_implementation
-    dtype:str="float32" # of the weights; on a GPU float32 weights work under bf16 autocast
-    compiled:bool=False # `torch.compile` of the backbone
+    dtype:str="float32" # dtype of the weights; on a GPU float32 means bf16 autocast
+    compiled:bool=False # True: `torch.compile` of the backbone
     @property
     def config(self): return apertus_config(self.vocab, self.hidden, self.layers, self.mlp)
 
@@ -53,29 +53,29 @@ class ScaleModel:
 @dataclass(frozen=True)
 class StepRows:
     "The rows of an optimizer step"
-    loss:str="plw" # a key of `SCALE_LOSSES`
-    rows:int=2 # B of a micro-batch: rows or pairs
-    tokens:int=1024 # T, of the longest row
-    accumulation:int=1 # micro-batches of a step
-    mixed:bool=False # lengths from an eighth of `tokens` up; else all rows have `tokens`
-    packed:bool=False # the rows end to end in packs of `tokens`, a pack per micro-batch
+    loss:str="plw" # name of the loss, a key of `SCALE_LOSSES`
+    rows:int=2 # B: rows or pairs in a micro-batch
+    tokens:int=1024 # T: tokens of the longest row
+    accumulation:int=1 # number of micro-batches in a step
+    mixed:bool=False # True: lengths between tokens/8 and tokens; False: all rows have `tokens`
+    packed:bool=False # True: rows are joined to packs of `tokens`, one pack per micro-batch
 
 # %% ../../nbs/90_bench/11_scale.ipynb #26dd2e2b
 @dataclass(frozen=True)
 class StepRun:
     "How the steps are run and measured"
-    steps:int=2 # timed, after one that is not
-    checkpointing:bool=False # recompute activations in the backward pass
-    profiled:bool=False # profile the last step
-    threads:int=1 # torch's threads; 0 leaves its choice
+    steps:int=2 # number of timed steps, after one that is not timed
+    checkpointing:bool=False # True: recompute activations in the backward pass
+    profiled:bool=False # True: profile the last step
+    threads:int=1 # number of torch's threads; 0: torch's default
     limit_gib:float|None=None # see `limit_memory`
-    device:str="cpu" # cpu or cuda
+    device:str="cpu" # "cpu" or "cuda"
 
 # %% ../../nbs/90_bench/11_scale.ipynb #432bdc12
 def scale_case(
-    **args, # fields of the three, by name
-)->tuple: # ScaleModel, StepRows, StepRun
-    "A measurement from flat arguments"
+    **args, # fields of the three dataclasses
+)->tuple: # (ScaleModel, StepRows, StepRun)
+    "Make the three dataclasses of a measurement from their fields"
     kinds, known = (ScaleModel, StepRows, StepRun), {}
     for kind in kinds: known |= {f.name: kind for f in fields(kind)}
     for name in args:
@@ -84,10 +84,10 @@ def scale_case(
 
 # %% ../../nbs/90_bench/11_scale.ipynb #f3f85541
 def build_bench_model(
-    shape:ScaleModel,
-    device:str="cpu", # cpu or cuda
-): # a causal language model in training mode
-    "A model from its config, random weights"
+    shape:ScaleModel, # sizes of the model
+    device:str="cpu", # "cpu" or "cuda"
+): # causal language model in training mode
+    "A model with random weights, made from its config"
     import torch
     from transformers import ApertusConfig, ApertusForCausalLM
     from post_training.models.load import quiet_activation
@@ -102,15 +102,15 @@ def build_bench_model(
 
 # %% ../../nbs/90_bench/11_scale.ipynb #0f567f7a
 def scale_rows(
-    vocab:int=131_072, # ids in the vocabulary
-    rows:int=2, # B
-    tokens:int=1024, # T, of the longest row
-    loss:str="plw", # a key of `SCALE_LOSSES`
-    mixed:bool=False, # lengths from an eighth of `tokens` up; else all rows have `tokens`
-    prompt_share:float=0.5, # of each row
-    seed:int=0,
+    vocab:int=131_072, # size of the vocabulary
+    rows:int=2, # B: number of rows
+    tokens:int=1024, # T: tokens of the longest row
+    loss:str="plw", # name of the loss, a key of `SCALE_LOSSES`
+    mixed:bool=False, # True: lengths between tokens/8 and tokens; False: all rows have `tokens`
+    prompt_share:float=0.5, # fraction of each row that is prompt
+    seed:int=0, # seed of lengths and ids
 )->list[dict]: # tokenized rows, or pairs
-    "Random ids: a prompt and an answer, or for pairs two answers"
+    "Rows of random ids: a prompt and an answer, or for pairs two answers"
     import random
     rng = random.Random(seed)
     def draw(k): return [rng.randrange(100, vocab) for _ in range(k)]
@@ -130,7 +130,7 @@ def scale_rows(
     return [one(i) for i in range(rows)]
 
 # %% ../../nbs/90_bench/11_scale.ipynb #89dde7d2
-SCALE_LOSSES = { # name: arguments of the objective; a pair is two sequences
+SCALE_LOSSES = { # name -> arguments of the objective; a pair is two sequences
     "sft": dict(name="sft"),
     "plw": dict(name="plw", prompt_loss_weight=0.),
     "irl": dict(name="irl", prompt_loss_weight=0.),
@@ -139,15 +139,15 @@ SCALE_LOSSES = { # name: arguments of the objective; a pair is two sequences
 
 # %% ../../nbs/90_bench/11_scale.ipynb #5923dd97
 def scale_trainer(
-    model, # untouched
-    loss:str, # a key of `SCALE_LOSSES`
-    rows:list, # of `scale_rows`
-    folder, # for what it writes
+    model, # new model
+    loss:str, # name of the loss, a key of `SCALE_LOSSES`
+    rows:list, # result of `scale_rows`
+    folder, # folder for output
     args:dict, # training arguments
-    cpu:bool=True,
-    packs:list|None=None, # the rows of each pack; None pads
+    cpu:bool=True, # True: train on the CPU
+    packs:list|None=None, # packs (lists of row indices); None: padded rows
 ): # the trainer
-    "This project's trainer on these rows; it saves nothing"
+    "This project's trainer with these rows; it saves nothing"
     from datasets import Dataset
     from post_training.tokens.collate import PackCollator, PadCollator, PairCollator
     from post_training.training.data_order import PackingPlan
@@ -171,10 +171,10 @@ def scale_trainer(
 
 # %% ../../nbs/90_bench/11_scale.ipynb #2627ea38
 def limit_memory(
-    gib:float, # above what the process holds now
-    device:str="cpu", # cpu or cuda
+    gib:float, # GiB above the present memory of the process
+    device:str="cpu", # "cpu" or "cuda"
 ):
-    "A limit that this process cannot exceed: an allocation beyond it fails, as on a smaller machine"
+    "Limit the memory of this process: a larger allocation fails, as on a smaller machine"
     import resource
     if device == "cpu":
         with open("/proc/self/status") as f:
@@ -185,18 +185,18 @@ def limit_memory(
 
 # %% ../../nbs/90_bench/11_scale.ipynb #fcc45792
 def expected_memory(
-    config:dict, # of `apertus_config`
-    rows:int=2, # B of a micro-batch: rows or pairs
-    tokens:int=1024, # T
-    loss:str="plw", # a key of `SCALE_LOSSES`
-    accumulation:int=1, # micro-batches of a step
-    checkpointing:bool=False, # recompute activations in the backward pass
-    dtype:str="float32", # of the weights
-    device:str="cpu", # cpu or cuda
-    zero_stage:int=0, # 0: no DeepSpeed
-    world_size:int=1,
-)->dict: # of `memory_per_gpu`, GiB
-    "The memory estimate, on a GPU without the reserve for memory outside of the trainer"
+    config:dict, # result of `apertus_config`
+    rows:int=2, # B: rows or pairs in a micro-batch
+    tokens:int=1024, # T: tokens of a row
+    loss:str="plw", # name of the loss, a key of `SCALE_LOSSES`
+    accumulation:int=1, # number of micro-batches in a step
+    checkpointing:bool=False, # True: recompute activations in the backward pass
+    dtype:str="float32", # dtype of the weights
+    device:str="cpu", # "cpu" or "cuda"
+    zero_stage:int=0, # 1 to 3; 0: no DeepSpeed
+    world_size:int=1, # number of processes
+)->dict: # result of `memory_per_gpu`, GiB
+    "The memory estimate; for a GPU without the reserve for other memory than the trainer's"
     sequences = rows*(1 + (loss == "qrpo"))
     policy = "bf16" if dtype == "bfloat16" else "float32" if device == "cpu" else "autocast"
     train = TrainShape(zero_stage, world_size, sequences, tokens, accumulation, policy, recompute=checkpointing,
@@ -206,11 +206,11 @@ def expected_memory(
 
 # %% ../../nbs/90_bench/11_scale.ipynb #992df7a7
 def train_steps(
-    model:ScaleModel,
-    rows:StepRows,
-    run:StepRun,
-)->dict: # medians of a step's seconds and cpu_seconds, tokens_per_s, peak and estimate in GiB, and more
-    "Train for some steps in this process"
+    model:ScaleModel, # the model
+    rows:StepRows, # the rows of a step
+    run:StepRun, # how the steps are run
+)->dict: # medians of seconds and cpu_seconds per step, tokens_per_s, peak and estimate in GiB, and more
+    "Train for some steps in this process and measure them"
     import statistics, torch
     from post_training.tokens.collate import best_fit_pack
     if run.threads: torch.set_num_threads(run.threads)
@@ -239,17 +239,17 @@ def train_steps(
 
 # %% ../../nbs/90_bench/11_scale.ipynb #2f14bae6
 def train_case(
-    **args, # of `scale_case`
-)->dict: # of `train_steps`
-    "`train_steps` with flat arguments"
+    **args, # arguments of `scale_case`
+)->dict: # result of `train_steps`
+    "`train_steps` with the fields of the dataclasses as arguments"
     return train_steps(*scale_case(**args))
 
 # %% ../../nbs/90_bench/11_scale.ipynb #4d9fc92f
 def top_operations(
-    profiler, # that recorded a step
-    top:int=12, # how many
-)->list[dict]: # operation, share, calls; the largest first
-    "The operations that took the most time, without the operations that they call"
+    profiler, # profiler that recorded a step
+    top:int=12, # number of operations
+)->list[dict]: # rows with operation, share (of the time), calls; the largest first
+    "The operations that take the most time, not counting the operations that they call"
     events = profiler.key_averages()
     cuda = any(e.self_device_time_total for e in events)
     times = {e.key: (e.self_device_time_total if cuda else e.self_cpu_time_total, e.count) for e in events}
@@ -258,21 +258,21 @@ def top_operations(
             for k, (t, n) in sorted(times.items(), key=lambda x: -x[1][0])[:top]]
 
 # %% ../../nbs/90_bench/11_scale.ipynb #63a0237b
-TRAIN_CASE = "post_training.bench.scale:train_case" # for `call_fresh` and `try_fresh`
+TRAIN_CASE = "post_training.bench.scale:train_case" # function for `call_fresh` and `try_fresh`
 
 # %% ../../nbs/90_bench/11_scale.ipynb #9a08cabd
 def measure_case(
-    **args, # of `scale_case`
-)->dict: # of `train_steps`
-    "`train_steps` in a process of its own"
+    **args, # arguments of `scale_case`
+)->dict: # result of `train_steps`
+    "`train_steps` in a new process"
     return call_fresh(TRAIN_CASE, **args)
 
 # %% ../../nbs/90_bench/11_scale.ipynb #1ed7c8eb
 def memory_table(
-    cases:list[dict], # arguments of `scale_case`
-    **common, # of `scale_case`
-): # `pandas.DataFrame`: the case, parameters in millions, measured and estimated GiB, ratio
-    "Peak memory of training compared with the estimate"
+    cases:list[dict], # cases, arguments of `scale_case`
+    **common, # arguments of `scale_case` for all cases
+): # `pandas.DataFrame`: the case, million parameters, measured and estimated GiB, ratio
+    "Compare the peak memory of training with the estimate"
     import pandas as pd
     rows = []
     for case in cases:
@@ -284,9 +284,9 @@ def memory_table(
 
 # %% ../../nbs/90_bench/11_scale.ipynb #a756c630
 def plot_memory_fit(
-    table, # of `memory_table`
+    table, # result of `memory_table`
 ): # matplotlib figure
-    "Measured against estimated memory; equal on the solid line, within a fifth between the dotted ones"
+    "Plot measured against estimated memory; solid line: equal, dotted lines: 20 % difference"
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(4, 3.2), dpi=70, layout="constrained")
     for loss, t in table.groupby("loss", sort=False): ax.scatter(t.estimated_gib, t.measured_gib, label=loss, s=25)
@@ -304,19 +304,19 @@ OUT_OF_MEMORY_WORDS = ("out of memory", "not enough memory", "can't allocate mem
 
 # %% ../../nbs/90_bench/11_scale.ipynb #db67c5f7
 def training_fits(
-    outcome:dict, # of `try_fresh`
-)->bool:
-    "Whether the training ended well; any error but a lack of memory raises"
+    outcome:dict, # result of `try_fresh`
+)->bool: # True if it ended well
+    "Find out if training ended well; errors other than too little memory are raised"
     if "failed" not in outcome: return True
     if any(word in outcome["failed"].lower() for word in OUT_OF_MEMORY_WORDS): return False
     raise RuntimeError(outcome["failed"][-800:])
 
 # %% ../../nbs/90_bench/11_scale.ipynb #697ea2c2
 def bisect_largest(
-    fit, # rows -> whether they fit
-    max_rows:int=1024, # rows to stop at
-)->int: # rows; 0 if a single row does not fit
-    "The largest batch that fits, provided that every smaller one fits as well"
+    fit, # function: number of rows -> True if they fit
+    max_rows:int=1024, # largest number of rows to try
+)->int: # number of rows; 0 if a single row does not fit
+    "The largest batch that fits, if all smaller ones fit too"
     good, bad = 0, 1
     while bad <= max_rows and fit(bad): good, bad = bad, 2*bad
     bad = min(bad, max_rows + 1)
@@ -327,11 +327,11 @@ def bisect_largest(
 
 # %% ../../nbs/90_bench/11_scale.ipynb #8abe44aa
 def largest_batch(
-    gib:float, # of memory, above what the process holds before the model
-    max_rows:int=1024, # rows to stop at
-    **args, # of `scale_case`, without rows
-): # (rows that fit, rows that the estimate allows, `pandas.DataFrame` of the tries)
-    "The largest batch by trying, and by the estimate"
+    gib:float, # GiB above the memory of the process before the model
+    max_rows:int=1024, # largest number of rows to try
+    **args, # arguments of `scale_case` without rows
+): # (rows that fit, rows that fit by the estimate, `pandas.DataFrame` of the tries)
+    "The largest batch, by trying and by the estimate"
     import pandas as pd
     tries, (model, batch, run) = [], scale_case(**args)
     def expect(n):
@@ -342,16 +342,16 @@ def largest_batch(
         tries.append(dict(rows=n, fits=training_fits(outcome), estimated_gib=expect(n),
                           measured_gib=outcome.get("result", {}).get("peak_gib", math.nan)))
         return tries[-1]["fits"]
-    # one by one: the estimate decreases where a tensor leaves the heap
+    # one by one, because the estimate decreases when a tensor becomes too large for the heap
     by_estimate = next((n - 1 for n in range(1, max_rows + 1) if expect(n) > gib), max_rows)
     return bisect_largest(attempt, max_rows), by_estimate, pd.DataFrame(tries)
 
 # %% ../../nbs/90_bench/11_scale.ipynb #dda4afe5
 def distributed_train_steps(
-    processes:int=2, # W
-    engine:str="ddp", # an accelerate preset: ddp, ds-zero1, ds-zero2, ds-zero3
-    **args, # of `scale_case`
-)->dict: # what `train_steps` returned on the first rank
+    processes:int=2, # W: number of processes
+    engine:str="ddp", # accelerate preset: ddp, ds-zero1, ds-zero2, ds-zero3
+    **args, # arguments of `scale_case`
+)->dict: # result of `train_steps` on the first rank
     "`train_steps` in several processes"
     import yaml
     from post_training.config.compose import compose
@@ -372,10 +372,10 @@ def distributed_train_steps(
 
 # %% ../../nbs/90_bench/11_scale.ipynb #584f6704
 def run_bench_rank(
-    path, # file with arguments of `scale_case`
+    path, # path of a file with arguments of `scale_case`
 ):
-    "One rank of `distributed_train_steps`; the first rank writes the result next to the arguments"
-    for name in PRELOADED_MODULES: importlib.import_module(name) # not part of the peak
+    "A rank of `distributed_train_steps`; the first rank writes the result next to the arguments"
+    for name in PRELOADED_MODULES: importlib.import_module(name) # their import is not part of the peak
     result = train_case(**json.loads(Path(path).read_text()))
     if int(os.environ.get("RANK", 0)) == 0: write_json(Path(path).parent/"result.json", result)
 
@@ -385,11 +385,11 @@ if __name__ == "__main__": run_bench_rank(sys.argv[1])
 
 # %% ../../nbs/90_bench/11_scale.ipynb #736e3ddc
 def scaling_table(
-    variants:list, # (processes, engine), compared with one process
-    repetitions:int=1, # of each, in turn
-    **args, # of `scale_case`
+    variants:list, # list of (processes, engine), compared with one process
+    repetitions:int=1, # number of repetitions of each, alternating
+    **args, # arguments of `scale_case`
 ): # `pandas.DataFrame`: processes, engine, seconds, cpu_seconds, tokens per second, efficiency, peak of a process
-    "Weak scaling"
+    "Measure weak scaling: the same number of rows for each process"
     def measure(processes, engine):
         return measure_case(**args) if processes == 1 else distributed_train_steps(processes, engine, **args)
     cases = [dict(processes=n, engine=engine) for n, engine in [(1, "none"), *variants]]
@@ -400,12 +400,12 @@ def scaling_table(
 
 # %% ../../nbs/90_bench/11_scale.ipynb #20fc091d
 def cost_of_length(
-    lengths:list[int], # T
-    budget:int=4096, # tokens of a step
-    repetitions:int=1, # of each, in turn
-    **args, # of `scale_case`, without rows and tokens
-): # `pandas.DataFrame`: tokens, rows, us and us_cpu (wall and CPU microseconds per token), spread, mflop per token
-    "Cost of a token in rows of several lengths"
+    lengths:list[int], # values of T, tokens of a row
+    budget:int=4096, # number of tokens in a step
+    repetitions:int=1, # number of repetitions of each, alternating
+    **args, # arguments of `scale_case` without rows and tokens
+): # `pandas.DataFrame`: tokens, rows, us and us_cpu (wall and CPU µs per token), spread, mflop per token
+    "Measure the cost of a token in rows of several lengths"
     import pandas as pd
     model, _, run = scale_case(**args)
     cases = [dict(tokens=n, rows=budget//n) for n in lengths]
@@ -418,10 +418,10 @@ def cost_of_length(
 
 # %% ../../nbs/90_bench/11_scale.ipynb #a72e985b
 def fit_length(
-    table, # of `cost_of_length`
-    column:str="us_cpu", # what to fit
-)->dict: # a in microseconds, b per 1,000 tokens, largest relative residual, T where attention is half of the cost
-    "A straight line through cost per token, by least relative squares"
+    table, # result of `cost_of_length`
+    column:str="us_cpu", # column to fit
+)->dict: # a in µs, b per 1,000 tokens, largest relative error, T at which attention is half of the cost
+    "Fit a line to the cost per token, by relative least squares"
     import numpy as np
     x, y = table.tokens.to_numpy(float), table[column].to_numpy(float)
     (a, b), *_ = np.linalg.lstsq(np.stack([1/y, x/y], 1), np.ones(len(y)), rcond=None)
@@ -430,9 +430,9 @@ def fit_length(
 
 # %% ../../nbs/90_bench/11_scale.ipynb #2ff0fa49
 def plot_length(
-    table, # of `cost_of_length`
+    table, # result of `cost_of_length`
 ): # matplotlib figure
-    "Cost of a token against the length of its row, the fitted line, and the arithmetic alone"
+    "Plot the cost of a token against the length of its row, the fitted line, and the FLOP alone"
     import matplotlib.pyplot as plt
     fit, x = fit_length(table), table.tokens
     fig, ax = plt.subplots(figsize=(5, 2.8), dpi=70, layout="constrained")
@@ -445,22 +445,22 @@ def plot_length(
 
 # %% ../../nbs/90_bench/11_scale.ipynb #2210eb02
 def attention_backends(
-    device:str="cpu", # cpu or cuda
-)->list[str]: # names of attn_implementation
-    "The attention backends that this machine can compare"
+    device:str="cpu", # "cpu" or "cuda"
+)->list[str]: # values of attn_implementation
+    "The attention backends that this machine has"
     from post_training.models.load import flash_available
     return ["eager", "sdpa", *["flex_attention"]*(device != "cpu"), *["flash_attention_2"]*flash_available(device)]
 
 # %% ../../nbs/90_bench/11_scale.ipynb #120281bf
 def attention_table(
-    lengths:list[int], # tokens of the longest row
-    layouts:tuple=("padded", "packed"),
-    budget:int=2048, # positions of a padded step
-    repetitions:int=1, # of each, in turn
-    backends:list|None=None, # None: all of `attention_backends`
-    **args, # of `scale_case`, without rows and tokens
-): # `pandas.DataFrame`: layout, tokens, backend, seconds of a step (CPU time on a CPU), peak, failed: why there is none
-    "A step with each backend"
+    lengths:list[int], # numbers of tokens of the longest row
+    layouts:tuple=("padded", "packed"), # "padded" or "packed"
+    budget:int=2048, # number of positions in a padded step
+    repetitions:int=1, # number of repetitions of each, alternating
+    backends:list|None=None, # values of attn_implementation; None: `attention_backends`
+    **args, # arguments of `scale_case` without rows and tokens
+): # `pandas.DataFrame`: layout, tokens, backend, seconds per step (CPU time on a CPU), peak, failed (the error)
+    "Measure a step with each attention backend"
     import pandas as pd
     device, rows = args.get("device", "cpu"), []
     column = "cpu_seconds" if device == "cpu" else "seconds"
@@ -476,11 +476,11 @@ def attention_table(
 
 # %% ../../nbs/90_bench/11_scale.ipynb #c32dc8f3
 def chosen_backend(
-    table, # of `attention_table`
-    device:str="cpu", # cpu or cuda
-    engine:str="none", # none, deepspeed or inference
-): # `pandas.DataFrame`: device, layout, tokens, fastest, chosen, how much slower the chosen one is
-    "What `auto` chooses, compared with the fastest"
+    table, # result of `attention_table`
+    device:str="cpu", # "cpu" or "cuda"
+    engine:str="none", # "none", "deepspeed" or "inference"
+): # `pandas.DataFrame`: device, layout, tokens, fastest, chosen, time of the chosen relative to the fastest
+    "Compare the backend that `auto` chooses with the fastest one"
     import pandas as pd
     from post_training.models.load import flash_available, resolve_auto
     chosen = resolve_auto(device, engine, flash=flash_available(device))["attn_implementation"]
@@ -493,25 +493,25 @@ def chosen_backend(
 
 # %% ../../nbs/90_bench/11_scale.ipynb #c2bc2c96
 def cost_of_compiling(
-    **args, # of `scale_case`
-)->dict: # seconds of a step plain and compiled (CPU time on a CPU), compile_seconds, speedup, pays_after, peak_ratio
-    "What compiling the backbone costs and saves"
+    **args, # arguments of `scale_case`
+)->dict: # seconds per step plain and compiled (CPU time on a CPU), compile_seconds, speedup, pays_after, peak_ratio
+    "Measure the time that compiling the backbone takes and saves"
     plain, compiled = measure_case(**args), measure_case(compiled=True, **args)
     column = "cpu_seconds" if args.get("device", "cpu") == "cpu" else "seconds"
     saved = plain[column] - compiled[column]
-    cost = (compiled["first"] - compiled["seconds"]) - (plain["first"] - plain["seconds"]) # beyond a first step's own
+    cost = (compiled["first"] - compiled["seconds"]) - (plain["first"] - plain["seconds"]) # beyond any first step
     return dict(plain=plain[column], compiled=compiled[column], compile_seconds=cost,
                 speedup=plain[column]/compiled[column], pays_after=cost/saved if saved > 0 else math.inf,
                 peak_ratio=compiled["peak_gib"]/plain["peak_gib"])
 
 # %% ../../nbs/90_bench/11_scale.ipynb #7e3b8e5b
 def best_matmul(
-    device:str="cpu", # cpu or cuda
-    dtype:str="float32",
-    n:int=1024, # rows and columns
-    repetitions:int=5, # the fastest counts
-)->float: # FLOP/s
-    "The fastest matrix product of this process"
+    device:str="cpu", # "cpu" or "cuda"
+    dtype:str="float32", # dtype of the matrices
+    n:int=1024, # number of rows and columns
+    repetitions:int=5, # number of repetitions; the fastest is used
+)->float: # in FLOP/s
+    "The speed of the fastest matrix product in this process"
     import torch
     a_NN = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
     def once():
@@ -525,11 +525,11 @@ def best_matmul(
 
 # %% ../../nbs/90_bench/11_scale.ipynb #086eb974
 def peak_flops(
-    device:str="cpu", # cpu or cuda
-    name:str|None=None, # of the GPU; None takes torch's
-    threads:int=1, # of torch on a CPU, as many as the steps have
-)->tuple: # FLOP/s, where the number is from
-    "The peak that utilization is relative to"
+    device:str="cpu", # "cpu" or "cuda"
+    name:str|None=None, # name of the GPU; None: torch's name of it
+    threads:int=1, # number of torch's threads on a CPU, as in the steps
+)->tuple: # (FLOP/s, source of the number)
+    "The peak speed to which utilization refers"
     import torch
     if device == "cpu":
         before = torch.get_num_threads()
@@ -540,16 +540,16 @@ def peak_flops(
     name = name or torch.cuda.get_device_name()
     words = name.lower().replace("-", " ").split()
     known = next((k for k in ("gh200", "h200", "h100") if k in words), "a100" if "a100" in name.lower() else None)
-    if {"pcie", "nvl"} & set(words): known = None # slower variants with the same name
+    if {"pcie", "nvl"} & set(words): known = None # slower variants have the same name
     return ((DEVICES[known]["bf16"], f"data sheet of {known}, bf16") if known
             else (best_matmul(device, "bfloat16", 8192), f"fastest bf16 product of {name}"))
 
 # %% ../../nbs/90_bench/11_scale.ipynb #e75873ce
 def measure_utilization(
-    peak:float, # of `peak_flops`
-    **args, # of `scale_case`; all positions are scored
+    peak:float, # result of `peak_flops`
+    **args, # arguments of `scale_case`; all positions are scored
 )->dict: # million parameters, tokens per second, mfu, hfu, peak and estimate in GiB, operations of a step
-    "Share of the peak of one process, with the profile of a step"
+    "Measure which fraction of the peak one process reaches, with the profile of a step"
     args = dict(loss="sft") | args
     (model, rows, run), result = scale_case(**args), measure_case(**args)
     operations = measure_case(**args | dict(steps=1, profiled=True))["operations"]
@@ -561,26 +561,26 @@ def measure_utilization(
 # %% ../../nbs/90_bench/11_scale.ipynb #b9a0fbd3
 @dataclass(frozen=True)
 class ProjectionAssumptions:
-    "Numbers that were not measured for this projection: replace them with your own"
-    # share of the peak, second forward counted; published without counting it: torchtitan 33-39 % (8B on H100s),
-    # Apertus' pre-training about 33 %
+    "Numbers of the projection that were not measured; replace them with your own"
+    # fraction of the peak, with the second forward; published without it: torchtitan 33-39 % (8B on H100s), Apertus'
+    # pre-training about 33 %
     utilization:float=0.45
-    gpus_per_node:int=4 # of a GH200 node
+    gpus_per_node:int=4 # number of GPUs of a GH200 node
     nvlink:float=300e9 # bytes per second that a GPU sends within a node (data sheets: 450e9 for H100 and GH200)
     network:float=20e9 # bytes per second of a GPU's port between nodes: 200 Gb/s are 25e9, a fifth of it lost
-    overlap:float=0.5 # share of the communication that can hide behind compute
+    overlap:float=0.5 # fraction of the communication that can be hidden behind computation
 
 # %% ../../nbs/90_bench/11_scale.ipynb #e01ba77c
 def zero_communication(
-    n:int, # parameters
+    n:int, # number of parameters
     zero_stage:int, # 1, 2 or 3
-    gpus:int, # W
-    accumulation:int=1, # micro-batches of a step
-    gpus_per_node:int=4,
+    gpus:int, # W: number of GPUs
+    accumulation:int=1, # number of micro-batches in a step
+    gpus_per_node:int=4, # number of GPUs per node
     nvlink:float=300e9, # bytes per second of a GPU within a node
     network:float=20e9, # bytes per second of a GPU's port between nodes
-)->tuple: # bytes that a GPU sends in a step, seconds they take
-    "Communication of ZeRO in an optimizer step"
+)->tuple: # (bytes that a GPU sends in a step, seconds that this takes)
+    "The communication of ZeRO in an optimizer step"
     moves = {1: 2, 2: accumulation + 1, 3: 3*accumulation}[zero_stage]
     nodes, total = max(1, gpus//gpus_per_node), moves*2*n
     inside, between = total*(1 - 1/min(gpus, gpus_per_node))/nvlink, total*(1 - 1/nodes)/(gpus_per_node*network)
@@ -589,16 +589,16 @@ def zero_communication(
 # %% ../../nbs/90_bench/11_scale.ipynb #6c92d138
 def project_training(
     model, # see `launch.estimate.read_model_config`
-    gpus:int, # W
+    gpus:int, # W: number of GPUs
     zero_stage:int=2, # 1, 2 or 3
     device:str="gh200", # a key of `DEVICES`
-    global_rows:int=512, # of an optimizer step
-    per_device:int=1, # rows of a micro-batch
-    tokens:int=4096, # of a row
-    recompute:bool=True, # activation checkpointing
+    global_rows:int=512, # number of rows in an optimizer step
+    per_device:int=1, # number of rows in a micro-batch
+    tokens:int=4096, # number of tokens of a row
+    recompute:bool=True, # True: activation checkpointing
     assumed:ProjectionAssumptions=ProjectionAssumptions(), # utilization, nodes, network
 )->dict: # a row of a table
-    "A projection, not a measurement"
+    "Project a training; this is not a measurement"
     a, accumulation = assumed, max(1, global_rows//(gpus*per_device))
     train = TrainShape(zero_stage, gpus, per_device, tokens, accumulation, recompute=recompute)
     e = estimate(model, device, train, max(1, gpus//a.gpus_per_node), utilization=a.utilization)
@@ -614,19 +614,19 @@ def project_training(
 # %% ../../nbs/90_bench/11_scale.ipynb #d49a4b49
 def project_table(
     models:dict, # name -> (model, ZeRO stage)
-    gpus:list[int]=(4, 8, 16, 32, 64, 128, 256, 512),
-    **args, # of `project_training`
-): # `pandas.DataFrame`
-    "Projections of several models and numbers of GPUs"
+    gpus:list[int]=(4, 8, 16, 32, 64, 128, 256, 512), # numbers of GPUs
+    **args, # further arguments of `project_training`
+): # `pandas.DataFrame` with a row per model and number of GPUs
+    "Projections for several models and numbers of GPUs"
     import pandas as pd
     return pd.DataFrame([dict(model=name) | project_training(model, n, stage, **args)
                          for name, (model, stage) in models.items() for n in gpus])
 
 # %% ../../nbs/90_bench/11_scale.ipynb #4c4efb2f
 def plot_projection(
-    table, # of `project_table`
+    table, # result of `project_table`
 ): # matplotlib figure
-    "Tokens per second of a GPU and days per 1e9 tokens; hollow where the memory is too small"
+    "Plot tokens per second of a GPU and days for 1e9 tokens; hollow points: the memory is too small"
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 2, figsize=(7.5, 2.8), dpi=70, layout="constrained")
     columns = dict(tokens_per_s_per_gpu="tokens/s of a GPU (projected)", days_per_1e9="days for 1e9 tokens (projected)")

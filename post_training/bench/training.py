@@ -19,13 +19,13 @@ CHAT_WORDS = """the river runs down to a small town and many birds fly over gree
 
 # %% ../../nbs/90_bench/10_training.ipynb #41f305be
 def mixed_length_chats(
-    num_chats:int, # of conversations
-    folder:str="", # with gsm8k_train.jsonl and sharegpt_conversations.json; empty: drawn ones
-    longest:int=400, # words of a conversation, longer ones are left out
-    median:int=40, # words of a drawn message
-    seed:int=0,
+    num_chats:int, # number of conversations
+    folder:str="", # folder with gsm8k_train.jsonl and sharegpt_conversations.json; empty: generated texts
+    longest:int=400, # number of words of a conversation at most; longer ones are left out
+    median:int=40, # median number of words of a generated message
+    seed:int=0, # seed of texts and lengths
 )->list[dict]: # rows with `messages`
-    "Conversations of mixed lengths"
+    "Conversations of different lengths"
     import numpy as np
     if folder: return real_rows(num_chats, folder, longest)
     rng, out = np.random.default_rng(seed), []
@@ -38,11 +38,11 @@ def mixed_length_chats(
 
 # %% ../../nbs/90_bench/10_training.ipynb #5cab1ce4
 def real_rows(
-    num_rows:int, # of conversations
-    folder:str, # with gsm8k_train.jsonl and sharegpt_conversations.json
-    longest:int, # words of a conversation
+    num_rows:int, # number of conversations
+    folder:str, # folder with gsm8k_train.jsonl and sharegpt_conversations.json
+    longest:int, # number of words of a conversation at most
 )->list[dict]: # rows with `messages`
-    "Conversations of two sources in turn, those that end with an answer"
+    "Conversations that end with an answer, alternating between two sources"
     from post_training.bench.masks import real_chats
     from post_training.tokens.tokenizer import toy_tokenizer
     sources = real_chats(toy_tokenizer(template="tulu"), folder, 4*num_rows).values()
@@ -67,17 +67,17 @@ def marked_template()->str: # Jinja source
 
 # %% ../../nbs/90_bench/10_training.ipynb #e96de807
 def write_inputs(
-    folder, # gets rows.jsonl, held_out.jsonl and model/
-    rows:int=64, # conversations to train on
-    held_out:int=16, # and to score afterwards
-    vocab:str="small", # small, or tekken: 131,072 ids
+    folder, # folder for rows.jsonl, held_out.jsonl and model/
+    rows:int=64, # number of conversations for training
+    held_out:int=16, # number of conversations for the held-out loss
+    vocab:str="small", # vocabulary: "small", or "tekken" with 131,072 ids
     hidden:int=64, # hidden size of the model
     layers:int=2, # transformer layers
-    data:str="", # folder of real conversations
-    longest:int=400, # words of a conversation
-    median:int=40, # words of a drawn message
-)->dict: # rows, words
-    "Write the files that both sides start from"
+    data:str="", # folder with real conversations; empty: generated ones
+    longest:int=400, # number of words of a conversation at most
+    median:int=40, # median number of words of a generated message
+)->dict: # numbers of rows and words
+    "Write the files with which both programs start"
     from post_training.bench.step import bench_model
     from post_training.tokens.tokenizer import tekken_tokenizer, toy_tokenizer
     folder, chats = Path(folder), mixed_length_chats(rows + held_out, data, longest, median)
@@ -93,14 +93,14 @@ def write_inputs(
 
 # %% ../../nbs/90_bench/10_training.ipynb #1140a7a3
 class Phases:
-    "Moments of this process, written to a file after each"
+    "The times at which the phases of this process end; the file is written after each"
     def __init__(self,
-        path, # JSON file
-        start_time:float, # time.time() when the process was started
+        path, # path of a JSON file
+        start_time:float, # time.time() at the start of the process
     ): self.path, self.times = Path(path), [("", start_time)]
     def __call__(self, name): self.times.append((name, time.time())); self.path.write_text(json.dumps(self.times))
     def steps(self):
-        "A callback that marks the first step, the last, and the checkpoint"
+        "A callback that records the end of the first step, of the last step, and of the save"
         from transformers import TrainerCallback
         def mark(name): self(name)
         class Steps(TrainerCallback):
@@ -115,11 +115,11 @@ class Phases:
 # %% ../../nbs/90_bench/10_training.ipynb #b88f6a95
 def trl_side(
     inputs:str, # folder of `write_inputs`
-    out:str, # checkpoints
-    phases:Phases,
-    options:dict, # packing, max_length, per_device, accumulation, steps, learning_rate, device, dtype
+    out:str, # folder for checkpoints
+    phases:Phases, # records the phases
+    options:dict, # dict with packing, max_length, per_device, accumulation, steps, learning_rate, device, dtype
 ):
-    "A script as a user would write it"
+    "A script as a user of TRL would write it"
     import torch
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -144,7 +144,7 @@ def trl_side(
 # %% ../../nbs/90_bench/10_training.ipynb #3ba421c1
 def our_overrides(
     inputs:str, # folder of `write_inputs`
-    options:dict, # as for `trl_side`
+    options:dict, # options of the run, see `trl_side`
 )->list[str]: # key=value
     "The same run as overrides of `train_sft`"
     t = dict(max_length=options["max_length"], per_device_train_batch_size=options["per_device"],
@@ -162,9 +162,9 @@ def our_overrides(
 # %% ../../nbs/90_bench/10_training.ipynb #96277d21
 def our_side(
     inputs:str, # folder of `write_inputs`
-    out:str, # runs and artifacts
-    phases:Phases,
-    options:dict, # as for `trl_side`
+    out:str, # folder for runs and artifacts
+    phases:Phases, # records the phases
+    options:dict, # options of the run, see `trl_side`
 ):
     "The process of a rank, as `accelerate launch` starts it"
     from dataclasses import replace
@@ -190,13 +190,13 @@ BENCH_SIDES = dict(this=our_side, trl=trl_side)
 
 # %% ../../nbs/90_bench/10_training.ipynb #c7619585
 def run_side(
-    side:str, # of `BENCH_SIDES`
+    side:str, # a key of `BENCH_SIDES`
     inputs:str, # folder of `write_inputs`
-    out:str, # folder for everything it writes
+    out:str, # folder for all output
     start_time:float, # time.time() before the process was started
-    options:dict, # as for `trl_side`
+    options:dict, # options of the run, see `trl_side`
 ):
-    "One side in this process, which ends with it"
+    "Run one of the programs in this process, and end the process"
     from post_training.core.files import exit_fast
     phases = Phases(f"{out}/phases.json", start_time)
     phases("python")
@@ -213,10 +213,10 @@ PHASES = ("python", "libraries", "tokens", "model", "ready", "first step", "othe
 
 # %% ../../nbs/90_bench/10_training.ipynb #92791e85
 def run_child(
-    argv:list[str], # the command
-    env:dict|None=None, # on top of this environment
-)->tuple[float, float]: # wall time and CPU time in seconds
-    "Run a command to its end, its children included"
+    argv:list[str], # words of the command
+    env:dict|None=None, # variables that are added to this environment
+)->tuple[float, float]: # (wall time, CPU time) in seconds
+    "Run a command and its child processes to their end"
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(argv, env=os.environ | (env or {}), capture_output=True, text=True)
     if done.returncode: raise RuntimeError(f"{' '.join(argv[:3])} ended with {done.returncode}: {done.stderr[-800:]}")
@@ -226,13 +226,13 @@ def run_child(
 
 # %% ../../nbs/90_bench/10_training.ipynb #5c2c8a71
 def one_training_run(
-    side:str, # of `BENCH_SIDES`
+    side:str, # a key of `BENCH_SIDES`
     inputs:str, # folder of `write_inputs`
-    out:str, # an empty folder, which keeps the checkpoint
-    options:dict, # as for `trl_side`
-    threads:int=1, # of each process
+    out:str, # empty folder, which keeps the checkpoint
+    options:dict, # options of the run, see `trl_side`
+    threads:int=1, # number of threads of each process
 )->dict: # seconds, cpu_seconds, to_first_step, and the seconds of each of `PHASES`
-    "A run in a process of its own, with caches of its own"
+    "Measure a run in a new process with empty caches"
     env = dict(HF_HOME=f"{out}/hf", HF_HUB_OFFLINE="1", OMP_NUM_THREADS=str(threads), WANDB_MODE="disabled",
                TOKENIZERS_PARALLELISM="false", DS_ACCELERATOR=options["device"])
     start_time = time.time()
@@ -246,10 +246,10 @@ def one_training_run(
 
 # %% ../../nbs/90_bench/10_training.ipynb #a700806d
 def held_out_loss(
-    checkpoint, # folder
+    checkpoint, # checkpoint folder
     inputs:str, # folder of `write_inputs`
-    max_length:int=1024, # tokens of a row
-)->float: # nats per token
+    max_length:int=1024, # number of tokens of a row at most
+)->float: # in nats per token
     "Mean loss on the completions of held-out rows, from full logits"
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -272,13 +272,13 @@ TRAINING_VARIANTS = {"this": ("this", False), "trl": ("trl", False), "this, pack
 
 # %% ../../nbs/90_bench/10_training.ipynb #ee7526b3
 def measure_run(
-    repetitions:int=1, # of each variant, interleaved
-    variants:tuple=("this", "trl"), # of `TRAINING_VARIANTS`
+    repetitions:int=1, # number of repetitions of each variant, alternating
+    variants:tuple=("this", "trl"), # keys of `TRAINING_VARIANTS`
     inputs:dict|None=None, # arguments of `write_inputs`
-    threads:int=1, # of each process
-    **options, # as for `trl_side`, without packing
-): # DataFrame, a row per variant: medians, spread, held-out loss
-    "Time and phases of whole runs, and the held-out loss before and after"
+    threads:int=1, # number of threads of each process
+    **options, # options of the run without packing, see `trl_side`
+): # DataFrame with a row per variant: medians, spread, held-out loss
+    "Measure time and phases of whole runs, and the held-out loss before and after"
     import pandas as pd
     losses, folders = {}, itertools.count()
     with tempfile.TemporaryDirectory() as home:
@@ -298,9 +298,9 @@ def measure_run(
 
 # %% ../../nbs/90_bench/10_training.ipynb #38a7efc7
 def plot_phases(
-    table, # of `measure_run`
+    table, # result of `measure_run`
 ): # matplotlib figure
-    "The seconds of each phase, one bar per variant"
+    "Plot the seconds of each phase, one bar per variant"
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(8, 1.4 + .4*len(table)), dpi=70, layout="constrained")
     table[list(PHASES)].plot.barh(stacked=True, ax=ax, colormap="tab10", width=.7, legend=False)
@@ -310,7 +310,7 @@ def plot_phases(
     return fig
 
 # %% ../../nbs/90_bench/10_training.ipynb #f4e0a7b6
-def start_commands()->dict[str, list[str]]: # what is typed -> argument list
+def start_commands()->dict[str, list[str]]: # typed command -> words of the command
     "Commands and imports of this package, and those of common alternatives"
     own, python = str(Path(sys.executable).parent/"post-training"), sys.executable
     kernel = ("from jupyter_client.manager import start_new_kernel as s; m, c = s(kernel_name='python3'); "
@@ -331,10 +331,10 @@ def start_commands()->dict[str, list[str]]: # what is typed -> argument list
 
 # %% ../../nbs/90_bench/10_training.ipynb #bc04349d
 def measure_starts(
-    repetitions:int=1, # of each, interleaved
-    names:tuple=(), # of `start_commands`; none: all
+    repetitions:int=1, # number of repetitions of each, alternating
+    names:tuple=(), # names in `start_commands`; none: all
 ): # DataFrame: seconds (wall time), spread, cpu_seconds
-    "Seconds from the start of a command to its end"
+    "Measure the seconds from the start of a command to its end"
     commands = start_commands()
     with tempfile.TemporaryDirectory() as home:
         env = dict(POST_TRAINING_RUNS_DIR=f"{home}/runs", POST_TRAINING_ARTIFACTS_DIR=f"{home}/artifacts",
@@ -344,9 +344,9 @@ def measure_starts(
 
 # %% ../../nbs/90_bench/10_training.ipynb #8c69c858
 def recipe_cells(
-    overrides:list[str], # of `train_sft`
-): # DataFrame: seconds of each cell, and of what papermill and the command add
-    "Seconds of the recipe's cells, from the notebook that it leaves behind"
+    overrides:list[str], # overrides of `train_sft`, key=value
+): # DataFrame: seconds of each cell, and of the rest: papermill and the command
+    "Measure the seconds of each cell of a recipe, from the executed notebook"
     import pandas as pd
     with tempfile.TemporaryDirectory() as home:
         env = dict(POST_TRAINING_RUNS_DIR=f"{home}/runs", POST_TRAINING_ARTIFACTS_DIR=f"{home}/artifacts",
