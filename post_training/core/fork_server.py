@@ -25,7 +25,7 @@ LOAD_TIME = ("OMP_", "GOMP_", "MKL_", "OPENBLAS_", "HF_", "TRANSFORMERS_", "TOKE
              "ATEN_", "PYTHON", "LD_", "MALLOC_", "XDG_", "ARROW_", "WANDB_", "TRL_")
 LOAD_TIME_NAMES = ("HOME", "TZ", "LANG", "LC_ALL", "USE_TORCH", "USE_TF", "USE_FLAX", "VIRTUAL_ENV")
 WITHOUT_EFFECT = ("PYTHONUNBUFFERED", "TOKENIZERS_PARALLELISM", "WANDB_MODE", "TORCHELASTIC_", "TORCH_NCCL_",
-                  "PYTORCH_NVML_BASED_CUDA_CHECK") # beginnings of names; read when used
+                  "TORCHINDUCTOR_CACHE_DIR", "PYTORCH_NVML_BASED_CUDA_CHECK") # beginnings of names; read when used
 SERVER_SETTINGS = dict(OMP_WAIT_POLICY="PASSIVE", HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_PROGRESS_BARS="1",
                        TRANSFORMERS_VERBOSITY="error") # used only if the user has not set them
 
