@@ -37,6 +37,7 @@ FEWER = {
     "bench_scale": dict(memory={"hidden": [64], "tokens": [64], "loss": ["plw"]}, batches={}, processes=[], lengths={"cost": [64, 128], "attention": [128]}),
     "bench_training": dict(commands=["post-training --help"]),
     "qrpo-claims": dict(seeds=3, prompts=30, length_seeds=3, pairs=300),
+    "preference-claims": dict(seeds=3, prompts=60, pairs=200, steps=200),
     "merge-of-experts": dict(base_steps=60, skill_steps=8, prompts=16),
 }
 
