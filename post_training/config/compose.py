@@ -317,7 +317,8 @@ def history_name(
     added = {"filter": lambda: f"{model}-maxlen{cfg['max_seq_len']}",
              "ref_completions": lambda: f"{prefix}Nref{cfg['generation']['n']}",
              "ref_logprobs": lambda: f"{prefix}logprobs", "ref_rewards": lambda: cfg["reward_args"]["name"],
-             "pairs": lambda: cfg["mode"] + (f"-x{cfg['num_pairs']}" if cfg["num_pairs"] > 1 else "")}
+             "pairs": lambda: cfg["mode"] + (f"-x{cfg['num_pairs']}" if cfg["num_pairs"] > 1 else ""),
+             "rejection_sample": lambda: "reject-vote" if cfg["vote"]["enabled"] else f"reject-{cfg['mode']}"}
     return re.sub(r"[^\w.-]+", "-", f"{dataset}-{added[cfg['stage']]()}")
 
 # %% ../../nbs/10_config/7_compose.ipynb #4ced52c7
