@@ -355,6 +355,8 @@ NAMED_TESTS |= {
     "too_few": lambda c: c("num_ref_rewards") is not None and c("num_ref_rewards") < (c("min_num_ref_rewards") or 0),
     "measures_nothing": lambda c: c("measure") == [] and not c("lm_eval.tasks"),
     "no_source": lambda c: "transformers" not in (c("to") or []),
+    "no_tracker": lambda c: bool(c("@here")) and any(importlib.util.find_spec(n) is None
+                                                    for n in c("trackers") or []),
     "no_jsonschema": lambda c: bool(c("@here")) and importlib.util.find_spec("jsonschema") is None
                                and "json_schema" in (c("reward_args.verifier"), c("evaluation.verifier"))}
 
@@ -380,6 +382,9 @@ STAGE_REFUSALS = {
     "no reward model": Refusal("reward_args.kind=model !reward_args.model_name_or_path",
         "<reward_args.kind> needs reward_args.model_name_or_path, or a preset: reward_model=NAME.",
         "ref_rewards reward_args.kind=model"),
+    "a tracker's library": Refusal("no_tracker()",
+        "<trackers>: the library of a tracker is not installed. Install it (pip install tensorboard trackio), or leave "
+        "it out of trackers.", "train_sft trackers=[trackio]"),
     "a verifier's library": Refusal("no_jsonschema()",
         "The verifier json_schema needs the package jsonschema: install it.",
         "ref_rewards reward_model=verifier reward_args.verifier=json_schema"),

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from .. import config, run
 from ..core.files import UserError, gc_paused, redact, verify_manifest, write_json
+from ..run.trackers import Follower
+from ..run.tracking import Tracker
 from .tokenized_data import TokenizedData, quiet_libraries, read_tokenized_data, row_examples
 
 # %% ../../nbs/65_stages/5_training.ipynb #6bb18b17
@@ -452,8 +454,6 @@ def train_rank(
 ):
     "Train on one rank: data, resume point, trainer, checkpoints, record"
     from accelerate import PartialState
-    from post_training.run.trackers import Follower
-    from post_training.run.tracking import Tracker
     from post_training.training.lora import adapter_facts
     import transformers
     data = shared_data(stage, w)
@@ -468,9 +468,7 @@ def train_rank(
         if w.is_main: run.update_record(w.run_dir, debug_oom=probe)
     tracker = Tracker(w.run_dir, w.cfg["wandb"], w.cfg)
     followers = []
-    def write_line(line):
-        run.append_metrics(w.run_dir, line)
-        for t in (tracker, *followers): t.sync()
+    def write_line(line): run.append_metrics(w.run_dir, line); [t.sync() for t in (tracker, *followers)]
     transformers.set_seed(w.cfg["training_args"]["seed"])
     trainer = stage.trainer(w, data, auto, trl_args(stage, w, auto), write_line=write_line)
     adapters = adapter_facts(trainer.model)
