@@ -57,7 +57,7 @@ class JobNode:
 
     def seconds_left(self,
         share:float=1., # fraction of the time limit
-    )->float: # seconds until this fraction of the limit is over, at least 0.05
+    )->float: # seconds until this fraction of the limit is over; negative afterwards
         "The remaining time in seconds"
         return self.start + share*self.seconds - time.monotonic()
 
