@@ -202,7 +202,7 @@ def test_killed_save_is_no_dataset(name, tmp_path):
     with pytest.raises(UserError): load_rows(tmp_path)
     with pytest.raises(UserError): load_rows(f"{tmp_path}/*")
     if left[0].is_dir():
-        with pytest.raises(UserError, match="not a whole dataset"): load_rows(left[0], "train")
+        with pytest.raises(UserError, match="not a complete dataset"): load_rows(left[0], "train")
     save_rows(Dataset.from_list([dict(a=1)]), tmp_path / name)
     assert load_rows(tmp_path / name)["a"][:] == [1]
 

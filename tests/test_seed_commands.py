@@ -291,8 +291,8 @@ def test_a_preset_of_ones_own_wins(house):
     assert c.cfg["accelerate_config"] == str(house / "accelerate/ds-zero3.yaml")
     own = [n for n in c.notices if str(house) in n]
     assert {n.split()[0] for n in own if "model=" in n or "accelerate" in n} == {"model=apertus-8b", "accelerate_config"}
-    assert any("train-sft.yaml is put on top of the shipped train_sft.yaml" in n for n in own)
-    assert any("setup.yaml is put on top" in n and "hydra" in n and "seed" in n for n in own)
+    assert any("train-sft.yaml is applied on top of the shipped train_sft.yaml" in n for n in own)
+    assert any("setup.yaml is applied on top" in n and "hydra" in n and "seed" in n for n in own)
 
 
 def test_a_shipped_preset_stays_without_a_folder_of_ones_own():

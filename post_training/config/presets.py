@@ -261,7 +261,7 @@ def own_notices(
     out = []
     for name, file in own_layers(stage, config_dir).items():
         gone = _plain_layer(file)[2]
-        out.append(f"{file} is put on top of the shipped {name}.yaml."
+        out.append(f"{file} is applied on top of the shipped {name}.yaml."
                    + (f" Not read: {', '.join(gone)}." if gone else ""))
     for group, name in choices.items():
         file = None if isinstance(name, Path) else preset_path(group, name, config_dir)

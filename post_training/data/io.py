@@ -860,10 +860,10 @@ def read_saved(
     "Read a saved dataset; raise a `UserError` if it is incomplete"
     import datasets, pyarrow
     if (Path(folder)/MANIFEST).exists() and (wrong := verify_once(folder)):
-        raise UserError(f"{folder} is not a whole dataset: {wrong[0]}. Make it again.")
+        raise UserError(f"{folder} is not a complete dataset: {wrong[0]}. Make it again.")
     try: data = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as e:
-        raise UserError(f"{folder} is not a whole dataset ({type(e).__name__}: {e}). Make it again.") from e
+        raise UserError(f"{folder} is not a complete dataset ({type(e).__name__}: {e}). Make it again.") from e
     return dict(data) if isinstance(data, dict) else dict(train=data)
 
 # %% ../../nbs/20_data/1_io.ipynb #9518900e
