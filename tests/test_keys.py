@@ -24,7 +24,7 @@ SWITCHES = {  # stage: overrides that turn on what is off by default, and the re
                   ["accelerate_config=ds-zero2", "num_processes=2"], ["cluster=slurm", "num_nodes=1", "accelerate_config=ddp"]],
     "train_preference": [["training_args.loss_type=sigmoid"], ["training_args.loss_type=sft"], ["training_args.ref_logprobs_from_dataset=true"],
                          ["training_args.loss_type=[qrpo,robust]", "training_args.label_smoothing=0.1"]],
-    "ref_completions": [["backend=server", "server.url=http://host/v1"], ["generation.temperature=0", "generation.n=1"]], "pairs": [["mode=offline"]],
+    "ref_completions": [["backend=server", "server.url=http://host/v1"], ["generation.temperature=0", "generation.n=1"]], "pairs": [["mode=offline"]], "rejection_sample": [["vote.enabled=true"]],
     "ref_rewards": [["reward_model=verifier"]], "evaluate": [["measure=[perplexity]"], ["checkpoints=[a,b]"], ["lm_eval.tasks=[arc]"], ["dataset_args.split=test"]],
     "dataset_mixture": [["message_format=pairs"], ["near_duplicates.threshold=0"]], "dataset_split": [["dataset_args.stratify_by_column=null"]],
     "decontaminate": [["benchmarks.sources=[b.jsonl]", "near_duplicates.threshold=0"]],

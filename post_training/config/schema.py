@@ -14,14 +14,16 @@ __all__ = ['NOTHING', 'CONFIGS', 'TEMPLATES', 'SECTION_GROUPS', 'section', 'LOSS
            'SampledAnswersKeys', 'TrainingKeys', 'PlwKeys', 'IrlKeys', 'DftKeys', 'EaftKeys', 'SFTKeys',
            'GenerationRatioKeys', 'PairTokenizationKeys', 'RefModelKeys', 'PreferenceKeys', 'WrittenKeys',
            'NearDuplicatesKeys', 'CountingTokenizerKeys', 'MixtureKeys', 'NamedSplitKeys', 'NewSplitKeys',
-           'SplitDataKeys', 'SplitKeys', 'OneDatasetKeys', 'LineariseKeys', 'AnnotatedDataKeys', 'ShardKeys',
-           'AnnotationKeys', 'FilterKeys', 'GenerationKeys', 'ServerKeys', 'RefCompletionsKeys', 'RefLogprobsKeys',
-           'RewardKeys', 'RefRewardsKeys', 'PairsKeys', 'HeldOutSplitKeys', 'EvaluationDataKeys', 'AnswersKeys',
-           'LmEvalKeys', 'EvaluateKeys', 'ExportedModelKeys', 'ComparedDataKeys', 'ParityKeys', 'ExportKeys',
-           'MergeDocumentKeys', 'MergeOptionsKeys', 'MergeChecksKeys', 'MergeKeys', 'Stage', 'stages_with',
-           'library_types', 'library_keys', 'stage_keys', 'known_keys', 'range_text', 'readers_text', 'describe_keys',
-           'coerce_value', 'unknown_key_hint', 'check_config', 'check_ranges', 'check_allowed', 'shown_value',
-           'UnreadKey', 'why_unread', 'unread_keys', 'refuse_unread', 'unread_notices', 'non_identity_keys']
+           'SplitDataKeys', 'SplitKeys', 'OneDatasetKeys', 'LineariseKeys', 'ComparedSplitsKeys', 'BenchmarksKeys',
+           'DecontaminateKeys', 'AnnotatedDataKeys', 'ShardKeys', 'AnnotationKeys', 'FilterKeys', 'GenerationKeys',
+           'ServerKeys', 'RefCompletionsKeys', 'RefLogprobsKeys', 'RewardKeys', 'RefRewardsKeys', 'PairsKeys',
+           'VoteKeys', 'PassRateKeys', 'HygieneKeys', 'RejectionKeys', 'HeldOutSplitKeys', 'EvaluationDataKeys',
+           'AnswersKeys', 'LmEvalKeys', 'EvaluateKeys', 'ExportedModelKeys', 'ComparedDataKeys', 'ParityKeys',
+           'ExportKeys', 'MergeDocumentKeys', 'MergeOptionsKeys', 'MergeChecksKeys', 'MergeKeys', 'Stage',
+           'stages_with', 'library_types', 'library_keys', 'stage_keys', 'known_keys', 'range_text', 'readers_text',
+           'describe_keys', 'coerce_value', 'unknown_key_hint', 'check_config', 'check_ranges', 'check_allowed',
+           'shown_value', 'UnreadKey', 'why_unread', 'unread_keys', 'refuse_unread', 'unread_notices',
+           'non_identity_keys']
 
 # %% ../../nbs/10_config/2_schema.ipynb #9de09f9d
 import dataclasses, functools, importlib.util, json, math, re, types, typing
@@ -29,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 from ..core.files import UserError, did_you_mean
-from .preference_losses import (
+from post_training.config.preference_losses import (
     DIVERGENCE_LOSSES, LABEL_SMOOTHING_RANGES, LOSS_CHOICES, PAIR_LOSS_NAMES, UNSUPPORTED_PAIR_ARGS, needs_reference,
     spelling_hint)
 from .preference_losses import PAIR_LIMITS
@@ -317,6 +319,15 @@ DATA_CONDITIONS = {
     "counts_tokens": Condition("a tokenizer is named",
         lambda c: c("tokenizer_args.tokenizer_name_or_path") is not None, "no tokens are counted",
         "set tokenizer_args.tokenizer_name_or_path, or leave it out"),
+    "votes": Condition("vote.enabled=true", lambda c: c("vote.enabled") is not False,
+        "<vote.enabled> counts no votes", "set vote.enabled=true, or leave it out"),
+    "reads_rewards": Condition("vote.enabled=false", lambda c: c("vote.enabled") is not True,
+        "<vote.enabled> reads no rewards"),
+    "has_window": Condition("a bound of the window is set",
+        lambda c: (c("pass_rate.low"), c("pass_rate.high")) != (0, 1),
+        "<pass_rate.low> and <pass_rate.high> leave no prompt out"),
+    "names_benchmarks": Condition("benchmarks.sources is not empty", lambda c: c("benchmarks.sources") != [],
+        "<benchmarks.sources> names no benchmark", "name benchmarks in benchmarks.sources, or leave it out"),
     "near": Condition("threshold is above 0", lambda c: c("near_duplicates.threshold") != 0,
         "<near_duplicates.threshold> counts exact duplicates only"),
     "draws": Condition("shuffle=true", lambda c: c("shuffle") is not False, "<shuffle> draws nothing"),
@@ -459,6 +470,7 @@ class SharedKeys:
     max_drop_fraction:float = key(0, 1, stages=("drops_rows",), when="conversations")
     cluster:ClusterKeys = None
     wandb:WandbKeys = None
+    trackers:list[Literal["tensorboard", "trackio"]] = key(stages=("trains",), site=True)
 
 # %% ../../nbs/10_config/2_schema.ipynb #f7fec69c
 @section
@@ -723,6 +735,35 @@ class LineariseKeys(SharedKeys, WrittenKeys):
     as_published:bool = key()
     num_proc:int|None = key(1, site=True)
 
+# %% ../../nbs/10_config/2_schema.ipynb #93048d62
+@section
+class ComparedSplitsKeys:
+    "Rows to compare"
+    dataset_name:str = key()
+    splits:list[str]|None = key()
+    ignore_columns:list[str] = key()
+
+# %% ../../nbs/10_config/2_schema.ipynb #5f3f92b5
+@section
+class BenchmarksKeys:
+    "Benchmarks whose prompts and answers the rows must not hold"
+    sources:list = key()
+    splits:list[str]|None = key(when="names_benchmarks")
+    ngram:int = key(1, 50, when="names_benchmarks")
+    threshold:float = key(0, 1, above=True, when="names_benchmarks")
+
+# %% ../../nbs/10_config/2_schema.ipynb #27883bd3
+@section
+class DecontaminateKeys(SharedKeys, WrittenKeys):
+    "Rows that repeat other rows or hold benchmark texts"
+    on_malformed:Literal["drop", "error"] = key()
+    dataset_args:ComparedSplitsKeys = None
+    near_duplicates:NearDuplicatesKeys = None
+    duplicates_across:list[Literal["sources", "splits"]] = key()
+    copies:Literal["keep", "remove"] = key()
+    benchmarks:BenchmarksKeys = None
+    remove:list[Literal["exact", "near", "benchmarks"]] = key()
+
 # %% ../../nbs/10_config/2_schema.ipynb #4835e255
 @section
 class AnnotatedDataKeys:
@@ -747,7 +788,7 @@ class AnnotationKeys(SharedKeys, WrittenKeys):
     save_data_dir:str|None = key()
     # ref_completions reads the seed if it samples, and pairs reads it if it chooses. Each of the two stages lacks the
     # key of the other's condition: the value is unknown there, so that condition holds
-    seed:int = key(0, 2**32 - 1, stages=("ref_completions", "pairs"), when="samples chooses")
+    seed:int = key(0, 2**32 - 1, stages=("ref_completions", "pairs", "rejection_sample"), when="samples chooses")
     on_malformed:Literal["drop", "error"] = key()
     dataset_args:AnnotatedDataKeys = None
     shards:ShardKeys = None
@@ -843,6 +884,41 @@ class PairsKeys(AnnotationKeys):
     num_ref_rewards:int|None = key(1)
     candidates:Literal["all", "reference", "data"] = key(when="chooses")
     references:Literal["sampled", "all"] = key()
+
+# %% ../../nbs/10_config/2_schema.ipynb #eb8ce3e6
+@section
+class VoteKeys:
+    "A majority vote in place of rewards"
+    enabled:bool = key()
+    min_share:float = key(0, 1, when="votes")
+
+# %% ../../nbs/10_config/2_schema.ipynb #929becf9
+@section
+class PassRateKeys:
+    "The window of pass rates in which a prompt is kept"
+    low:float = key(0, 1)
+    high:float = key(0, 1)
+    by:Literal["estimate", "interval"] = key(when="has_window")
+
+# %% ../../nbs/10_config/2_schema.ipynb #bab9a343
+@section
+class HygieneKeys:
+    "Completions that are left out whatever their reward"
+    max_repetition:float = key(0, 1)
+    min_tokens:int|None = key(1)
+    max_tokens:int|None = key(1)
+    min_script_share:float = key(0, 1)
+
+# %% ../../nbs/10_config/2_schema.ipynb #88b7ffb8
+@section
+class RejectionKeys(AnnotationKeys):
+    "Completions that are worth training on"
+    mode:Literal["best", "random"] = key()
+    num_per_prompt:int|None = key(1)
+    min_reward:float|None = key(when="reads_rewards")
+    vote:VoteKeys = None
+    pass_rate:PassRateKeys = None
+    hygiene:HygieneKeys = None
 
 # %% ../../nbs/10_config/2_schema.ipynb #8b5bbef2
 @section
@@ -1011,11 +1087,13 @@ STAGES = {
     "dataset_mixture": Stage(MixtureKeys, drops_rows=True),
     "dataset_split": Stage(SplitKeys),
     "linearise": Stage(LineariseKeys, drops_rows=True),
+    "decontaminate": Stage(DecontaminateKeys, drops_rows=True),
     "filter": Stage(FilterKeys, sharded=True, drops_rows=True),
     "ref_completions": Stage(RefCompletionsKeys, sharded=True, uses_gpu=True, drops_rows=True),
     "ref_logprobs": Stage(RefLogprobsKeys, sharded=True, uses_gpu=True, drops_rows=True),
     "ref_rewards": Stage(RefRewardsKeys, sharded=True, uses_gpu=True, drops_rows=True),
     "pairs": Stage(PairsKeys, sharded=True, drops_rows=True),
+    "rejection_sample": Stage(RejectionKeys, sharded=True, drops_rows=True),
     "evaluate": Stage(EvaluateKeys, uses_gpu=True),
     "export": Stage(ExportKeys),
     "model_merging": Stage(MergeKeys)} # its own key `options.gpu` asks for a GPU
@@ -1107,7 +1185,7 @@ REFUSED_TRAINING_ARGS = { # key of training_args: (values that are accepted, wha
     "auto_find_batch_size": ((False,), "use dataset_args.debug_oom to see what fits"),
     "enable_jit_checkpoint": ((False,), "a stop is agreed between ranks at a step's end"),
     "push_to_hub": ((False,), "upload the finished checkpoint"),
-    "report_to": ((None, "none", [], ["none"]), "tracking is set in the wandb group"),
+    "report_to": ((None, "none", [], ["none"]), "tracking is set in the wandb group and by trackers"),
 }
 
 # %% ../../nbs/10_config/2_schema.ipynb #e67b7d85
@@ -1121,7 +1199,7 @@ ENGINE_ARGS = { # key of training_args: (values that are accepted, what to do in
 
 # %% ../../nbs/10_config/2_schema.ipynb #bd00022f
 _ROWS_ARE_READY = "rows are tokenized before TRL sees them: set tokenization.* instead"
-_TRACKED = "tracking is set in the wandb group"
+_TRACKED = "tracking is set in the wandb group and by trackers"
 UNREAD_TRAINING_ARGS = { # key of training_args: what to do instead of setting it
     "output_dir": "checkpoints go where artifacts_dir, artifacts_subdir and job_subdir say",
     "run_name": "set wandb.run_name", "project": "set wandb.project",
