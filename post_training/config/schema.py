@@ -1576,7 +1576,7 @@ OFF_VALUES = {"training_args.warmup_steps": 0} # key -> the value that switches 
 
 # %% ../../nbs/10_config/2_schema.ipynb #1c31deda
 def refuse_unread(
-    unread:dict, # from `unread_keys`
+    unread:dict, # dotted key -> `UnreadKey`, from `unread_keys`
     cfg:dict, # nested configuration
     typed, # dotted keys that the user typed
 ):
@@ -1594,12 +1594,12 @@ def _listed(names:list, most:int=4)->str:
 
 # %% ../../nbs/10_config/2_schema.ipynb #11adea1b
 def _origin(origins:dict, name:str)->str:
-    "Where a key comes from; a free-form mapping has the origin of the first key in it"
+    "The origin of a key; a free-form mapping has the origin of the first key in it"
     return next((w for k,w in origins.items() if k == name or k.startswith(f"{name}.")), "default")
 
 # %% ../../nbs/10_config/2_schema.ipynb #086f6944
 def unread_notices(
-    unread:dict, # from `unread_keys`
+    unread:dict, # dotted key -> `UnreadKey`, from `unread_keys`
     cfg:dict, # nested configuration
     origins:dict, # dotted key -> "default", "preset model=tiny" or "override"
     chosen=(), # groups whose preset the user chose, such as "model"
