@@ -18,7 +18,9 @@ def sft_objective(
     "The loss of a config and its arguments"
     from post_training.training.objective import SFTObjective
     p, i = cfg["plw_args"], cfg["irl_args"]
-    alpha = cfg[f"{name}_args"]["alpha"] if (name := cfg["trainer"]) in ("dft", "eaft") else 1.
+    name, alpha = cfg["trainer"], 1.
+    if name == "dft": alpha = cfg["dft_args"]["alpha"]
+    if name == "eaft": alpha = cfg["eaft_args"]["alpha"]
     return SFTObjective(name, p["prompt_loss_weight"], p["sequence_level_loss"], i["lambda_td"], i["gamma"], alpha)
 
 # %% ../nbs/80_entry/1_train_sft.ipynb #ad60f079

@@ -118,8 +118,8 @@ def minimise(
     return loss().item()
 
 # %% ../../nbs/45_demo/3_tabular.ipynb #c79dbc01
-def fit_world( # world with prompts, completions, features and the reference policy
-    world:TabularWorld,
+def fit_world(
+    world:TabularWorld, # world with prompts, completions, features and the reference policy
     picked_PN:torch.Tensor, # indices of the completions to train on
     quantile_PN:torch.Tensor, # quantile of each of these completions, exact or estimated
     beta:float, # strength of the KL penalty
@@ -269,10 +269,10 @@ def space_qrpo(
     return reduce_terms(qrpo_loss(logps_S, ref_S, seen_S, one_S, settings, one_S*max(n, 1), atoms).terms)
 
 # %% ../../nbs/45_demo/3_tabular.ipynb #cc9514a6
-def length_neutral( # log-probabilities of the reference policy
-    log_ref_S:torch.Tensor, # merit of each completion, larger is better
-    merit_S:torch.Tensor, # number of tokens of each completion
-    lengths_S:torch.Tensor, # reward_S, between 0 and 1
+def length_neutral(
+    log_ref_S:torch.Tensor, # log-probabilities of the reference policy
+    merit_S:torch.Tensor, # merit of each completion, larger is better
+    lengths_S:torch.Tensor, # number of tokens of each completion
 )->torch.Tensor: # reward_S between 0 and 1
     "The mid-rank of the merit among completions of the same length"
     reward_S = torch.zeros_like(log_ref_S)

@@ -335,7 +335,8 @@ def reference_of(
 )->str|None: # name of the model; None if no model scores the rows
     "The reference model that scores all answers before training on pairs"
     t = cfg["training_args"]
-    if cfg["stage"] != "train_preference" or t["ref_logprobs_from_dataset"] or not needs_reference(losses_of(t)): return None
+    if cfg["stage"] != "train_preference" or t["ref_logprobs_from_dataset"]: return None
+    if not needs_reference(losses_of(t)): return None
     return cfg["ref_model_args"]["model_name_or_path"] or cfg["model_args"]["model_name_or_path"]
 
 # %% ../../nbs/70_launch/3_estimate.ipynb #7310aa00
