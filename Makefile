@@ -21,7 +21,7 @@ export PYTHONUNBUFFERED := 1
 RUN := PATH="$(BIN):$$PATH"
 # Tests: no hub, no accounts, one thread per process, and everything they write below one temporary folder.
 TESTING := HF_HUB_OFFLINE=1 WANDB_MODE=$${WANDB_MODE:-offline} OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
-ROOTED := if [ -z "$${TEST_ROOT:-}" ]; then export TEST_ROOT="$$(mktemp -d)"; trap 'rm -rf "$$TEST_ROOT"' EXIT; fi; \
+ROOTED := if [ -z "$${TEST_ROOT:-}" ]; then export TEST_ROOT="$$(mktemp -d)"; ROOT_MADE="$$TEST_ROOT"; trap 'rm -rf "$$TEST_ROOT"' EXIT; fi; \
 	export POST_TRAINING_RUNS_DIR="$$TEST_ROOT/runs" POST_TRAINING_ARTIFACTS_DIR="$$TEST_ROOT/artifacts"
 WORKERS ?= 2
 PYTEST ?=
@@ -63,11 +63,14 @@ test: env ## import contracts, hooks, notebooks, pytest
 	$(MAKE) notebooks; \
 	$(call say,pytest); $(RUN) $(TESTING) pytest -m "not slow" -n $(WORKERS) --dist worksteal $(PYTEST)
 
+# The Slurm tests wait most of their time, for queues and limits: the others run beside them, and give way to them.
 test-slow: env ## slow cells and slow tests: kills and resumes, two-process engines
-	@$(ROOTED); \
-	$(MAKE) slow-notebooks; \
-	$(call say,pytest: slow tests on a Slurm); $(RUN) $(TESTING) pytest -m "slow and slurm" $(PYTEST) || [ $$? = 5 ]; \
-	$(call say,pytest: slow tests); $(RUN) $(TESTING) pytest -m "slow and not slurm" -n $(WORKERS) --dist worksteal $(PYTEST) || [ $$? = 5 ]
+	@$(ROOTED); code=0; slurm_log="$$(mktemp)"; \
+	$(RUN) $(TESTING) pytest -m "slow and slurm" $(PYTEST) > "$$slurm_log" 2>&1 & slurm=$$!; \
+	trap 'kill $$slurm 2> /dev/null || :; rm -rf "$$slurm_log" $${ROOT_MADE:-}' EXIT; \
+	nice -n 5 $(MAKE) slow-notebooks || code=1; \
+	$(call say,pytest: slow tests); $(RUN) $(TESTING) nice -n 5 pytest -m "slow and not slurm" -n $(WORKERS) --dist worksteal $(PYTEST) || [ $$? = 5 ] || code=1; \
+	$(call say,pytest: slow tests on a Slurm); wait $$slurm || [ $$? = 5 ] || code=1; cat "$$slurm_log"; exit $$code
 
 hooks: env ## the pre-commit hooks over all files
 	@$(call say,hooks); $(RUN) pre-commit run --all-files

@@ -16,6 +16,9 @@ DATA_VAR = "POST_TRAINING_DATA"
 for key, value in dict(HF_HUB_OFFLINE="1", WANDB_MODE="offline", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false").items():
     os.environ.setdefault(key, value)
 os.environ["PATH"] = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+# Modules with large libraries that tests start in any way are forks too (tests/forks/sitecustomize.py).
+FORKS = str(ROOT / "tests/forks")
+if FORKS not in os.environ.get("PYTHONPATH", ""): os.environ["PYTHONPATH"] = os.pathsep.join([FORKS, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 SERVER = contextlib.ExitStack()

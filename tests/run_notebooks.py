@@ -122,6 +122,7 @@ def main():
     notebooks = [Path(line.strip()).absolute() for line in sys.stdin if line.strip()]
     if not notebooks: sys.exit("no notebooks: write their paths to the standard input, one to a line")
     sys.path.insert(0, str(ROOT))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests/forks"), *filter(None, [os.environ.get("PYTHONPATH")])])
     from post_training.core.fork_server import fork_server
     with fork_server():  # for what notebooks start
         for name in LIBRARIES: importlib.import_module(name)

@@ -160,6 +160,23 @@ def test_what_a_fork_would_not_see_is_a_new_process(server, folder, env):
     assert done.returncode == 0 and not json.loads(done.stdout.splitlines()[0])["fork"]
 
 
+def test_what_libraries_set_for_themselves_does_not_matter(server, folder):
+    "PyTorch sets these in a process that imports its compiler, and in the ranks that its launcher starts"
+    own = dict(TORCHINDUCTOR_CACHE_DIR="/tmp/torchinductor", TORCHELASTIC_RESTART_COUNT="0", TORCH_NCCL_ASYNC_ERROR_HANDLING="1", RANK="1")
+    done = run("facts", input="", env=os.environ | own)
+    assert done.returncode == 0 and json.loads(done.stdout.splitlines()[0])["fork"]
+
+
+def test_large_modules_that_tests_start_are_forks():
+    "`python -m` of a module in forks/sitecustomize.py loads no library again"
+    if os.environ.get(SERVER_VARIABLE, "off") == "off": pytest.skip("the session has no fork server")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--help"], capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0 and "--num_processes" in done.stdout, done.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.7, "the seconds of a processor; 2 in a process of its own"
+
+
 def test_other_commands_and_no_server(server, monkeypatch):
     assert forked_command(["ls"]) == ["ls"] and forked_command([sys.executable, "x.py"]) == [sys.executable, "x.py"]
     monkeypatch.setenv(SERVER_VARIABLE, "off")

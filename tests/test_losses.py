@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from oracle import oracle
+from post_training.core.fork_server import forked_command
 from post_training.losses.dft import SFT_LOSSES
 from post_training.losses.irl import scored_tokens
 from post_training.losses.logps import masked_labels
@@ -162,11 +163,10 @@ def free_port():
 
 def run_two(mode, tmp_path, timeout=400):
     "Two processes of losses_worker.py; returns what rank 0 saved"
-    env = os.environ | dict(PYTHONPATH=f"{HERE}:{HERE.parent}", OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", MASTER_ADDR="127.0.0.1",
-                            MASTER_PORT=str(free_port()), WORLD_SIZE="2")
-    command = [sys.executable, str(HERE / "losses_worker.py"), mode, str(tmp_path / "out.pt")]
+    env = os.environ | dict(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE="2")
+    command = forked_command([sys.executable, "-m", "losses_worker", mode, str(tmp_path / "out.pt")])
     logs = [open(tmp_path / f"rank{r}.log", "w+") for r in range(2)]
-    ranks = [subprocess.Popen(command, env=env | dict(RANK=str(r), LOCAL_RANK=str(r)), stdout=f, stderr=f) for r, f in enumerate(logs)]
+    ranks = [subprocess.Popen(command, env=env | dict(RANK=str(r), LOCAL_RANK=str(r)), cwd=HERE, stdout=f, stderr=f) for r, f in enumerate(logs)]
     try: codes = [p.wait(timeout) for p in ranks]
     finally:
         for p in ranks:

@@ -11,6 +11,8 @@ import pytest
 from conftest import BIN, ROOT
 from nbconvert import MarkdownExporter
 
+from post_training.core.fork_server import SERVER_VARIABLE, load_time_variables
+
 README = ROOT / "README.md"
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", MAKEFILE, re.M))
@@ -69,7 +71,8 @@ def test_readme_command_runs(command, shared_root):
     words = shlex.split(command)
     if words[0].startswith("make"): pytest.fail(f"name the test that runs `{command}` in ELSEWHERE")
     assert words[0].startswith(".venv/bin/"), "write the program's path: nothing is activated"
-    done = run([str(BIN / words[0].removeprefix(".venv/bin/")), *words[1:]])
+    loaded = load_time_variables(os.environ) | {SERVER_VARIABLE: os.environ[SERVER_VARIABLE]}  # the large libraries are loaded once for all commands
+    done = run([str(BIN / words[0].removeprefix(".venv/bin/")), *words[1:]], **loaded)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert done.stdout.strip()
     assert "Traceback" not in done.stderr
