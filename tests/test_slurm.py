@@ -134,6 +134,7 @@ def same(job, reference):
 
 def test_two_nodes(job, slurm, uncut, tmp_path):
     "Emit, submit, finish; the record, its attempt and its notebook; the metrics and weights of a local run; nothing that was typed is run"
+    job.env["POST_TRAINING_FORK_SERVER"] = "off"  # every process of this job is a new one, as on a cluster; those of the other tests are forks
     job.submit(f"wandb.run_name={quote_value(NASTY)}", "job_subdir='a %j b/c'", f"cluster.env.SAID={quote_value(NASTY)}", f"cluster.directives.comment={quote_value(NASTY)}")
     twice = job.command("train_sft", *SHARED, *ON_SLURM, "job_subdir='a %j b/c'", check=False)
     assert twice.returncode == 2 and f"Job {job.id} of run" in twice.stderr
