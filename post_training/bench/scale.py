@@ -63,7 +63,7 @@ class StepRows:
 # %% ../../nbs/90_bench/11_scale.ipynb #26dd2e2b
 @dataclass(frozen=True)
 class StepRun:
-    "How the steps are run and measured"
+    "Settings of the measured steps"
     steps:int=2 # number of timed steps, after one that is not timed
     checkpointing:bool=False # True: recompute activations in the backward pass
     profiled:bool=False # True: profile the last step

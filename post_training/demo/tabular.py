@@ -311,7 +311,7 @@ FREE_LENGTH_LOSSES = { # losses without a reference; beta and gamma as for a com
 def is_normalised(
     name:str, # a key of LENGTH_LOSSES or FREE_LENGTH_LOSSES
 )->bool:
-    "Whether the reward of a loss is divided by the length of the completion"
+    "Return True if the reward of a loss is divided by the length of the completion"
     return "beta/|y|" in name or name == "SimPO"
 
 # %% ../../nbs/45_demo/3_tabular.ipynb #fe09e6db
@@ -403,9 +403,9 @@ def pair_drift(
     world:TabularWorld,
     pairs_P2:torch.Tensor, # chosen and rejected completion of each prompt
     losses:dict, # loss_type -> weight, see `pair_losses`
-    beta:float, # of the losses
+    beta:float, # coefficient beta of the losses
     shared:bool=True, # one weight for each feature; False: a logit for each completion
-    steps:int=30, # of gradient descent
+    steps:int=30, # number of gradient steps
     lr:float=1., # learning rate
 )->torch.Tensor: # change_P2: of the log-probability of the chosen and of the rejected completion
     "Train one policy for each prompt on one pair"
@@ -439,7 +439,7 @@ def supervised_run(
     log_data_PM:torch.Tensor, # distribution of the data
     log_start_PM:torch.Tensor, # policy at the start
     name:str, # a key of SFT_LOSSES other than irl
-    steps:int=400, # of Adam
+    steps:int=400, # number of steps of the optimizer Adam
     lr:float=0.1, # learning rate at the start; it falls to 0
     **kwargs, # alpha of dft or eaft
 )->torch.Tensor: # log_policy_PM
@@ -458,7 +458,7 @@ def supervised_run(
 # %% ../../nbs/45_demo/3_tabular.ipynb #4a9e71f9
 def claim_row(
     statement:str, # statement of the source
-    where:str, # its place in the source, such as a section
+    where:str, # place of the statement in the source, for example a section
     measured:str, # the result measured here
     agreed:bool|str, # True or False, computed; a text if the claim holds only in part
 )->dict: # a row of the table

@@ -30,7 +30,7 @@ def non_text_answers(
 # %% ../../nbs/60_evaluation/3_perplexity.ipynb #17252f9b
 def tokenized_rows(
     rows, # `datasets.Dataset`
-    tokenizer, # with its chat template
+    tokenizer, # tokenizer with a chat template
     room:int|None=None, # number of positions of the model
     verifier:str|None=None, # verifier for rows that name none
 ): # `datasets.Dataset`: input_ids, completion_mask, reason for each row, in order; optional weights, row_weight
@@ -190,7 +190,7 @@ def perplexity_rates(
 def perplexity_of(
     scored:dict, # result of `completion_likelihoods`
     tokens, # result of `tokenized_rows`
-    rows:list[dict], # the same rows before tokenization
+    rows:list[dict], # the rows before tokenization, in the order of `tokens`
 )->dict: # rates of all rows; sources (rates of each source); dropped (reasons)
     "Perplexity of all rows and of each source"
     groups = {}

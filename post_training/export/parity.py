@@ -171,7 +171,7 @@ def logits_of(
 # %% ../../nbs/55_export/2_parity.ipynb #92e6914b
 def compare_logits(
     before:list, # [T, V] logits of the checkpoint, one tensor per dialogue
-    after:list, # the same of the exported folder
+    after:list, # [T, V] logits of the exported folder, for the same dialogues
 )->dict: # max_difference, largest (logit), same_token (fraction of positions), positions
     "The largest difference between the logits of two models"
     gaps = [(b.float() - a.float()).abs().max().item() for b, a in zip(before, after)]

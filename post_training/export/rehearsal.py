@@ -86,7 +86,7 @@ def check_settings(
 # %% ../../nbs/55_export/7_rehearsal.ipynb #ea8af991
 def check_tokenizer_files(
     tokenizer, # tokenizer of training
-    again, # the same tokenizer, loaded from its files
+    again, # tokenizer loaded from the files to which `tokenizer` was saved
     model_type:str, # type of the model, for the error
 )->list[dict]: # result of `compare_ids`
     "Refuse a tokenizer whose special ids, templates or ids change when it is saved and loaded"
@@ -146,7 +146,7 @@ def write_and_read(
 # %% ../../nbs/55_export/7_rehearsal.ipynb #c5895163
 def export_notices(
     tokenizer, # tokenizer of training
-    again, # the same tokenizer, loaded from its files
+    again, # tokenizer loaded from the files to which `tokenizer` was saved
     model, # model with its generation config
 )->list[str]: # notices for the user
     "The checks of the final export that do not need the trained weights"
@@ -223,7 +223,7 @@ def size_text(
 
 # %% ../../nbs/55_export/7_rehearsal.ipynb #b14e795a
 def reserve_space(
-    fd:int, # of an open file
+    fd:int, # file descriptor of an open file
     size:int, # bytes
 ):
     "Reserve the space of a file; an `OSError` says why it is refused"

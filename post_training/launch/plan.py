@@ -55,7 +55,7 @@ def plan_path(
 # %% ../../nbs/70_launch/9_plan.ipynb #314cff2f
 def _texts(
     value, # value in the file
-    origin:str, # its position, for the error
+    origin:str, # position of the value in the file, for error messages
 )->list[str]: # list of overrides
     "Check a list of overrides; the error shows an example"
     if value is None: return []
@@ -152,7 +152,7 @@ class PlannedRun:
     "One run of a stage in a plan"
     overrides:list # overrides of its config
     composed:ComposedConfig
-    run_state:RunState # its folder, and if the run is new, resumes, or is done
+    run_state:RunState # folder of the run, and its state: new, to be resumed, or done
     job:str|None = None # id of the job that works or will work on it
     status:str = "" # "new", "resume", "done", "queued" or "running"
 

@@ -128,7 +128,7 @@ def model_source(
     name:str, # value of model_args.model_name_or_path
     runs_dir=None, # folder with the records of runs
 )->str: # path, or name on the hub
-    "Where a model is; for `run:RUN` the newest checkpoint whose files have the right sizes (hashes are not compared)"
+    "Find a model; for `run:RUN`, the newest checkpoint whose files have the right sizes (hashes are not compared)"
     if not name.startswith("run:"): return run.local_path_or_name(name)
     record = run.read_record(run.find_run(name[4:], runs_dir, parts=False))
     whole = [p for p in run.list_checkpoints(record["checkpoints_dir"]) if not verify_manifest(p, hashes=False)]
@@ -324,7 +324,7 @@ PREFLIGHT_CHECKS = dict(batch=check_batch, address=check_address, port=check_por
 # %% ../../nbs/70_launch/5_preflight.ipynb #e6647efc
 def problem_of(
     check:str, # name of the check
-    e:BaseException, # its exception
+    e:BaseException, # exception that the check has raised
 )->dict: # check, kind, message
     "A problem in the form in which nodes send it to each other"
     known = isinstance(e, (UserError, TransientError))

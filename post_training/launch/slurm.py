@@ -226,7 +226,7 @@ RESERVED_SBATCH_OPTIONS = ("output", "error", "input", "open-mode", "nodes", "nt
 def signal_seconds(
     cfg:dict, # composed, resolved config of a training stage or a stage with shards
 )->int: # seconds before the time limit
-    "When the job is asked to save and stop; refuses a time limit without time for work"
+    "Compute when the job is asked to save and stop; refuse a time limit that leaves no time for work"
     hours, ahead = hours_of(cfg["cluster"]["time"]), cfg["cluster"]["signal_seconds"]
     if hours and 3600*hours < ahead + 60:
         raise UserError(
@@ -248,7 +248,7 @@ def sbatch_path(
 # %% ../../nbs/70_launch/6_slurm.ipynb #58a59286
 def directive_option(
     key:str, # key of cluster.directives
-    value, # its value; None removes the option
+    value, # value of the directive; None removes the option
 )->str: # long option of sbatch
     "Refuse a directive that is no option, has its own key, or belongs to the script"
     option = key.lstrip("-").replace("_", "-")

@@ -375,7 +375,7 @@ def submitted_id(
 def write_job(
     folder:Path, # folder of the experiment
     job:SweepJob, # the job
-    composed:ComposedConfig, # its composed config
+    composed:ComposedConfig, # composed config of the job
 )->list[tuple]: # its lines of the submit script: the array if it has one, and the job
     "Write the config and the scripts of one job"
     cfg = composed.cfg

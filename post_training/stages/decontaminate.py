@@ -108,7 +108,7 @@ _REMOVED_BY = dict(exact=(2,), near=(3,), benchmarks=(4, 5)) # values of the key
 # %% ../../nbs/65_stages/9_decontaminate.ipynb #ff45d9b4
 @dataclass
 class Findings:
-    "What was found in the rows, before anything is removed"
+    "Findings about all rows, before any row is removed"
     reason:np.ndarray # [N] index of `REASONS`
     like:np.ndarray # [N] int: index of the row, or of the benchmark text, that a row repeats; -1: none
     similarity:np.ndarray # [N] in [0, 1]: Jaccard similarity, or share of the benchmark text in the row

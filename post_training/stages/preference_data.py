@@ -672,7 +672,7 @@ def written_answer_fields(
 def account_of_splits(
     accounts, # for each split the result of `data.columns.account_lines`; empty for rows of this pipeline
 )->list[dict]: # one line per column or key: key, of, class, rows, meaning
-    "What the columns and message keys of all splits were used for, with their numbers of rows"
+    "List the columns and message keys of all splits: what each is used for, and in how many rows"
     out = {}
     for line in (line for lines in accounts for line in lines):
         known = out.setdefault(tuple(line[k] for k in ("key", "of", "class", "meaning")), dict(line, rows=0))

@@ -113,7 +113,7 @@ class TokenizedData:
     "Tokenized rows and facts about them"
     tokenizer: object # tokenizer with its chat template
     train: object # datasets.Dataset: input_ids, completion_mask, length, row_id, source; optional: weights, row_weight
-    eval: object = None # the same for evaluation; None if training does not evaluate
+    eval: object = None # evaluation rows, with the same columns as train; None if training does not evaluate
     counts: dict = field(default_factory=dict) # for each split: rows in, out and dropped by reason, tokens
     fingerprints: dict = field(default_factory=dict) # hashes of rows, tokenizer and template
     notices: list = field(default_factory=list) # warnings about the turns of rows

@@ -87,7 +87,7 @@ class TrainingStage:
 # %% ../../nbs/65_stages/5_training.ipynb #a74e8647
 @dataclass
 class RankContext:
-    "What a rank knows about itself, its run and its attempt"
+    "Values that a rank (training process) needs: its config, its run and its attempt"
     cfg: dict # config with all values resolved
     run_dir: Path # folder with the run's record
     attempt_dir: Path # folder with logs and errors of this attempt (start of the run)

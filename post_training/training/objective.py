@@ -237,7 +237,7 @@ def score(self:SFTObjective,
 @patch
 def loss_terms(self:SFTObjective,
     scored:tuple, # (ScoreOutput, labels), see `score`
-    batch:dict, # the same batch
+    batch:dict, # batch from which `scored` was computed
 )->list[LossTerm]: # one fraction for each loss term
     "The loss of one micro-batch as a list of fractions"
     out, _ = scored

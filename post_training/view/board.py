@@ -49,7 +49,7 @@ def recorded_keys(
 # %% ../../nbs/75_view/4_board.ipynb #75488d84
 def run_row(
     path:Path, # folder of a run
-    record:dict, # its record, from `records_of`
+    record:dict, # record of the run, from `records_of`
     root:Path, # folder of all runs
 )->dict: # key -> value
     "The row of a run in the table"
@@ -83,7 +83,7 @@ def damaged_row(
 # %% ../../nbs/75_view/4_board.ipynb #0943560a
 def tolerant_row(
     path:Path, # folder of a run
-    record:dict, # its record
+    record:dict, # record of the run
     root:Path, # folder of all runs
 )->dict: # key -> value
     "The row of a run; if its record has invalid values, the row of a damaged run"
@@ -189,7 +189,7 @@ def run_links(
 # %% ../../nbs/75_view/4_board.ipynb #810e39f0
 def run_details(
     run_dir:Path, # folder of a run
-    record:dict, # its record
+    record:dict, # record of the run
     out:Path, # folder of the board
 )->dict: # dict that can be written as JSON
     "The contents of a run's own page, except those that are in the table"
@@ -232,7 +232,7 @@ def as_page_json(
 # %% ../../nbs/75_view/4_board.ipynb #1c436ff9
 def details_json(
     run_dir:Path, # folder of a run
-    record:dict, # its record
+    record:dict, # record of the run
     out:Path, # folder of the board
 )->str: # JSON text
     "The contents of a run's own page; if it cannot be shown, an error message"

@@ -292,7 +292,7 @@ def show_arithmetic(
 # %% ../../nbs/75_view/1_report.ipynb #78355e6c
 def show_evaluation(
     before:dict|None, # accuracy, skills (skill -> accuracy, or dict with it)
-    after:dict|None, # the same after training
+    after:dict|None, # accuracy and skills after training, in the same form
 ):
     "Show the accuracy before and after training, overall and by skill"
     from IPython.display import Markdown
