@@ -415,7 +415,7 @@ def _origins_of(
 ): # function of a dotted key; with_line=False: without the place in a file
     "Make the function that names where a value comes from, as the end of a message"
     def origin(key, with_line=True):
-        "Where a key comes from"
+        "Describe the origin of a key's value"
         if text := typed.get(key): return "" if text.lstrip("+").startswith(f"{key}=") else f" (typed: {text})"
         where = next((w for k,w in origins.items() if k == key or k.startswith(key + ".")), "default")
         refers = re.fullmatch(r"\$\{([\w.]+)\}", str(get_key(raw, key, "")))

@@ -362,7 +362,7 @@ def check_finite_weights(
 ):
     "Refuse a model with a weight that is not finite; each process looks at the numbers that it holds"
     import torch
-    def finite(numbers): # one pass over the numbers, without a copy; what is not a number becomes the result
+    def finite(numbers): # one pass over the numbers, without a copy; the result is NaN if one of them is NaN
         if not numbers.numel() or not numbers.is_floating_point() or numbers.is_meta: return True
         if numbers.element_size() < 2: return True # quantised
         return bool(torch.isfinite(torch.stack(torch.aminmax(numbers.detach()))).all())

@@ -264,7 +264,7 @@ class ModelScorer:
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #5b7fc77f
 @patch
-def encode(self:ModelScorer, rows:list[dict])->list[list]: # of each row, for each completion: ids or a `Refused`
+def encode(self:ModelScorer, rows:list[dict])->list[list]: # per row, a list with the token ids or a `Refused` of each completion
     "Encode the conversations of rows; one that is too long is refused, never truncated"
     prompts = [row_prompt(r) for r in rows]
     flat = [Conversation([*p.messages, completion_message(c)], p.tools) for p, r in zip(prompts, rows)
@@ -276,7 +276,7 @@ def encode(self:ModelScorer, rows:list[dict])->list[list]: # of each row, for ea
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #99495d77
 @patch
-def lengths(self:ModelScorer, rows:list[dict])->list[int]: # at least 1
+def lengths(self:ModelScorer, rows:list[dict])->list[int]: # one cost per row, at least 1
     "Count the tokens of all conversations of each row"
     return [max(1, sum(len(v) for v in row if isinstance(v, list))) for row in self.encode(rows)]
 
@@ -297,7 +297,7 @@ def score_sorted(self:ModelScorer, ids:list[list[int]])->list[float]: # of each 
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #74cfb610
 @patch
-def score(self:ModelScorer, rows:list[dict])->list[list]: # of each row, for each completion: a float or a `Refused`
+def score(self:ModelScorer, rows:list[dict])->list[list]: # per row, a list with the score or a `Refused` of each completion
     "Scores of all completions of rows; NaN and infinity are refused"
     encoded = self.encode(rows)
     scores = iter(self.score_sorted([v for row in encoded for v in row if isinstance(v, list)]))
@@ -500,7 +500,7 @@ def reward_lengths(
 # %% ../../nbs/35_preferences/5_rewards.ipynb #b10a361c
 def add_rewards(
     row:dict, # row of a prompt and its completions
-    result, # from a scorer: a float or a `Refused` per completion, or one `Refused` for the row
+    result, # result of a scorer: per completion a float or a `Refused`; or one `Refused` for the row
 )->dict: # completions and lost; or dropped (reason)
     "Add the rewards to the completions of a row"
     if isinstance(result, Refused): return dict(dropped=result.reason, detail=result.detail)
