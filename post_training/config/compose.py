@@ -368,7 +368,8 @@ def _finish(
                "training_args.gradient_accumulation_steps": batch["accumulation"]}
     derived = {k: v for k,v in derived.items() if get_key(cfg, k) != v}
     for k,v in derived.items():
-        if get_key(cfg, k) is not None: notices.append(f"{k}={get_key(cfg, k)}{origin(k, False)} gives way: {k} is {v}.")
+        if get_key(cfg, k) is not None:
+            notices.append(f"{k}={get_key(cfg, k)}{origin(k, False)} gives way: {k} is {v}.")
         set_key(cfg, k, v)
     path = accelerate_file(cfg["accelerate_config"])
     shipped = CONFIGS/"accelerate"/path.name

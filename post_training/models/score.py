@@ -118,7 +118,7 @@ def add_score_head(
 # %% ../../nbs/30_models/2_score.ipynb #0d7e421c
 def score_forward(
     model, # causal language model, inside its own forward
-    *args, # of the backbone
+    *args, # positional arguments of the backbone
     labels:torch.Tensor, # int64 labels_BT, aligned with the ids; -100: not scored
     scored_positions:torch.Tensor|None=None, # positions of labels, from `find_scored_positions`; None: find them here
     cu_seqlens:torch.Tensor|None=None, # boundaries of packed rows, from `packed_seqlens`; None: rows are not packed
@@ -126,7 +126,7 @@ def score_forward(
     with_top1:bool=False, # also compute top-1 flags
     with_values:bool=False, # also compute values (logsumexp)
     with_entropy:bool=False, # also compute the entropy
-    **kwargs, # of the backbone
+    **kwargs, # keyword arguments of the backbone
 )->ScoreOutput: # [B, T-1]
     "Run the backbone once, then the head in tiles on the labelled positions"
     from trl.trainer.utils import maybe_gather_lm_head_ctx

@@ -264,7 +264,7 @@ class ModelScorer:
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #5b7fc77f
 @patch
-def encode(self:ModelScorer, rows:list[dict])->list[list]: # per row, a list with the token ids or a `Refused` of each completion
+def encode(self:ModelScorer, rows:list[dict])->list[list]: # per row: token ids or a `Refused` per completion
     "Encode the conversations of rows; one that is too long is refused, never truncated"
     prompts = [row_prompt(r) for r in rows]
     flat = [Conversation([*p.messages, completion_message(c)], p.tools) for p, r in zip(prompts, rows)
@@ -282,13 +282,13 @@ def lengths(self:ModelScorer, rows:list[dict])->list[int]: # one cost per row, a
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #ca93a166
 @patch
-def score_ids(self:ModelScorer, ids:list[list[int]])->list[float]: # of each conversation
+def score_ids(self:ModelScorer, ids:list[list[int]])->list[float]: # one score per conversation
     "Score conversations as one batch"
     return score_batch(self.model, ids, self.pad_id, self.options.score_index, self.options.padding_side)
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #4eba410f
 @patch
-def score_sorted(self:ModelScorer, ids:list[list[int]])->list[float]: # of each conversation
+def score_sorted(self:ModelScorer, ids:list[list[int]])->list[float]: # one score per conversation
     "Score conversations in batches sorted by length"
     out = [0.]*len(ids)
     for batch in token_batches([len(x) for x in ids], self.options.batch_tokens):
@@ -297,7 +297,7 @@ def score_sorted(self:ModelScorer, ids:list[list[int]])->list[float]: # of each 
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #74cfb610
 @patch
-def score(self:ModelScorer, rows:list[dict])->list[list]: # per row, a list with the score or a `Refused` of each completion
+def score(self:ModelScorer, rows:list[dict])->list[list]: # per row: a score or a `Refused` per completion
     "Scores of all completions of rows; NaN and infinity are refused"
     encoded = self.encode(rows)
     scores = iter(self.score_sorted([v for row in encoded for v in row if isinstance(v, list)]))
@@ -311,7 +311,7 @@ def score(self:ModelScorer, rows:list[dict])->list[list]: # per row, a list with
 @patch
 def start(
     self:ModelScorer,
-    rows, # in row form
+    rows, # rows with prompts and completions
     sample:int=8, # number of conversations to compare
     among:int=64, # number of first rows from which they are chosen
 )->float|None: # largest relative difference; None if there is nothing to score

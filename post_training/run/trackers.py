@@ -134,7 +134,8 @@ class Follower:
         "Carry out an action; its error ends this tracker and not the run"
         try: return action()
         except Exception as e:
-            print(f"the tracker {self.name} stopped: {type(e).__name__}: {e}. metrics.jsonl has all lines.", file=sys.stderr)
+            print(f"the tracker {self.name} stopped: {type(e).__name__}: {e}. metrics.jsonl has all lines.",
+                  file=sys.stderr)
             self.writer = None
 
     def _copy(self):
