@@ -186,3 +186,15 @@ def test_light_commands_import_nothing_heavy(checkout):
     for argv in (["--help"], ["train_sft", "--dry-run"], ["runs"]):
         code = f"import sys; from post_training.cli import main; main({argv!r}); print([m for m in {heavy} if m in sys.modules])"
         assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip().splitlines()[-1] == "[]"
+
+
+def test_the_tab_key_completes_stages_presets_and_keys():
+    "The script that is printed, in bash: stages, presets behind =, choices, and one level of keys; nothing heavy is imported"
+    script = """eval "$(post-training completion)"
+        for COMP_LINE in 'post-training train_s' 'post-training train_sft model=ti' 'post-training train_sft plw_args.prompt' 'post-training train-sft trainer=ln'; do
+            COMP_POINT=${#COMP_LINE}; _post_training; echo "${COMPREPLY[*]}"; done"""
+    env = dict(os.environ, PATH=f"{Path(COMMAND).parent}{os.pathsep}{os.environ['PATH']}")
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=env)
+    assert done.stdout.splitlines() == ["train_sft", "tiny", "plw_args.prompt_loss_weight=", "ln-plw"], done
+    code = "import sys; from post_training.cli import completions as c; c('post-training train_sft model='); print({'torch', 'hydra', 'papermill', 'pandas'} & {*sys.modules})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
