@@ -118,9 +118,11 @@ def task(tmp_path):
         script.write_text(slurm.shards_script(config.compose("ref_completions", words).cfg, "submit.yaml", tmp_path, "n"))
         script.chmod(script.stat().st_mode | stat.S_IXUSR)
         env = os.environ | dict(PATH=f"{bins}{os.pathsep}{os.environ['PATH']}", SLURM_ARRAY_TASK_ID="0", SLURM_ARRAY_JOB_ID="7", SLURM_JOB_ID=str(job), SLURM_JOB_NODELIST="n")
-        done = subprocess.run(["bash", script], env=env, capture_output=True, text=True, timeout=60)
+        log = tmp_path / "slurm-7_0.out"
+        with open(log, "w") as out: done = subprocess.run(["bash", script], env=env, stdout=out, stderr=out, text=True, timeout=60)
+        assert stat.S_IMODE(log.stat().st_mode) == 0o600  # whatever the programs printed
         steps = [line for line in told.read_text().splitlines() if line.startswith("srun")]
-        return done.returncode, (tmp_path / "array/7/0.end").read_text().strip(), steps, done.stdout + done.stderr
+        return done.returncode, (tmp_path / "array/7/0.end").read_text().strip(), steps, log.read_text()
     return go
 
 

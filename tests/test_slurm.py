@@ -201,7 +201,8 @@ def test_second_job(job, slurm):
     job.at_step(1)
     second = slurm.submit(job.run_dir / "submit.sbatch", env=job.env)
     assert slurm.wait(second, 120) == "FAILED", job.log()
-    assert "it is not changed" in (job.run_dir / f"slurm-{second}.out").read_text()
+    log = job.run_dir / f"slurm-{second}.out"
+    assert "it is not changed" in log.read_text() and log.stat().st_mode & 0o077 == 0
     assert "exit" not in job.record["attempts"][0] and job.record["status"] == "running" and "stopped" not in job.record
     assert job.end("COMPLETED")["status"] == "finished"
 
