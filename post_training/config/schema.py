@@ -950,6 +950,7 @@ class AnswersKeys:
     top_p:float = key(0, 1, above=True, when="accuracy sampled_answers")
     samples:int = key(1, 10000, when="accuracy sampled_answers")
     verifier:_VERIFIERS|None = key(when="rows_measured")
+    find_touched:bool = key(when="rows_measured")
     batch_tokens:int = key(1, when="perplexity")
 
 # %% ../../nbs/10_config/2_schema.ipynb #9990bf20

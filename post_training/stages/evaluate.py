@@ -20,6 +20,7 @@ from ..evaluation.answers import Sampling, verdict_text
 from ..evaluation.perplexity import (completion_likelihoods, jackknife_interval, left_out_rates,
                                                  perplexity_of, tokenized_rows)
 from ..evaluation.statistics import evenly_spaced_indices, paired_difference
+from ..evaluation.touched import touched_line, touched_report
 from ..models.verifiers import row_verifier
 from ..preferences.completions import ServedModel, open_server
 
@@ -384,12 +385,18 @@ def evaluate(
         results["checkpoints"][c["name"]] = numbers
         print(summary_line(dict(checkpoints={c["name"]: numbers})), flush=True)
     results["differences"] = paired_differences(details)
+    if cfg["measure"] and cfg["evaluation"]["find_touched"]:
+        results["touched"] = touched_report(rows, [p for c in candidates for p in c["parents"]],
+                                            {n: d["scores"] for n, d in details.items() if "scores" in d},
+                                            cfg["runs_dir"])
+        print(touched_line(results["touched"]), flush=True)
     output = write_evaluation(task, results, details, rows.to_list())
     if parents := [p for c in candidates for p in c["parents"]]: run.update_record(task.run_dir, parents=parents)
     without_samples = {n: {k: v for k, v in c.items() if k != "samples"} for n, c in results["checkpoints"].items()}
     inputs = [dataset, *(model_input(c["path"]) for c in candidates), *task_files]
     run.finish_output(task, output, summary=summary_line(results), evaluation=without_samples,
-                      differences=results["differences"], inputs=run.inputs_of(inputs))
+                      differences=results["differences"], inputs=run.inputs_of(inputs),
+                      **({"touched": results["touched"]} if "touched" in results else {}))
     shutil.rmtree(work, ignore_errors=True)
     return results
 
