@@ -166,7 +166,7 @@ class Condition:
     where: str # when the key is read, in words: "trainer=irl"
     reads: typing.Callable # function of a look-up (dotted key -> value) that returns True if the key is read
     why: str # why the key is not read; <KEY> stands for KEY=VALUE
-    advice: str = "leave it out" # what the user can do
+    advice: str = "leave it out" # advice to the user, such as `leave it out`
     soft: bool = False # True: give a notice instead of an error if the user typed the key
 
 # %% ../../nbs/10_config/2_schema.ipynb #90bb21eb
@@ -1524,7 +1524,7 @@ def shown_value(
 class UnreadKey:
     "The reason why a key of a configuration is not read"
     why: str # the reason, a clause
-    advice: str = "" # what to do, a clause
+    advice: str = "" # advice to the user, a clause
     cause: str = "" # the reason in short, such as trainer=sft
     soft: bool = False # True: give a notice instead of an error if the user typed the key
     stage: bool = False # True: the stage never reads the key
