@@ -339,9 +339,9 @@ def _packed(cfg:dict, packs:int)->str:
 
 # %% ../../nbs/10_config/7_compose.ipynb #1e45f09e
 def _finish(
-    raw:dict, # composed, not resolved
+    raw:dict, # unresolved config
     keys:dict, # known keys of the stage
-    origin, # function: key -> origin, as text
+    origin, # function: key -> text
     typed=(), # dotted keys that the user typed
     holes_ok:bool=False, # accept values `???` (not set)
 )->tuple: # (checked config, derived keys, notices)

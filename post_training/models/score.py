@@ -120,9 +120,9 @@ def score_forward(
     model, # causal language model, inside its own forward
     *args, # positional arguments of the backbone
     labels:torch.Tensor, # int64 labels_BT, aligned with the ids; -100: not scored
-    scored_positions:torch.Tensor|None=None, # positions of labels, from `find_scored_positions`; None: find them here
-    cu_seqlens:torch.Tensor|None=None, # boundaries of packed rows, from `packed_seqlens`; None: rows are not packed
-    max_seqlen:int|None=None, # length of the longest packed row, from `packed_seqlens`
+    scored_positions:torch.Tensor|None=None, # from `find_scored_positions`; None: find them
+    cu_seqlens:torch.Tensor|None=None, # from `packed_seqlens`; None: not packed
+    max_seqlen:int|None=None, # longest row, from `packed_seqlens`
     with_top1:bool=False, # also compute top-1 flags
     with_values:bool=False, # also compute values (logsumexp)
     with_entropy:bool=False, # also compute the entropy
