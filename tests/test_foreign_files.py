@@ -243,10 +243,10 @@ def test_several_kinds_in_one_folder(tmp_path):
 
 
 def test_files_that_are_not_read_are_named(tmp_path, capfd):
-    (tmp_path / "train.jsonl.gz").write_bytes(b"x")
-    with pytest.raises(UserError, match="Other files in it are not read: train.jsonl.gz"): load_rows(tmp_path)
+    (tmp_path / "train.xlsx").write_bytes(b"x")
+    with pytest.raises(UserError, match="Other files in it are not read: train.xlsx"): load_rows(tmp_path)
     lines(tmp_path / "train.jsonl", [dict(a=1)])
-    assert len(load_rows(tmp_path)) == 1 and "not read: train.jsonl.gz" in capfd.readouterr().err
+    assert len(load_rows(tmp_path)) == 1 and "not read: train.xlsx" in capfd.readouterr().err
 
 
 def test_json_columns_survive_stages(tmp_path):

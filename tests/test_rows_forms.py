@@ -10,6 +10,7 @@ from post_training.core.files import UserError
 from post_training.data.columns import account, account_lines, account_notes, with_known_names
 from post_training.data.io import load_rows, load_splits, reading_notes, split_names
 from post_training.data.messages import format_of, read_conversation
+from post_training.data.mixture import mix_sources
 from post_training.tokens.dataset import tokenize_dataset
 from post_training.tokens.pairs import check_pair_columns, pair_messages, tokenize_pairs
 
@@ -212,3 +213,19 @@ def test_the_card_of_a_folder_names_its_files(tmp_path, capfd):
         card(text)
         assert load_rows(tmp_path)["prompt"][:] == ["train"]
     assert capfd.readouterr().err.count("its data_files are not read") == 2
+
+
+def test_a_mixture_of_forms(tmp_path):
+    "The rows, the dropped ones and the notices of two forms in one mixture, and of pairs"
+    def source(name, row): (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row | dict(id=f"{name}{i}", is_correct=i > 0, truncated=i == 1)) + "\n" for i in range(4)))
+    def mixed(*names, **how): return mix_sources([dict(dataset_name=n, dataset_path=str(tmp_path / f"{n}.jsonl"), train_splits=["train"]) for n in names], max_drop_fraction=0.5, **how)
+    source("gemini", READ["ai.google.dev: contents, parts"])
+    source("lima", READ["GAIR/lima"])
+    source("arena", PAIRS["lmsys/chatbot_arena_conversations"])
+    m = mixed("gemini", "lima")
+    assert len(m.train) == 6 and all([(t["role"], t["content"]) for t in r["messages"]] == TALK for r in m.train)
+    assert [c["dropped"] for c in m.counts.values()] == [{"truncated is True: it is cut off": 1}]*2
+    assert any("is_correct speaks against 2 rows" in n for n in m.notes) and any("Gemini contents" in n for n in m.notes)
+    pairs = mixed("arena", columns_to_keep=["chosen", "rejected"])
+    assert {json.loads(r["chosen"])[-1]["content"] for r in pairs.train} == {"Hello!"} and len(pairs.train) == 3
+    assert [c["dropped"] for c in pairs.counts.values()] == [{"truncated is True: it is cut off": 1}]

@@ -112,7 +112,8 @@ ROW_KEYS = key_table([
     ("reasoning_content reasoning thinking think thinking_content reasoning_text", "conversation",
      "the thought before the answer", ("single",),
      "a thought belongs in reasoning_content of a message, a switch (on, true) in chat_template_kwargs"),
-    ("chain_of_thought cot rationale thought thoughts reasoning_trace reasoning_summary analysis", "refused",
+    ("chain_of_thought cot rationale thought thoughts reasoning_trace reasoning_summary analysis model_reasoning",
+     "refused",
      "rename it to reasoning_content where it is the thought before the answer")])
 
 # %% ../../nbs/20_data/2_columns.ipynb #f6426c89
@@ -256,8 +257,7 @@ ALIKE_WORDS = dict(
             "per last only chosen rejected"),
     thought=("cot reasoning thinking thought thoughts think rationale rationales scratchpad monologue",
              "complex long short chain of process step steps trajectory trajectories trace traces path text content "
-             "raw full chosen rejected response assistant answer completion inner internal model deepseek r1 qwq "
-             "gemini"))
+             "raw full chosen rejected response assistant answer completion inner internal deepseek r1 qwq gemini"))
 ALIKE = dict( # what to do with such a name
     weight="its name is that of a weight or mask, which is read as weight or train_detail only",
     thought="its name is that of a thought: rename it to reasoning_content where it is the thought before the answer")

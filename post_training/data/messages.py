@@ -588,7 +588,7 @@ def turn_list(
         try: turns = json.loads(turns or "[]")
         except (ValueError, RecursionError) as e: raise MalformedRow(f"{name} is a text that is not JSON") from e
     if turns is None: return []
-    if isinstance(turns, list) and turns and all(isinstance(t, str) and t.lstrip()[:1] != "{" for t in turns):
+    if isinstance(turns, list) and len(turns) > 1 and all(isinstance(t, str) and t.lstrip()[:1] != "{" for t in turns):
         return [dict(role="assistant" if i % 2 else "user", content=t) for i, t in enumerate(turns)] # LIMA
     columns = list(turns.values()) if isinstance(turns, dict) and {"role", "from"} & {*turns} else []
     if columns and all(isinstance(c, list) and len(c) == len(columns[0]) for c in columns): # a list for each key

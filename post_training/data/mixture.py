@@ -6,9 +6,10 @@
 __all__ = ['MixtureSource', 'checked_number', 'parse_source', 'parse_sources', 'draw_count', 'seeded_generator', 'draw_rows',
            'unify_types', 'short_type', 'common_type', 'type_conflict', 'json_column', 'label_names', 'align_schemas',
            'with_features', 'with_ids', 'is_finer', 'with_origin', 'read_splits', 'ReadSettings', 'carried_columns',
-           'usable_rows', 'kept_of', 'count_rows', 'SourceRows', 'cut_to_budget', 'sample_source', 'Mixture',
-           'source_table_row', 'mixture_table', 'concatenate_sources', 'columns_of', 'carried_names', 'mixture_columns',
-           'mixture_notes', 'mix_sources', 'plot_composition', 'source_lengths', 'plot_mixture_lengths']
+           'without_unfit', 'usable_rows', 'kept_of', 'count_rows', 'SourceRows', 'cut_to_budget', 'sample_source',
+           'Mixture', 'source_table_row', 'mixture_table', 'concatenate_sources', 'columns_of', 'carried_names',
+           'mixture_columns', 'mixture_notes', 'mix_sources', 'plot_composition', 'source_lengths',
+           'plot_mixture_lengths']
 
 # %% ../../nbs/20_data/5_mixture.ipynb #c6b122b9
 import hashlib, math, numpy as np, os
@@ -16,8 +17,9 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from ..core.files import UserError, did_you_mean
 from .io import converted, load_splits, reading_notes
-from .columns import (
-    ROW_KEYS, SYSTEM_COLUMNS, account, account_notes, check_account, plain_column, with_known_names)
+from post_training.data.columns import (
+    ROW_KEYS, SYSTEM_COLUMNS, account, account_notes, check_account, flag_of, plain_column, unfit,
+    with_known_names)
 from .messages import check_dropped, dataset_texts
 from .swissai import CARRIED_COLUMNS, as_messages, temporary_file
 
@@ -327,6 +329,26 @@ def carried_columns(
     unasked = {c for sources in CARRIED_COLUMNS.values() for c in sources} | {*SYSTEM_COLUMNS}
     return [c for c in columns if c in made | (known & unasked)]
 
+# %% ../../nbs/20_data/5_mixture.ipynb #8a95767a
+def without_unfit(
+    rows, # `datasets.Dataset` of pairs, with ids
+    ignore=(), # columns to treat as absent
+    on_malformed:str="drop", # drop or error
+)->tuple: # (the dataset without the rows that a flag drops, counts)
+    "Pairs without those that a flag drops, as a mixture does not keep the flags"
+    names = [c for c in rows.column_names if flag_of(c) and c not in ignore]
+    faults = [unfit(row) for row in rows.select_columns(names)] if names else [None]*len(rows)
+    examples = {}
+    for i, fault in zip(rows["id"][:], faults):
+        if fault: examples.setdefault(fault, []).append(i)
+    if on_malformed == "error" and examples:
+        reason = next(iter(examples))
+        raise UserError(f"Row {examples[reason][0]}: {reason}. Set on_malformed=drop to leave such rows out.")
+    keep = [i for i, fault in enumerate(faults) if not fault]
+    kept = rows if len(keep) == len(rows) else rows.select(keep)
+    return kept, {"in": len(rows), "out": len(keep), "dropped": {k: len(ids) for k, ids in examples.items()},
+                  "examples": {k: ids[:5] for k, ids in examples.items()}}
+
 # %% ../../nbs/20_data/5_mixture.ipynb #84ff559f
 def usable_rows(
     source:MixtureSource, # the source; its name and path are used
@@ -345,6 +367,7 @@ def usable_rows(
     found = account(given, ignore, pairs=is_pair)
     if "messages" in columns_to_keep or is_pair: check_account(found, f"Source {label!r}")
     if settings.reader: rows, counts = settings.reader(raw)
+    elif is_pair: rows, counts = without_unfit(raw, ignore, settings.on_malformed)
     elif "messages" in columns_to_keep:
         rows, counts = as_messages(raw, settings.blocks, settings.checks, settings.on_malformed, ignore=ignore)
     have = {*given.column_names, *rows.column_names}
