@@ -19,8 +19,9 @@ export PRE_COMMIT_HOME := $(CURDIR)/$(VENV)/pre-commit
 export PYTHONUNBUFFERED := 1
 # Commands see the environment's programs first; the rules that build it see the machine's.
 RUN := PATH="$(BIN):$$PATH"
-# Tests: no hub, no accounts, one thread per process, and everything they write below one temporary folder.
-TESTING := HF_HUB_OFFLINE=1 WANDB_MODE=$${WANDB_MODE:-offline} OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
+# Tests: no hub, no accounts, one thread per process, and everything they write below one temporary folder. Compiled modules are kept, because tests
+# start hundreds of processes.
+TESTING := PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 WANDB_MODE=$${WANDB_MODE:-offline} OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 ROOTED := if [ -z "$${TEST_ROOT:-}" ]; then export TEST_ROOT="$$(mktemp -d)"; ROOT_MADE="$$TEST_ROOT"; trap 'rm -rf "$$TEST_ROOT"' EXIT; fi; \
 	export POST_TRAINING_RUNS_DIR="$$TEST_ROOT/runs" POST_TRAINING_ARTIFACTS_DIR="$$TEST_ROOT/artifacts"
 WORKERS ?= 2
