@@ -24,18 +24,18 @@ from .rows import ANSWER_KEYS, ROW_COLUMNS, prompt_column_features
 @dataclass(frozen=True)
 class RejectionRules:
     "The rules that decide which completions of a prompt are kept"
-    mode:str = "best" # best: the highest rewards, in random order if equal; random: random completions that pass
-    num_per_prompt:int|None = 1 # largest number of completions kept per prompt; None: all that pass
-    min_reward:float|None = None # smallest reward with which a completion passes; None: every completion passes
+    mode:str = "best" # best: the highest rewards (ties at random); random: any that pass
+    num_per_prompt:int|None = 1 # most completions kept per prompt; None: all that pass
+    min_reward:float|None = None # smallest reward that passes; None: every completion passes
     vote:bool = False # True: the most frequent answer counts as right, and rewards are not read
-    min_votes:float = 0.5 # smallest share of the completions that must give the most frequent answer
+    min_votes:float = 0.5 # smallest share of the most frequent answer
     low:float = 0. # smallest pass rate of a kept prompt
     high:float = 1. # largest pass rate of a kept prompt
     by:str = "estimate" # compare the window with the estimated rate (estimate) or its 95 % interval (interval)
     max_repetition:float = 1. # largest share of 4-grams that repeat an earlier 4-gram
     min_tokens:int|None = None # smallest number of tokens of a completion; None: no limit
     max_tokens:int|None = None # largest number of tokens of a completion; None: no limit
-    min_script_share:float = 0. # smallest share of a completion's letters in a script of the prompt
+    min_script_share:float = 0. # smallest share of letters in a script of the prompt
     seed:int = 42 # seed of the random choices; the row's id is added to it
     MODES = ("best", "random")
 

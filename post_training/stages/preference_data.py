@@ -7,7 +7,7 @@ __all__ = ['SPLIT_COLUMN', 'ANNOTATION_STAGES', 'subsample_notices', 'ensure_rew
            'row_keys', 'model_facts', 'reference_facts', 'reward_facts', 'pair_facts', 'fixed_size_batches',
            'max_sequence_tokens', 'completion_batches', 'logprob_batches', 'reward_batches', 'annotation_model',
            'filter_rows', 'server_check', 'ref_completions', 'ref_logprobs', 'ref_rewards', 'make_pairs',
-           'rejection_rules', 'choose_rows', 'consecutive_batches', 'annotated_features', 'paired_features',
+           'rejection_rules', 'rejection_sample', 'consecutive_batches', 'annotated_features', 'paired_features',
            'fine_tuning_features', 'AnnotationStage', 'work_folder', 'history_of', 'stage_facts', 'device_kind',
            'plan_work', 'batch_fn', 'shard_worker_slots', 'work_on_shards', 'shard_progress_line', 'notebook_progress',
            'merged_results', 'unpack_logprobs', 'output_rows', 'write_splits', 'completion_counts', 'in_output_format',
@@ -343,7 +343,7 @@ def rejection_rules(
                 min_votes=vote["min_share"], low=window["low"], high=window["high"], by=window["by"], **hygiene)
 
 # %% ../../nbs/65_stages/4_preference_data.ipynb #4c86d6f7
-def choose_rows(
+def rejection_sample(
     cfg:dict, # composed configuration of this stage
     rows, # result of `read_annotation_rows`
     tokenizer, # ignored, None
@@ -410,7 +410,7 @@ ANNOTATION_STAGES = {
     "ref_rewards": AnnotationStage(ref_rewards, reward_batches, reward_facts,
                                    runs_model=lambda cfg: cfg["reward_args"]["kind"] == "model"),
     "pairs": AnnotationStage(make_pairs, facts=pair_facts, features=paired_features),
-    "rejection_sample": AnnotationStage(choose_rows, facts=pair_facts, features=fine_tuning_features),
+    "rejection_sample": AnnotationStage(rejection_sample, facts=pair_facts, features=fine_tuning_features),
 }
 
 # %% ../../nbs/65_stages/4_preference_data.ipynb #a00c9499
