@@ -226,8 +226,8 @@ def test_presets_of_an_earlier_code_base_compose(tmp_path, tmp_root):
 
 
 @pytest.mark.parametrize("text, says", [
-    ("trainer: plw\n", "@package _global_"), ("# @package _global_\ntrainer: PLW\n", r"Choices: sft, plw.*\(preset dataset=mine\)"),
-    ("# @package _global_\ntraining_args:\n  lerning_rate: 1\n", r"learning_rate'\? \(preset dataset=mine\)"),
+    ("trainer: plw\n", "@package _global_"), ("# @package _global_\ntrainer: PLW\n", r"Choices: sft, plw.*\(preset dataset=mine, line \d"),
+    ("# @package _global_\ntraining_args:\n  lerning_rate: 1\n", r"learning_rate'\? \(preset dataset=mine, line \d"),
     ("# @package _global_\ntrainer: [\n", "mine.yaml, line"), ("# @package _global_\na: 1\na: 2\n", "line 3: the key a stands in line 2"), ("- 1\n", "contains no keys"),
     ("# @package _global_\ndefaults:\n  - nowhere\n", "nowhere"), ("# @package _global_\nwandb:\n  run_name: ${eval:'__import__(1)'}\n", "only arithmetic"),
     ("# @package _global_\ntraining_args:\n  lr_scheduler_kwargs:\n    a:\n      - _target_: os.system\n", "must not refer to Python code"),

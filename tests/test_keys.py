@@ -96,7 +96,7 @@ LIBRARIES = {"transformers": ["trainer*.py", "training_args.py", "integrations/*
 PASSED_WHOLE = {  # sections that are passed on as a whole, and the modules whose functions take their keys
     "cluster": ["launch/slurm.py"], "dataset_args": ["stages/tokenized_data.py"], "model_merging": ["merging/document.py", "merging/sources.py", "merging/merge.py"],
     "near_duplicates": ["data/duplicates.py"], "options": ["merging/merge.py"], "reward_args": ["preferences/rewards.py"],
-    "tokenization": ["tokens/dataset.py"], "tokenizer_args": ["tokens/tokenizer.py"], "training_args": ["training/preference.py"]}
+    "tokenization": ["tokens/dataset.py"], "tokenizer_args": ["tokens/tokenizer.py"], "training_args": ["training/preference.py", "tokens/pairs.py"]}
 WITHOUT_A_NAME = set()  # keys that count as read and that no reader names: none, so far
 
 
