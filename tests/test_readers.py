@@ -201,3 +201,19 @@ def test_vllm(exported, demo, tmp_root, monkeypatch):
     assert shards.read_progress(at)["batches"] == len(plan.batches)
     told = preference_data.server_numbers(cfg)["server_check"]
     assert told["compared_with"] == "certificate" and told["as_float32"] and told["max"] <= error_bound("float32")["max"]
+
+
+def test_the_table_of_the_readme_is_the_record():
+    "Each cell: the largest error of its architectures in the kept record, and what did not agree"
+    from conftest import ROOT
+    matrix = json.loads((ROOT / "runs/examples/readers/matrix.json").read_text())
+    rows = [[c.strip() for c in line.strip("| ").split("|")] for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(("| Apertus:", "| Llama (", "| Qwen", "| Gemma", "| Phi"))]
+    seen = []
+    for names, *cells in rows:
+        of = [n for n in matrix if n.split(",")[0].split(" 1.0")[0] in names and (n != "Qwen 2" or names == n)]
+        seen += of
+        for reader, cell in zip(("transformers", "transformers-4.57", "vllm", "llama.cpp"), cells):
+            entries = [matrix[n][reader] for n in of]
+            if cell == "not converted": assert all([*e["why"]] == ["reader"] for e in entries)
+            else: assert cell.split()[0] == f"{max(e['max'] for e in entries):.0e}" and ("(" in cell) == any(not e["agrees"] for e in entries), (names, reader)
+    assert sorted(seen) == sorted(matrix)
