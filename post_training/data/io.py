@@ -22,7 +22,7 @@ from functools import partial, reduce
 from itertools import chain, islice
 from pathlib import Path
 from ..core.files import (
-    MANIFEST, UserError, atomic_dir, did_you_mean, verify_once, visible_text, write_manifest)
+    MANIFEST, UserError, atomic_dir, did_you_mean, temporary_dir, verify_once, visible_text, write_manifest)
 
 # %% ../../nbs/20_data/1_io.ipynb #6f60e6ae
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".ndjson": "json", ".jsonlines": "json",
@@ -235,12 +235,11 @@ def copy_of(
     folder = Path(config.HF_DATASETS_CACHE)/"post-training"
     file, notes = folder/f"{name}.arrow", folder/f"{name}.txt"
     if not (file.exists() and notes.exists()):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-") as tmp:
-            said = write(Path(tmp)/"rows", files)
-            (Path(tmp)/"notes").write_text("\n".join(said), encoding="utf-8")
-            os.replace(Path(tmp)/"notes", notes)
-            os.replace(Path(tmp)/"rows", file)
+        with temporary_dir(folder, "copy") as tmp:
+            said = write(tmp/"rows", files)
+            (tmp/"notes").write_text("\n".join(said), encoding="utf-8")
+            os.replace(tmp/"notes", notes)
+            os.replace(tmp/"rows", file)
     data = Dataset.from_file(str(file), info=DatasetInfo(description=notes.read_text(encoding="utf-8")))
     data._fingerprint = hashlib.sha256(name.encode()).hexdigest()[:16]
     return data
