@@ -110,8 +110,8 @@ def execute_notebook(
     from traitlets.config import Config
     # other users of this machine cannot read the connection file
     encrypted = Config(KernelManager=dict(transport_encryption="auto" if zmq.has("curve") else "disabled"))
-    # papermill warns about parameters that it cannot parse; `check_parameters` has already checked them
-    logging.getLogger("papermill").setLevel(logging.ERROR)
+    # papermill warns about parameters that it cannot parse, which `check_parameters` has checked; errors are raised
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)
     with own_kernel(), raise_on_sigterm():
         try:
             papermill.execute_notebook(str(path), str(out), parameters=parameters, kernel_name="python3",
@@ -256,6 +256,9 @@ def check_stage_config(
     if cfg["stage"] == "dataset_mixture":
         from post_training.data.mixture import parse_sources
         parse_sources(cfg["sources"])
+    for name in cfg.get("readers") or []: # of an export
+        from post_training.export.readers import reader_spec
+        if name != "library" and "://" not in name: reader_spec(name)
 
 # %% ../../nbs/70_launch/7_recipe.ipynb #422ae72e
 def forks_pay(
