@@ -73,7 +73,7 @@ def test_a_killed_stage_writes_the_same(tmp_path, tmp_root):
     record, _ = the_run("rejection_sample")
     p = subprocess.Popen([str(BIN / "post-training"), *words, "dataset_name=killed"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env=os.environ)
     end = time.time() + 300
-    while p.poll() is None and time.time() < end and not list(tmp_root.rglob("outputs/**/work/shard*/*")): time.sleep(0.05)
+    while p.poll() is None and time.time() < end and not list(tmp_root.rglob("shard*/*")): time.sleep(0.05)
     os.killpg(p.pid, signal.SIGKILL)
     p.wait()
     out = command(*words, "dataset_name=killed")
