@@ -167,7 +167,8 @@ def exit_code_of(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as e:
-        kinds = dict(JobFailed=1, HandedOver=75, DeadKernelError=1) # compared by name, so that their modules need not be loaded
+        # compared by name, so that their modules need not be loaded
+        kinds = dict(JobFailed=1, HandedOver=75, DeadKernelError=1)
         machine = isinstance(e, OSError) and MACHINE_ERRORS.get(e.errno)
         if type(e).__name__ not in kinds and not machine: raise
         code, text = kinds.get(type(e).__name__, 1), str(e)
