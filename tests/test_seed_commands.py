@@ -227,7 +227,7 @@ def test_without_a_ratio_zero_steps_are_no_warmup():
 
 REFUSED = [  # stage, overrides, what the error says
     ("train_preference", ["training_args.loss_type=kto"], "is not one of the choices. Choices: qrpo, sigmoid"),
-    ("train_preference", ["training_args.loss_type=simpo"], "is not one of the choices. Choices: qrpo, sigmoid"),
+    ("train_preference", ["training_args.loss_type=grpo"], "is not one of the choices. Choices: qrpo, sigmoid"),
     ("train_preference", ["training_args.loss_type=[kto]"], "unknown loss 'kto'. Known: qrpo"),
     ("train_sft", ["trainer=dpo"], "is not one of the choices. Choices: sft, plw"),
     ("train_sft", ["training_args.loss_type=dpo"], "not one of the choices"),
