@@ -487,7 +487,7 @@ def read_turn(
     exact:bool=False, # True: nulls are in the data, not added by Arrow
     ignore=(), # keys to treat as absent, as messages.KEY
 )->tuple: # (message, weight, spans or None)
-    "Read one message: its standard form, its weight, and the weights of its spans"
+    "Read one message, its weight and the weights of its spans"
     if not isinstance(turn, dict): raise MalformedRow("a message is not a mapping")
     turn = {k: v for k, v in turn.items() if v is not None and f"messages.{k}" not in ignore}
     for c in ignore:

@@ -309,7 +309,7 @@ def launch_ranks(
     module:str, # module that each rank runs
     attempt:Attempt, # attempt (start of a run), result of `run.open_run`
 )->int: # always 0; other exit codes raise an error
-    "Start the ranks and wait for their end; in a cluster job the batch script starts them; a finished run stays as it is"
+    "Start the ranks and wait for their end; in a job the batch script starts them; a finished run stays as it is"
     folder = attempt.attempt_dir
     if is_trained(attempt.run_dir, attempt.checkpoints_dir): return 0
     cfg = read_yaml(attempt.config_path)
