@@ -19,7 +19,7 @@ from pathlib import Path
 from .. import config, run
 from ..core.arguments import CommandParser, exit_code_of, whole_number
 from ..core.files import ForkShared, UserError, did_you_mean, visible_text
-from ..data.columns import account, account_lines, check_account, ignored_notes
+from ..data.columns import account, account_lines, account_notes, check_account
 from ..data.io import reading_notes
 from ..data.messages import keeps_nulls
 from ..data.swissai import make_block, developer_message, user_message
@@ -476,7 +476,7 @@ def training_notices(
     stops(refuse_mostly_failing, i.rows, counts, i.tokenizer, i.settings.ignore)
     warned = i.numbers[i.numbers.warned != ""]
     return [*out, *(f"{len(warned):,} rows are trained on although a check fails: {d}." for d in warned.warned[:1]),
-            *ignored_notes([i.account]), *reading_notes(i.rows)]
+            *account_notes([i.account]), *reading_notes(i.rows)]
 
 # %% ../../nbs/75_view/2_dataset.ipynb #a7116527
 def plot_shares(
