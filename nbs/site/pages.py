@@ -152,10 +152,11 @@ def definition_text(module, name):
     lines = [f"## `{name}`", ""]
     if (signature := signature_text(value, name)) is not None:
         lines += ["```python", signature, "```", ""]
-    lines += [inspect.cleandoc(value.__doc__ or ""), ""]
+    texts = [inspect.cleandoc(value.__doc__ or "")]
     if inspect.isfunction(value):
-        lines += [DocmentTbl(value)._repr_markdown_() or "", ""]
-    return "\n".join(lines)
+        texts.append(DocmentTbl(value)._repr_markdown_() or "")
+    # a bracket and a circumflex would begin a footnote
+    return "\n".join([*lines, *(line for text in texts for line in (text.replace("[^", "\\[^"), ""))])
 
 
 def api_page(chapter, out):
