@@ -400,8 +400,8 @@ STAGE_REFUSALS |= {
         "evaluation.temperature=1.0.",
         "evaluate evaluation.samples=4 evaluation.temperature=0"),
     "tasks of a server": Refusal("stage=evaluate lm_eval.tasks server_checkpoint()",
-        "<lm_eval.tasks> are measured on a model in this process, and checkpoints names a server: leave the server out, "
-        "or the tasks.",
+        "<lm_eval.tasks> are measured on a model in this process, and checkpoints names a server: leave the server "
+        "out, or the tasks.",
         "evaluate checkpoints=['http://h:1'] lm_eval.tasks=[arc_easy]"),
     "a checkpoint without a name": Refusal("stage=evaluate blank_checkpoint()",
         "<checkpoints> has an empty name: give folders, hub names or run:RUN.", "evaluate checkpoints=[a,'']"),

@@ -222,6 +222,10 @@ LOSS_CONDITIONS = {
         _is_one_of("training_args.f_divergence_type", "alpha_divergence"),
         "it is the order of the alpha divergence, and this is <training_args.f_divergence_type>",
         "set training_args.f_divergence_type=alpha_divergence, or leave it out"),
+}
+
+# %% ../../nbs/10_config/2_schema.ipynb #d418bab7
+LOSS_CONDITIONS |= {
     "reference": Condition("a loss with a reference", lambda c: not _loss_names(c) or needs_reference(_loss_names(c)),
         "<training_args.loss_type> compares with no reference"),
     "pair_loss": Condition("a loss other than sft", lambda c: _loss_names(c) != {"sft"},
@@ -336,6 +340,10 @@ DATA_CONDITIONS = {
         "set dataset_args.stratify_by_column, or leave it out"),
     "loads_model": Condition("a model is loaded", lambda c: c("stage") != "filter",
         "the stage filter counts tokens and loads no model"),
+}
+
+# %% ../../nbs/10_config/2_schema.ipynb #904c5568
+DATA_CONDITIONS |= {
     "own_model": Condition("backend=transformers", lambda c: c("backend") != "server",
         "<backend>: the server loads the model"),
     "server": Condition("backend=server", _is_one_of("backend", "server"), "<backend> asks no server",

@@ -175,6 +175,8 @@ def exit_code_of(
         if type(e).__name__ == "DeadKernelError":
             text = ("The process of the notebook was killed from outside: often there is too little memory, which the "
                     "log of the machine tells. The same command continues.")
-        if machine: text = f"{e.strerror}: {e.filename or 'a file'} cannot be {'used' if machine is _DISK else 'written'}. {machine}"
+        if machine:
+            verb = "used" if machine is _DISK else "written"
+            text = f"{e.strerror}: {e.filename or 'a file'} cannot be {verb}. {machine}"
     print(visible_text(f"{'error: ' * (code != 75)}{text}"), file=sys.stderr)
     return code

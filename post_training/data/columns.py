@@ -914,7 +914,8 @@ def converted_rows(
     "Convert the rows of one of the `SHAPES` to a known format"
     from datasets import Value
     name, needs, more, make = shape
-    used, made, faults = [c for c in dataset.column_names if c in (*needs, *more)], [], {}
+    used = [c for c in dataset.column_names if c in (*needs, *more)]
+    made, faults = [], {}
     for i, row in enumerate(dataset.select_columns(used)):
         try: made.append(make(row))
         except (OtherForm, TypeError, AttributeError, KeyError) as e:
@@ -973,6 +974,10 @@ UNREAD = [ # columns of a form that is not read, what it is, how it is converted
      'follow parent_id from each answer to the root, and write {"messages": [{"role": "user", "content": text}, ...]}'),
     ("message_tree_id prompt", "trees of messages (OpenAssistant)",
      'write a row {"messages": [{"role": "user", "content": text}, ...]} for each path from the root to an answer'),
+]
+
+# %% ../../nbs/20_data/2_columns.ipynb #6c472273
+UNREAD += [
     ("prompt choices", "responses of an API",
      'write {"prompt": prompt, "completion": choices[0]["message"]["content"]}'),
     ("context question answers", "questions about a text (SQuAD)",

@@ -259,7 +259,9 @@ def candidate_pairs(
     "Find the pairs i < j of rows that may be similar"
     rows = np.flatnonzero(sketches.words) if rows is None else np.asarray(rows, np.int64)
     rows = rows[sketches.words[rows]]
-    found, waiting, full = np.zeros((0, 3), np.int64), [], np.zeros(len(sketches.words), bool)
+    full = np.zeros(len(sketches.words), bool)
+    found = np.zeros((0, 3), np.int64)
+    waiting = []
     for k in range(sketches.bands.shape[1]):
         for i, j, crowded in band_pairs(sketches.bands[rows, k], rows, n_first):
             full[crowded] = True
@@ -351,7 +353,9 @@ def read_sketches(
 )->tuple: # (`Sketches` of the conversations, digests_N, copies_N, source_N, names of the sources)
     "Read rows once, and compute sketches, digests of the texts, digests with source and id, and sources"
     n, codes = len(rows), {}
-    digests, copies, source = np.zeros(n, np.uint64), np.zeros(n, np.uint64), np.zeros(n, np.int32)
+    digests = np.zeros(n, np.uint64)
+    copies = np.zeros(n, np.uint64)
+    source = np.zeros(n, np.int32)
     def conversations():
         for i, name, of, texts in dataset_texts(rows):
             digests[i], copies[i] = text_hash(texts["exact"]), text_hash("\0".join([of, name, texts["exact"]]))
@@ -373,7 +377,9 @@ def find_repeats(
     labels = np.zeros(n, np.uint64) if groups is None else np.asarray(groups(source, names)).astype(np.uint64)
     def apart(hashes): # equal hashes of different groups become different
         return hashes if groups is None else mix_bits(hashes + mix_bits(labels + np.uint64(1)))
-    kind, like, similarity = np.zeros(n, np.uint8), first_equal(apart(digests)), np.ones(n)
+    kind = np.zeros(n, np.uint8)
+    like = first_equal(apart(digests))
+    similarity = np.ones(n)
     kind[like != np.arange(n)] = 2
     first = first_equal(apart(copies))
     is_copy = first != np.arange(n)

@@ -303,6 +303,21 @@ def drop_pairs(
     data = (data if len(keep) == len(data) else data.select(keep)).remove_columns(["reason", "detail"])
     return data if any(data["source"][:]) else data.remove_columns("source"), counts
 
+# %% ../../nbs/25_tokens/11_pairs.ipynb #80766ecb
+def _map_pairs(
+    dataset, # `datasets.Dataset` of pairs
+    tokenizer, # tokenizer with a chat template
+    settings:PairSettings, # what to read and check
+    n:int, # number of processes
+    work, # folder for temporary files; None: in memory
+):        # `datasets.Dataset` with a row for each pair, also for those that will be dropped
+    "Tokenize the pairs in batches of 500"
+    return dataset.map(tokenize_pair_batch, batched=True, with_indices=True, batch_size=500, desc="Tokenizing",
+                       num_proc=n if n > 1 else None, features=tokenized_pair_features(settings.weighted),
+                       fn_kwargs=dict(tokenizer=ForkShared(tokenizer) if n > 1 else tokenizer, settings=settings),
+                       remove_columns=dataset.column_names, load_from_cache_file=False, keep_in_memory=work is None,
+                       cache_file_name=work and str(Path(work)/"rows.arrow"), new_fingerprint=os.urandom(8).hex())
+
 # %% ../../nbs/25_tokens/11_pairs.ipynb #8f94bf19
 def tokenize_pairs(
     dataset, # `datasets.Dataset` of pairs
@@ -320,8 +335,9 @@ def tokenize_pairs(
 )->tuple: # (`datasets.Dataset`, counts)
     "Tokenize pairs: the kept pairs, and counts of all"
     if not len(dataset): raise UserError("The dataset has no rows.")
-    control_tokens = policies.pop("allow_control_tokens_in_content", False)
-    limits = {k: policies.pop(k, None) for k in PAIR_LIMITS}
+    settings = dict(max_length=max_length, reference=reference, rewards=rewards, ignore=tuple(ignore_columns),
+                    allow_control_tokens_in_content=policies.pop("allow_control_tokens_in_content", False),
+                    **{k: policies.pop(k, None) for k in PAIR_LIMITS})
     check_pair_policies(policies)
     columns = account(dataset, ignore_columns, pairs=True)
     check_account(columns)
@@ -331,16 +347,10 @@ def tokenize_pairs(
     encoder.header() # made before the processes fork
     checked = stop_ids is not None and policies.pop("on_missing_stop", "error") == "error"
     policies.pop("on_missing_stop", None)
-    special = frozenset(np.flatnonzero(encoder.is_special).tolist())
-    settings = PairSettings(max_length, **limits, reference=reference, rewards=rewards, ignore=tuple(ignore_columns),
-                            allow_control_tokens_in_content=control_tokens, exact=keeps_nulls(dataset),
-                            stop_ids=frozenset(stop_ids) if checked else None, special_ids=special,
-                            weighted=bool(columns.names("weight")), serial=n > 1)
-    data = dataset.map(tokenize_pair_batch, batched=True, with_indices=True, batch_size=500, desc="Tokenizing",
-                       num_proc=n if n > 1 else None, features=tokenized_pair_features(settings.weighted),
-                       fn_kwargs=dict(tokenizer=ForkShared(tokenizer) if n > 1 else tokenizer, settings=settings),
-                       remove_columns=dataset.column_names, load_from_cache_file=False, keep_in_memory=work is None,
-                       cache_file_name=work and str(Path(work)/"rows.arrow"), new_fingerprint=os.urandom(8).hex())
+    settings = PairSettings(**settings, exact=keeps_nulls(dataset), weighted=bool(columns.names("weight")),
+                            stop_ids=frozenset(stop_ids) if checked else None, serial=n > 1,
+                            special_ids=frozenset(np.flatnonzero(encoder.is_special).tolist()))
+    data = _map_pairs(dataset, tokenizer, settings, n, work)
     data, counts = drop_pairs(data, policies, max_drop_fraction)
     return data, dict(counts, columns=account_lines(columns), notes=account_notes([columns]))
 
