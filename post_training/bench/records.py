@@ -187,7 +187,8 @@ SPEED_CLAIMS += ( # (claim with names of measured numbers, setting, limits): who
     ("Data-parallel training in 2 processes: efficiency {efficiency of 2 processes, ddp:.2f}", "2 cores",
      "the cores share caches and memory: this says little about GPUs"),
     ("Memory estimate: {estimated memory of measured, least:.2f}x to {estimated memory of measured, most:.2f}x of the "
-     "measured peak", "1 thread", "fitted to such measurements; a second run of them gave 0.96x to 1.02x; `fits` asks for 15 % to spare"),
+     "measured peak", "1 thread", "fitted to such measurements; a second run of them gave 0.96x to 1.02x; "
+     "`fits` asks for 15 % to spare"),
     ("Largest batch that fits: {largest batch:.0f} rows where the estimate says {largest batch by the estimate:.0f}",
      "1.7 GiB", "with the 15 % that `fits` asks for, the estimate allows one row"),
     ("Automatic attention backend: time {chosen attention, times the fastest at worst:.2f}x of the fastest backend, "

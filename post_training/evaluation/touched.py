@@ -20,7 +20,9 @@ def ancestor_records(
     runs_dir=None, # folder of the records; None: `runs_root`
 )->tuple: # (records, names of the runs whose record was not found)
     "The records of all runs that a checkpoint descends from, each once"
-    found, missing, waiting, seen = [], [], list(parents or []), set()
+    found, missing = [], []
+    waiting = list(parents or [])
+    seen = set()
     while waiting:
         parent = waiting.pop(0)
         digest = parent.get("hash")
@@ -54,7 +56,8 @@ def touched_prompts(
     threshold:float=0.5, # share of a prompt's words that one training row covers
 )->tuple: # (touched [rows] bool, datasets that were read, sentences about those that were not)
     "The evaluation rows whose prompt occurs in a training row"
-    touched, read, notes = np.zeros(len(rows), bool), [], []
+    touched = np.zeros(len(rows), bool)
+    read, notes = [], []
     own, _ = as_messages(rows.add_column("_index", np.arange(len(rows))))
     items = [(r["_index"], prompt_and_answer(r["messages"])[0], None) for r in own]
     prompts = hash_benchmark(items, "the evaluation rows", ngram)

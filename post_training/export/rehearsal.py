@@ -243,7 +243,9 @@ def check_files(
 ):
     "Refuse to train if the file system, or a limit of this process, refuses the files of the checkpoints"
     import resource
-    limit, disk, largest = resource.getrlimit(resource.RLIMIT_FSIZE)[0], os.statvfs(folder), max(files)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    disk = os.statvfs(folder)
+    largest = max(files)
     if limit != resource.RLIM_INFINITY and limit < largest:
         raise UserError(f"A checkpoint has a file of {size_text(largest)}, and this process may write files of "
                         f"{size_text(limit)} only (RLIMIT_FSIZE). Raise the limit before the command: `ulimit -f "

@@ -7,7 +7,7 @@ __all__ = ['DTYPE_CHOICES', 'ENGINES', 'ATTENTION_FLAGS', 'SAMPLING_DEFAULTS', '
            'resolve_auto', 'flash_available', 'default_device', 'no_safetensors', 'folder_fault', 'pointer_file',
            'model_path', 'attention_kinds', 'resolve_for_model', 'quiet_activation', 'generation_fault',
            'repaired_generation', 'rope_of_older_names', 'rope_notices', 'repaired_settings', 'repair_generation',
-           'load_error', 'check_loaded', 'own_numbers', 'check_finite_weights', 'load_model', 'padded_rows',
+           'load_error', 'check_loaded', 'local_shard', 'check_finite_weights', 'load_model', 'padded_rows',
            'set_special_ids', 'tiny_config', 'train_bpe', 'rendered_texts', 'build_tiny']
 
 # %% ../../nbs/30_models/1_load.ipynb #e9017cea
@@ -345,7 +345,7 @@ def check_loaded(
             f"{extra[0]}."] if extra else []
 
 # %% ../../nbs/30_models/1_load.ipynb #b3ea0393
-def own_numbers(
+def local_shard(
     tensor, # a parameter or a buffer; under ZeRO-3 this process has a part of a parameter
 ):
     "The numbers of a tensor that this process holds"
@@ -366,7 +366,7 @@ def check_finite_weights(
         if not numbers.numel() or not numbers.is_floating_point() or numbers.is_meta: return True
         if numbers.element_size() < 2: return True # quantised
         return bool(torch.isfinite(torch.stack(torch.aminmax(numbers.detach()))).all())
-    bad = [n for n, p in model.named_parameters() if not finite(own_numbers(p))]
+    bad = [n for n, p in model.named_parameters() if not finite(local_shard(p))]
     if bad:
         raise UserError(f"{name} has numbers that are not finite (NaN or infinity) in {len(bad)} tensors, such as "
                         f"{bad[0]}. Every result would be NaN. Name an earlier checkpoint, or copy it again.")

@@ -209,7 +209,9 @@ def chosen_features(
     "The types of the columns of training rows"
     from datasets import Features, Value
     from post_training.data.swissai import message_features
-    text, number, count = Value("string"), Value("float64"), Value("int32")
+    text = Value("string")
+    number = Value("float64")
+    count = Value("int32")
     both = sorted({*(fields or {}).get("prompt", ()), *(fields or {}).get("completions", ())})
     return Features(dict(id=text, source=text, messages=message_features(blocks, both), answer=text, verifier=text,
                          reward=number, policy=text, num_tokens=count, sample_index=count, num_samples=count,

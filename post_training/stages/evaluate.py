@@ -7,7 +7,8 @@ __all__ = ['MEASURES', 'HELD_OUT', 'is_url', 'check_evaluation_config', 'evaluat
            'candidate_checkpoints', 'candidate_tokenizer', 'model_input', 'answers_key', 'saved_answers',
            'save_answers', 'open_candidate', 'measure_accuracy', 'measure_checkpoint', 'paired_differences',
            'accuracy_difference', 'bits_difference', 'read_results', 'write_evaluation', 'summary_line',
-           'harness_tasks', 'evaluate', 'summary_rows', 'group_rows', 'plot_evaluation', 'sample_lines']
+           'harness_tasks', 'close_evaluation', 'evaluate', 'summary_rows', 'group_rows', 'plot_evaluation',
+           'sample_lines']
 
 # %% ../../nbs/65_stages/6_evaluate.ipynb #cba535d3
 import gc, hashlib, json, math, numpy as np, shutil
@@ -363,6 +364,22 @@ def harness_tasks(
     manager = find_tasks(tasks, folder and config.site_path(folder))
     return manager, [*read, *task_inputs(tasks, load_tasks(manager, tasks))]
 
+# %% ../../nbs/65_stages/6_evaluate.ipynb #747e5017
+def close_evaluation(
+    task, # attempt, as in `evaluate`
+    output:str, # folder of the results, see `write_evaluation`
+    results:dict, # result of `evaluate`
+    candidates:list, # result of `candidate_checkpoints`
+    task_files:list, # files and folders that the harness tasks read
+):
+    "Close the record of the run, with the results, their inputs and the ancestors of the checkpoints"
+    if parents := [p for c in candidates for p in c["parents"]]: run.update_record(task.run_dir, parents=parents)
+    without_samples = {n: {k: v for k, v in c.items() if k != "samples"} for n, c in results["checkpoints"].items()}
+    inputs = [results["dataset"], *(model_input(c["path"]) for c in candidates), *task_files]
+    run.finish_output(task, output, summary=summary_line(results), evaluation=without_samples,
+                      differences=results["differences"], inputs=run.inputs_of(inputs),
+                      **({"touched": results["touched"]} if "touched" in results else {}))
+
 # %% ../../nbs/65_stages/6_evaluate.ipynb #5ec3dfde
 def evaluate(
     task, # attempt (one start of a run), result of `run.open_run` or `launch.recipe.open_task`
@@ -391,12 +408,7 @@ def evaluate(
                                             cfg["runs_dir"])
         print(touched_line(results["touched"]), flush=True)
     output = write_evaluation(task, results, details, rows.to_list())
-    if parents := [p for c in candidates for p in c["parents"]]: run.update_record(task.run_dir, parents=parents)
-    without_samples = {n: {k: v for k, v in c.items() if k != "samples"} for n, c in results["checkpoints"].items()}
-    inputs = [dataset, *(model_input(c["path"]) for c in candidates), *task_files]
-    run.finish_output(task, output, summary=summary_line(results), evaluation=without_samples,
-                      differences=results["differences"], inputs=run.inputs_of(inputs),
-                      **({"touched": results["touched"]} if "touched" in results else {}))
+    close_evaluation(task, output, results, candidates, task_files)
     shutil.rmtree(work, ignore_errors=True)
     return results
 

@@ -338,9 +338,11 @@ def rejection_rules(
     cfg:dict, # composed configuration of the stage rejection_sample
 )->dict: # arguments of `RejectionRules`
     "The rules of rejection sampling in a config"
-    window, vote, hygiene = cfg["pass_rate"], cfg["vote"], cfg["hygiene"]
+    window = cfg["pass_rate"]
+    vote = cfg["vote"]
     return dict({k: cfg[k] for k in ("mode", "num_per_prompt", "min_reward", "seed")}, vote=vote["enabled"],
-                min_votes=vote["min_share"], low=window["low"], high=window["high"], by=window["by"], **hygiene)
+                min_votes=vote["min_share"], low=window["low"], high=window["high"], by=window["by"],
+                **cfg["hygiene"])
 
 # %% ../../nbs/65_stages/4_preference_data.ipynb #4c86d6f7
 def rejection_sample(

@@ -61,13 +61,24 @@ class PreferenceObjective:
     def pairwise(self): return {k: w for k, w in self.terms.items() if k != "qrpo"}
     @property
     def needs_reference(self): return needs_reference(self.losses)
-    @property
-    def rewards_answers(self): return set(self.losses) != {"sft"}
-    @property
-    def rewards_per_token(self): # the implicit reward is beta/|y| times the log-probability
-        return self.normalize_beta_by_length or not self.needs_reference and "cpo" not in self.losses
-    @property
-    def excludes_own_reward(self): return self.partition == "finite" or TRANSFORMS[self.transform].mid_rank
+
+# %% ../../nbs/40_training/8_preference.ipynb #459f42d5
+@patch(as_prop=True)
+def rewards_answers(self:PreferenceObjective)->bool:
+    "True if a loss gives the answers implicit rewards"
+    return set(self.losses) != {"sft"}
+
+# %% ../../nbs/40_training/8_preference.ipynb #9ac89199
+@patch(as_prop=True)
+def rewards_per_token(self:PreferenceObjective)->bool:
+    "True if the implicit reward is beta/|y| times the log-probability"
+    return self.normalize_beta_by_length or not self.needs_reference and "cpo" not in self.losses
+
+# %% ../../nbs/40_training/8_preference.ipynb #8ae99572
+@patch(as_prop=True)
+def excludes_own_reward(self:PreferenceObjective)->bool:
+    "True if the own reward of a reference completion does not count in its quantile"
+    return self.partition == "finite" or TRANSFORMS[self.transform].mid_rank
 
 # %% ../../nbs/40_training/8_preference.ipynb #preffil2
 @patch
