@@ -9,7 +9,7 @@ __all__ = ['FORMATS', 'PROMPT_COLUMNS', 'TURNS', 'INVERTED', 'PAIR_REFUSALS', 'M
            'HARMLESS', 'CUT_OFF', 'AGAINST', 'FLAGS', 'QUIET', 'UNFIT', 'NO_CHANGE', 'RENAMES', 'VERDICTS', 'SHAPES',
            'PAIR_ADVICE', 'ANSWER_ADVICE', 'UNREAD', 'empty_value', 'row_format', 'KnownKey', 'key_table',
            'known_spelling', 'alike', 'only_alike', 'column_class', 'harmless_value', 'usual_spelling', 'harmless',
-           'Flag', 'flag_of', 'speaks_against', 'unfit', 'all_texts', 'has_weights', 'repeats', 'refused_columns',
+           'Flag', 'flag_of', 'speaks_against', 'drop_reason', 'all_texts', 'has_weights', 'repeats', 'refused_columns',
            'plain_array', 'has_value', 'is_list_type', 'flag_mask', 'format_index', 'all_key_masks', 'key_masks',
            'key_mask', 'loud_and_quiet', 'message_key', 'no_value', 'key_suffix', 'nested_names', 'nested_masks',
            'struct_masks', 'branch_masks', 'OtherForm', 'json_text', 'json_list', 'better_side', 'from_verdict',
@@ -407,7 +407,7 @@ def speaks_against(
     return value < 0 or value == 0 and name.lower() not in ("preferred", "preference", "rating", "vote", "feedback")
 
 # %% ../../nbs/20_data/2_columns.ipynb #af050739
-def unfit(
+def drop_reason(
     values:dict, # a row or a message
 )->str|None: # the name and the value of a flag for which the row is dropped; None if there is none
     "The first flag that drops a row"

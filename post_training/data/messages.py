@@ -26,8 +26,8 @@ from dataclasses import dataclass, field
 from ..core.files import UserError, did_you_mean
 from post_training.data.columns import (
     CALL_KEYS, DROPPED, FLAGS, FORMATS, INVERTED, MESSAGE_KEYS, PROMPT_COLUMNS, ROW_KEYS, SYSTEM_COLUMNS, TOOL_COLUMNS,
-    WEIGHTS_OF_MESSAGES, empty_value, form_advice, harmless, message_key, refused_columns, repeats, row_format,
-    unfit)
+    WEIGHTS_OF_MESSAGES, drop_reason, empty_value, form_advice, harmless, message_key, refused_columns, repeats,
+    row_format)
 
 # %% ../../nbs/20_data/3_messages.ipynb #cfbb05f5
 class MalformedRow(UserError):
@@ -493,7 +493,7 @@ def read_turn(
     for c in ignore:
         if c.count(".") == 2 and c.startswith("messages."): turn = without_inner(turn, *c.split(".")[1:])
     if bad := refused_keys(turn): raise UnsupportedContent(f"message key {', '.join(bad)} cannot be honoured")
-    if fault := unfit(turn): raise MalformedRow(f"in a message {fault}")
+    if fault := drop_reason(turn): raise MalformedRow(f"in a message {fault}")
     role, content = read_role(turn), either(turn, "content", "value")
     weight, details = weight_of(turn, WEIGHT_KEYS), either(turn, "train_detail", "training_detail")
     for k in (k for keys in (*PAIR_KEYS, ("system",)) for k in keys if not empty_value(turn.get(k))):
@@ -886,7 +886,7 @@ def read_conversation(
     fits = columns and not any(row.get(c) is None for c in columns)
     form = tuple(columns) if fits else row_format(row) or columns or format_of(row)
     if bad := refused_columns(row, form): raise UnsupportedContent(f"column {', '.join(bad)} cannot be honoured")
-    if fault := unfit(row): raise MalformedRow(fault)
+    if fault := drop_reason(row): raise MalformedRow(fault)
     try:
         tools = read_tools(row, exact)
         turns = read_turns(ROW_FORMATS[form](row), tools, exact, ignore)

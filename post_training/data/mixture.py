@@ -18,7 +18,7 @@ from fractions import Fraction
 from ..core.files import UserError, did_you_mean
 from .io import converted, load_splits, reading_notes
 from post_training.data.columns import (
-    ROW_KEYS, SYSTEM_COLUMNS, account, account_notes, check_account, flag_of, plain_column, unfit,
+    ROW_KEYS, SYSTEM_COLUMNS, account, account_notes, check_account, drop_reason, flag_of, plain_column,
     with_known_names)
 from .messages import check_dropped, dataset_texts
 from .swissai import CARRIED_COLUMNS, as_messages, temporary_file
@@ -337,7 +337,7 @@ def without_unfit(
 )->tuple: # (the dataset without the rows that a flag drops, counts)
     "Pairs without those that a flag drops, as a mixture does not keep the flags"
     names = [c for c in rows.column_names if flag_of(c) and c not in ignore]
-    faults = [unfit(row) for row in rows.select_columns(names)] if names else [None]*len(rows)
+    faults = [drop_reason(row) for row in rows.select_columns(names)] if names else [None]*len(rows)
     examples = {}
     for i, fault in zip(rows["id"][:], faults):
         if fault: examples.setdefault(fault, []).append(i)

@@ -20,7 +20,8 @@ import json, numpy as np, os, re
 from dataclasses import replace
 from itertools import groupby
 from ..core.files import UserError, did_you_mean
-from .columns import TOOL_COLUMNS, empty_value, key_masks, plain_column, refused_columns, unfit
+from .columns import (
+    TOOL_COLUMNS, drop_reason, empty_value, key_masks, plain_column, refused_columns)
 from .messages import (
     OPTIONAL_COLUMNS, REASONING_KEYS, ROW_WEIGHTS, Conversation, MalformedRow, UnsupportedContent, as_list, as_written,
     check_messages, format_of, keeps_nulls, parse_json, plain_text, read_conversation, role_fault, row_id, row_weight,
@@ -505,7 +506,7 @@ def conversation_of(
     row = {k: v for k, v in row.items() if k not in ignore} if ignore else row
     if bad := refused_columns(row, ("conversation_branches",)):
         raise UnsupportedContent(f"column {', '.join(bad)} cannot be honoured")
-    if fault := unfit(row): raise MalformedRow(fault)
+    if fault := drop_reason(row): raise MalformedRow(fault)
     return Conversation(linearise_branch(row, branch, published), template_kwargs=template_arguments(row),
                         weight=row_weight(row))
 
