@@ -340,9 +340,10 @@ def rejection_rules(
     "The rules of rejection sampling in a config"
     window = cfg["pass_rate"]
     vote = cfg["vote"]
+    hygiene = {k: cfg["hygiene"][k] for k in ("max_repetition", "min_tokens", "max_tokens", "min_script_share")}
     return dict({k: cfg[k] for k in ("mode", "num_per_prompt", "min_reward", "seed")}, vote=vote["enabled"],
                 min_votes=vote["min_share"], low=window["low"], high=window["high"], by=window["by"],
-                **cfg["hygiene"])
+                **hygiene)
 
 # %% ../../nbs/65_stages/4_preference_data.ipynb #4c86d6f7
 def rejection_sample(
