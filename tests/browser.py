@@ -51,8 +51,9 @@ class Browser:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.call("Emulation.setEmulatedMedia", features=[dict(name="prefers-color-scheme", value="dark" if dark else "light")])
         self.call("Page.navigate", url="about:blank")
-        self.call("Page.navigate", url=f"file://{path}")
-        self.until(f"location.protocol === 'file:' && document.readyState === 'complete' && !!document.querySelector({json.dumps(ready)})")
+        address = path if str(path).startswith("http") else f"file://{path}"
+        self.call("Page.navigate", url=address)
+        self.until(f"location.protocol === {json.dumps(address.partition('//')[0])} && document.readyState === 'complete' && !!document.querySelector({json.dumps(ready)})")
 
     def shot(self, path):
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))

@@ -11,6 +11,7 @@ copyright = "2026 onwards, the post-training authors"
 extensions = ["myst_nb", "sphinx_design", "sphinx_copybutton"]
 html_theme = "furo"
 html_title = "post-training"
+html_favicon = "icon.svg"
 html_static_path = ["style.css"]
 html_css_files = ["style.css"]
 html_theme_options = {"navigation_with_keys": True, "top_of_page_buttons": []}

@@ -266,7 +266,7 @@ def main(out):
     for path in (ROOT / "nbs/LOG.md", ROOT / "nbs/README.md"):
         write(out / path.relative_to(ROOT), site_links(path.read_text(), path, address, missing))
     shutil.copytree(ROOT / "nbs/images", out / "nbs/images")
-    for name in ("conf.py", "style.css"):
+    for name in ("conf.py", "style.css", "icon.svg"):
         shutil.copy(Path(__file__).with_name(name), out / name)
     for folder in folders:
         folder_page(folder, out)
