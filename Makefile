@@ -103,7 +103,7 @@ $(SITE_LOCKED): | env
 	@$(SITE)/bin/python -m pip install -q --no-input --no-deps -r container/site.lock < /dev/null > $(SITE)/install.log 2>&1 || \
 	{ tail -n 15 $(SITE)/install.log >&2; exit 1; }; touch $@
 
-site-env: $(SITE_LOCKED)
+site-env: $(SITE_LOCKED) ## the environment of the site, which `make docs` and its test use
 
 docs: $(SITE_LOCKED) ## a site of all notebooks as they are kept, in _docs/html (nothing is executed)
 	@$(call say,pages); rm -rf _docs; $(RUN) python nbs/site/pages.py _docs/source

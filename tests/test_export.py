@@ -105,11 +105,11 @@ def test_spoilt_weights_are_refused(tiny, copy, tmp_path):
     save_file(tensors | {"model.extra": torch.zeros(1)}, path, metadata=dict(format="pt"))
     refused(copy, out, "does not have")
     save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] * float("nan")}, path, metadata=dict(format="pt"))
-    refused(copy, out, "not finite, such as model.norm.weight")
+    refused(copy, out, "not finite .* such as model.norm.weight")
     save_file(tensors | {"model.norm.weight": torch.ones(3)}, path, metadata=dict(format="pt"))
     refused(copy, out, "Cannot load|lacks")
     path.unlink()
-    refused(copy, out, "no safetensors")
+    refused(copy, out, "no file of weights")
     torch.save({}, copy / "pytorch_model.bin")
     refused(copy, out, "a pickle")
 

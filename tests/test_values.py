@@ -275,8 +275,9 @@ def worker_checks():
             "training_args.loss_type=robust training_args.label_smoothing=0.5", "training_args.loss_type=qrpo training_args.ld_alpha=0.5", "ref_model_args.model_name_or_path=a training_args.ref_logprobs_from_dataset=true"])]
 
 
-def test_nothing_that_a_worker_refuses_from_its_config_composes():
+def test_nothing_that_a_worker_refuses_from_its_config_composes(tmp_path, monkeypatch):
     "Each value is refused by the worker's own check, and when it is typed"
+    monkeypatch.setenv("POST_TRAINING_ARTIFACTS_DIR", str(tmp_path))  # no dataset of another test is in the way
     from post_training.config.overrides import parse_override
     for stage, check, base, refused_values in worker_checks():
         cfg = json.dumps(compose(stage, base).cfg)

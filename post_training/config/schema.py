@@ -923,7 +923,7 @@ class RejectionKeys(AnnotationKeys):
     "Completions that are worth training on"
     mode:Literal["best", "random"] = key()
     num_per_prompt:int|None = key(1)
-    min_reward:float|None = key(when="reads_rewards")
+    min_reward:float|None = key(-1e12, 1e12, when="reads_rewards")
     vote:VoteKeys = None
     pass_rate:PassRateKeys = None
     hygiene:HygieneKeys = None
