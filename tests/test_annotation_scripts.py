@@ -16,7 +16,10 @@ CLARIDEN = ["cluster=clariden", "cluster.account=a", "cluster.environment=e"]
 LARGE = ["model=apertus-70b", "dataset_args.dataset_name=rows", *CLARIDEN]
 SRUN = """#!/bin/bash
 echo "srun $*" >> {told}
-while [[ $1 == --* ]]; do shift; done
+while [[ $1 == --* ]]; do
+  [[ $1 != --output=* ]] || exec >"${1#*=}" 2>&1
+  shift
+done
 exec "$@"
 """
 PYTHON = """#!/bin/bash
@@ -24,10 +27,11 @@ echo "python $*" >> {told}
 case "$*" in *--ask) exit {asked} ;; *--array) exit 0 ;; *) echo {told}.model ;; esac
 """
 SERVER = """
-import socket, sys
-with socket.create_server(("127.0.0.1", int(sys.argv[1]))) as s:
-    while True:
-        with s.accept()[0] as c: c.recv(999); c.sendall(b"HTTP/1.1 200 OK\\r\\n\\r\\n")
+import socketserver, sys
+class Answer(socketserver.BaseRequestHandler):
+    def handle(self): self.request.recv(999); self.request.sendall(b"HTTP/1.1 200 OK\\r\\n\\r\\n")
+socketserver.ThreadingTCPServer.allow_reuse_address = True
+with socketserver.ThreadingTCPServer(("127.0.0.1", int(sys.argv[1])), Answer) as s: s.serve_forever() # a client that says nothing holds up no other
 """
 
 
@@ -113,13 +117,13 @@ def task(tmp_path):
             (bins / name).chmod(0o755)
         (tmp_path / "server.py").write_text(SERVER)
         words = ["cluster=slurm", "cluster.device=cuda", f"cluster.python={bins}/python", "dataset_args.dataset_name=rows", f"model_args.model_name_or_path={model}", "backend=server",
-                 f"server.command=[{sys.executable},{tmp_path}/server.py,'{{port}}','{{model}}']", "cluster.max_retries=0", "server.start_seconds=20"]
+                 f"server.command=[{sys.executable},{tmp_path}/server.py,'{{port}}','{{model}}']", "cluster.max_retries=0", "server.start_seconds=100"]
         script = tmp_path / "shards.sbatch"
         script.write_text(slurm.shards_script(config.compose("ref_completions", words).cfg, "submit.yaml", tmp_path, "n"))
         script.chmod(script.stat().st_mode | stat.S_IXUSR)
         env = os.environ | dict(PATH=f"{bins}{os.pathsep}{os.environ['PATH']}", SLURM_ARRAY_TASK_ID="0", SLURM_ARRAY_JOB_ID="7", SLURM_JOB_ID=str(job), SLURM_JOB_NODELIST="n")
         log = tmp_path / "slurm-7_0.out"
-        with open(log, "w") as out: done = subprocess.run(["bash", script], env=env, stdout=out, stderr=out, text=True, timeout=60)
+        with open(log, "w") as out: done = subprocess.run(["bash", script], env=env, stdout=out, stderr=out, text=True, timeout=180)
         assert stat.S_IMODE(log.stat().st_mode) == 0o600  # whatever the programs printed
         steps = [line for line in told.read_text().splitlines() if line.startswith("srun")]
         return done.returncode, (tmp_path / "array/7/0.end").read_text().strip(), steps, log.read_text()
