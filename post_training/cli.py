@@ -7,8 +7,8 @@ __all__ = ['COMMANDS', 'PREVIEWED', 'COMPLETION', 'stage_line', 'help_text', 'st
            'dry_run', 'stage_command', 'list_command', 'show_command', 'diff_command', 'verify_command',
            'repair_command', 'keep_command', 'gc_command', 'add_list_options', 'add_gc_options', 'add_runs_options',
            'jobs_command', 'add_jobs_options', 'plan_command', 'add_dry_run', 'add_stage_options', 'add_inspect',
-           'add_board', 'add_chat', 'certify_quietly', 'add_certify', 'sync_command', 'key_candidates', 'completions',
-           'completion_command', 'build_parser', 'main']
+           'add_board', 'add_chat', 'certify_quietly', 'add_certify', 'power_command', 'add_power_options',
+           'sync_command', 'key_candidates', 'completions', 'completion_command', 'build_parser', 'main']
 
 # %% ../nbs/80_entry/3_cli.ipynb #3dc7a4a7
 import os, sys
@@ -27,6 +27,8 @@ COMMANDS = { # name -> what the command does, and its arguments
                "inspect DATASET [--rows N] [--row ID] [--split S] [key=value ...]",
     "chat": "talk to a checkpoint: chat CHECKPOINT [--system TEXT] [--temperature T] [--template NAME] ...",
     "certify": "ask a program whether it reads an export as it was written: certify FOLDER [--reader NAME|URL]",
+    "power": "prompts, samples and seeds that show a difference: power RUN [--before NAME,...] [--after NAME,...] "
+             "[--difference D] [--power P] [--level L]",
     "completion": "completes stages, presets and keys in bash and zsh: eval \"$(post-training completion)\"",
     "wandb-sync": "send offline tracking to wandb: [RUN ...], all runs without a name",
 }
@@ -378,6 +380,30 @@ def add_certify(
     add_certify_options(parser)
     parser.set_defaults(call=certify_quietly)
 
+# %% ../nbs/80_entry/3_cli.ipynb #f5efbf7b
+def power_command(
+    args, # parsed arguments: words (a run of evaluate), before, after, difference, power, level
+)->int: # exit code
+    "The command `post-training power RUN ...`"
+    from post_training.evaluation.power import power_report
+    from post_training.run.find import find_run
+    from post_training.view.report import as_table
+    lines, rows = power_report(find_run(args.words[0]), args.before, args.after, args.difference, args.power, args.level)
+    print("\n".join([*lines, "", as_table(rows)]))
+    return 0
+
+# %% ../nbs/80_entry/3_cli.ipynb #c3dede1f
+def add_power_options(
+    parser:CommandParser, # parser of the command
+):
+    "The options of `power`"
+    parser.add_argument("--before", metavar="NAME", help="checkpoint of the first side (the first one); names with commas "
+                        "between them are training seeds")
+    parser.add_argument("--after", metavar="NAME", help="checkpoint of the second side (the second one), as --before")
+    parser.add_argument("--difference", type=float, default=.02, metavar="D", help="difference of mean scores (0.02)")
+    parser.add_argument("--power", type=float, default=.8, metavar="P", help="probability of a report (0.8)")
+    parser.add_argument("--level", type=float, default=.95, metavar="L", help="level of the interval (0.95)")
+
 # %% ../nbs/80_entry/3_cli.ipynb #485cf356
 def sync_command(
     args, # parsed arguments; words has runs, none: all
@@ -474,6 +500,7 @@ def build_parser()->CommandParser:
     add("inspect", "[DATASET] [key=value ...]", setup=add_inspect)
     add("chat", "[CHECKPOINT]", setup=add_chat)
     add("certify", "FOLDER", setup=add_certify)
+    add("power", "RUN", power_command, add_power_options, description=COMMANDS["power"])
     return parser
 
 # %% ../nbs/80_entry/3_cli.ipynb #a91b29ff
