@@ -20,6 +20,7 @@ from ..evaluation import answers as evaluation_answers
 from ..evaluation.answers import Sampling, verdict_text
 from ..evaluation.perplexity import (completion_likelihoods, jackknife_interval, left_out_rates,
                                                  perplexity_of, tokenized_rows)
+from ..evaluation.power import corrected_p_values, paired_p_value, visible_by_interval
 from ..evaluation.statistics import evenly_spaced_indices, paired_difference
 from ..evaluation.touched import touched_line, touched_report
 from ..models.verifiers import row_verifier
@@ -242,6 +243,8 @@ def measure_checkpoint(
         accuracy, details["answers"], details["scores"] = measure_accuracy(
             cfg, model, tokenizer, as_dicts, candidate["path"], answers_file)
         numbers |= accuracy
+        if accuracy["interval"]:
+            numbers["smallest_visible"] = visible_by_interval(accuracy["interval"], accuracy["accuracy"], paired=False)
     if "perplexity" in cfg["measure"]:
         room = model.room if served else getattr(model.config.get_text_config(), "max_position_embeddings", None)
         tokens = tokenized_rows(rows, tokenizer, room, cfg["evaluation"]["verifier"])
@@ -264,18 +267,25 @@ def measure_checkpoint(
 def paired_differences(
     row_scores:dict, # name -> details by row, from `measure_checkpoint`; the first one is the baseline
 )->dict: # name -> accuracy (result of `paired_difference`), bits_per_byte
-    "Paired differences to the first checkpoint"
+    "Paired differences to the first checkpoint, with p-values that are corrected for the number of checkpoints"
     (_, baseline), *candidates = row_scores.items()
-    return {name: accuracy_difference(baseline, c) | bits_difference(baseline, c) for name, c in candidates}
+    out = {name: accuracy_difference(baseline, c) | bits_difference(baseline, c) for name, c in candidates}
+    compared = [d["accuracy"] for d in out.values() if "accuracy" in d]
+    for d, corrected in zip(compared, corrected_p_values([d["p_value"] for d in compared])): d.update(corrected)
+    return out
 
 # %% ../../nbs/65_stages/6_evaluate.ipynb #aaa95b3d
 def accuracy_difference(
     a:dict, # details by row of the baseline
     b:dict, # details by row of another checkpoint
-)->dict: # accuracy: result of `paired_difference`; empty if no row was checked for both
+)->dict: # accuracy: `paired_difference`, smallest_visible, p_value; empty if no row was checked for both
     "The difference of accuracy on rows that were checked for both"
     pairs = [(x, y) for x, y in zip(a.get("scores", []), b.get("scores", [])) if x is not None and y is not None]
-    return dict(accuracy=paired_difference(*zip(*pairs))) if pairs else {}
+    if not pairs: return {}
+    before, after = zip(*pairs)
+    found = paired_difference(before, after)
+    visible = visible_by_interval(found["interval"], found["difference"], paired=True)
+    return dict(accuracy=found | dict(smallest_visible=visible, p_value=paired_p_value(before, after)))
 
 # %% ../../nbs/65_stages/6_evaluate.ipynb #821ae5f9
 def bits_difference(
@@ -428,6 +438,8 @@ def summary_rows(
             row |= {"accuracy %": None if c["accuracy"] is None else percent(c["accuracy"]),
                     "95 %": span(c["interval"], percent), "interval by": c.get("interval_method"),
                     "against the first": gain and f"{100*gain['difference']:+.1f} ({span(gain['interval'], percent)})",
+                    "p (Holm)": gain and f"{gain['p_holm']:.2g}",
+                    "smallest visible %": c.get("smallest_visible") and percent((gain or c)["smallest_visible"]),
                     "prompts": c["n"], "not checked": c["not_checked"], "no prompt": c["no_prompt"], "cut": c["cut"]}
         if p:
             gain = d.get("bits_per_byte")
