@@ -12,7 +12,7 @@ import contextlib, ctypes, errno, json, math, os, shutil, tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from ..core.files import UserError
-from ..core.model_folders import write_portable
+from ..core.model_folders import rope_fault, write_portable
 from .parity import compare_ids, own_dialogues, with_plain_messages
 
 # %% ../../nbs/55_export/7_rehearsal.ipynb #80160d95
@@ -38,7 +38,7 @@ def weightless_model(
             raise ValueError(f"its weights are quantised ({quantised.get('quant_method', 'unknown method')}), and "
                              "training needs plain ones. Name the model that it was made from.")
         with torch.device("meta"), quiet_activation():
-            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype),
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation="eager",
                                                      trust_remote_code=trust_remote_code)
         if "generation_config" in repaired: model.generation_config = repaired["generation_config"]
         else:
@@ -46,7 +46,7 @@ def weightless_model(
             except OSError: # there is none; config.json may have such settings
                 model.generation_config = GenerationConfig.from_pretrained(
                     path, config_file_name="config.json", revision=revision, _from_model_config=True)
-    except Exception as e: raise UserError(f"Cannot load the model {path}: {load_error(e)}") from e
+    except Exception as e: raise UserError(f"Cannot load the model {path}: {rope_fault(path) or load_error(e)}") from e
     shown = Path(path).name if Path(path).is_dir() else path # a record must not contain a path of this machine
     model.notices = [f"{shown}: {n}" for n in [*notices, *repair_generation(model)]]
     set_special_ids(model, config_ids(tokenizer))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STORED_DTYPES', 'CheckpointSource', 'find_checkpoint_source', 'weights_kind', 'weight_faults', 'dtype_of',
-           'load_weights', 'load_adapter', 'load_partitions', 'load_checkpoint_source']
+           'load_weights', 'adapter_settings', 'open_adapter', 'load_adapter', 'load_partitions',
+           'load_checkpoint_source']
 
 # %% ../../nbs/55_export/1_weights.ipynb #6f7d57c0
 import contextlib, json, os, sys
@@ -132,6 +133,52 @@ def load_weights(
                         f"{extra[0]}.")
     return model
 
+# %% ../../nbs/55_export/1_weights.ipynb #97ec99a6
+def adapter_settings(
+    path:str, # folder with adapter_config.json
+)->dict: # content of adapter_config.json
+    "Read the settings of an adapter; an error if it cannot be merged into a causal language model"
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    path = Path(path)
+    try: settings = json.loads((path/"adapter_config.json").read_text())
+    except ValueError as e: raise UserError(f"{path.name}/adapter_config.json is not JSON: {e}.") from e
+    kind, task = settings.get("peft_type"), settings.get("task_type")
+    known = {str(getattr(k, "value", k)): c for k, c in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if kind not in known:
+        raise UserError(f"{path.name} is an adapter of the kind peft_type={kind}, which this version of peft does not "
+                        "know.")
+    if known[kind](task_type="CAUSAL_LM").is_prompt_learning:
+        raise UserError(f"{path.name} is an adapter of the kind {kind}: it adds vectors to the input and no change of "
+                        "the weights, so it cannot be merged.")
+    if task not in (None, "CAUSAL_LM"):
+        raise UserError(f"{path.name} is an adapter for task_type={task}, not for a causal language model.")
+    fields = known[kind].__dataclass_fields__
+    if unread := [k for k, v in settings.items() if k not in fields and v not in (None, False, [], {}, "")]:
+        raise UserError(f"{path.name}/adapter_config.json has {unread[0]}={settings[unread[0]]!r}, which this version "
+                        "of peft does not read: the merged model could be another one. Remove the key if it has no "
+                        "effect.")
+    if not (path/"adapter_model.safetensors").is_file():
+        pickled = " Its weights are a pickle, which may run code when it is read." if [*path.glob("*.bin")] else ""
+        raise UserError(f"{path.name} is an adapter without adapter_model.safetensors.{pickled}")
+    return settings
+
+# %% ../../nbs/55_export/1_weights.ipynb #2431ccd1
+def open_adapter(
+    base, # the base model
+    path:str, # folder with adapter_config.json
+): # `peft.PeftModel`
+    "Add an adapter to its base; an error if one of its tensors has no place, or is missing in its file"
+    from peft import PeftModel, get_peft_model_state_dict
+    from post_training.models.load import check_finite_weights
+    adapted, stored = PeftModel.from_pretrained(base, path), tensor_header(Path(path)/"adapter_model.safetensors")
+    if bad := adapted.load_adapter(path, "default").unexpected_keys: # the second time, for the names
+        raise ValueError(f"it has no place for {len(bad)} of the adapter's {len(stored)} tensors, such as {bad[0]}.")
+    if lacking := [k for k in get_peft_model_state_dict(adapted, save_embedding_layers=False) if k not in stored]:
+        raise ValueError(f"{len(lacking)} tensors that adapter_config.json describes are missing, such as "
+                         f"{lacking[0]}.")
+    check_finite_weights(adapted, Path(path).name)
+    return adapted
+
 # %% ../../nbs/55_export/1_weights.ipynb #3465ec9d
 def load_adapter(
     path:str, # folder with adapter_config.json
@@ -140,20 +187,22 @@ def load_adapter(
     **load_args, # further arguments of `load_weights`
 ): # the model with the adapter merged into its weights
     "Load the base model of an adapter and merge the adapter into it"
-    from peft import PeftModel
-    named = base_model or json.loads((Path(path)/"adapter_config.json").read_text()).get("base_model_name_or_path")
+    settings = adapter_settings(path)
+    named = base_model or settings.get("base_model_name_or_path")
     if not named: raise UserError(f"{Path(path).name} is an adapter that names no base: set base_model.")
+    if not base_model and settings.get("revision"): load_args = dict(load_args, revision=settings["revision"])
     try: base = load_weights(run.base_model(named, runs_dir)[0], **load_args)
     except UserError as e:
         raise UserError(f"The base of the adapter {Path(path).name}: {e} Set base_model to the model that it "
                         "was trained on.") from e
     rows = probe_rows(base.config.get_text_config().vocab_size)
     try:
-        adapted = PeftModel.from_pretrained(base, path)
+        adapted = open_adapter(base, path)
         before, dtype = row_log_probs(adapted, rows), str(base.dtype)
         merged = adapted.merge_and_unload()
-    except (RuntimeError, ValueError) as e:
-        raise UserError(f"{Path(path).name} does not fit its base {named}: {str(e).strip().splitlines()[0]}") from e
+    except (RuntimeError, ValueError, KeyError) as e:
+        said = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
+        raise UserError(f"{Path(path).name} does not fit its base {named}: {' '.join(said[:2])[:400]}") from e
     compare_merged(before, row_log_probs(merged, rows), dtype)
     return merged
 

@@ -15,6 +15,7 @@ import hashlib, json, re, weakref
 from functools import lru_cache
 from pathlib import Path
 from ..core.files import UserError, did_you_mean
+from ..core.model_folders import rope_fault
 from ..data.swissai import to_structured
 from .templates import (
     TEMPLATE_RULES, TemplateLimit, limit_templates, named_templates, rule_stop_id, template_name, template_place,
@@ -418,8 +419,10 @@ def read_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path) if path.exists() else name_or_path,
                                                   revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as e:
-        raise UserError(f"Cannot load the tokenizer {name_or_path}: {str(e).splitlines()[0]}") from e
+    except Exception as e: # transformers also reads config.json, and a tokenizer's own code may raise anything
+        said = (str(e).strip().splitlines() or [""])[0]
+        said = said if isinstance(e, (OSError, ValueError)) else f"{type(e).__name__}: {said}"
+        raise UserError(f"Cannot load the tokenizer {name_or_path}: {rope_fault(path) or said}") from e
     if not tokenizer.is_fast:
         raise UserError(f"{name_or_path} has no fast tokenizer: masks need the character offsets that only those give.")
     limit_templates(tokenizer)
