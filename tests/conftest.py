@@ -13,7 +13,8 @@ BIN = Path(sys.executable).parent  # not resolved: the environment's programs li
 DATA_VAR = "POST_TRAINING_DATA"
 
 # No hub, no accounts, few threads; programs of the environment are found by what the tests start. What the caller set wins.
-for key, value in dict(HF_HUB_OFFLINE="1", WANDB_MODE="offline", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false").items():
+for key, value in dict(HF_HUB_OFFLINE="1", WANDB_MODE="offline", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false",
+                       TRL_EXPERIMENTAL_SILENCE="1").items():
     os.environ.setdefault(key, value)
 os.environ["PATH"] = f"{BIN}{os.pathsep}{os.environ['PATH']}"
 # Modules with large libraries that tests start in any way are forks too (tests/forks/sitecustomize.py).
@@ -22,16 +23,28 @@ if FORKS not in os.environ.get("PYTHONPATH", ""): os.environ["PYTHONPATH"] = os.
 
 
 SERVER = contextlib.ExitStack()
+LOADED = {}  # variables of the libraries with which the fork server has started
 
 
 def pytest_configure(config):
     "Processes of recipes that tests start are forks of one that has loaded the libraries; the workers of a session share it"
-    from post_training.core.fork_server import fork_server
+    from post_training.core.fork_server import fork_server, load_time_variables
 
+    LOADED.update(load_time_variables(os.environ))
     if not hasattr(config, "workerinput"): SERVER.enter_context(fork_server())
 
 
 def pytest_unconfigure(config): SERVER.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forks_are_taken():
+    "A test module that sets a variable of the libraries when it is imported would turn every fork into a process that loads them again, 4 to 5 s each"
+    from post_training.core import fork_server
+    now = fork_server.SERVER_SETTINGS | fork_server.load_time_variables(os.environ)
+    before = fork_server.SERVER_SETTINGS | LOADED
+    changed = sorted(k for k in {*now, *before} if now.get(k) != before.get(k))
+    assert not changed, f"importing the tests changed {', '.join(changed)}: set them in tests/conftest.py, before the fork server starts"
 
 
 @pytest.fixture(scope="session", autouse=True)

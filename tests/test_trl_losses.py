@@ -1,6 +1,4 @@
 "DFT and the losses without a reference against TRL's own trainers on the same rows: loss and gradient"
-import os
-
 import pytest
 import torch
 from preference_worker import make_pairs
@@ -12,7 +10,6 @@ from post_training.tokens.collate import PadCollator, PairCollator
 from post_training.training.objective import SFTObjective
 from post_training.training.preference import objective_from_args
 
-os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 ARGS = dict(use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False, max_length=None)
 
 
