@@ -112,6 +112,18 @@ def test_samples_and_words(place, tmp_root):
     assert "<td" in answers.show_samples(told) and "wrong" in answers.show_samples(told)
 
 
+def test_an_early_stop(place, tmp_root):
+    "A checkpoint that answers as the first one stops when a difference of 0.9 is ruled out; the table and the files say how many prompts were asked"
+    rows = [dict(question=f"{i} + 1?", answer=str(i + 1)) for i in range(60)]
+    asked = [*typed(place, rows=write(place / "sixty.jsonl", rows)), f"checkpoints=[{place}/model-0,{place}/model-1]", "evaluation.stop_early=true", "evaluation.batch_size=8", "measure=[accuracy]"]
+    results, record = measured(*asked, "evaluation.smallest_difference=0.9")
+    first, second = results["checkpoints"].values()
+    assert first["n"] == 60 and second["n"] == second["early_stop"]["prompts"] < 60 and second["early_stop"]["decision"] == "no difference as large as 0.9"
+    assert second["no_prompt_why"] == {evaluate.NOT_ASKED: 60 - second["n"]} and record["differences"]["model-1"]["accuracy"]["n"] == second["n"]
+    assert [r.get("stopped") for r in evaluate.summary_rows(results)] == [None, "no difference as large as 0.9"]
+    with pytest.raises(UserError, match="smallest_difference"): measured(*asked[:-2], "evaluation.smallest_difference=0.1", "evaluation.stop_early=false")
+
+
 @pytest.mark.slow
 def test_a_killed_evaluation_goes_on(place, tmp_root, capsys):
     rows = [dict(question=f"{i} + 1?", answer=str(i + 1)) for i in range(100)]

@@ -376,6 +376,8 @@ EVALUATION_CONDITIONS = {
         "add accuracy to measure, or leave it out"),
     "rows_measured": Condition("something is measured on rows", lambda c: c("measure") != [],
         "<measure> measures nothing on rows"),
+    "stop_early": Condition("evaluation.stop_early is true", lambda c: c("evaluation.stop_early") is not False,
+        "every prompt is answered", "set evaluation.stop_early=true, or leave it out"),
     "perplexity": Condition("perplexity is measured", _measures("perplexity"), "<measure> does not contain perplexity",
         "add perplexity to measure, or leave it out"),
     "sampled_answers": Condition("temperature is above 0", lambda c: c("evaluation.temperature") != 0,
@@ -959,6 +961,8 @@ class AnswersKeys:
     samples:int = key(1, 10000, when="accuracy sampled_answers")
     verifier:_VERIFIERS|None = key(when="rows_measured")
     find_touched:bool = key(when="rows_measured")
+    stop_early:bool = key(when="accuracy")
+    smallest_difference:float|None = key(0, 1, above=True, when="accuracy stop_early")
     batch_tokens:int = key(1, when="perplexity")
 
 # %% ../../nbs/10_config/2_schema.ipynb #9990bf20
