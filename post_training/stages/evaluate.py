@@ -20,6 +20,7 @@ from ..evaluation import answers as evaluation_answers
 from ..evaluation.answers import Sampling, verdict_text
 from ..evaluation.perplexity import (completion_likelihoods, jackknife_interval, left_out_rates,
                                                  perplexity_of, tokenized_rows)
+from ..evaluation.pass_at_k import answers_at_k
 from ..evaluation.power import corrected_p_values, paired_p_value, visible_by_interval
 from ..evaluation.sequential import any_time_p_value, look
 from ..evaluation.statistics import evenly_spaced_indices, paired_difference
@@ -261,6 +262,7 @@ def measure_accuracy(
     answers = evaluation_answers.read_answers(tokenizer, rows, prompts, by_row, e["verifier"])
     result = evaluation_answers.evaluation_result(tokenizer, rows, prompts, by_row, e["num_samples_shown"], answers)
     scores = evaluation_answers.row_scores(answers, len(rows))
+    if several := answers_at_k(answers): stop["at_k"] = several
     new_tokens = sum(len(a["ids"]) for samples in generated.values() for a in samples)
     return result | dict(answers=len(answers), new_tokens=new_tokens) | stop, answers, scores
 
@@ -515,6 +517,11 @@ def group_rows(
     prompts = lambda k: next(skills(c)[k]["n"] for c in cs.values() if k in skills(c))
     out["accuracy by skill or source, % (95 %)"] = [
         dict(what=k, prompts=prompts(k)) | {n: percent(skills(c).get(k)) for n, c in cs.items()} for k in names(skills)]
+    at = lambda c, k: next((line for line in c.get("at_k") or [] if line["k"] == k), {})
+    of_k = lambda line, name: f"{100*line[name]:.1f}{ends(dict(interval=line[f'{name}_interval']))}" if line else None
+    out["several samples, % (95 %)"] = [
+        {"what": f"{name}@{k}"} | {n: of_k(at(c, k), name) for n, c in cs.items()} for name in ("pass", "maj")
+        for k in sorted({line["k"] for c in cs.values() for line in c.get("at_k") or []}) if k > 1]
     out["perplexity by source"] = [dict(what=k) | {n: sources(c).get(k, {}).get("perplexity") for n, c in cs.items()}
                                    for k in names(sources)]
     metrics = sorted({(t, m) for c in cs.values() for t, values in tasks(c).items() for m in values
