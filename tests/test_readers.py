@@ -84,6 +84,12 @@ CHANGES = {
     "weight": (lambda f: one_bit(f / "model.safetensors", TENSOR), "weights", f"{TENSOR} differs"),
     "stop token": (lambda f: edit(f / "generation_config.json", "68", "69"), "stops", "does not stop at [68]"),
     "tokenizer": (lambda f: edit(f / "tokenizer.json", '"single_word": false', '"single_word": true'), "tokenizer", "tokenizer.json differs"),
+    "a key of the certificate": (lambda f: certified_as(f, lambda c: c["dialogues"][0].update(written=[5], margins=[0.0])), "certificate", "was changed after it was written"),
+    "a tokenizer of another program": (lambda f: (f / "tekken.json").write_text("{}"), "files", "tekken.json is not certified"),
+    "weights beside the weights": (lambda f: shutil.copy(f / "model.safetensors", f / "consolidated.safetensors"), "weights", "lm_head.weight differs"),
+    "an index of other files": (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "model-00001.safetensors"}}'), "weights", "model-00001.safetensors is missing"),
+    "a config that is cut": (lambda f: (f / "config.json").write_text("{"), "config", "config.json: valid JSON is not certified"),
+    "weights that are cut": (lambda f: (f / "model.safetensors").write_bytes(b"123"), "weights", "header of model.safetensors is not certified"),
     "a log-probability": (lambda f: certified_as(f, lambda c: c["dialogues"][0]["logps"].__setitem__(-1, -30.0)), "log-probabilities", "Likely cause"),
 }
 
@@ -103,7 +109,7 @@ def test_the_command_needs_the_folder_only(exported, tmp_path):
     folder = shutil.copytree(exported, tmp_path / "x")
     def command(*words): return subprocess.run(["post-training", "certify", *words], capture_output=True, text=True, cwd=tmp_path)
     fine = command("x")
-    assert fine.returncode == 0 and fine.stdout.count("yes ") == 9 and not fine.stderr, fine
+    assert fine.returncode == 0 and fine.stdout.count("yes ") == 11 and not fine.stderr, fine
     (folder / "chat_template.jinja").unlink()
     assert command("x").returncode == 1
     for words, says in ((["y"], "There is no folder y"), (["x", "--reader", "vlm"], "'vllm'")):
