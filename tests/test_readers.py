@@ -3,9 +3,12 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import time
 
+import psutil
 import pytest
 
 from post_training import config, run
@@ -129,6 +132,47 @@ def test_transformers_4(exported, tmp_path):
     certified_as(folder, lambda c: [c["config"].pop(k) for k in list(c["config"]) if k.startswith(("config.json: rope_theta", "config.json: rope_scaling"))])
     found = refused(folder, "transformers-4.57")
     assert [*found] == ["log-probabilities", "continuation"][:len(found)] and "Likely cause: rope: the reader uses the default of apertus (rope_theta 1.2e+07)" in found["log-probabilities"], found
+
+
+PARENT = """
+import sys
+from post_training.export.serving import free_port, running_server
+port = free_port()
+with running_server([sys.executable, "-c", sys.argv[1], str(port), sys.argv[2]], port, {}, "stubborn"):
+    if sys.argv[3] == "waits": sys.stdin.read()
+"""
+STUBBORN = """
+import http.server, os, signal, subprocess, sys
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen(["sleep", "900"], start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN))
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self): self.send_response(200); self.end_headers()
+server = http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Answer)
+with open(sys.argv[2], "w") as f: print(os.getpid(), child.pid, file=f)
+server.serve_forever()
+"""
+
+
+@pytest.mark.slow
+def test_no_server_outlives_its_parent(tmp_path):
+    "A server that ignores SIGTERM, and its child in another session, end when their parent leaves, gets SIGTERM or is killed"
+    parents = {}
+    for end in ("leaves", signal.SIGTERM, signal.SIGKILL):
+        file = tmp_path / str(int(end) if end != "leaves" else end)
+        words = [sys.executable, "-c", PARENT, STUBBORN, str(file), end if end == "leaves" else "waits"]
+        parents[end] = subprocess.Popen(words, stdin=subprocess.PIPE), file
+    for end, (parent, file) in parents.items():
+        wait_until(lambda file=file: file.is_file() and file.read_text().endswith("\n"))
+        if end != "leaves": parent.send_signal(end)
+        parent.wait(120)
+    left = [psutil.Process(int(pid)) for _, file in parents.values() for pid in file.read_text().split() if psutil.pid_exists(int(pid))]
+    _, alive = psutil.wait_procs(left, timeout=120)
+    assert not alive
+
+
+def wait_until(true, seconds=120):
+    end = time.monotonic() + seconds
+    while not true(): assert time.monotonic() < end; time.sleep(0.1)
 
 
 def compose(exported, name, url):

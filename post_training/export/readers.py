@@ -12,6 +12,7 @@ import contextlib, json, os, subprocess, sys
 from pathlib import Path
 from .. import config
 from ..core.files import UserError, did_you_mean, redact
+from ..core.processes import kept_command
 from ..core.yaml_files import read_yaml
 from .serving import free_port, running_server
 from ..preferences.completions import (
@@ -96,11 +97,16 @@ def ask_script(
     hidden = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
     env = {k: v for k, v in os.environ.items() if k not in hidden} | {"HF_HUB_OFFLINE": "1"}
     env |= {k: str(v) for k, v in spec.get("environment", {}).items()}
-    try:
-        out = subprocess.run(command, input=json.dumps(question), capture_output=True, text=True, env=env,
-                             timeout=spec.get("seconds", 1800))
-    except subprocess.TimeoutExpired: raise UserError(f"The reader {name} took longer than its seconds.") from None
-    return _answer_of(name, out.stdout if out.returncode == 0 else "", out.stderr)
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process, seconds = subprocess.Popen(kept_command(command), text=True, env=env, **pipes), spec.get("seconds", 1800)
+    try: out, err = process.communicate(json.dumps(question), timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"The reader {name} took longer than its {seconds} seconds.") from None
+    finally:
+        if process.poll() is None:
+            process.terminate() # the keeper, which ends the script and what it started
+            process.wait()
+    return _answer_of(name, out if process.returncode == 0 else "", err)
 
 # %% ../../nbs/55_export/5_readers.ipynb #34533a19
 def tokenized_by_server(

@@ -9,6 +9,7 @@ __all__ = ['serve_command', 'free_port', 'running_server', 'temporary_server', '
 import contextlib, httpx, os, shutil, signal, socket, subprocess, sys, tempfile, time
 from pathlib import Path
 from ..core.files import UserError, redact
+from ..core.processes import kept_command
 from .weights import dtype_of
 
 # %% ../../nbs/55_export/4_serving.ipynb #71eab793
@@ -41,21 +42,23 @@ def running_server(
     "Run a server during a `with` block; yields its address http://HOST:PORT"
     log = tempfile.TemporaryFile()
     env = os.environ | {"HF_HUB_OFFLINE": "1"} | {k: str(v) for k, v in environment.items()}
-    try: process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
-    except FileNotFoundError: raise UserError(f"{name}: there is no program {command[0]}.") from None
+    if not shutil.which(command[0]): raise UserError(f"{name}: there is no program {command[0]}.")
+    process = subprocess.Popen(kept_command(command), env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                               start_new_session=True) # Ctrl-C here reaches the server through the keeper only
     try:
         end = time.monotonic() + seconds
         while True:
             with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"http://127.0.0.1:{port}/health", timeout=5, trust_env=False).status_code == 200: break
+                answered = httpx.get(f"http://127.0.0.1:{port}/health", timeout=5, trust_env=False).status_code == 200
+                if answered and process.poll() is None: break
             if process.poll() is None and time.monotonic() < end: time.sleep(.3); continue
             log.seek(0)
             last = (log.read().decode(errors="replace").strip().splitlines() or ["it wrote nothing"])[-1]
             raise UserError(f"{name} did not start: {redact(last)}")
         yield f"http://127.0.0.1:{port}/v1"
     finally:
-        with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGTERM)
-        try: process.wait(10)
+        process.terminate() # the keeper, which ends the server
+        try: process.wait(60)
         except subprocess.TimeoutExpired: os.killpg(process.pid, signal.SIGKILL)
         log.close()
 
