@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['VOLATILE_KEYS', 'PROBE_TEXTS', 'OPTIMIZER_NUMBERS', 'SHARD_BYTES', 'SMALL_FILES', 'weightless_model',
-           'check_settings', 'check_tokenizer_files', 'write_and_read', 'export_notices', 'SavePlan', 'large_files',
-           'checkpoints_at_once', 'size_text', 'reserve_space', 'check_files', 'check_space', 'Rehearsal', 'rehearse']
+           'check_settings', 'check_tokenizer_files', 'tokenizer_file_notices', 'write_and_read', 'export_notices',
+           'SavePlan', 'large_files', 'checkpoints_at_once', 'size_text', 'reserve_space', 'check_files', 'check_space',
+           'Rehearsal', 'rehearse']
 
 # %% ../../nbs/55_export/7_rehearsal.ipynb #0035626e
 import contextlib, ctypes, errno, json, math, os, shutil, tempfile
@@ -110,6 +111,23 @@ def check_tokenizer_files(
                         f"{len(compared)} dialogues, for example {different[0]!r}.{cause}")
     return compared
 
+# %% ../../nbs/55_export/7_rehearsal.ipynb #06403123
+def tokenizer_file_notices(
+    tokenizer, # tokenizer of training
+)->list[str]: # notices for the user
+    "Compare a tokenizer with the file tokenizer.json that it was read from: some classes of transformers change it"
+    from tokenizers import Tokenizer
+    file = Path(tokenizer.name_or_path or "")/"tokenizer.json"
+    if not file.is_file(): return []
+    raw = Tokenizer.from_file(str(file))
+    raw.no_truncation()
+    other = [t for t in PROBE_TEXTS
+             if raw.encode(t, add_special_tokens=False).ids != tokenizer(t, add_special_tokens=False).input_ids]
+    if not other: return []
+    return [f"{type(tokenizer).__name__} of transformers gives other ids than the file tokenizer.json for {len(other)} "
+            f"of {len(PROBE_TEXTS)} texts, for example {other[0]!r}. Training uses the former, and checkpoints have a "
+            "file that gives these. Check which of them the base was trained with."]
+
 # %% ../../nbs/55_export/7_rehearsal.ipynb #a5c37876
 def write_and_read(
     folder:Path, # empty folder
@@ -141,7 +159,7 @@ def write_and_read(
     check_settings(model.config.to_dict(), config.to_dict(), "config.json")
     check_settings(model.generation_config.to_diff_dict(), generation.to_diff_dict(), "generation_config.json")
     check_tokenizer_files(tokenizer, again, model.config.model_type)
-    return notices + export_notices(tokenizer, again, model)
+    return notices + tokenizer_file_notices(tokenizer) + export_notices(tokenizer, again, model)
 
 # %% ../../nbs/55_export/7_rehearsal.ipynb #c5895163
 def export_notices(

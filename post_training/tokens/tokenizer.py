@@ -421,6 +421,8 @@ def read_tokenizer(
                                                   revision=revision, trust_remote_code=trust_remote_code)
     except Exception as e: # transformers also reads config.json, and a tokenizer's own code may raise anything
         said = (str(e).strip().splitlines() or [""])[0]
+        if "custom code" in said:
+            said = "its class is its own code, which is not run (tokenizer_args.trust_remote_code=true would run it)."
         said = said if isinstance(e, (OSError, ValueError)) else f"{type(e).__name__}: {said}"
         raise UserError(f"Cannot load the tokenizer {name_or_path}: {rope_fault(path) or said}") from e
     if not tokenizer.is_fast:
