@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'PREVIEWED', 'COMPLETION', 'stage_line', 'help_text', 'stage_help_text', 'keys_text', 'preview_of',
            'dry_run', 'stage_command', 'list_command', 'show_command', 'diff_command', 'verify_command',
-           'repair_command', 'keep_command', 'gc_command', 'add_list_options', 'add_gc_options', 'add_runs_options',
-           'jobs_command', 'add_jobs_options', 'plan_command', 'add_dry_run', 'add_stage_options', 'add_inspect',
-           'add_board', 'add_chat', 'certify_quietly', 'add_certify', 'power_command', 'add_power_options',
-           'sync_command', 'key_candidates', 'completions', 'completion_command', 'build_parser', 'main']
+           'repair_command', 'keep_command', 'gc_command', 'yes_or_no', 'reproduce_command', 'add_reproduce_options',
+           'receipt_command', 'add_list_options', 'add_gc_options', 'add_runs_options', 'jobs_command',
+           'add_jobs_options', 'plan_command', 'add_dry_run', 'add_stage_options', 'add_inspect', 'add_board',
+           'add_chat', 'certify_quietly', 'add_certify', 'power_command', 'add_power_options', 'sync_command',
+           'key_candidates', 'completions', 'completion_command', 'build_parser', 'main']
 
 # %% ../nbs/80_entry/3_cli.ipynb #3dc7a4a7
 import os, sys
@@ -21,7 +22,8 @@ COMMANDS = { # name -> what the command does, and its arguments
     "plan": "several stages that wait for each other: plan PLAN.yaml [--dry-run] [key=value ... for all stages]",
     "jobs": "waiting and running jobs of the cluster, with reasons: jobs [RUN ...] [--all] [--lines N]",
     "runs": "list runs: --stage, --status, --text, --sort NUMBER; show RUN, diff A B, verify [RUN ...], "
-            "repair RUN, keep RUN [NAME], gc [RUN ...] [--failed] [--all-checkpoints] [--yes]",
+            "repair RUN, keep RUN [NAME], gc [RUN ...] [--failed] [--all-checkpoints] [--yes], "
+            "reproduce RUN [--here] [--input NAME=PATH ...], receipt A B",
     "board": "a page of all runs with curves, configs and answers side by side: board [--out DIR] [--serve [PORT]]",
     "inspect": "look at a dataset as the model will see it: "
                "inspect DATASET [--rows N] [--row ID] [--split S] [key=value ...]",
@@ -233,6 +235,58 @@ def gc_command(
     print(f"{format_bytes(delete_checkpoints(going))} freed")
     return 0
 
+# %% ../nbs/80_entry/3_cli.ipynb #3d994d9d
+def yes_or_no(
+    question:str, # question to the person at the terminal
+    remedy:str, # sentence for the error: what to type if there is no terminal
+)->bool: # True: yes
+    "Ask a question at the terminal"
+    if not sys.stdin.isatty(): raise UserError(f"Nothing was done: there is no terminal to ask. {remedy}")
+    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+
+# %% ../nbs/80_entry/3_cli.ipynb #f6c5360a
+def reproduce_command(
+    args, # parsed arguments: words (a run), here, yes, input
+)->int: # exit code: 1 if the repetition differs
+    "The command `post-training runs reproduce RUN ...`"
+    from post_training.reproduce.receipt import receipt_text
+    from post_training.reproduce.rerun import reproduce
+    from post_training.run.find import find_run
+    if wrong := [text for text in args.input if "=" not in text]: raise UserError(f"--input {wrong[0]}: write NAME=PATH.")
+    given = dict(text.partition("=")[::2] for text in args.input)
+    ask = lambda question: args.yes or yes_or_no(question, "Add --yes to apply them, or --here for the present code.")
+    receipt, folder = reproduce(find_run(args.words[0]), args.here, given, ask)
+    print(f"\n{receipt_text(receipt)}\n\nreceipt: {folder/'receipt.json'}")
+    return int(not receipt["equal"])
+
+# %% ../nbs/80_entry/3_cli.ipynb #9d564e15
+def add_reproduce_options(
+    parser:CommandParser, # parser of the command
+):
+    "The options of `runs reproduce`"
+    parser.add_argument("--here", action="store_true", help="use the present code instead of the recorded commit")
+    parser.add_argument("--input", action="append", default=[], metavar="NAME=PATH",
+                        help="where an input of the record is on this machine; may be repeated")
+    parser.add_argument("--yes", action="store_true", help="apply the recorded uncommitted changes without a question")
+
+# %% ../nbs/80_entry/3_cli.ipynb #5727e8b5
+def receipt_command(
+    args, # parsed arguments; words has two runs, or two receipts
+)->int: # exit code: 1 if something differs
+    "The command `post-training runs receipt A B`"
+    from pathlib import Path
+    from post_training.reproduce.receipt import compare_receipts, make_receipt, receipt_text
+    from post_training.run.find import find_run
+    from post_training.view.report import as_table
+    is_receipt = lambda word: Path(word).name == "receipt.json" or (Path(word)/"receipt.json").is_file()
+    if all(map(is_receipt, args.words)):
+        rows = compare_receipts(*args.words)
+        print(as_table(rows) if rows else "the receipts are equal")
+        return int(bool(rows))
+    receipt = make_receipt(*map(find_run, args.words))
+    print(receipt_text(receipt))
+    return int(not receipt["equal"])
+
 # %% ../nbs/80_entry/3_cli.ipynb #d66cb1b8
 def add_list_options(
     parser:CommandParser, # parser of the command
@@ -269,6 +323,8 @@ def add_runs_options(
     add("repair", "RUN", repair_command, help="rebuild a lost or damaged record or config")
     add("keep", "RUN [NAME]", keep_command, help="a small, redacted copy for git")
     add("gc", "[RUN ...]", gc_command, add_gc_options, help="delete checkpoints that are not needed")
+    add("reproduce", "RUN", reproduce_command, add_reproduce_options, help="run it again from its record, and compare")
+    add("receipt", "A B", receipt_command, help="compare two runs, or two receipts, to the last bit")
 
 # %% ../nbs/80_entry/3_cli.ipynb #3986da94
 def jobs_command(

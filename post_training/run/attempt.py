@@ -15,7 +15,8 @@ from ..core.files import (
 from ..core.processes import die_with_parent, this_job
 from ..config.compose import save_frozen
 from .identity import check_topology, checkpoints_root, config_changes, run_folder, training_topology
-from .provenance import changed_inputs, git_state, host_facts, made_by, stack_versions
+from .provenance import (
+    changed_inputs, git_state, host_facts, made_by, numeric_facts, stack_versions)
 from .locks import hold_run, is_live, release_run
 from .record import (
     edit_record, newest_verified, read_config, read_record, to_json_types, update_record)
@@ -164,7 +165,7 @@ def _start_attempt(
     if git["diff"]: write_atomic(attempt.attempt_dir/"diff.patch", redact(git["diff"]))
     git["diff"] = f"attempts/{attempt.number}/diff.patch" if git["diff"] else None
     entry = dict(number=attempt.number, started=_now(), pid=os.getpid(), host=host_facts(), git=git,
-                 versions=stack_versions(), **facts)
+                 versions=stack_versions(), numerics=numeric_facts(), **facts)
     # a run whose training is finished may still lack its evaluation
     trained = attempt.status == "resume" and is_trained(attempt.run_dir, attempt.checkpoints_dir)
     def change(r):

@@ -7,11 +7,11 @@ __all__ = ['TRANSIENT_ERROR_WORDS', 'wants_cpu', 'init_distributed', 'zero_stage
            'read_args', 'load_libraries', 'start_rank', 'open_composed_run', 'from_rank0', 'is_rank0_of_several',
            'shared_data', 'resolve_auto_settings', 'trl_args', 'load_base', 'load_policy', 'packs_of', 'collator_of',
            'trainer_options', 'resume_point', 'probe_memory', 'peak_memory', 'saves_to_come', 'rehearse_save',
-           'record_inputs', 'begin_record', 'train_rank', 'hand_over', 'record_final', 'error_kind', 'report_error',
-           'run_training_stage']
+           'torch_facts', 'record_inputs', 'begin_record', 'train_rank', 'hand_over', 'record_final', 'error_kind',
+           'report_error', 'run_training_stage']
 
 # %% ../../nbs/65_stages/5_training.ipynb #6b9cd150
-import datetime, json, os, sys, traceback
+import datetime, hashlib, json, os, sys, traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -411,6 +411,13 @@ def rehearse_save(
     print(f"{result.line()}; {facts['seconds']:.1f} s", flush=True)
     for text in notices: print(text, file=sys.stderr)
 
+# %% ../../nbs/65_stages/5_training.ipynb #a22b845b
+def torch_facts()->dict: # threads, build (hash of PyTorch's build settings), instructions of the processor
+    "Facts about PyTorch in this process that may change the last digits of numbers"
+    import torch
+    build = hashlib.sha256(torch.__config__.show().encode()).hexdigest()[:16]
+    return dict(threads=torch.get_num_threads(), build=build, instructions=torch.backends.cpu.get_cpu_capability())
+
 # %% ../../nbs/65_stages/5_training.ipynb #341d4c27
 def record_inputs(
     w:RankContext, # this rank
@@ -425,7 +432,7 @@ def record_inputs(
     tokenizer_from = run.base_model(w.cfg["tokenizer_args"]["tokenizer_name_or_path"], w.cfg["runs_dir"])[0]
     dataset = run.local_path_or_name(w.cfg["dataset_args"]["dataset_name"])
     parents = lineage.get("parents", []) + run.made_by(dataset)
-    run.update_record(w.run_dir, counts=data.counts, notices=data.notices, resolved=auto, seeds=seeds,
+    run.update_record(w.run_dir, counts=data.counts, notices=data.notices, resolved=auto | torch_facts(), seeds=seeds,
                       **(dict(parents=parents) if parents else {}),
                       inputs=run.inputs_of({dataset, name, tokenizer_from}))
 
@@ -512,6 +519,7 @@ def record_final(
     last = lambda key: next((l[key] for l in reversed(lines) if key in l), None)
     facts = dict(checkpoint=final.name, step=step, train_loss=last("loss"),
                  total_trained_tokens=last("total_trained_tokens"), metrics=manifest["metrics"])
+    facts["weights"] = {name: f["sha256"] for name, f in manifest["files"].items() if name.endswith(".safetensors")}
     policy = trainer.checkpoints
     best = best_checkpoint(w.checkpoints_dir, policy.best_metric, policy.greater_is_better)
     if best: facts["best"] = dict(checkpoint=best[0].name, metric=policy.best_metric, value=best[1])
