@@ -42,7 +42,7 @@ def second(folder):
 # name -> (what is done to a copy of the tiny model, words of the refusal)
 REFUSED = {
     "no head": (lambda f: weights(f, lambda w: without(w, "lm_head")), "lacks 1 tensors of ApertusForCausalLM, such as lm_head.weight"),
-    "a layer too few": (lambda f: weights(f, lambda w: without(w, ".layers.3.mlp.up_proj")), "lacks 1 tensors"),
+    "a layer too few": (lambda f: weights(f, lambda w: without(w, ".layers.1.mlp.up_proj")), "lacks 1 tensors"),
     "a classifier": (lambda f: weights(f, lambda w: without(w, "lm_head") | {"score.weight": w["lm_head.weight"][:2]}), "lacks 1 tensors"),
     "tied and two matrices": (lambda f: edit(f / "config.json", tie_word_embeddings=True), "two different matrices"),
     "an adapter beside weights": (lambda f: (f / "adapter_config.json").write_text('{"base_model_name_or_path": "organisation/base"}'), "adapter of organisation/base"),
@@ -55,13 +55,13 @@ REFUSED = {
     "an unknown scaling": (lambda f: older_rope_only(f, rope_scaling=dict(type="mrope", mrope_section=[2, 3])), "'mrope', which this version"),
     "an unknown type": (lambda f: edit(f / "config.json", model_type="mine", auto_map=dict(AutoConfig="c.C", AutoModelForCausalLM="m.M")), "no class for its model_type"),
     "a dtype that is none": (lambda f: edit(f / "config.json", dtype="auto"), "no attribute 'auto'"),
-    "a NaN": (lambda f: weights(f, lambda w: poked(w, "model.layers.2.mlp.up_proj.weight", float("nan"))), "not finite .* in 1 tensors, such as model.layers.2.mlp.up_proj.weight"),
+    "a NaN": (lambda f: weights(f, lambda w: poked(w, "model.layers.1.mlp.up_proj.weight", float("nan"))), "not finite .* in 1 tensors, such as model.layers.1.mlp.up_proj.weight"),
     "an infinity": (lambda f: weights(f, lambda w: poked(w, "lm_head.weight", -float("inf"))), "such as lm_head.weight"),
     "a pointer": (lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"), "is a pointer of Git LFS"),
 }
 # name -> (what is done, words of the notice, kind and theta of the rope that is loaded)
 READ = {
-    "tensors too many": (lambda f: edit(f / "config.json", num_hidden_layers=3), "have no place in ApertusForCausalLM", ("default", 1e4)),
+    "tensors too many": (lambda f: edit(f / "config.json", num_hidden_layers=1), "have no place in ApertusForCausalLM", ("default", 1e4)),
     "code of its own": (lambda f: edit(f / "config.json", auto_map=dict(AutoModelForCausalLM="modeling_mine.Mine")), "which is not run", ("default", 1e4)),
     "stops without a row": (lambda f: (edit(f / "config.json", eos_token_id=[68, 10**6]), edit(f / "generation_config.json", eos_token_id=[10**6, 68])), "1000000 is no id of this model", ("default", 1e4)),
     "an attention that is not installed": (lambda f: edit(f / "config.json", attn_implementation="flash_attention_2"), "", ("default", 1e4)),
@@ -135,9 +135,9 @@ def test_a_model_without_rotary_positions(tmp_path):
 
 # name -> (what is done to the tensors and to the settings of an adapter, words of the refusal)
 ADAPTERS = {
-    "names of another model": (lambda w: {k.replace(".layers.", ".language.layers."): v for k, v in w.items()}, {}, "no place for 8 of the adapter's 8 tensors"),
-    "a layer that is not there": (lambda w: w | {k.replace(".3.", ".9."): v.clone() for k, v in w.items() if ".3." in k}, {}, "no place for 2 of"),
-    "a layer too few": (lambda w: without(w, ".3."), {}, "2 tensors that adapter_config.json describes are missing"),
+    "names of another model": (lambda w: {k.replace(".layers.", ".language.layers."): v for k, v in w.items()}, {}, "no place for 4 of the adapter's 4 tensors"),
+    "a layer that is not there": (lambda w: w | {k.replace(".1.", ".9."): v.clone() for k, v in w.items() if ".1." in k}, {}, "no place for 2 of"),
+    "a layer too few": (lambda w: without(w, ".1."), {}, "2 tensors that adapter_config.json describes are missing"),
     "a NaN": (lambda w: {k: v * float("nan") for k, v in w.items()}, {}, "not finite"),
     "a pickle": (None, {}, "Its weights are a pickle"), "a classifier": (dict, dict(task_type="SEQ_CLS"), "for task_type=SEQ_CLS"),
     "virtual tokens": (dict, dict(peft_type="PREFIX_TUNING"), "adds vectors to the input"), "a kind of tomorrow": (dict, dict(peft_type="X"), "peft_type=X"),

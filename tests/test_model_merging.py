@@ -37,12 +37,25 @@ def build_llama(folder, tokenizer_from):
             shutil.copy(Path(tokenizer_from) / name, folder)
 
 
+def build_apertus(folder, tiny):
+    "The tiny model with four layers, so that there are layers to choose from"
+    from transformers import ApertusForCausalLM
+
+    from post_training.models.load import quiet_activation, tiny_config
+    shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("manifest.json"))
+    torch.manual_seed(0)
+    with quiet_activation(): model = ApertusForCausalLM(tiny_config(json.loads((tiny / "config.json").read_text())["vocab_size"], num_hidden_layers=4)).float()
+    model.config.save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
 def models(demo, tmp_path_factory):
     "For each architecture a base and three models that lie around it"
     root, out = tmp_path_factory.mktemp("merging"), {}
     build_llama(root / "llama", demo / "models/tiny")
-    for name, base in (("apertus", demo / "models/tiny"), ("llama", root / "llama")):
+    build_apertus(root / "apertus", demo / "models/tiny")
+    for name, base in (("apertus", root / "apertus"), ("llama", root / "llama")):
         out[name] = dict(base=str(base), **{m: str(merging_sources.write_variant(root / f"{name}-{m}", base, seed)) for seed, m in enumerate("abc")})
     return out
 

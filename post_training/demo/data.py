@@ -187,7 +187,7 @@ def shared_problems(
     return sorted({o for o in map(operands_of, held_out) if o in seen})
 
 # %% ../../nbs/45_demo/1_data.ipynb #6d43d106
-DEMO_VERSION = 2 # version of rows, tokenizer and initial weights; a new number makes `ensure_demo` build them again
+DEMO_VERSION = 3 # version of rows, tokenizer and initial weights; a new number makes `ensure_demo` build them again
 
 # %% ../../nbs/45_demo/1_data.ipynb #6e59b649
 def write_split_files(

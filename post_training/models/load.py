@@ -467,7 +467,7 @@ def set_special_ids(
     generation.eos_token_id = [ids["eos_token_id"], *(i for i in stops if i != ids["eos_token_id"])]
 
 # %% ../../nbs/30_models/1_load.ipynb #537a911c
-TINY_SHAPE = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+TINY_SHAPE = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
                   num_key_value_heads=4, max_position_embeddings=2048,
                   rope_parameters=dict(rope_type="default", rope_theta=10_000.0), bos_token_id=1, eos_token_id=68,
                   pad_token_id=10)
