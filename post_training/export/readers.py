@@ -41,8 +41,10 @@ def reader_spec(
     "Read and check the description of a reader"
     files = known_readers()
     if name not in files:
-        raise UserError(f"There is no reader {name!r}.{did_you_mean(name, files)} Known: library, "
-                        f"{', '.join(files)}, and the address of a server, such as http://HOST:8000.")
+        known = ", ".join(["library", *files])
+        raise UserError(f"There is no reader {name!r}.{did_you_mean(name, files)} Known: {known}, and the address of a "
+                        "server, such as http://HOST:8000. Readers by name are files NAME.yaml in container/readers of "
+                        "a checkout, or in POST_TRAINING_READERS_DIR.")
     spec = read_yaml(files[name], files[name].name, empty=True)
     for k, v in spec.items():
         if k not in READER_KEYS:
