@@ -21,7 +21,9 @@ what, *rest = sys.argv[1:] or ["facts"]
 show(fork=os.environ.get("POST_TRAINING_FORK") == str(os.getpid()), pid=os.getpid())
 if what == "facts":
     mask = os.umask(0)
-    show(argv=rest, cwd=os.getcwd(), name=__name__, path=sys.path[0], env={k: v for k, v in os.environ.items() if k.startswith("MY_")},
+    sys.stdout.reconfigure(errors="backslashreplace")  # seeks where the stream was opened for a file
+    streams = [(s.name, s.line_buffering, s.write_through, s.encoding, s.errors) for s in (sys.stdin, sys.stdout, sys.stderr)]
+    show(streams=streams, argv=rest, cwd=os.getcwd(), name=__name__, path=sys.path[0], env={k: v for k, v in os.environ.items() if k.startswith("MY_")},
          umask=mask, files=resource.getrlimit(resource.RLIMIT_NOFILE), nice=os.nice(0), cpus=sorted(os.sched_getaffinity(0)),
          hup=signal.getsignal(signal.SIGHUP) == signal.SIG_IGN, input=sys.stdin.read(), loaded="json.tool" in sys.modules)
     print("to stderr", file=sys.stderr)

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SERVER_VARIABLE', 'FORK_VARIABLE', 'LIBRARIES', 'LOAD_TIME', 'LOAD_TIME_NAMES', 'WITHOUT_EFFECT', 'SERVER_SETTINGS',
-           'load_time_variables', 'refusal', 'send_request', 'receive_request', 'die_with', 'become', 'run_module_here',
-           'end_fork', 'unfit', 'ServerState', 'server_state', 'tell', 'answer_command', 'report_ends', 'handle_event',
-           'serve', 'request_of', 'run_forked', 'own_file', 'forked_command', 'fork_server', 'fork_server_main']
+           'load_time_variables', 'refusal', 'send_request', 'receive_request', 'die_with', 'become', 'open_streams',
+           'run_module_here', 'end_fork', 'unfit', 'ServerState', 'server_state', 'tell', 'answer_command',
+           'report_ends', 'handle_event', 'serve', 'request_of', 'run_forked', 'own_file', 'forked_command',
+           'fork_server', 'fork_server_main']
 
 # %% ../../nbs/00_core/7_fork_server.ipynb #092babff
-import array, atexit, contextlib, ctypes, gc, importlib.util, json, os, resource, select, signal, socket, subprocess
+import array, atexit, contextlib, ctypes, gc, importlib.util, io, json, os, resource, select, signal, socket, subprocess
 import sys, tempfile, threading
 from dataclasses import dataclass, field
 
@@ -117,6 +118,19 @@ def become(
     os.environ.update(request["env"] | {FORK_VARIABLE: str(os.getpid())})
     return request["argv"]
 
+# %% ../../nbs/00_core/7_fork_server.ipynb #e024e565
+def open_streams():
+    "Open `sys.stdin`, `sys.stdout` and `sys.stderr` as a new process does"
+    unbuffered = bool(os.environ.get("PYTHONUNBUFFERED"))
+    for n, name in enumerate(("stdin", "stdout", "stderr")):
+        old = getattr(sys, name)
+        file = open(n, "wb" if n else "rb", buffering=0 if n and unbuffered else -1, closefd=False)
+        getattr(file, "raw", file).name = f"<{name}>"
+        stream = io.TextIOWrapper(file, old.encoding, old.errors, "\n", write_through=unbuffered,
+                                  line_buffering=not unbuffered and (n == 2 or file.isatty()))
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+
 # %% ../../nbs/00_core/7_fork_server.ipynb #4a72fab1
 def run_module_here(
     argv:list[str], # name of a module and its arguments
@@ -128,8 +142,7 @@ def run_module_here(
     tempfile.tempdir = None
     if "numpy" in sys.modules: sys.modules["numpy"].random.seed()
     importlib.invalidate_caches()
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=stream.isatty(), write_through="PYTHONUNBUFFERED" in os.environ)
+    open_streams()
     runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
 
 # %% ../../nbs/00_core/7_fork_server.ipynb #5ef37241
