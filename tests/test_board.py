@@ -41,7 +41,7 @@ def runs(tmp_path):
     root = tmp_path / "runs"
     put_run(root, "demo-0000000a", config__training_args__learning_rate=1e-4, evaluation__after__accuracy=.25)
     put_run(root, "demo-0000000b", config__training_args__learning_rate=1e-3, evaluation__after__accuracy=.75)
-    evil = put_run(root, "x<img src=x onerror=window.bad=3>-0000000c", summary=HOSTILE, overrides=[HOSTILE], notices=[HOSTILE],
+    evil = put_run(root, "x<img src=x onerror=window.bad=3>-0000000c", summary=HOSTILE, overrides=[HOSTILE], evaluation__after__accuracy=.5, notices=[HOSTILE],
                    counts__train__dropped={HOSTILE: 3}, config__job_subdir=HOSTILE, attempts__0__error=HOSTILE)
     (evil / "examples.json").write_text(json.dumps([dict(row_id=HOSTILE, source=HOSTILE, runs=[["prompt", False, HOSTILE], [HOSTILE, True, HOSTILE]])]))
     with open(evil / "metrics.jsonl", "a") as f: f.write(json.dumps({"step": 2000, HOSTILE: 1.0, "loss": "NaN"}) + "\n")
@@ -142,11 +142,12 @@ def test_command_and_follow(runs, monkeypatch, capsys):
     assert main(["board", "--out", str(runs.parent)]) == 2 and "is no board" in capsys.readouterr().err
     run_dir = runs / "train_sft/demo/demo-0000000a"
     edit_record(run_dir, lambda r: r["attempts"][-1].pop("exit"))
+    total = json.loads((run_dir / "record.json").read_text())["total_steps"]
     with open(run_dir / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
 
         def end():
-            append_metrics(run_dir, dict(step=1100, loss=.5))
+            append_metrics(run_dir, dict(step=total + 32, loss=.5))
             time.sleep(.3)
             edit_record(run_dir, lambda r: r["attempts"][-1].update(exit=0))
         timer = threading.Timer(.3, end)
@@ -154,7 +155,7 @@ def test_command_and_follow(runs, monkeypatch, capsys):
         assert b.follow(run_dir, every=.05) == "finished"
         timer.join()
     lines = capsys.readouterr().out.splitlines()
-    assert "running" in lines[0] and any("step 1100 of 1068, loss 0.5" in line for line in lines) and "finished" in lines[-1]
+    assert "running" in lines[0] and any(f"step {total + 32} of {total}, loss 0.5" in line for line in lines) and "finished" in lines[-1]
 
 
 @pytest.fixture
