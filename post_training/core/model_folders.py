@@ -77,7 +77,7 @@ def rope_fault(
     folder, # folder of a model; a name on the hub gives no fault
 )->str: # one sentence; empty if the kind of scaling is known
     "Name a kind of scaling in `config.json` that transformers does not know, and what to write instead"
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    known = (*KNOWN_SCALING, "proportional") # the last only in transformers 5
     try: config = json.loads((Path(folder)/"config.json").read_text())
     except (OSError, ValueError): return ""
     text = next((config[k] for k in ("text_config", "llm_config") if isinstance(config.get(k), dict)), config)
@@ -87,9 +87,9 @@ def rope_fault(
             kind = part.get("rope_type", part.get("type", "default"))
             if kind == "su":
                 return f"config.json has {key} of the type su, which is an older name of longrope: write longrope there."
-            if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
+            if kind not in known:
                 return (f"config.json has {key} of the type {kind!r}, which this version of transformers does not know "
-                        f"(it knows default, {', '.join(sorted(ROPE_INIT_FUNCTIONS))}).")
+                        f"(it knows {', '.join(known)}).")
     return ""
 
 # %% ../../nbs/00_core/5_model_folders.ipynb #73d2666f
