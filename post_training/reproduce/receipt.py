@@ -106,16 +106,19 @@ def recorded_facts(
     attempt = (record.get("attempts") or [{}])[-1]
     git, host = attempt.get("git") or {}, attempt.get("host") or {}
     inputs = sorted(str(v.get("content")) for v in (record.get("inputs") or {}).values() if v.get("content"))
-    config = {k: v for k, v in (record.get("config") or {}).items() if k not in PLACES}
+    text = json.dumps({k: v for k, v in (record.get("config") or {}).items() if k not in PLACES})
+    artifacts = (record.get("config") or {}).get("artifacts_dir") or "artifacts"
+    config = json.loads(text.replace(f'"{artifacts}/', '"${artifacts_dir}/'))
+    host = {k: v.split("-")[0] if k == "platform" else v for k, v in host.items() if k not in ("name", "memory_gb")}
     return flatten(dict(
         commit=git.get("commit"), changed_files=git.get("dirty"), versions=attempt.get("versions") or {},
-        host={k: v for k, v in host.items() if k not in ("name", "memory_gb")}, numerics=(attempt.get("numerics") or {}) | (record.get("resolved") or {}),
+        host=host, numerics=(attempt.get("numerics") or {}) | (record.get("resolved") or {}),
         topology=record.get("topology") or {}, fingerprints=record.get("fingerprints") or {},
         inputs={str(i): x for i, x in enumerate(inputs)}, config=config))
 
 # %% ../../nbs/77_reproduce/1_receipt.ipynb #rcfac003
 PLACES = ("artifacts_dir", "artifacts_subdir", "runs_dir", "run_dir", "resuming_dir", "resuming_hash", "job_subdir",
-          "wandb", "trackers", "resuming", "submit") # config keys that say where a run is kept
+          "wandb", "trackers", "resuming", "submit", "cluster") # config keys that say where a run is kept
 
 # %% ../../nbs/77_reproduce/1_receipt.ipynb #rcfac004
 def compare_facts(
