@@ -79,8 +79,9 @@ hooks: env ## the pre-commit hooks over all files
 # nbdev_test in a process for each notebook, so that none sees what another has set.
 NBDEV_TEST = $(RUN) $(TESTING) python tests/run_notebooks.py --workers $(WORKERS) $(1)
 
+# Recipes run by their commands, in tests/test_terminal.py.
 notebooks: env ## run the notebooks without their slow cells; the benchmarks are slow ones
-	@$(call say,notebooks); $(ROOTED); find nbs -name '*.ipynb' -not -path '*/.*' -not -path 'nbs/90_bench/*' -not -path 'nbs/benchmarks/*' | sort | $(call NBDEV_TEST)
+	@$(call say,notebooks); $(ROOTED); find nbs -name '*.ipynb' -not -path '*/.*' -not -path 'nbs/90_bench/*' -not -path 'nbs/benchmarks/*' -not -path 'nbs/recipes/*' | sort | $(call NBDEV_TEST)
 
 slow-notebooks: env ## run the notebooks that have slow cells, with them, and the benchmarks
 	@$(call say,notebooks with slow cells); $(ROOTED); (grep -rlE --include='*.ipynb' --exclude-dir=.ipynb_checkpoints '"#\| *slow' nbs; ls nbs/90_bench/*.ipynb nbs/benchmarks/*.ipynb) | sort -u | $(call NBDEV_TEST,--flags=slow)

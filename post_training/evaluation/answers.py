@@ -232,6 +232,7 @@ def generate_answers(
     progress=lambda batches: batches, # function that wraps the list of batches, for a progress bar
 )->dict[int, list[dict]]: # row index -> its samples, each with ids and finish_reason
     "Answer prompts in batches of similar length, each batch once"
+    from post_training.core.processes import counted
     from post_training.core.shards import seed_of
     from post_training.models.generate import complete_batch, length_batches, model_stop_ids, row_noise
     from post_training.preferences.completions import call_stop_ids
@@ -242,7 +243,7 @@ def generate_answers(
     # batches contain all prompts, because the last digits of logits depend on the batch
     batches = [[at[k] for k in b]
                for b in length_batches([len(prompts[i]) for i in at], max(1, s.batch_size//s.samples))]
-    for batch in progress([b for b in batches if not all(i in out for i in b)]):
+    for batch in progress(counted([b for b in batches if not all(i in out for i in b)], "prompts")):
         seeds = [seed_of(s.seed, str(prompts[i]), j) for i in batch for j in range(s.samples)]
         asked = [prompts[i] for i in batch]
         if served: answers = answers_by_server(model, asked, seeds, s, ends)

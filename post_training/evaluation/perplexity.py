@@ -104,6 +104,7 @@ def completion_likelihoods(
 )->dict: # arrays [N]: nats, tokens, bytes, perhaps weights; 0 for rows that are left out
     "Nats, tokens and bytes of each row's completions; `tokens` counts those of weight above 0, `weights` adds weights"
     import torch
+    from post_training.core.processes import counted
     from post_training.models.score import add_score_head
     N, served = len(tokens), isinstance(model, ServedModel)
     if not served: model = add_score_head(model)
@@ -112,7 +113,7 @@ def completion_likelihoods(
     if weighted: out["weights"] = np.zeros(N)
     kept = [i for i, reason in enumerate(tokens["reason"][:]) if not reason]
     budget = min(batch_tokens, 1024) if not served and model.device.type == "cpu" else batch_tokens
-    for batch in token_batches([tokens[i]["length"] for i in kept], budget):
+    for batch in counted(token_batches([tokens[i]["length"] for i in kept], budget)):
         rows = [tokens[kept[k]] for k in batch]
         T = max(len(r["input_ids"]) for r in rows)
         weights = [completion_weights(r) for r in rows]

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['recipe_parameters', 'check_parameters', 'recipe_path', 'own_kernel', 'load_papermill', 'execute_notebook',
-           'closing_line', 'shown_path', 'print_done', 'progress_thread', 'keep_final', 'hand_to_cluster', 'open_task',
-           'absolute_overrides', 'check_stage_config', 'forks_pay', 'run_recipe', 'execute_run']
+           'closing_line', 'shown_path', 'print_done', 'running_cell', 'WatchedNotebook', 'progress_thread',
+           'keep_final', 'hand_to_cluster', 'open_task', 'absolute_overrides', 'check_stage_config', 'forks_pay',
+           'run_recipe', 'execute_run']
 
 # %% ../../nbs/70_launch/7_recipe.ipynb #ae0b6a97
-import ast, contextlib, json, logging, os, shlex, sys, tempfile, threading
+import ast, contextlib, json, logging, os, shlex, shutil, sys, tempfile, threading, time
+from dataclasses import dataclass, field
 from pathlib import Path
 from . import slurm
 from ..core.files import UserError, gc_paused, did_you_mean, visible_text, write_atomic, write_json
 from ..core.fork_server import fork_server, forked_command
-from ..core.processes import this_job
+from ..core.processes import PROGRESS_VARIABLE, clear_progress, duration_text, progress_text, rate_text, this_job
 from ..config.overrides import parse_override, quote_value
 from ..config.schema import SHARD_STAGES, TRAINING_STAGES
 from ..config.presets import preset_groups, project_root, site_path, stage_name
@@ -22,7 +24,7 @@ from ..run.record import final_checkpoint, read_metrics, read_record
 from ..run.attempt import HANDED_OVER, Attempt, close_attempt, open_run
 from .device import device_of, visible_gpus
 from .accelerate import (
-    HandedOver, JobFailed, check_launch, killed_cause, machine_cause, raise_on_sigterm, show_progress, stop_tree)
+    HandedOver, JobFailed, check_launch, killed_cause, machine_cause, raise_on_sigterm, run_progress, stop_tree)
 
 # %% ../../nbs/70_launch/7_recipe.ipynb #b9feddda
 def recipe_parameters(
@@ -77,7 +79,8 @@ def own_kernel():
                    dict(argv=argv, display_name="Python 3", language="python",
                         metadata=dict(supported_encryption=["curve"])))
         env = dict(JUPYTER_PATH=os.pathsep.join(filter(None, [d, os.environ.get("JUPYTER_PATH")])),
-                   POST_TRAINING_PARENT=str(os.getpid()), JUPYTER_PLATFORM_DIRS="1")
+                   POST_TRAINING_PARENT=str(os.getpid()), JUPYTER_PLATFORM_DIRS="1",
+                   **{PROGRESS_VARIABLE: f"{d}/progress.json"})
         if not visible_gpus(): env.setdefault("DS_ACCELERATOR", "cpu") # otherwise DeepSpeed prints a message
         previous = {k: os.environ.get(k) for k in env}
         os.environ.update(env)
@@ -115,7 +118,7 @@ def execute_notebook(
     with own_kernel(), raise_on_sigterm():
         try:
             papermill.execute_notebook(str(path), str(out), parameters=parameters, kernel_name="python3",
-                                       language="python", cwd=str(project_root()), progress_bar=sys.stderr.isatty(),
+                                       language="python", cwd=str(project_root()), progress_bar=False,
                                        request_save_on_cell_execute=True, start_timeout=120, config=encrypted)
         except PapermillExecutionError as e:
             known = dict(UserError=UserError, TemplateLimit=UserError, JobFailed=JobFailed,
@@ -169,15 +172,63 @@ def print_done(
     else: print(f"verified checkpoint {shown_path(final_checkpoint(record, checkpoints_dir))}")
     print(closing_line(run_dir))
 
+# %% ../../nbs/70_launch/7_recipe.ipynb #80235359
+def running_cell(
+    notebook:Path, # path of a notebook that papermill executes and saves before each cell
+)->tuple[int, int, str]: # (number of the running cell, number of code cells, source); number 0: none
+    "Find the cell that is being executed"
+    try: cells = [c for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code"]
+    except (OSError, ValueError): return 0, 0, "" # not saved yet
+    for n, c in enumerate(cells, 1):
+        if c["metadata"].get("papermill", {}).get("status") == "running": return n, len(cells), "".join(c["source"])
+    return 0, len(cells), ""
+
+# %% ../../nbs/70_launch/7_recipe.ipynb #c5fdf848
+@dataclass
+class WatchedNotebook:
+    "A notebook that is being executed, and since when its cell and the steps of training are watched"
+    run_dir: Path # folder of the run
+    notebook: Path # path of the notebook
+    cell: int = -1 # number of the cell
+    since: float = field(default_factory=time.monotonic) # start of the cell
+    first: tuple|None = None # (step, time) of the first step that was seen in this cell
+    begun: bool = False # True: a cell was seen running
+    def line(self)->str:
+        "What the notebook does, how far it is, the rate, and the time that is left"
+        n, of, source = running_cell(self.notebook)
+        now = time.monotonic()
+        if n != self.cell:
+            self.cell, self.since, self.first = n, now, None
+            clear_progress() # what the cell before has counted
+        self.begun = self.begun or n > 0
+        title = source.partition("\n")[0].removeprefix("# ").partition(":")[0].partition(". ")[0]
+        title = title if len(title) < 36 else title[:32] + " ..."
+        parts = [f"[{n} of {of}] {title}" if n else "between cells" if self.begun else "starting the notebook",
+                 self.steps(now) if "launch_ranks(" in source else progress_text(), duration_text(now - self.since)]
+        return "; ".join(filter(None, parts))
+    def steps(self, now:float)->str:
+        "The steps of training, which `metrics.jsonl` has"
+        step, total, text = run_progress(self.run_dir)
+        if not self.first and step: self.first = step, now
+        if not total or not self.first: return ""
+        done, (before, start) = step - self.first[0], self.first
+        rate = rate_text(done, total - before, "steps", now - start).partition(",")[2] if done else ""
+        return ", ".join(filter(None, [f"step {step:,} of {total:,}", rate.strip(), text]))
+
 # %% ../../nbs/70_launch/7_recipe.ipynb #3e778cf5
 @contextlib.contextmanager
-def progress_thread(run_dir):
-    "Show the progress of a run from a thread while the main thread waits for the notebook"
-    if not sys.stderr.isatty(): yield; return
-    over = threading.Event()
+def progress_thread(
+    run_dir, # folder of the run
+    notebook, # path of the notebook that is being executed
+):
+    "On a terminal, show from a thread what the notebook does while the main thread waits for it"
+    if not sys.stderr.isatty() or "IN_TEST" in os.environ: yield; return
+    over, watched = threading.Event(), WatchedNotebook(Path(run_dir), Path(notebook))
     def follow():
-        with show_progress(run_dir) as tick:
-            while not over.wait(0.5): tick()
+        while not over.wait(0.5):
+            line = visible_text(watched.line())[:shutil.get_terminal_size().columns - 1]
+            print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)
+        print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
     try: yield
@@ -311,7 +362,7 @@ def _execute_attempt(attempt:Attempt, recipe:Path, parameters:dict):
     code = 1
     facts = {}
     try:
-        with progress_thread(attempt.run_dir): execute_notebook(recipe, out, parameters)
+        with progress_thread(attempt.run_dir, out): execute_notebook(recipe, out, parameters)
         keep_final(attempt, out)
         code = 0
     except UserError as e: code, facts = 2, dict(error=str(e)); raise

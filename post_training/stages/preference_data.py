@@ -26,7 +26,7 @@ from .. import config, run
 from ..core import shards
 from ..core.fork_server import forked_command
 from ..core.files import MANIFEST, UserError, file_lock, write_json
-from ..core.processes import this_job
+from ..core.processes import note_progress, this_job
 from .output import check_output, write_rows
 from .tokenized_data import quiet_libraries, stop_ids_of, subsample_rows, tokenizer_of
 
@@ -564,6 +564,8 @@ def notebook_progress():
     from IPython.display import Pretty, display
     handle = display(Pretty("planned"), display_id=True)
     def tick(progress):
+        rate = progress["per_second"]
+        note_progress(progress["rows"], progress["of"], "rows", progress["rows"]/rate if rate else 0.)
         if handle: handle.update(Pretty(shard_progress_line(progress)))
     return tick
 
