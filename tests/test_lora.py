@@ -158,7 +158,7 @@ def test_the_road(demo, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("POST_TRAINING_RUNS_DIR", str(tmp_path / "runs"))
     folder, record, path = finished("train_sft", f"artifacts_subdir={tmp_path.name}")
     facts = record["adapters"]
-    assert facts["modules"] == ["down_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"] and facts["trained_parameters"] == 4 * 4 * (8 * 128 + 2 * (128 + 512))
+    assert facts["modules"] == ["down_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"] and facts["trained_parameters"] == 4 * 2 * (8 * 128 + 2 * (128 + 512))
     merged, base, ids = load_model(path).eval(), load_model(demo / "models/tiny").eval(), torch.arange(20, 60).view(2, 20)
     def score(m): return add_score_head(m)(input_ids=ids, labels=ids, score=True).log_probs
     alone = score(base)

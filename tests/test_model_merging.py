@@ -19,7 +19,7 @@ from post_training.merging import document as merging_document
 from post_training.merging import sources as merging_sources
 from post_training.merging import merge as merging_merge
 from post_training.stages import model_merging
-from post_training.core.files import UserError, verify_manifest
+from post_training.core.files import UserError, verify_manifest, write_json
 
 torch.set_num_threads(1)
 
@@ -45,8 +45,9 @@ def build_apertus(folder, tiny):
     shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("manifest.json"))
     torch.manual_seed(0)
     with quiet_activation(): model = ApertusForCausalLM(tiny_config(json.loads((tiny / "config.json").read_text())["vocab_size"], num_hidden_layers=4)).float()
-    model.config.save_pretrained(folder)
-    model.save_pretrained(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", settings | dict(num_hidden_layers=4, layer_types=model.config.layer_types))
+    save_file(model.state_dict(), folder / "model.safetensors", metadata=dict(format="pt"))
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +244,6 @@ def test_pickled_weights_and_adapters_are_sources_too(models, tmp_path):
 
 def spoil(models, tmp_path, how):
     "A copy of a model with one fault"
-    from post_training.core.files import write_json
     folder = Path(shutil.copytree(models["apertus"]["b"], tmp_path / "spoilt"))
     weights, settings = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
     tensors = load_file(weights)

@@ -10,6 +10,7 @@ __all__ = ['non_text_answers', 'tokenized_rows', 'completion_weights', 'weighted
 # %% ../../nbs/60_evaluation/3_perplexity.ipynb #cba535d3
 import math, numpy as np
 from ..core.shards import token_batches
+from ..core.processes import counted
 from ..core.files import UserError
 from ..preferences.completions import ServedModel, server_logprobs
 from ..tokens.collate import row_token_weights
@@ -98,13 +99,12 @@ def scored_logprobs(
 # %% ../../nbs/60_evaluation/3_perplexity.ipynb #b02896d5
 def completion_likelihoods(
     model, # model in evaluation mode, or a `ServedModel`
-    tokenizer, # tokenizer, to decode the completions
+    tokenizer, # tokenizer, to decode completions
     tokens, # result of `tokenized_rows`
-    batch_tokens:int=16384, # number of tokens of a forward pass at most, with padding
+    batch_tokens:int=16384, # tokens of a forward pass at most, with padding
 )->dict: # arrays [N]: nats, tokens, bytes, perhaps weights; 0 for rows that are left out
     "Nats, tokens and bytes of each row's completions; `tokens` counts those of weight above 0, `weights` adds weights"
     import torch
-    from post_training.core.processes import counted
     from post_training.models.score import add_score_head
     N, served = len(tokens), isinstance(model, ServedModel)
     if not served: model = add_score_head(model)

@@ -15,7 +15,8 @@ from pathlib import Path
 from . import slurm
 from ..core.files import UserError, gc_paused, did_you_mean, visible_text, write_atomic, write_json
 from ..core.fork_server import fork_server, forked_command
-from ..core.processes import PROGRESS_VARIABLE, clear_progress, duration_text, progress_text, rate_text, this_job
+from ..core.processes import (
+    PROGRESS_VARIABLE, clear_progress, duration_text, progress_text, rate_text, this_job)
 from ..config.overrides import parse_override, quote_value
 from ..config.schema import SHARD_STAGES, TRAINING_STAGES
 from ..config.presets import preset_groups, project_root, site_path, stage_name
@@ -198,7 +199,9 @@ class WatchedNotebook:
         n, of, source = running_cell(self.notebook)
         now = time.monotonic()
         if n != self.cell:
-            self.cell, self.since, self.first = n, now, None
+            self.cell = n
+            self.since = now
+            self.first = None
             clear_progress() # what the cell before has counted
         self.begun = self.begun or n > 0
         title = source.partition("\n")[0].removeprefix("# ").partition(":")[0].partition(". ")[0]
