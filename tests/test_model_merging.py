@@ -46,7 +46,7 @@ def build_apertus(folder, tiny):
     torch.manual_seed(0)
     with quiet_activation(): model = ApertusForCausalLM(tiny_config(json.loads((tiny / "config.json").read_text())["vocab_size"], num_hidden_layers=4)).float()
     settings = json.loads((folder / "config.json").read_text())
-    write_json(folder / "config.json", settings | dict(num_hidden_layers=4, layer_types=model.config.layer_types))
+    write_json(folder / "config.json", settings | dict(num_hidden_layers=4))
     save_file(model.state_dict(), folder / "model.safetensors", metadata=dict(format="pt"))
 
 
