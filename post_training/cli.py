@@ -252,7 +252,8 @@ def reproduce_command(
     from post_training.reproduce.receipt import receipt_text
     from post_training.reproduce.rerun import reproduce
     from post_training.run.find import find_run
-    if wrong := [text for text in args.input if "=" not in text]: raise UserError(f"--input {wrong[0]}: write NAME=PATH.")
+    if wrong := [text for text in args.input if "=" not in text]:
+        raise UserError(f"--input {wrong[0]}: write NAME=PATH.")
     given = dict(text.partition("=")[::2] for text in args.input)
     ask = lambda question: args.yes or yes_or_no(question, "Add --yes to apply them, or --here for the present code.")
     receipt, folder = reproduce(find_run(args.words[0]), args.here, given, ask)
@@ -444,7 +445,8 @@ def power_command(
     from post_training.evaluation.power import power_report
     from post_training.run.find import find_run
     from post_training.view.report import as_table
-    lines, rows = power_report(find_run(args.words[0]), args.before, args.after, args.difference, args.power, args.level)
+    run_dir = find_run(args.words[0])
+    lines, rows = power_report(run_dir, args.before, args.after, args.difference, args.power, args.level)
     print("\n".join([*lines, "", as_table(rows)]))
     return 0
 
@@ -453,8 +455,8 @@ def add_power_options(
     parser:CommandParser, # parser of the command
 ):
     "The options of `power`"
-    parser.add_argument("--before", metavar="NAME", help="checkpoint of the first side (the first one); names with commas "
-                        "between them are training seeds")
+    parser.add_argument("--before", metavar="NAME", help="checkpoint of the first side (the first one); names with "
+                        "commas between them are training seeds")
     parser.add_argument("--after", metavar="NAME", help="checkpoint of the second side (the second one), as --before")
     parser.add_argument("--difference", type=float, default=.02, metavar="D", help="difference of mean scores (0.02)")
     parser.add_argument("--power", type=float, default=.8, metavar="P", help="probability of a report (0.8)")

@@ -86,7 +86,7 @@ def rope_fault(
         for part in [v for v in settings.values() if isinstance(v, dict)] or [settings]:
             kind = part.get("rope_type", part.get("type", "default"))
             if kind == "su":
-                return f"config.json has {key} of the type su, which is an older name of longrope: write longrope there."
+                return f"config.json has {key} of the type su, an older name of longrope: write longrope there."
             if kind not in known:
                 return (f"config.json has {key} of the type {kind!r}, which this version of transformers does not know "
                         f"(it knows {', '.join(known)}).")

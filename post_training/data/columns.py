@@ -7,14 +7,15 @@ __all__ = ['FORMATS', 'PROMPT_COLUMNS', 'TURNS', 'INVERTED', 'PAIR_REFUSALS', 'M
            'WEIGHTS_OF_MESSAGES', 'PART_KEYS', 'CALL_KEYS', 'DROPPED', 'BRANCH_KEYS', 'NESTED_KEYS', 'SYSTEM_COLUMNS',
            'ASIDE_COLUMNS', 'TEXT_COLUMNS', 'TOOL_COLUMNS', 'KNOWN_COLUMNS', 'ALIKE_WORDS', 'ALIKE', 'JUDGEMENTS',
            'HARMLESS', 'CUT_OFF', 'AGAINST', 'FLAGS', 'QUIET', 'UNFIT', 'NO_CHANGE', 'RENAMES', 'VERDICTS', 'SHAPES',
-           'PAIR_ADVICE', 'ANSWER_ADVICE', 'UNREAD', 'empty_value', 'row_format', 'KnownKey', 'key_table',
-           'known_spelling', 'alike', 'only_alike', 'column_class', 'harmless_value', 'usual_spelling', 'harmless',
-           'Flag', 'flag_of', 'speaks_against', 'drop_reason', 'all_texts', 'has_weights', 'repeats', 'refused_columns',
-           'plain_array', 'has_value', 'is_list_type', 'flag_mask', 'format_index', 'all_key_masks', 'key_masks',
-           'key_mask', 'loud_and_quiet', 'message_key', 'no_value', 'key_suffix', 'nested_names', 'nested_masks',
-           'struct_masks', 'branch_masks', 'OtherForm', 'json_text', 'json_list', 'better_side', 'from_verdict',
-           'from_gemini', 'from_calls', 'from_preferred', 'from_exchange', 'converted_rows', 'in_known_form',
-           'form_advice', 'with_known_names', 'fold_masks', 'is_turn', 'json_key_masks', 'KeyUse', 'Account', 'Tally',
+           'TRANSCRIPTS', 'TRANSCRIPT_COLUMNS', 'PAIR_ADVICE', 'ANSWER_ADVICE', 'UNREAD', 'empty_value', 'row_format',
+           'KnownKey', 'key_table', 'known_spelling', 'alike', 'only_alike', 'column_class', 'harmless_value',
+           'usual_spelling', 'harmless', 'Flag', 'flag_of', 'speaks_against', 'drop_reason', 'all_texts', 'has_weights',
+           'repeats', 'refused_columns', 'plain_array', 'has_value', 'is_list_type', 'flag_mask', 'format_index',
+           'all_key_masks', 'key_masks', 'key_mask', 'loud_and_quiet', 'message_key', 'no_value', 'key_suffix',
+           'nested_names', 'nested_masks', 'struct_masks', 'branch_masks', 'OtherForm', 'json_text', 'json_list',
+           'better_side', 'from_verdict', 'from_gemini', 'from_calls', 'from_preferred', 'from_exchange',
+           'converted_rows', 'transcript_turns', 'transcript_form', 'read_transcripts', 'in_known_form', 'form_advice',
+           'with_known_names', 'fold_masks', 'is_turn', 'json_key_masks', 'KeyUse', 'Account', 'Tally',
            'formats_in_order', 'tally_batch', 'tally_column', 'tally_keys', 'plain_column', 'text_masks',
            'form_columns', 'repeated_rows', 'account', 'check_account', 'ignored_notes', 'judged_notes',
            'account_notes', 'account_lines']
@@ -933,13 +934,78 @@ def converted_rows(
                      *(f"{n} of {len(made)} rows are dropped: {why}, first row {ids[0]}, in the known form."
                        for why, ids in faults.items() for n in [len(ids)])]
 
+# %% ../../nbs/20_data/2_columns.ipynb #cb435bda
+TRANSCRIPTS = { # name of a form: pattern of the mark before a turn, whose group is the speaker; mark behind a turn
+    "Anthropic": (r"(?:^|\n\n)(Human|Assistant):", ""), "Guanaco": (r"### (Human|Assistant):", ""),
+    "ChatML": (r"<\|im_start\|>(system|user|assistant|tool)\n", "<|im_end|>")}
+TRANSCRIPT_COLUMNS = ("text", "prompt", "chosen", "rejected")
+
+# %% ../../nbs/20_data/2_columns.ipynb #1a82e098
+def transcript_turns(
+    text:str, # conversation with marks between the turns
+    form:str, # key of `TRANSCRIPTS`
+    open_end:bool=False, # True: the text ends where the assistant begins to speak
+)->list[dict]: # messages; raises `OtherForm` if the turns do not alternate
+    "Split a conversation in one text into messages"
+    pattern, end = TRANSCRIPTS[form]
+    before, *pieces = re.split(pattern, text.strip())
+    if before.strip(): raise OtherForm("text before the first speaker")
+    roles = [{"Human": "user", "Assistant": "assistant"}.get(s, s) for s in pieces[::2]]
+    contents = [p.strip().removesuffix(end).strip() for p in pieces[1::2]]
+    if open_end and roles[-1:] == ["assistant"] and not contents[-1]: roles.pop()
+    talk = [r for i, r in enumerate(roles) if (i, r) != (0, "system")]
+    if "tool" not in talk and talk != ["user", "assistant"]*(len(talk)//2) + ["user"]*(len(talk)%2):
+        raise OtherForm("the speakers do not alternate")
+    if not talk or talk[-1] != ("user" if open_end else "assistant"):
+        raise OtherForm("the last turn is another speaker's")
+    if not all(contents[:len(roles)]): raise OtherForm("a turn is empty")
+    return [dict(role=r, content=c) for r, c in zip(roles, contents)]
+
+# %% ../../nbs/20_data/2_columns.ipynb #65e6f8ed
+def transcript_form(
+    dataset, # `datasets.Dataset`
+    column:str, # name of a column
+)->str|None: # key of `TRANSCRIPTS`; None: the column holds other values
+    "The form of the conversations in a column of texts, by its first row"
+    if column not in dataset.column_names: return None
+    if getattr(dataset.features[column], "dtype", None) not in ("string", "large_string"): return None
+    first = next((t for t in dataset.select(range(min(20, len(dataset))))[column] if t), "").lstrip()
+    return next((f for f, (pattern, _) in TRANSCRIPTS.items() if re.match(pattern, first)), None)
+
+# %% ../../nbs/20_data/2_columns.ipynb #f53241d6
+def read_transcripts(
+    dataset, # `datasets.Dataset`
+):          # (the dataset with messages as JSON in place of the texts, notes)
+    "Convert columns that hold whole conversations in one text"
+    from datasets import Value
+    notes = []
+    for column in TRANSCRIPT_COLUMNS:
+        if (form := transcript_form(dataset, column)) is None: continue
+        made, faults = [], {}
+        for i, text in enumerate(dataset[column]):
+            try: made.append(json_text(transcript_turns(text or "", form, open_end=column == "prompt")))
+            except OtherForm as e:
+                faults.setdefault(str(e), []).append(i)
+                made.append(None)
+        if sum(map(len, faults.values())) == len(dataset): continue # the marks are part of other texts
+        new = "messages" if column == "text" else column
+        if new != column and new in dataset.column_names: continue
+        dataset = dataset.add_column("new", made, feature=Value("string")).remove_columns(column)
+        dataset = dataset.rename_columns({"new": new})
+        as_name = f", and the column is now {new!r}" if new != column else ""
+        notes.append(f"the column {column!r} holds conversations in one text ({form}), split into turns{as_name}.")
+        notes += [f"{len(at)} of {len(made)} rows are dropped: {column}: {why}, first row {at[0]}."
+                  for why, at in faults.items()]
+    return dataset, notes
+
 # %% ../../nbs/20_data/2_columns.ipynb #b6aded91
 def in_known_form(
     dataset, # `datasets.Dataset`
 ):          # (the dataset, notes)
-    "Convert a dataset whose columns fit no format but an entry of `RENAMES` or `SHAPES`"
+    "Convert a dataset whose columns fit no format but an entry of `TRANSCRIPTS`, `SHAPES` or `RENAMES`"
+    dataset, notes = read_transcripts(dataset)
     names = {*dataset.column_names}
-    if any({*f} <= names for f in FORMATS): return dataset, []
+    if notes or any({*f} <= names for f in FORMATS): return dataset, notes
     for shape in SHAPES:
         if {*shape[1]} <= names: return converted_rows(dataset, shape)
     for form, new in RENAMES:

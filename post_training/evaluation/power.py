@@ -224,7 +224,8 @@ def pilot_answers(
     out = {}
     for line in path.read_text().splitlines():
         a = json.loads(line)
-        if a["right"] is not None: out.setdefault(a["checkpoint"], {}).setdefault(a["row"], []).append(float(a["right"]))
+        if a["right"] is None: continue
+        out.setdefault(a["checkpoint"], {}).setdefault(a["row"], []).append(float(a["right"]))
     return out
 
 # %% ../../nbs/60_evaluation/6_power.ipynb #pwcmd005
@@ -277,7 +278,9 @@ def power_rows(
                 n = prompts_needed(p, difference, k, seeds, power, level)
                 label = "prompts" if name == "pilot" else f"prompts, {name}"
                 row[label] = n if n else "not with so few seeds"
-                if sides and n: row["90 % range"] = "{} to {}".format(*needed_range(*sides, difference, k, power, level))
+                if sides and n:
+                    low, high = needed_range(*sides, difference, k, power, level)
+                    row["90 % range"] = f"{low} to {high}"
                 if name != "lower bound": row["answers per checkpoint"] = n*k if n else None
             out.append(row)
     return out

@@ -44,11 +44,11 @@ def weightless_model(
         if "generation_config" in repaired: model.generation_config = repaired["generation_config"]
         else:
             try: model.generation_config = GenerationConfig.from_pretrained(path, revision=revision)
-            except OSError: # there is none; config.json may have such settings
+            except OSError: # config.json may have such settings
                 model.generation_config = GenerationConfig.from_pretrained(
                     path, config_file_name="config.json", revision=revision, _from_model_config=True)
     except Exception as e: raise UserError(f"Cannot load the model {path}: {rope_fault(path) or load_error(e)}") from e
-    shown = Path(path).name if Path(path).is_dir() else path # a record must not contain a path of this machine
+    shown = Path(path).name if Path(path).is_dir() else path # no path of this machine
     model.notices = [f"{shown}: {n}" for n in [*notices, *repair_generation(model)]]
     set_special_ids(model, config_ids(tokenizer))
     return model

@@ -7,9 +7,9 @@ __all__ = ['DTYPE_CHOICES', 'ENGINES', 'ATTENTION_FLAGS', 'SAMPLING_DEFAULTS', '
            'PRETOKENIZE_PATTERN', 'resolve_auto', 'flash_available', 'default_device', 'no_safetensors', 'folder_fault',
            'pointer_file', 'model_path', 'attention_kinds', 'resolve_for_model', 'quiet_activation', 'is_id',
            'generation_fault', 'repaired_generation', 'rope_of_older_names', 'unread_scaling', 'rope_notices',
-           'repaired_settings', 'repair_generation', 'load_error', 'check_loaded', 'local_shard',
-           'check_finite_weights', 'load_model', 'padded_rows', 'set_special_ids', 'tiny_config', 'train_bpe',
-           'rendered_texts', 'build_tiny']
+           'repaired_generation_file', 'repaired_settings', 'repair_generation', 'load_error', 'check_loaded',
+           'local_shard', 'check_finite_weights', 'load_model', 'padded_rows', 'set_special_ids', 'tiny_config',
+           'train_bpe', 'rendered_texts', 'build_tiny']
 
 # %% ../../nbs/30_models/1_load.ipynb #e9017cea
 import contextlib, copy, importlib.util, json, logging, os, re, sys
@@ -255,8 +255,8 @@ def unread_scaling(
 def rope_notices(
     path:str, # folder of a model, or name on the hub
     config, # transformers' config read from `path`; repaired in place if the file has older names only
-    revision:str="main", # branch, tag or commit of a hub model
-)->list[str]: # notices, one sentence each
+    revision:str="main", # branch, tag or commit
+)->list[str]: # notices
     "Report rotary positions whose values differ between the older and the newer key names of a config.json"
     from transformers.utils import cached_file
     file = cached_file(path, "config.json", revision=revision)
@@ -272,7 +272,7 @@ def rope_notices(
         return [f"config.json has {', '.join(f'{k}={raw[k]}' for k in ('rope_theta', 'rope_scaling') if k in raw)}, "
                 f"which transformers 5 would read as {used['rope_parameters']}. It is read as written, as by "
                 f"transformers 4: {wanted}."]
-    def plain(value): # a scaling without the words that say nothing
+    def plain(value):
         if not isinstance(value, dict): return value
         kind = value.get("rope_type", value.get("type", "default"))
         return None if kind == "default" else {k: v for k, v in value.items() if k != "type"} | dict(rope_type=kind)
@@ -289,6 +289,26 @@ def rope_notices(
             f"not know rope_parameters take {shown}. Correct the wrong one: a checkpoint has the first under both "
             "names."]
 
+# %% ../../nbs/30_models/1_load.ipynb #42ec3934
+def repaired_generation_file(
+    path:str, # folder of a model, or name on the hub
+    rows:int|None, # number of rows of the embeddings; None: unknown
+    revision:str="main", # branch, tag or commit of a hub model
+)->tuple: # (`GenerationConfig`, None if nothing must be repaired; notices)
+    "Repair the file generation_config.json of a model"
+    from transformers import GenerationConfig
+    from transformers.utils import cached_file
+    file = cached_file(path, "generation_config.json", revision=revision, _raise_exceptions_for_gated_repo=False,
+                       _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+    try:
+        settings = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+        if not isinstance(settings, dict): raise ValueError("no JSON object")
+    except ValueError:
+        return GenerationConfig(), ["generation_config.json is not readable JSON and is ignored: config.json gives the "
+                                    "special ids."]
+    settings, notices = repaired_generation(settings, rows)
+    return GenerationConfig.from_dict(settings) if notices else None, notices
+
 # %% ../../nbs/30_models/1_load.ipynb #3c2761f5
 def repaired_settings(
     path:str, # folder of a model, or name on the hub
@@ -296,22 +316,13 @@ def repaired_settings(
     trust_remote_code:bool=False, # run code that comes with the model
 )->tuple[dict, list[str]]: # (arguments for `from_pretrained`, empty if nothing must be repaired; notices)
     "Repair the generation settings and the special ids of a model if they cannot be loaded or saved"
-    from transformers import AutoConfig, GenerationConfig
-    from transformers.utils import cached_file
-    out, notices = {}, []
+    from transformers import AutoConfig
+    out = {}
     config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     text = config.get_text_config()
     rows = getattr(text, "vocab_size", None)
-    file = cached_file(path, "generation_config.json", revision=revision, _raise_exceptions_for_gated_repo=False,
-                       _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
-    try:
-        settings = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
-        if not isinstance(settings, dict): raise ValueError("no JSON object")
-        settings, notices = repaired_generation(settings, rows)
-        if notices: out["generation_config"] = GenerationConfig.from_dict(settings)
-    except ValueError:
-        notices = ["generation_config.json is not readable JSON and is ignored: config.json gives the special ids."]
-        out["generation_config"] = GenerationConfig()
+    generation, notices = repaired_generation_file(path, rows, revision)
+    if generation is not None: out["generation_config"] = generation
     for key in SPECIAL_IDS if rows else ():
         ids = getattr(text, key, None)
         kept = [i for i in ids if is_id(i, rows)] if isinstance(ids, list) else ids if is_id(ids, rows) else None
@@ -431,7 +442,8 @@ def load_model(
                 path, dtype=getattr(torch, dtype), revision=revision, trust_remote_code=trust_remote_code,
                 **(kwargs | repaired | dict(output_loading_info=True, use_safetensors=True)))
     except Exception as e: # truncated weights, other shapes, settings that do not fit together, code of the model
-        raise UserError(f"Cannot load the model {name}: {pointer_file(path) or rope_fault(path) or load_error(e)}") from e
+        why = pointer_file(path) or rope_fault(path) or load_error(e)
+        raise UserError(f"Cannot load the model {name}: {why}") from e
     shown = Path(name).name if Path(name).is_dir() else name # a record must not contain a path of this machine
     notices += check_loaded(model, info, shown)
     check_finite_weights(model, shown)

@@ -56,8 +56,8 @@ def inputs_to_find(
     moved, out = os.environ.get("POST_TRAINING_ARTIFACTS_DIR", "artifacts"), {}
     for name, digests in (record.get("inputs") or {}).items():
         rest = below_artifacts(name, record)
-        if not digests.get("content") or rest and rest.startswith(("datasets/demo", "models/tiny")) and name not in given:
-            continue
+        of_demo = rest is not None and rest.startswith(("datasets/demo", "models/tiny"))
+        if not digests.get("content") or of_demo and name not in given: continue
         here = site_path(name) if rest is None else site_path(moved)/rest
         out[name] = Path(given[name]).expanduser().absolute() if name in given else here
     return out
@@ -87,8 +87,8 @@ def check_inputs(
         if not run.input_files(path):
             raise UserError(f"The input {name} is not at {path}: give its place with --input {name}=PATH.")
         if content_digest(path, Path(name).name) != recorded[name]["content"]:
-            raise UserError(f"The input {name} has changed since the run: {path} has other contents. Restore it, or give "
-                            f"the right one with --input {name}=PATH.")
+            raise UserError(f"The input {name} has changed since the run: {path} has other contents. Restore it, or "
+                            f"give the right one with --input {name}=PATH.")
 
 # %% ../../nbs/77_reproduce/2_rerun.ipynb #rplin002
 def link_inputs(
@@ -138,9 +138,10 @@ def recorded_patch(
     state = (run.read_record(run_dir).get("attempts") or [{}])[-1].get("git") or {}
     path = Path(run_dir)/str(state["diff"]) if state.get("diff") else None
     if path and path.is_file():
-        if "[redacted]" in path.read_text(): return None, "The uncommitted changes of the run had secrets; they are missing."
-        return path, ""
-    return None, "The code of the run had uncommitted changes, which the record does not have." if state.get("dirty") else ""
+        if "[redacted]" not in path.read_text(): return path, ""
+        return None, "The uncommitted changes of the run had secrets; they are missing."
+    if not state.get("dirty"): return None, ""
+    return None, "The code of the run had uncommitted changes, which the record does not have."
 
 # %% ../../nbs/77_reproduce/2_rerun.ipynb #rpcod006
 def checkout_commit(
@@ -151,8 +152,8 @@ def checkout_commit(
     "Make a worktree at a commit, or take up the one that exists"
     try: git("cat-file", "-e", f"{commit}^{{commit}}")
     except UserError:
-        raise UserError(f"The commit {commit[:10]} of the record is not in this repository: fetch it, or repeat the run "
-                        "with the present code (--here).") from None
+        raise UserError(f"The commit {commit[:10]} of the record is not in this repository: fetch it, or repeat the "
+                        "run with the present code (--here).") from None
     if folder.is_dir() and git("rev-parse", "HEAD", root=folder).strip() == commit: return folder
     if folder.exists():
         shutil.rmtree(folder)
@@ -173,11 +174,13 @@ def refuse_repetition(
         raise UserError(f"{Path(run_dir).name} is not finished, so there is nothing to compare with.")
     cluster = (record.get("config") or {}).get("cluster") or {}
     if cluster.get("launcher", "local") != "local":
-        words = shlex.join(["post-training", record["stage"], *(record.get("overrides") or []), "job_subdir=reproduced"])
-        raise UserError(f"{Path(run_dir).name} ran as a job of the cluster {cluster.get('name')}. Submit it again under "
-                        f"another name, then compare: {words}; post-training runs receipt {Path(run_dir).name} OTHER")
+        name, typed = Path(run_dir).name, record.get("overrides") or []
+        words = shlex.join(["post-training", record["stage"], *typed, "job_subdir=reproduced"])
+        raise UserError(f"{name} ran as a job of the cluster {cluster.get('name')}. Submit it again under another "
+                        f"name, then compare: {words}; post-training runs receipt {name} OTHER")
     commit = ((record.get("attempts") or [{}])[-1].get("git") or {}).get("commit")
-    if not here and not commit: raise UserError("The record has no commit: repeat the run with the present code (--here).")
+    if not here and not commit:
+        raise UserError("The record has no commit: repeat the run with the present code (--here).")
 
 # %% ../../nbs/77_reproduce/2_rerun.ipynb #rprun004
 def run_again(
@@ -210,8 +213,8 @@ def reproduce(
         patch, notice = recorded_patch(run_dir)
         if notice: print(f"! {notice}", flush=True)
         if patch and not ask(f"Apply the uncommitted changes of the run ({patch})?"):
-            raise UserError("Nothing was run: the uncommitted changes were not applied. Add --yes to apply them, or --here "
-                            "to use the present code.")
+            raise UserError("Nothing was run: the uncommitted changes were not applied. Add --yes to apply them, or "
+                            "--here to use the present code.")
         code = checkout_commit(record["attempts"][-1]["git"]["commit"], folder/"code", patch)
     link_inputs(record, folder, code, given)
     if status := run_again(record["stage"], repeated_overrides(record, folder, given), code):

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['MEASURES', 'HELD_OUT', 'NOT_ASKED', 'is_url', 'check_evaluation_config', 'evaluation_rows', 'check_answers',
            'short_names', 'candidate_checkpoints', 'candidate_tokenizer', 'model_input', 'answers_key', 'saved_answers',
-           'save_answers', 'answer_until_clear', 'open_candidate', 'measure_accuracy', 'measure_checkpoint',
-           'paired_differences', 'accuracy_difference', 'bits_difference', 'read_results', 'write_evaluation',
-           'summary_line', 'harness_tasks', 'close_evaluation', 'evaluate', 'summary_rows', 'group_rows',
-           'plot_evaluation', 'sample_lines']
+           'save_answers', 'answer_until_clear', 'open_candidate', 'answered_prompts', 'measure_accuracy',
+           'measure_checkpoint', 'paired_differences', 'accuracy_difference', 'bits_difference', 'read_results',
+           'write_evaluation', 'summary_line', 'harness_tasks', 'close_evaluation', 'evaluate', 'summary_rows',
+           'at_k_rows', 'group_rows', 'plot_evaluation', 'sample_lines']
 
 # %% ../../nbs/65_stages/6_evaluate.ipynb #cba535d3
 import gc, hashlib, json, math, numpy as np, shutil
@@ -196,7 +196,9 @@ def answer_until_clear(
     e, generated = cfg["evaluation"], {}
     order = [i for i in np.random.default_rng(0).permutation(len(prompts)).tolist()
              if not isinstance(prompts[i], str) and baseline[i] is not None]
-    size, state, differences = max(1, e["batch_size"]//e["samples"]), look([]), []
+    size = max(1, e["batch_size"]//e["samples"])
+    state = look([])
+    differences = []
     for start in range(0, len(order), size):
         batch = order[start:start + size]
         asked = [p if i in batch else NOT_ASKED for i, p in enumerate(prompts)]
@@ -230,6 +232,28 @@ def open_candidate(
         attn_implementation=m["attn_implementation"], revision=m["model_revision"],
         trust_remote_code=m["trust_remote_code"])
 
+# %% ../../nbs/65_stages/6_evaluate.ipynb #1723a2a2
+def answered_prompts(
+    cfg:dict, # composed configuration of this stage
+    model, # model in evaluation mode
+    tokenizer, # tokenizer with its chat template
+    rows:list[dict], # evaluation rows
+    prompts:list, # for each row token ids, or a reason
+    existing:dict, # answers of an earlier start
+    save, # function that is called with the answers of each batch
+    baseline:list|None=None, # scores of the first checkpoint, to stop early; None: answer every prompt
+)->tuple[dict, dict]: # (answers by row; dict with early_stop, empty if every prompt is answered)
+    "Generate the answers of one checkpoint"
+    e = cfg["evaluation"]
+    sampling = Sampling(e["max_new_tokens"], e["batch_size"], e["temperature"], e["top_p"], e["samples"], cfg["seed"])
+    generate = lambda asked, known: evaluation_answers.generate_answers(model, tokenizer, asked, sampling, known, save)
+    if baseline is None: return generate(prompts, existing), {}
+    def score(made):
+        by_row = [made.get(i) for i in range(len(rows))]
+        answers = evaluation_answers.read_answers(tokenizer, rows, prompts, by_row, e["verifier"])
+        return evaluation_answers.row_scores(answers, len(rows))
+    return answer_until_clear(cfg, prompts, existing, generate, score, baseline)
+
 # %% ../../nbs/65_stages/6_evaluate.ipynb #9a4b148c
 def measure_accuracy(
     cfg:dict, # composed configuration of this stage
@@ -249,20 +273,16 @@ def measure_accuracy(
     existing = saved_answers(answers_file, answers_key(path, prompts))
     num_prompts = sum(not isinstance(p, str) for p in prompts)
     if existing: print(f"{len(existing)} of {num_prompts} prompts were answered before")
-    sampling = Sampling(e["max_new_tokens"], e["batch_size"], e["temperature"], e["top_p"], e["samples"], cfg["seed"])
-    generate = lambda asked, existing: evaluation_answers.generate_answers(
-        model, tokenizer, asked, sampling, existing, lambda batch: save_answers(answers_file, batch))
-    if baseline is None: generated, stop = generate(prompts, existing), {}
-    else:
-        score = lambda made: evaluation_answers.row_scores(evaluation_answers.read_answers(
-            tokenizer, rows, prompts, [made.get(i) for i in range(len(rows))], e["verifier"]), len(rows))
-        generated, stop = answer_until_clear(cfg, prompts, existing, generate, score, baseline)
-        prompts = [p if i in generated or isinstance(p, str) else NOT_ASKED for i, p in enumerate(prompts)]
+    save = lambda batch: save_answers(answers_file, batch)
+    generated, stop = answered_prompts(cfg, model, tokenizer, rows, prompts, existing, save, baseline)
+    if stop: prompts = [p if i in generated or isinstance(p, str) else NOT_ASKED for i, p in enumerate(prompts)]
     by_row = [generated.get(i) for i in range(len(rows))]
     answers = evaluation_answers.read_answers(tokenizer, rows, prompts, by_row, e["verifier"])
     result = evaluation_answers.evaluation_result(tokenizer, rows, prompts, by_row, e["num_samples_shown"], answers)
     scores = evaluation_answers.row_scores(answers, len(rows))
-    if several := answers_at_k(answers): stop["at_k"] = several
+    if several := answers_at_k(answers): result["at_k"] = several
+    if result["interval"]:
+        result["smallest_visible"] = visible_by_interval(result["interval"], result["accuracy"], paired=False)
     new_tokens = sum(len(a["ids"]) for samples in generated.values() for a in samples)
     return result | dict(answers=len(answers), new_tokens=new_tokens) | stop, answers, scores
 
@@ -273,7 +293,7 @@ def measure_checkpoint(
     rows, # evaluation rows, `datasets.Dataset`
     answers_file:Path, # file of saved answers
     manager=None, # task manager of the harness
-    baseline:list|None=None, # scores of the first checkpoint, to stop early; None: answer every prompt
+    baseline:list|None=None, # scores of the first checkpoint, to stop early
 )->tuple[dict, dict]: # (numbers for the record, details by row: answers, scores, scored, lm_eval)
     "Measure one checkpoint, and free its memory afterwards"
     import torch
@@ -287,8 +307,6 @@ def measure_checkpoint(
         accuracy, details["answers"], details["scores"] = measure_accuracy(
             cfg, model, tokenizer, as_dicts, candidate["path"], answers_file, baseline)
         numbers |= accuracy
-        if accuracy["interval"]:
-            numbers["smallest_visible"] = visible_by_interval(accuracy["interval"], accuracy["accuracy"], paired=False)
     if "perplexity" in cfg["measure"]:
         room = model.room if served else getattr(model.config.get_text_config(), "max_position_embeddings", None)
         tokens = tokenized_rows(rows, tokenizer, room, cfg["evaluation"]["verifier"])
@@ -502,6 +520,19 @@ def summary_rows(
     shown = [k for k in out[0] if any(r.get(k) is not None for r in out)]
     return [{k: r.get(k) for k in shown} for r in out]
 
+# %% ../../nbs/65_stages/6_evaluate.ipynb #2c475a02
+def at_k_rows(
+    checkpoints:dict, # name -> numbers, from the result of `evaluate`
+)->list[dict]: # one row for each of pass@k and maj@k
+    "pass@k and maj@k of all checkpoints in percent, with intervals"
+    lines = {name: {line["k"]: line for line in c.get("at_k") or []} for name, c in checkpoints.items()}
+    def cell(line, name):
+        if not line: return None
+        return "{:.1f} ({:.1f} to {:.1f})".format(*(100*x for x in (line[name], *line[f"{name}_interval"])))
+    ks = sorted({k for known in lines.values() for k in known if k > 1})
+    return [dict(what=f"{name}@{k}") | {n: cell(known.get(k), name) for n, known in lines.items()}
+            for name in ("pass", "maj") for k in ks]
+
 # %% ../../nbs/65_stages/6_evaluate.ipynb #da6e0f6a
 def group_rows(
     results:dict, # result of `evaluate`
@@ -517,11 +548,7 @@ def group_rows(
     prompts = lambda k: next(skills(c)[k]["n"] for c in cs.values() if k in skills(c))
     out["accuracy by skill or source, % (95 %)"] = [
         dict(what=k, prompts=prompts(k)) | {n: percent(skills(c).get(k)) for n, c in cs.items()} for k in names(skills)]
-    at = lambda c, k: next((line for line in c.get("at_k") or [] if line["k"] == k), {})
-    of_k = lambda line, name: f"{100*line[name]:.1f}{ends(dict(interval=line[f'{name}_interval']))}" if line else None
-    out["several samples, % (95 %)"] = [
-        {"what": f"{name}@{k}"} | {n: of_k(at(c, k), name) for n, c in cs.items()} for name in ("pass", "maj")
-        for k in sorted({line["k"] for c in cs.values() for line in c.get("at_k") or []}) if k > 1]
+    out["several samples, % (95 %)"] = at_k_rows(cs)
     out["perplexity by source"] = [dict(what=k) | {n: sources(c).get(k, {}).get("perplexity") for n, c in cs.items()}
                                    for k in names(sources)]
     metrics = sorted({(t, m) for c in cs.values() for t, values in tasks(c).items() for m in values
