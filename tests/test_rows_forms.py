@@ -50,6 +50,9 @@ READ = {  # the source of a form: a row of it
     "nvidia/OpenMathReasoning: generated_solution": dict(problem="Hi", generated_solution="Hello!", expected_answer="4"),
     "PrimeIntellect/SYNTHETIC-1: llm_response": dict(prompt="Hi", llm_response="Hello!"),
     "nvidia/Llama-Nemotron: a list of messages as input": dict(input=MESSAGES[:1], output="Hello!", category="chat"),
+    "timdettmers/openassistant-guanaco": dict(text="### Human: Hi### Assistant: Hello!"),
+    "github.com/openai/openai-python, chatml.md": dict(text="<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"),
+    "Dahoas/full-hh-rlhf: prompt, response": dict(prompt="\n\nHuman: Hi\n\nAssistant:", response=" Hello!"),
     "turns with speaker and text": dict(dialogue=[dict(speaker="user", text="Hi"), dict(speaker="bot", text="Hello!")])}
 
 
@@ -61,6 +64,8 @@ def test_a_form_is_read(name, tmp_path):
 
 
 PAIRS = {
+    "Anthropic/hh-rlhf": dict(chosen="\n\nHuman: Hi\n\nAssistant: Hello!", rejected="\n\nHuman: Hi\n\nAssistant: Go."),
+    "Dahoas/rm-static": dict(prompt="\n\nHuman: Hi\n\nAssistant:", response=" Hello!", chosen=" Hello!", rejected=" Go."),
     "platform.openai.com, preference fine-tuning": dict(input=dict(messages=MESSAGES[:1], parallel_tool_calls=True), preferred_output=MESSAGES[1:], non_preferred_output=[dict(role="assistant", content="Go.")]),
     "nvidia/HelpSteer2: preference_strength": dict(prompt="Hi", response_1="Go.", response_2="Hello!", preference_strength=2),
     "nvidia/HelpSteer3": dict(context=MESSAGES[:1], response1="Hello!", response2="Go.", overall_preference=-1),
@@ -80,6 +85,16 @@ def test_two_answers_and_a_verdict(name, tmp_path):
     for data in (loaded(PAIRS[name]), loaded(PAIRS[name], via=tmp_path)):
         prompt, chosen, rejected = pair_messages(data[0])
         assert (said(prompt), chosen["content"], rejected["content"]) == (TALK[:1], "Hello!", "Go.")
+
+
+def test_marks_in_what_somebody_wrote(capfd):
+    "A row whose turns do not alternate is dropped with a count; a text that begins otherwise stays a text"
+    row = PAIRS["Anthropic/hh-rlhf"]
+    data = loaded(row, {k: v.replace("Hi", "Hi\n\nHuman: you") for k, v in row.items()})
+    assert [r["chosen"] is None for r in data] == [False, True]
+    assert "1 of 2 rows are dropped: chosen: the speakers do not alternate, first row 1" in capfd.readouterr().err
+    plain = dict(prompt="What does Human: mean?", completion="A mark.\n\nHuman: so")
+    assert loaded(plain)[0] == plain
 
 
 def test_ties_are_dropped_with_their_reason(capfd):

@@ -14,10 +14,10 @@ __all__ = ['FORMATS', 'PROMPT_COLUMNS', 'TURNS', 'INVERTED', 'PAIR_REFUSALS', 'M
            'all_key_masks', 'key_masks', 'key_mask', 'loud_and_quiet', 'message_key', 'no_value', 'key_suffix',
            'nested_names', 'nested_masks', 'struct_masks', 'branch_masks', 'OtherForm', 'json_text', 'json_list',
            'better_side', 'from_verdict', 'from_gemini', 'from_calls', 'from_preferred', 'from_exchange',
-           'converted_rows', 'transcript_turns', 'transcript_form', 'read_transcripts', 'in_known_form', 'form_advice',
-           'with_known_names', 'fold_masks', 'is_turn', 'json_key_masks', 'KeyUse', 'Account', 'Tally',
-           'formats_in_order', 'tally_batch', 'tally_column', 'tally_keys', 'plain_column', 'text_masks',
-           'form_columns', 'repeated_rows', 'account', 'check_account', 'ignored_notes', 'judged_notes',
+           'converted_rows', 'transcript_turns', 'transcript_form', 'without_outer_spaces', 'read_transcripts',
+           'in_known_form', 'form_advice', 'with_known_names', 'fold_masks', 'is_turn', 'json_key_masks', 'KeyUse',
+           'Account', 'Tally', 'formats_in_order', 'tally_batch', 'tally_column', 'tally_keys', 'plain_column',
+           'text_masks', 'form_columns', 'repeated_rows', 'account', 'check_account', 'ignored_notes', 'judged_notes',
            'account_notes', 'account_lines']
 
 # %% ../../nbs/20_data/2_columns.ipynb #a498acfa
@@ -972,6 +972,16 @@ def transcript_form(
     first = next((t for t in dataset.select(range(min(20, len(dataset))))[column] if t), "").lstrip()
     return next((f for f, (pattern, _) in TRANSCRIPTS.items() if re.match(pattern, first)), None)
 
+# %% ../../nbs/20_data/2_columns.ipynb #d24f36ab
+def without_outer_spaces(
+    dataset, # `datasets.Dataset` whose prompts end with the mark of the assistant
+): # the dataset; answers begin and end without the spaces that belong to the marks
+    "Strip the answers that follow a prompt with marks between its turns"
+    of_texts = lambda c: getattr(dataset.features.get(c), "dtype", None) in ("string", "large_string")
+    columns = [c for c in ("completion", "response", "chosen", "rejected") if of_texts(c)]
+    stripped = lambda row: {c: row[c] and row[c].strip() for c in columns}
+    return dataset.map(stripped) if columns else dataset
+
 # %% ../../nbs/20_data/2_columns.ipynb #f53241d6
 def read_transcripts(
     dataset, # `datasets.Dataset`
@@ -992,8 +1002,10 @@ def read_transcripts(
         if new != column and new in dataset.column_names: continue
         dataset = dataset.add_column("new", made, feature=Value("string")).remove_columns(column)
         dataset = dataset.rename_columns({"new": new})
-        as_name = f", and the column is now {new!r}" if new != column else ""
-        notes.append(f"the column {column!r} holds conversations in one text ({form}), split into turns{as_name}.")
+        if column == "prompt": dataset = without_outer_spaces(dataset)
+        as_name = f"read as {new!r} and " if new != column else ""
+        notes.append(f"the column {column!r} holds conversations in one text ({form}): {as_name}split into turns, a "
+                     "known form.")
         notes += [f"{len(at)} of {len(made)} rows are dropped: {column}: {why}, first row {at[0]}."
                   for why, at in faults.items()]
     return dataset, notes
