@@ -40,7 +40,7 @@ def notebook_map():
         "# Map of the notebooks",
         "",
         "Chapters export the package: `NN_folder/N_name.ipynb` exports `post_training/folder/name.py`. The chapters of `80_entry`",
-        "export modules at the top of the package: `post_training/cli.py`, `train_sft.py` and `train_preference.py`. A folder never",
+        "export modules at the top of the package: `post_training/cli.py`, `train_sft.py`, `train_preference.py` and `train_reward.py`. A folder never",
         "imports a folder with a higher number, and a chapter never imports a chapter of its folder with a higher number.",
         "",
         "Training is in three places. `40_training` is the trainer. `65_stages/5_training` is what one process does around it.",

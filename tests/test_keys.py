@@ -170,7 +170,7 @@ REFUSED = [
      "plain data parallelism"), ("train_sft", ["training_args.optim_args='a=1'"], "training_args.optim=adamw_torch takes no arguments"),
     ("train_preference", ["training_args.transform=log", "training_args.loss_type=sigmoid"], "belongs to loss_type=qrpo"),
     ("train_preference", ["training_args.precompute_ref_batch_size=4"], "per_device_eval_batch_size"), ("train_preference", ["training_args.label_smoothing=0.1"], "exo_pair, robust"),
-    ("filter", ["model=tiny", "model_args.dtype=float32"], "loads no model"), ("pairs", ["resume_from=/a"], "only train_sft and train_preference read it, and this is pairs"),
+    ("filter", ["model=tiny", "model_args.dtype=float32"], "loads no model"), ("pairs", ["resume_from=/a"], "only train_sft, train_preference and train_reward read it, and this is pairs"),
     ("ref_completions", ["model=tiny", "server.url='http://a'"], "asks no server"), ("ref_rewards", ["reward_model=verifier", "reward_args.max_length=9"], "asks no model"),
     ("evaluate", ["evaluation.samples=4"], "takes the likeliest token"), ("evaluate", ["lm_eval.limit=4"], "no task is named"), ("export", ["private=false"], "nothing is pushed"),
     ("dataset_mixture", ["message_format=pairs", "role_checks=[alternation]"], "takes the rows as they are")]
@@ -186,7 +186,7 @@ def test_a_typed_key_that_nobody_reads_is_refused(stage, overrides, says):
     ("train_sft", ["training_args.max_steps=4", "training_args.num_train_epochs=2"], "training_args.num_train_epochs=2 is not read: training_args.max_steps=4 says how long"),
     ("tokenize", ["training_args.learning_rate=1e-3", "trainer=sft"], "the stage tokenize does not read it"),
     ("generation_ratio", ["plw_args.prompt_loss_weight=0.5"], "the stage generation_ratio does not read it"),
-    ("filter", ["model=tiny", "wandb.run_name=a", "num_nodes=2"], "only train_sft and train_preference read it"),
+    ("filter", ["model=tiny", "wandb.run_name=a", "num_nodes=2"], "only train_sft, train_preference and train_reward read it"),
     ("train_sft", ["cluster.partition=normal"], "cluster.partition=normal is not read: cluster.launcher=local starts on this machine"),
     ("train_sft", ["tokenization.max_length=64", "training_args.max_length=128"], "training_args.max_length=128 is not read: tokenization.max_length=64 says how long rows are")])
 def test_a_key_that_is_overruled_or_given_to_many_stages_is_noticed(stage, overrides, says):

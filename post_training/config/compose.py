@@ -13,7 +13,7 @@ from pathlib import Path
 from ..core.files import UserError, did_you_mean, redact, refuse_secrets, write_atomic
 from ..core.yaml_files import read_text_file, read_yaml
 from .schema import (
-    CONFIGS, NOTHING, SHARD_STAGES, STAGES, TRAINING_STAGES, check_allowed, check_config,
+    CONFIGS, NOTHING, PAIR_STAGES, SHARD_STAGES, STAGES, TRAINING_STAGES, check_allowed, check_config,
     check_ranges, flatten, get_key, known_keys, pop_key, refuse_unread, set_key, stage_keys, unknown_key_hint,
     unread_keys, unread_notices)
 from post_training.config.overrides import (
@@ -331,7 +331,7 @@ def _named(cfg:dict)->dict: # dotted key -> value
 # %% ../../nbs/10_config/7_compose.ipynb #2fe4f1e2
 def _packed(cfg:dict, packs:int)->str:
     "The notice about the size of a batch if rows are packed"
-    unit, sequences = ("pairs", 2) if cfg["stage"] == "train_preference" else ("rows", 1)
+    unit, sequences = ("pairs", 2) if cfg["stage"] in PAIR_STAGES else ("rows", 1)
     capacity = sequences*(cfg["training_args"]["max_length"] or 0) or "the longest row's"
     return (f"training_args.packing=true: a step takes {packs} pack{'s'*(packs > 1)}, each with as many {unit} as fit "
             f"into {capacity} positions, not {packs} {unit}. "

@@ -328,6 +328,9 @@ TRAINING_REFUSALS = DEVICE_REFUSALS | OPTIMIZER_REFUSALS | SCHEDULE_REFUSALS | {
     "an expression for modules": Refusal("not_an_expression()",
         "<model_args.lora_target_modules> is not a regular expression: correct it, or give names of modules.",
         "train_sft model_args.use_peft=true model_args.lora_target_modules=['layers.(0']"),
+    "adapters of a reward model": Refusal("stage=train_reward model_args.use_peft",
+        "<model_args.use_peft>: a reward model is trained whole. Set model_args.use_peft=false.",
+        "train_reward model_args.use_peft=true"),
     "no rows to evaluate": Refusal("evaluates_nothing()",
         "<training_args.eval_strategy> needs rows that are not trained on: set dataset_args.eval_split.name=SPLIT, or "
         "training_args.eval_strategy=no.",

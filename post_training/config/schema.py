@@ -5,25 +5,25 @@
 # %% auto #0
 __all__ = ['NOTHING', 'CONFIGS', 'TEMPLATES', 'SECTION_GROUPS', 'section', 'LOSS_CONDITIONS', 'TRAINER_CONDITIONS',
            'OPTIMIZER_CONDITIONS', 'PROCESS_CONDITIONS', 'DATA_CONDITIONS', 'EVALUATION_CONDITIONS', 'CONDITIONS',
-           'STAGES', 'TRAINING_STAGES', 'SHARD_STAGES', 'SFT_KEYS_READ', 'TRAINER_KEYS', 'REFUSED_TRAINING_ARGS',
-           'ENGINE_ARGS', 'UNREAD_TRAINING_ARGS', 'SFT_TRAINER_KEYS', 'PREFERENCE_TRAINER_KEYS', 'REFUSED_MODEL_ARGS',
-           'MODEL_ARG_KEYS', 'LARGEST', 'METHOD_KEYS', 'OFF_VALUES', 'flatten', 'get_key', 'set_key', 'pop_key',
-           'ConfigKey', 'key', 'type_text', 'section_keys', 'Condition', 'ResumingKeys', 'WandbKeys', 'ClusterKeys',
-           'SharedKeys', 'TokenizerKeys', 'ModelKeys', 'WithTokenizerKeys', 'WithModelKeys', 'TrainSplitKeys',
-           'EvalSplitKeys', 'SubsampleKeys', 'TrainingDataKeys', 'RowTokenizationKeys', 'TokenizationKeys',
-           'SampledAnswersKeys', 'TrainingKeys', 'PlwKeys', 'IrlKeys', 'DftKeys', 'EaftKeys', 'SFTKeys',
-           'GenerationRatioKeys', 'PairTokenizationKeys', 'RefModelKeys', 'PreferenceKeys', 'WrittenKeys',
-           'NearDuplicatesKeys', 'CountingTokenizerKeys', 'MixtureKeys', 'NamedSplitKeys', 'NewSplitKeys',
-           'SplitDataKeys', 'SplitKeys', 'OneDatasetKeys', 'LineariseKeys', 'ComparedSplitsKeys', 'BenchmarksKeys',
-           'DecontaminateKeys', 'AnnotatedDataKeys', 'ShardKeys', 'AnnotationKeys', 'FilterKeys', 'GenerationKeys',
-           'ServerKeys', 'RefCompletionsKeys', 'RefLogprobsKeys', 'RewardKeys', 'RefRewardsKeys', 'PairsKeys',
-           'VoteKeys', 'PassRateKeys', 'HygieneKeys', 'RejectionKeys', 'HeldOutSplitKeys', 'EvaluationDataKeys',
-           'AnswersKeys', 'LmEvalKeys', 'EvaluateKeys', 'ExportedModelKeys', 'ComparedDataKeys', 'ParityKeys',
-           'ExportKeys', 'MergeDocumentKeys', 'MergeOptionsKeys', 'MergeChecksKeys', 'MergeKeys', 'Stage',
-           'stages_with', 'library_types', 'library_keys', 'stage_keys', 'known_keys', 'range_text', 'readers_text',
-           'describe_keys', 'coerce_value', 'unknown_key_hint', 'check_config', 'check_ranges', 'check_allowed',
-           'shown_value', 'UnreadKey', 'why_unread', 'unread_keys', 'refuse_unread', 'unread_notices',
-           'non_identity_keys']
+           'STAGES', 'TRAINING_STAGES', 'SHARD_STAGES', 'PAIR_STAGES', 'SFT_KEYS_READ', 'TRAINER_KEYS',
+           'REFUSED_TRAINING_ARGS', 'ENGINE_ARGS', 'UNREAD_TRAINING_ARGS', 'SFT_TRAINER_KEYS',
+           'PREFERENCE_TRAINER_KEYS', 'REFUSED_MODEL_ARGS', 'MODEL_ARG_KEYS', 'LARGEST', 'METHOD_KEYS', 'OFF_VALUES',
+           'flatten', 'get_key', 'set_key', 'pop_key', 'ConfigKey', 'key', 'type_text', 'section_keys', 'Condition',
+           'ResumingKeys', 'WandbKeys', 'ClusterKeys', 'SharedKeys', 'TokenizerKeys', 'ModelKeys', 'WithTokenizerKeys',
+           'WithModelKeys', 'TrainSplitKeys', 'EvalSplitKeys', 'SubsampleKeys', 'TrainingDataKeys',
+           'RowTokenizationKeys', 'TokenizationKeys', 'SampledAnswersKeys', 'RowTrainingKeys', 'TrainingKeys',
+           'PlwKeys', 'IrlKeys', 'DftKeys', 'EaftKeys', 'SFTKeys', 'GenerationRatioKeys', 'PairTokenizationKeys',
+           'RefModelKeys', 'PreferenceKeys', 'RewardLossKeys', 'RewardModelKeys', 'WrittenKeys', 'NearDuplicatesKeys',
+           'CountingTokenizerKeys', 'MixtureKeys', 'NamedSplitKeys', 'NewSplitKeys', 'SplitDataKeys', 'SplitKeys',
+           'OneDatasetKeys', 'LineariseKeys', 'ComparedSplitsKeys', 'BenchmarksKeys', 'DecontaminateKeys',
+           'AnnotatedDataKeys', 'ShardKeys', 'AnnotationKeys', 'FilterKeys', 'GenerationKeys', 'ServerKeys',
+           'RefCompletionsKeys', 'RefLogprobsKeys', 'RewardKeys', 'RefRewardsKeys', 'PairsKeys', 'VoteKeys',
+           'PassRateKeys', 'HygieneKeys', 'RejectionKeys', 'HeldOutSplitKeys', 'EvaluationDataKeys', 'AnswersKeys',
+           'LmEvalKeys', 'EvaluateKeys', 'ExportedModelKeys', 'ComparedDataKeys', 'ParityKeys', 'ExportKeys',
+           'MergeDocumentKeys', 'MergeOptionsKeys', 'MergeChecksKeys', 'MergeKeys', 'Stage', 'stages_with',
+           'library_types', 'library_keys', 'stage_keys', 'known_keys', 'range_text', 'readers_text', 'describe_keys',
+           'coerce_value', 'unknown_key_hint', 'check_config', 'check_ranges', 'check_allowed', 'shown_value',
+           'UnreadKey', 'why_unread', 'unread_keys', 'refuse_unread', 'unread_notices', 'non_identity_keys']
 
 # %% ../../nbs/10_config/2_schema.ipynb #9de09f9d
 import dataclasses, functools, importlib.util, json, math, re, types, typing
@@ -580,12 +580,17 @@ class SampledAnswersKeys:
 
 # %% ../../nbs/10_config/2_schema.ipynb #89ae73cf
 @section
-class TrainingKeys(SharedKeys, WithTokenizerKeys):
-    "Keys of both training stages, other than TRL's arguments"
+class RowTrainingKeys(SharedKeys, WithTokenizerKeys):
+    "Keys of all training stages, other than TRL's arguments"
     global_batch_size:int|None = key(1, 2**30)
     dataset_name:str = key()
     dataset_args:TrainingDataKeys = None
     tokenization:TokenizationKeys = None
+
+# %% ../../nbs/10_config/2_schema.ipynb #3ca7e22b
+@section
+class TrainingKeys(RowTrainingKeys):
+    "Keys of the stages that train language models, other than TRL's arguments"
     evaluation:SampledAnswersKeys = None
 
 # %% ../../nbs/10_config/2_schema.ipynb #5eaa3c46
@@ -647,6 +652,20 @@ class RefModelKeys:
 class PreferenceKeys(TrainingKeys):
     "Keys of preference training"
     ref_model_args:RefModelKeys = None
+    tokenization:PairTokenizationKeys = None
+
+# %% ../../nbs/10_config/2_schema.ipynb #529831a2
+@section
+class RewardLossKeys:
+    "Keys of the loss of a reward model"
+    center:float = key(0)
+    margin:Literal["none", "rewards"] = key()
+
+# %% ../../nbs/10_config/2_schema.ipynb #ac583396
+@section
+class RewardModelKeys(RowTrainingKeys):
+    "Keys of the training of a reward model"
+    reward_loss:RewardLossKeys = None
     tokenization:PairTokenizationKeys = None
 
 # %% ../../nbs/10_config/2_schema.ipynb #ac4df423
@@ -1097,6 +1116,7 @@ STAGES = {
     "tokenize": Stage(SFTKeys, "SFTConfig", drops_rows=True),
     "generation_ratio": Stage(GenerationRatioKeys, "SFTConfig", drops_rows=True),
     "train_preference": Stage(PreferenceKeys, "DPOConfig", trains=True, uses_gpu=True, drops_rows=True),
+    "train_reward": Stage(RewardModelKeys, "SFTConfig", trains=True, uses_gpu=True, drops_rows=True),
     "dataset_mixture": Stage(MixtureKeys, drops_rows=True),
     "dataset_split": Stage(SplitKeys),
     "linearise": Stage(LineariseKeys, drops_rows=True),
@@ -1121,6 +1141,7 @@ def stages_with(
 # %% ../../nbs/10_config/2_schema.ipynb #st4ge003
 TRAINING_STAGES = stages_with("trains")
 SHARD_STAGES = stages_with("sharded")
+PAIR_STAGES = ("train_preference", "train_reward") # training stages whose rows are pairs, two sequences each
 
 # %% ../../nbs/10_config/2_schema.ipynb #aa676329
 _ROW_KEYS = ("artifacts_dir", "artifacts_subdir", "runs_dir", "job_subdir", "run_dir", "resuming_dir", "resuming_hash",

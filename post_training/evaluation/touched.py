@@ -8,6 +8,7 @@ __all__ = ['ancestor_records', 'trained_on', 'touched_prompts', 'subset_results'
 # %% ../../nbs/60_evaluation/5_touched.ipynb #d9f8da2a
 import numpy as np
 from .. import run
+from ..config.schema import TRAINING_STAGES
 from ..core.files import UserError
 from ..data.contamination import find_contamination, hash_benchmark, prompt_and_answer
 from ..data.io import load_rows
@@ -44,7 +45,7 @@ def trained_on(
     out = {}
     for r in records:
         args = (r.get("config") or {}).get("dataset_args") or {}
-        if r.get("stage") in ("train_sft", "train_preference") and args.get("dataset_name"):
+        if r.get("stage") in TRAINING_STAGES and args.get("dataset_name"):
             out[args["dataset_name"], (args.get("train_split") or {}).get("name")] = None
     return [*out]
 

@@ -12,7 +12,7 @@ __all__ = ['PRECISION_POLICIES', 'OPTIMIZERS', 'GRADIENT_BUCKET', 'ZERO3_LIVE_PA
 # %% ../../nbs/70_launch/3_estimate.ipynb #487204d3
 from dataclasses import dataclass, replace
 from ..core.files import UserError
-from ..config.schema import TRAINING_STAGES
+from ..config.schema import PAIR_STAGES, TRAINING_STAGES
 from ..config.presets import site_path
 from ..config.preference_losses import losses_of, needs_reference
 from ..run.identity import training_topology
@@ -346,7 +346,7 @@ def assumptions_text(
     policy:str, # see `precision_policy_of`
 )->str: # a few sentences
     "The assumptions of an estimate as text"
-    t, pairs = cfg["training_args"], cfg["stage"] == "train_preference"
+    t, pairs = cfg["training_args"], cfg["stage"] in PAIR_STAGES
     numbers = dict(autocast="float32 weights under bf16 autocast", bf16="bf16 weights", float32="float32")[policy]
     rows = (f"packs of {(1 + pairs)*t['max_length']} positions" if t.get("packing")
             else f"{'pairs of two sequences' if pairs else 'rows'} of {t['max_length']} positions")
@@ -417,7 +417,7 @@ def _estimate_of(cfg:dict, tokens:float, mean_length:int|None, reference_tokens:
         raise UserError("training_args.max_length is null: the length of the longest row is unknown.")
     may_be_cpu = cluster["device"] == "auto" and not cluster.get("gpu")
     cpu = cluster["device"] == "cpu" or may_be_cpu and device_of(cfg) == "cpu"
-    sequences = 2 if cfg["stage"] == "train_preference" else 1
+    sequences = 2 if cfg["stage"] in PAIR_STAGES else 1
     policy, optim = precision_policy_of(cfg, cpu, w["zero_stage"]), str(t.get("optim") or "adamw_torch")
     train = TrainShape(zero_stage=w["zero_stage"] or 0, world_size=w["world_size"],
                        per_device_batch=sequences*w["per_device"], seq_len=t["max_length"],

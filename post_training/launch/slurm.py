@@ -17,7 +17,7 @@ import datetime, json, os, re, shlex, shutil, subprocess, sys
 from dataclasses import dataclass
 from pathlib import Path
 from ..core.files import UserError, redact, write_atomic
-from ..config.schema import CONFIGS, SHARD_STAGES, STAGES, TRAINING_STAGES
+from ..config.schema import CONFIGS, PAIR_STAGES, SHARD_STAGES, STAGES, TRAINING_STAGES
 from ..config.presets import project_root
 from ..config.batch import batch_arithmetic
 from ..config.compose import ComposedConfig, save_frozen
@@ -163,7 +163,7 @@ def tokens_at_most(
 )->int: # number of tokens; 0 if the number of steps is unknown
     "The number of tokens of a run if every row had the maximal length"
     if cfg["stage"] not in TRAINING_STAGES: return 0
-    sequences = 2 if cfg["stage"] == "train_preference" else 1 # two per pair
+    sequences = 2 if cfg["stage"] in PAIR_STAGES else 1 # two per pair
     per_row = sequences*(cfg["training_args"].get("max_length") or 0)
     return steps_of(cfg, rows)*batch_arithmetic(cfg)["global_batch"]*per_row
 
@@ -180,7 +180,7 @@ def batch_facts(
     rows:int=0, # number of training rows, or packs; 0: unknown
 )->dict: # name -> value
     "Processes, batch and steps of training, for a table"
-    b, kind = batch_arithmetic(cfg), "pairs" if cfg["stage"] == "train_preference" else "rows"
+    b, kind = batch_arithmetic(cfg), "pairs" if cfg["stage"] in PAIR_STAGES else "rows"
     unit = f"packs of {kind}" if cfg["training_args"].get("packing") else kind
     return {"processes": b["world_size"], f"{unit} per process and micro-batch": b["per_device"],
             "accumulation": b["accumulation"],

@@ -25,6 +25,7 @@ from ..tokens.tokenizer import check_bos, template_fingerprint, tokenizer_finger
 from ..tokens.masks import Refused, encoder_for, tokenize_chats
 from .rows import completion_message, row_prompt
 from ..models.load import check_finite_weights, default_device, model_path, resolve_for_model
+from ..models.classifier import register_classifiers
 from ..models.verifiers import VERIFIERS, answer_text, row_verifier, run_verifier
 
 # %% ../../nbs/35_preferences/5_rewards.ipynb #0ad42d97
@@ -345,6 +346,7 @@ def load_reward_model(
     import torch
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
+    register_classifiers()
     path = model_path(name)
     if trust_remote_code and not Path(path).is_dir() and not re.fullmatch("[0-9a-f]{40}", revision):
         raise UserError(f"{name} contains Python code: set reward_args.model_revision to the commit that you have "

@@ -81,6 +81,9 @@ class TrainingStage:
     # function: (rank context, data, auto settings) -> facts for the record; every rank calls it before the trainer is
     # made, and it may change the data
     prepare_training: Callable|None = None
+    rehearses: bool = True # True: try a save of a language model before training
+    # function: (rank context, data, folder of the final checkpoint) -> facts for the record; only rank 0 calls it
+    final_facts: Callable|None = None
     @property
     def module(self): return f"post_training.{self.name}"
 
@@ -452,7 +455,8 @@ def begin_record(
     record_inputs(w, data, auto)
     write_json(w.run_dir/"examples.json", stage.examples(data))
     for text in [*data.notices, *(f"skipped {p.name}: {why}" for p, why in skipped)]: print(text, file=sys.stderr)
-    rehearse_save(w, data, auto, int(point.name.split("-")[1]) if point else 0)
+    if stage.rehearses: rehearse_save(w, data, auto, int(point.name.split("-")[1]) if point else 0)
+    else: run.update_record(w.run_dir, notices=data.notices)
 
 # %% ../../nbs/65_stages/5_training.ipynb #75e9f54e
 def train_rank(
@@ -493,7 +497,7 @@ def train_rank(
     PartialState().wait_for_everyone()
     step = trainer.state.global_step
     w.stopped_early = trainer.stopping and step < trainer.total_steps()
-    if w.is_main: hand_over(w, step) if w.stopped_early else record_final(w, trainer)
+    if w.is_main: hand_over(w, step) if w.stopped_early else record_final(stage, w, data, trainer)
 
 # %% ../../nbs/65_stages/5_training.ipynb #3226461d
 def hand_over(
@@ -508,10 +512,12 @@ def hand_over(
 
 # %% ../../nbs/65_stages/5_training.ipynb #b665b347
 def record_final(
+    stage:TrainingStage, # the training stage
     w:RankContext, # this rank
+    data:TokenizedData, # tokenized rows
     trainer, # trainer after training
 ):
-    "Record the final checkpoint, the best checkpoint and the last metrics"
+    "Record the final checkpoint, the best checkpoint, the last metrics, and the stage's own facts"
     from post_training.training.checkpoint import best_checkpoint, complete_checkpoints
     saved = complete_checkpoints(w.checkpoints_dir)
     step, final, manifest = saved[-1]
@@ -525,7 +531,9 @@ def record_final(
     if best: facts["best"] = dict(checkpoint=best[0].name, metric=policy.best_metric, value=best[1])
     kept = {p.name: dict(step=s, metrics=m["metrics"], bytes=sum(f["size"] for f in m["files"].values()))
             for s, p, m in saved}
-    run.update_record(w.run_dir, status="finished", final=facts, checkpoints=kept, peak_memory_gib=peak_memory(w.cpu))
+    own = stage.final_facts(w, data, final) if stage.final_facts else {}
+    run.update_record(w.run_dir, status="finished", final=facts, checkpoints=kept, peak_memory_gib=peak_memory(w.cpu),
+                      **own)
 
 # %% ../../nbs/65_stages/5_training.ipynb #0e92f99d
 # words, in lower case, in messages of errors after which another try may help

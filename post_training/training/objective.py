@@ -40,6 +40,8 @@ class Objective(Protocol):
         "The metrics by name, from one row of sums"
     def weight_from_sums(self, sums)->float:
         "The sum of the data's weights over all trained tokens (or pairs)"
+    def probe(self, scored:tuple)->torch.Tensor:
+        "The values that must be the same for packed rows and for the same rows alone"
 
 # %% ../../nbs/40_training/6_objective.ipynb #f89f6243
 @dataclass(frozen=True)
@@ -193,6 +195,14 @@ def weight_from_sums(self:SFTObjective,
     "The sum of the data's weights over the trained tokens"
     s = dict(zip(self.SUMS, map(float, sums)))
     return s["completion_scored"] + s["prompt_scored"]*self.prompt_trained
+
+# %% ../../nbs/40_training/6_objective.ipynb #5a418e4d
+@patch
+def probe(self:SFTObjective,
+    scored:tuple, # (ScoreOutput, labels), see `score`
+)->torch.Tensor: # [N]
+    "The log-probabilities of all labelled tokens, which packing must not change"
+    return scored[0].log_probs[scored[1][:, 1:] != -100]
 
 # %% ../../nbs/40_training/6_objective.ipynb #d4987203
 # keys of a batch that go to the forward unchanged

@@ -308,6 +308,14 @@ def weight_from_sums(self:PreferenceObjective,
     "The sum of the data's weights over the pairs"
     return float(dict(zip(self.SUMS, sums))["pairs"])
 
+# %% ../../nbs/40_training/8_preference.ipynb #fe4b29c0
+@patch
+def probe(self:PreferenceObjective,
+    scored:tuple, # (ScoreOutput, labels), see `score`
+)->torch.Tensor: # [N]
+    "The log-probabilities of all labelled tokens, which packing must not change"
+    return scored[0].log_probs[scored[1][:, 1:] != -100]
+
 # %% ../../nbs/40_training/8_preference.ipynb #ccfa5555
 def reference_table(
     ref_rewards:list, # for each row a list of reference rewards

@@ -382,15 +382,16 @@ def probe_packing(self:SFTTrainer, model, rows:int=3):
     was_training = model.training
     model.eval()
     with torch.no_grad(), self.compute_loss_context_manager():
-        def score(rows): return self.objective.score(model, self._prepare_inputs(self.collator(rows)), score_all=True)
-        together, labels_BT = score(picked)
-        alone = [out.log_probs[lab[:, 1:] != -100] for out, lab in map(score, ([r] for r in picked))]
+        def score(rows):
+            scored = self.objective.score(model, self._prepare_inputs(self.collator(rows)), score_all=True)
+            return self.objective.probe(scored)
+        together, alone = score(picked), torch.cat([score([r]) for r in picked])
     model.train(was_training)
-    difference = (together.log_probs[labels_BT[:, 1:] != -100] - torch.cat(alone)).abs().max().item()
+    difference = (together - alone).abs().max().item()
     exact = self.args.mixed_precision == "no" and next(self.model.parameters()).dtype == torch.float32
     if difference > (1e-4 if exact else 0.05):
-        raise UserError("training_args.packing: packed rows see each other (log-probabilities differ by up to "
-                        f"{difference:.2g} from those of the rows alone). Set packing=false, or another "
+        raise UserError("training_args.packing: packed rows see each other (log-probabilities or scores differ by up "
+                        f"to {difference:.2g} from those of the rows alone). Set packing=false, or another "
                         "model_args.attn_implementation (sdpa, eager and flash-attention keep rows apart).")
     return difference
 

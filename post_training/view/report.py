@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from ..core.files import (
     UserError, atomic_dir, did_you_mean, read_json, redact, visible_text, write_json)
-from ..config.schema import flatten
+from ..config.schema import TRAINING_STAGES, flatten
 from ..config.presets import project_root, site_path
 from ..config.batch import batch_arithmetic
 from ..config.compose import diff_from_presets
@@ -395,6 +395,8 @@ def loss_text(
         names = [names] if isinstance(names, str) else names
         gamma = f", gamma {args['simpo_gamma']:g}" if "simpo" in names else ""
         return f"{' + '.join(names)}, beta {args['beta']:g}{gamma}"
+    if cfg["stage"] == "train_reward":
+        return f"Bradley-Terry, center {cfg['reward_loss']['center']:g}, margin {cfg['reward_loss']['margin']}"
     name = cfg["trainer"]
     if name == "irl": return f"irl, lambda_td {cfg['irl_args']['lambda_td']:g}, gamma {cfg['irl_args']['gamma']:g}"
     alpha = f", alpha {cfg[f'{name}_args']['alpha']:g}" if name in ("dft", "eaft") else ""
@@ -402,11 +404,11 @@ def loss_text(
 
 # %% ../../nbs/75_view/1_report.ipynb #dc413b9a
 # stages that run one model
-MODEL_STAGES = ("train_sft", "train_preference", "evaluate", "export", "ref_completions", "ref_logprobs")
+MODEL_STAGES = (*TRAINING_STAGES, "evaluate", "export", "ref_completions", "ref_logprobs")
 
 # %% ../../nbs/75_view/1_report.ipynb #601029d7
 # stages whose dataset_name is a name for their input; in other stages it names the output
-LABELLED_STAGES = ("train_sft", "train_preference", "evaluate", "tokenize", "generation_ratio")
+LABELLED_STAGES = (*TRAINING_STAGES, "evaluate", "tokenize", "generation_ratio")
 
 # %% ../../nbs/75_view/1_report.ipynb #fc9e77a0
 def headline_setup(
@@ -429,7 +431,7 @@ def headline_setup(
     if stage == "dataset_mixture":
         facts["data"] = f"{', '.join(s['dataset_name'] for s in cfg['sources'])} into {cfg['dataset_name']}"
     elif data: facts["data"] = (stage in LABELLED_STAGES and cfg.get("dataset_name")) or short_path(data)
-    if stage in ("train_sft", "train_preference"):
+    if stage in TRAINING_STAGES:
         args = cfg["training_args"]
         steps = args.get("max_steps") or -1
         facts |= dict(loss=loss_text(cfg), steps=f"{steps:,}" if steps > 0 else f"{args['num_train_epochs']:g} epochs")
@@ -508,7 +510,7 @@ def headline_results(
     evaluation, differences = record.get("evaluation") or {}, record.get("differences") or {}
     if record.get("stage") == "evaluate":
         return {n: checkpoint_text(c, differences.get(n) or {}) for n, c in list(evaluation.items())[:6]}
-    if record.get("stage") in ("train_sft", "train_preference"): return training_results(record)
+    if record.get("stage") in TRAINING_STAGES: return training_results(record)
     return dict(rows=rows) if (rows := rows_text(record)) else {} # the title has the summary of the stage
 
 # %% ../../nbs/75_view/1_report.ipynb #6bddc607
