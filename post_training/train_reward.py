@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['REWARD_STAGE', 'reward_objective', 'scored_by_ref_rewards', 'check_reward_tokens', 'load_reward_pairs',
-           'reward_order_fault', 'drop_unordered', 'make_reward_trainer', 'audit_checkpoint', 'reward_arguments',
-           'train_reward_main']
+           'reward_order_fault', 'drop_unordered', 'make_reward_trainer', 'load_whole', 'audit_checkpoint',
+           'reward_arguments', 'train_reward_main']
 
-# %% ../nbs/80_entry/4_train_reward.ipynb #67bfee13
+# %% ../nbs/80_entry/4_train_reward.ipynb #70774f4a
 from functools import partial
-from . import config, run
+from . import run
 from .core.files import UserError, exit_fast
 from .stages.tokenized_data import TokenizedData, load_split, load_tokenized_data
 from .stages.training import (RankContext, TrainingStage, collator_of, run_training_stage,
                                            trainer_options)
 from .train_preference import ensure_pairs, pair_examples
 
-# %% ../nbs/80_entry/4_train_reward.ipynb #5cab735e
+# %% ../nbs/80_entry/4_train_reward.ipynb #fa342126
 def reward_objective(
     cfg:dict, # composed config
 ): # `RewardObjective`
@@ -24,7 +24,7 @@ def reward_objective(
     from post_training.training.reward import RewardObjective
     return RewardObjective(**cfg["reward_loss"])
 
-# %% ../nbs/80_entry/4_train_reward.ipynb #528a3898
+# %% ../nbs/80_entry/4_train_reward.ipynb #afc79a8a
 def scored_by_ref_rewards(
     tokenizer, # tokenizer with its chat template
     pair:dict, # row of the data
@@ -37,7 +37,7 @@ def scored_by_ref_rewards(
     prompt, *answers = pair_messages(pair, **kwargs)
     return conversation_ids(tokenizer, [Conversation([*prompt.messages, a], prompt.tools) for a in answers])
 
-# %% ../nbs/80_entry/4_train_reward.ipynb #0641b694
+# %% ../nbs/80_entry/4_train_reward.ipynb #634c0fbe
 def check_reward_tokens(
     cfg:dict, # composed config
     data:TokenizedData, # tokenized pairs
@@ -60,7 +60,7 @@ def check_reward_tokens(
                         "the rows as plain messages without thoughts and tool calls, and choose a "
                         "tokenizer_args.chat_template_name that adds nothing of its own.")
 
-# %% ../nbs/80_entry/4_train_reward.ipynb #e8c047c1
+# %% ../nbs/80_entry/4_train_reward.ipynb #066de595
 def load_reward_pairs(
     cfg:dict, # composed config
 )->TokenizedData:
@@ -72,7 +72,7 @@ def load_reward_pairs(
     check_reward_tokens(cfg, data)
     return data
 
-# %% ../nbs/80_entry/4_train_reward.ipynb #822434f6
+# %% ../nbs/80_entry/4_train_reward.ipynb #0ec991df
 def reward_order_fault(
     chosen:float|None, # reward of the chosen answer
     rejected:float|None, # reward of the rejected answer
@@ -86,7 +86,7 @@ def reward_order_fault(
     if chosen == rejected: return "reward: no difference"
     return "reward: the chosen answer has the lower one" if chosen < rejected else ""
 
-# %% ../nbs/80_entry/4_train_reward.ipynb #8a20347c
+# %% ../nbs/80_entry/4_train_reward.ipynb #c09383e1
 def drop_unordered(
     w:RankContext, # this rank
     data:TokenizedData, # tokenized pairs; changed in place
@@ -110,7 +110,7 @@ def drop_unordered(
         facts[split] = dict(dropped=dropped, first=first)
     return dict(rewards_out_of_order=facts) if facts else {}
 
-# %% ../nbs/80_entry/4_train_reward.ipynb #b87096e7
+# %% ../nbs/80_entry/4_train_reward.ipynb #a5735946
 def make_reward_trainer(
     w:RankContext, # this rank
     data:TokenizedData, # tokenized pairs
@@ -138,7 +138,21 @@ def make_reward_trainer(
                       PairCollator(collator_of(w.cfg, data.tokenizer)), reward_objective(w.cfg),
                       **trainer_options(w, data, sequences_per_row=2, order=order, write_line=write_line))
 
-# %% ../nbs/80_entry/4_train_reward.ipynb #1ed393c1
+# %% ../nbs/80_entry/4_train_reward.ipynb #1d2edfbc
+def load_whole(
+    folder, # checkpoint
+    device:str, # cpu or cuda
+    batch_tokens:int, # maximum tokens of a batch, padding included
+): # `ModelScorer`
+    "Load a checkpoint as `ref_rewards` does, whole in this process: under ZeRO-3 transformers would divide it"
+    from transformers.integrations import deepspeed
+    from post_training.preferences.rewards import model_scorer
+    known = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try: return model_scorer(str(folder), device=device, batch_tokens=batch_tokens)
+    finally: deepspeed._hf_deepspeed_config_weak_ref = known
+
+# %% ../nbs/80_entry/4_train_reward.ipynb #760a657d
 def audit_checkpoint(
     w:RankContext, # this rank
     data:TokenizedData, # tokenized pairs
@@ -148,10 +162,9 @@ def audit_checkpoint(
     "Score the evaluation pairs with a checkpoint, and audit the scores"
     from post_training.core.shards import token_batches
     from post_training.evaluation.reward_audit import audit
-    from post_training.preferences.rewards import model_scorer
     if data.eval is None: return dict(reward_audit="none: no pairs were evaluated (training_args.eval_strategy)")
     rows = list(data.eval)
-    scorer = model_scorer(str(folder), device="cpu" if w.cpu else "cuda", batch_tokens=batch_tokens)
+    scorer = load_whole(folder, "cpu" if w.cpu else "cuda", batch_tokens)
     ids = [[*r["prompt_ids"], *r[f"{s}_ids"]] for r in rows for s in ("chosen", "rejected")]
     flat, again = [0.]*len(ids), [0.]*len(ids)
     for batch in token_batches([len(x) for x in ids], batch_tokens):
@@ -163,7 +176,7 @@ def audit_checkpoint(
                                    [(r["chosen_length"], r["rejected_length"]) for r in rows],
                                    [(text(r, "chosen"), text(r, "rejected")) for r in rows], pairs(again)))
 
-# %% ../nbs/80_entry/4_train_reward.ipynb #cba5a22c
+# %% ../nbs/80_entry/4_train_reward.ipynb #15c0825f
 def reward_arguments(
     training_args:dict, # the user's keys of training_args
     output_dir, # folder for checkpoints
@@ -173,17 +186,17 @@ def reward_arguments(
     from post_training.training.arguments import sft_config
     return sft_config(training_args, output_dir, **kwargs)
 
-# %% ../nbs/80_entry/4_train_reward.ipynb #db370030
+# %% ../nbs/80_entry/4_train_reward.ipynb #39283020
 REWARD_STAGE = TrainingStage("train_reward", load_reward_pairs, reward_arguments, make_reward_trainer, pair_examples,
                              drop_unordered, rehearses=False, final_facts=audit_checkpoint)
 
-# %% ../nbs/80_entry/4_train_reward.ipynb #c0002777
+# %% ../nbs/80_entry/4_train_reward.ipynb #3a385ab8
 def train_reward_main(
     argv:list[str]|None=None, # command line without the program name; None: that of this process
 )->int: # exit code
     "Train from a frozen config or from overrides"
     return run_training_stage(REWARD_STAGE, argv)
 
-# %% ../nbs/80_entry/4_train_reward.ipynb #85a3666d
+# %% ../nbs/80_entry/4_train_reward.ipynb #4f435486
 #| eval: false
 if __name__ == "__main__": exit_fast(train_reward_main())

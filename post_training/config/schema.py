@@ -1200,9 +1200,10 @@ TRAINER_KEYS |= { # what is logged, evaluated and saved, and how processes work 
 
 # %% ../../nbs/10_config/2_schema.ipynb #ce4853e4
 REFUSED_TRAINING_ARGS = { # key of training_args: (values that are accepted, what to do instead of others)
-    "loss_type": (("nll",), "choose the loss with trainer=sft|plw|ln-plw|irl|dft|eaft"),
-    "completion_only_loss": ((None,), "use trainer=plw with plw_args.prompt_loss_weight=0"),
-    "assistant_only_loss": ((False,), "use trainer=plw with plw_args.prompt_loss_weight=0"),
+    "loss_type": (("nll",), "choose the loss with trainer=sft|plw|ln-plw|irl|dft|eaft in train_sft; "
+                  "train_reward has one loss, reward_loss"),
+    "completion_only_loss": ((None,), "in train_sft use trainer=plw with plw_args.prompt_loss_weight=0"),
+    "assistant_only_loss": ((False,), "in train_sft use trainer=plw with plw_args.prompt_loss_weight=0"),
     "label_smoothing_factor": ((0, 0.), "it is not part of these losses"),
     "padding_free": ((False,), "use training_args.packing"),
     "use_liger_kernel": ((False,), "the head is fused already"),
