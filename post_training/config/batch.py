@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ACCELERATE_KEYS', 'DEEPSPEED_KEYS', 'accelerate_file', 'accelerate_preset', 'world_size', 'engine_of', 'visible_gpus',
-           'planned_device', 'batch_arithmetic']
+           'planned_device', 'fitting_rows', 'batch_arithmetic']
 
 # %% ../../nbs/10_config/5_batch.ipynb #9de09f9d
 import contextlib, copy, functools, math, os
@@ -163,6 +163,18 @@ def _indivisible(total:int, world:int, rows:int)->UserError:
     if nearest_rows:
         text += f"; or training_args.per_device_train_batch_size={' or '.join(map(str, nearest_rows))}"
     return UserError(text + ".")
+
+# %% ../../nbs/10_config/5_batch.ipynb #649af9ca
+def fitting_rows(
+    cfg:dict, # composed configuration
+    typed=(), # dotted keys that the user typed; typed numbers of the batch are not changed
+)->dict[str, int]: # key of the rows of a micro-batch -> rows; empty if those of the config stay
+    "Fewer rows in a micro-batch, if the presets' rows do not divide the share of a process"
+    key, world = "training_args.per_device_train_batch_size", world_size(cfg)
+    rows, total = cfg["training_args"]["per_device_train_batch_size"], cfg.get("global_batch_size")
+    if {key, "global_batch_size", "training_args.gradient_accumulation_steps"} & {*typed}: return {}
+    if not total or rows < 1 or total % world or total % (world*rows) == 0: return {}
+    return {key: next(r for r in range(min(rows, total//world), 0, -1) if total//world % r == 0)}
 
 # %% ../../nbs/10_config/5_batch.ipynb #02036694
 def batch_arithmetic(

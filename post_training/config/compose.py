@@ -22,7 +22,7 @@ from post_training.config.overrides import (
 from .presets import (
     EXPERIMENT_GROUPS, compose_presets, experiment_preset, own_defaults, own_notices, preset_file,
     preset_groups, preset_place, preset_name, preset_names, resolve_interpolations, site_path, stage_name)
-from .batch import accelerate_file, batch_arithmetic, engine_of
+from .batch import accelerate_file, batch_arithmetic, engine_of, fitting_rows
 from .refusals import check_combinations, machine_notice, run_facts
 from .preference_losses import PAIR_LIMITS, check_preference_args
 
@@ -337,6 +337,29 @@ def _packed(cfg:dict, packs:int)->str:
             f"into {capacity} positions, not {packs} {unit}. "
             f"Divide global_batch_size by the {unit} of a pack to keep their number.")
 
+# %% ../../nbs/10_config/7_compose.ipynb #6389b7ba
+def _finish_batch(
+    cfg:dict, # resolved config of a training stage, completed in place
+    origin, # function: key -> text
+    typed=(), # dotted keys that the user typed
+)->tuple: # (derived keys, notices)
+    "Derive the missing numbers of the batch"
+    notices = []
+    gives_way = lambda k, v: f"{k}={get_key(cfg, k)}{origin(k, False)} gives way: {k} is {v}."
+    fitting = fitting_rows(cfg, typed)
+    for k,v in fitting.items():
+        notices.append(gives_way(k, v))
+        set_key(cfg, k, v)
+    batch = batch_arithmetic(cfg, typed)
+    if cfg["training_args"].get("packing"): notices.append(_packed(cfg, batch["global_batch"]))
+    derived = {"global_batch_size": batch["global_batch"],
+               "training_args.gradient_accumulation_steps": batch["accumulation"]}
+    derived = {k: v for k,v in derived.items() if get_key(cfg, k) != v}
+    for k,v in derived.items():
+        if get_key(cfg, k) is not None: notices.append(gives_way(k, v))
+        set_key(cfg, k, v)
+    return derived | fitting, notices
+
 # %% ../../nbs/10_config/7_compose.ipynb #1e45f09e
 def _finish(
     raw:dict, # unresolved config
@@ -362,15 +385,8 @@ def _finish(
     derived = {k: v for k,v in derived.items() if get_key(cfg, k) != v}
     for k,v in derived.items(): set_key(cfg, k, v)
     if cfg["stage"] not in TRAINING_STAGES: return cfg, derived, notices
-    batch = batch_arithmetic(cfg, typed)
-    if cfg["training_args"].get("packing"): notices.append(_packed(cfg, batch["global_batch"]))
-    derived = {"global_batch_size": batch["global_batch"],
-               "training_args.gradient_accumulation_steps": batch["accumulation"]}
-    derived = {k: v for k,v in derived.items() if get_key(cfg, k) != v}
-    for k,v in derived.items():
-        if get_key(cfg, k) is not None:
-            notices.append(f"{k}={get_key(cfg, k)}{origin(k, False)} gives way: {k} is {v}.")
-        set_key(cfg, k, v)
+    derived, said = _finish_batch(cfg, origin, typed)
+    notices += said
     path = accelerate_file(cfg["accelerate_config"])
     shipped = CONFIGS/"accelerate"/path.name
     if path != shipped and shipped.is_file(): notices.append(f"accelerate_config is your own file {path}.")

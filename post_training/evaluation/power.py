@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from .. import run
 from ..core.files import UserError, did_you_mean
-from .statistics import effective_number, paired_difference, prompt_samples, score_kind
+from .statistics import effective_number, prompt_samples, score_kind
 
 # %% ../../nbs/60_evaluation/6_power.ipynb #pwvar002
 @dataclass(frozen=True)
