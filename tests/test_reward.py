@@ -105,7 +105,7 @@ def test_killed_runs_end_the_same_and_ref_rewards_reads_them(tmp_path, demo):
 
 @pytest.mark.slow
 def test_zero_gives_the_numbers_of_one_process(tmp_path, demo):
-    few, found = [*CONFIG, "training_args.max_steps=3", "training_args.logging_steps=1", "training_args.optim=adamw_torch"], {}
+    few, found = [*CONFIG, "training_args.max_steps=3", "training_args.logging_steps=1", "training_args.optim=ademamix"], {}
     for engine in ("single", "ds-zero2", "ds-zero3"):
         COMMANDS["reward"] = [sys.executable, "-c", LAUNCH.replace("train_sft", "train_reward"), *few, f"accelerate_config={engine}", f"num_processes={1 + (engine != 'single')}"]
         place = Place(tmp_path / engine, demo)
