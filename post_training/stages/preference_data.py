@@ -758,7 +758,9 @@ def run_annotation(
                     **{k: v for k, v in recorded["facts"].items() if k != "probe_rows"}, **server_numbers(cfg))]
     written = {s: in_output_format(rows, cfg) for s, rows in splits.items()}
     where = write_rows(task, cfg, written, history=history)
-    summary = f"{counts['in']:,} rows read, {sum(map(len, splits.values())):,} written"
+    lost = (counts.get("completions") or {}).get("lost", {})
+    summary = "; ".join([f"{counts['in']:,} rows read, {sum(map(len, splits.values())):,} written",
+                         *(f"{n:,} completions: {reason}" for reason, n in lost.items())])
     run.update_record(task.run_dir, inputs=recorded["inputs"], counts=counts, history=history, summary=summary,
                       outputs={s: str(where) for s in splits})
     if finish: finish_annotation(task, cfg)
