@@ -249,8 +249,8 @@ def reproduce_command(
     args, # parsed arguments: words (a run), here, yes, input
 )->int: # exit code: 1 if the repetition differs
     "The command `post-training runs reproduce RUN ...`"
-    from post_training.reproduce.receipt import receipt_text
-    from post_training.reproduce.rerun import reproduce
+    from post_training.view.receipt import receipt_text
+    from post_training.view.rerun import reproduce
     from post_training.run.find import find_run
     if wrong := [text for text in args.input if "=" not in text]:
         raise UserError(f"--input {wrong[0]}: write NAME=PATH.")
@@ -276,7 +276,7 @@ def receipt_command(
 )->int: # exit code: 1 if something differs
     "The command `post-training runs receipt A B`"
     from pathlib import Path
-    from post_training.reproduce.receipt import compare_receipts, make_receipt, receipt_text
+    from post_training.view.receipt import compare_receipts, make_receipt, receipt_text
     from post_training.run.find import find_run
     from post_training.view.report import as_table
     is_receipt = lambda word: Path(word).name == "receipt.json" or (Path(word)/"receipt.json").is_file()

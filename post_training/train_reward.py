@@ -56,8 +56,8 @@ def check_reward_tokens(
     wrong = [k for k in names if scored_by_ref_rewards(data.tokenizer, rows[k], **how) != trained(known[k])]
     if wrong:
         raise UserError(f"{len(wrong)} of {len(names)} rows that were compared, such as {wrong[0]!r}, have other "
-                        "tokens here than in the stage ref_rewards, which leaves thoughts out and writes tools as text. Write "
-                        "the rows as plain messages without thoughts and tool calls, and choose a "
+                        "tokens here than in the stage ref_rewards, which leaves thoughts out and writes tools as "
+                        "text. Write the rows as plain messages without thoughts and tool calls, and choose a "
                         "tokenizer_args.chat_template_name that adds nothing of its own.")
 
 # %% ../nbs/80_entry/4_train_reward.ipynb #066de595

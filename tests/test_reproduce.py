@@ -44,7 +44,7 @@ def test_a_run_and_what_makes_it_differ(tmp_root, capfd, monkeypatch):
     moved.write_text("\n".join(rows.read_text().splitlines()[:-1]) + "\n")
     record = run.read_record(folder)
     [name] = [k for k in record["inputs"] if k.endswith("rows.jsonl")]
-    from post_training.reproduce import rerun
+    from post_training.view import rerun
     rerun.check_inputs(record, {name: str(moved)})
 
 
