@@ -136,7 +136,7 @@ def test_command_writes_to_any_terminal(broken, demo):
     assert done.returncode == 1, done.stderr
     piped = subprocess.run(f"{sys.executable} -m post_training.view.dataset {broken} --rows 9 | head -1; exit ${{PIPESTATUS[0]}}", shell=True, cwd=ROOT,
                            executable="/bin/bash", capture_output=True, text=True, timeout=120)
-    assert piped.returncode == 0 and not piped.stderr.strip(), piped.stderr
+    assert piped.returncode in (0, 1) and not piped.stderr.strip(), piped.stderr  # 1: all was written before the reader left
 
 
 @pytest.mark.parametrize("argv, says", [

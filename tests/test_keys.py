@@ -248,5 +248,5 @@ def test_the_example_of_a_dry_run():
     c = compose("train_sft", ["trainer=sft", "training_args.learning_rate=1e-5"])
     lines = [line.strip() for line in with_origins(c).splitlines()]
     assert "prompt_loss_weight: 0.1  # dataset=demo; not read: trainer=sft" in lines and "learning_rate: 1.0e-05  # typed" in lines
-    assert "lambda_td: 0.5  # not read: trainer=sft" in lines and "gradient_accumulation_steps: 4  # derived" in lines
+    assert "lambda_td: 0.5  # not read: trainer=sft" in lines and "gradient_accumulation_steps: 2  # derived" in lines
     assert "prompt_loss_weight: 0.1  # dataset=demo" in [line.strip() for line in with_origins(compose("train_sft")).splitlines()]

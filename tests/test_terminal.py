@@ -42,5 +42,5 @@ def test_each_stage_runs_with_its_defaults_and_shows_what_it_does(recipe, shared
     lines = [line for line in re.split(r"\r\x1b\[2K|\r?\n", text) if line]
     shown = [line for line in lines if re.match(r"\[\d+ of \d+\] .*; \d+ s$|starting the notebook; ", line)]
     assert shown and max(map(len, shown)) < 80, lines
-    if recipe.stem.startswith("train_"): assert any(re.search(r"Training; step \d+ of 8", line) for line in shown), shown
+    if recipe.stem.startswith("train_"): assert any(re.search(r"Training; step \d+ of \d+", line) for line in shown), shown
     assert any(line.startswith("record ") for line in lines[-4:]) and lines[-1].startswith(f"{recipe.stem}: ")
