@@ -119,6 +119,21 @@ def test_force_on_a_damaged_record_keeps_everything(finished):
     run.close_attempt(task.run_dir, 2, 1)
 
 
+CHANGES = [("record.json", dict(counts=[1])), ("record.json", dict(overrides=3)), ("metrics.jsonl", None)]
+@pytest.mark.parametrize("name,change", CHANGES)
+def test_a_value_or_file_of_another_kind_is_named(finished, name, change):
+    path = finished.run_dir/name
+    path.chmod(0o644)
+    if change: path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    else:
+        path.unlink()
+        path.mkdir()
+    run_name = path.parent.name
+    for argv in (["verify", run_name], ["show", run_name] if change else ["diff", run_name, run_name]):
+        code, said = command("runs", *argv)
+        assert code in (1, 2) and name in said, (argv, code, said)
+
+
 @pytest.mark.parametrize("content", [None, b"", b"stage: train_sft\n", b"a: [", b"\xff\xfe", b"- 1\n", b"x\n"])
 def test_a_lost_config_is_named_and_restored(finished, content):
     path, cfg = finished.run_dir/"config.yaml", config(finished.run_dir.parents[3])
@@ -302,6 +317,12 @@ def test_pickles_of_strangers_are_refused(tmp_root):
     assert code != 0 and not ran.exists()
     with pytest.raises(UserError, match="may run code"): run.refuse_foreign_pickles(stranger, "FOLDER")
     task = finished_run(cfg)
+    for n, tag in enumerate(("a/b", "../elsewhere", str(tmp_root/"elsewhere"))): # partitions that only `latest` names
+        folder = checkpoint(tmp_root/f"pointing{n}", 6)
+        write_atomic(folder/tag/"mp_rank_00_model_states.pt", pickle.dumps(Evil()))
+        (folder/"latest").write_text(tag)
+        write_manifest(folder, step=6)
+        with pytest.raises(UserError, match="may run code"): run.refuse_foreign_pickles(folder, "FOLDER")
     own = zero_checkpoint(task.checkpoints_dir)
     run.refuse_foreign_pickles(own, "FOLDER")
     with pytest.raises(UserError, match="may run code"): # copied next to its own checkpoints by name alone

@@ -137,10 +137,13 @@ def refuse_foreign_pickles(
     name:str, # name of the checkpoint as typed
     runs_dir=None, # folder of the records; None: `runs_root`
 ):
-    "Refuse ZeRO partitions, which are pickles, unless a run of this checkout has written them"
-    pickles = sorted(p.name for p in Path(folder).glob("*/*.pt"))
+    "Refuse ZeRO partitions, and names of folders that hold them, unless a run of this checkout has written them"
+    folder = Path(folder) # DeepSpeed reads the partitions of the folder, here or elsewhere, that `latest` names
+    pickles = [str(p.relative_to(folder)) for kind in ("*/**/*.pt", "global_step*", "latest*")
+               for p in sorted(folder.glob(kind))]
     if pickles and not is_own_checkpoint(folder, runs_dir):
-        raise UserError(f"{name} contains pickles ({pickles[0]}), which may run code when they are read, and no "
-                        "record of this checkout names it with these checksums. Convert it where it was made: "
+        raise UserError(f"{name} contains pickles or names them ({pickles[0]}), which may run code when they are "
+                        "read, and no record of this checkout names it with these checksums. Convert it where it was "
+                        "made: "
                         "export it there, or `python zero_to_fp32.py . OUT --safe_serialization`, and name the result "
                         "as model_args.model_name_or_path.")

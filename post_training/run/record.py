@@ -16,9 +16,10 @@ from ..core.yaml_files import read_yaml
 from ..config.presets import site_path
 
 # %% ../../nbs/15_run/1_record.ipynb #1dcc0a0e
-# the types of the entries that the program reads; lists hold dicts
+# the types of the entries that the program reads; lists hold dicts, `overrides` texts
 _RECORD_TYPES = dict(config=dict, attempts=list, earlier=list, final=dict, evaluation=dict, jobs=list, freed=list,
-                     checkpoints_dir=str, id=str, hash=str, stage=str, status=str, generation=int, inputs=dict)
+                     checkpoints_dir=str, id=str, hash=str, stage=str, status=str, generation=int, inputs=dict,
+                     counts=dict, overrides=list)
 
 # %% ../../nbs/15_run/1_record.ipynb #42cfaafd
 def _remedy(run_dir)->str:
@@ -38,7 +39,8 @@ def read_record(
     for key, kind in _RECORD_TYPES.items():
         value = record.get(key)
         items = value if isinstance(value, list) else ()
-        if value is not None and not isinstance(value, kind) or not all(isinstance(v, dict) for v in items):
+        item = str if key == "overrides" else dict
+        if value is not None and not isinstance(value, kind) or not all(isinstance(v, item) for v in items):
             raise UserError(f"{path}: {key} is damaged. {remedy}")
     return record
 
@@ -117,6 +119,7 @@ def update_record(
 # %% ../../nbs/15_run/1_record.ipynb #e45fa2f8
 def _metric_lines(path:Path)->list[str]:
     "The lines of a file of metrics; bytes that are not UTF-8 are replaced, so that their line alone is lost"
+    if path.is_dir(): raise UserError(f"{path} is a folder, not a file of metrics. Move it away.")
     return path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []
 
 # %% ../../nbs/15_run/1_record.ipynb #e384eb21
