@@ -226,3 +226,12 @@ def test_plain_dpo_in_two_commands(demo, tmp_root, monkeypatch):
     assert len(losses) == 2 and abs(losses[0] - 0.6931) < 1e-3
     ids = [load_tokenized_pairs(config.compose("train_preference", command(path)).cfg).train["chosen_ids"][:] for path in (source, data)]
     assert ids[0] == ids[1]  # train_preference alone reads the file as well
+
+
+def test_branches_that_are_left_out_are_counted(capfd):
+    from datasets import Dataset
+    from post_training.data.swissai import as_messages
+    turn = lambda t: dict(messages=[dict(role="assistant", parts=[dict(type="response", content=t)])])
+    rows = Dataset.from_list([dict(conversation_id=str(i), initial_prompt=dict(role="user", content="Hi"), conversation_branches=[turn(f"a{j}") for j in range(n)]) for i, n in enumerate((1, 3, 2))])
+    made, counts = as_messages(rows)
+    assert (len(made), counts["out"]) == (3, 3) and "2 of 3 rows have further branches: the first one is used, and 3 others are left out" in capfd.readouterr().err

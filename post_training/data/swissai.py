@@ -13,13 +13,14 @@ __all__ = ['SUBSCHEMAS', 'FLAT_TYPES', 'DISPLAY_ANSWERS', 'PLAIN_KEYS', 'SWISSAI
            'unpacked_turn', 'unpacked_spans', 'unpacked_conversation', 'message_fields', 'message_features',
            'stored_messages', 'stored_call', 'has_blocks', 'uses_tools', 'row_conversation', 'convert_batch',
            'keep_good', 'drop_unused', 'narrow_messages', 'temporary_file', 'empty_dataset', 'convert_dataset',
-           'kept_columns', 'as_messages', 'linearise_dataset']
+           'kept_columns', 'further_branches', 'as_messages', 'linearise_dataset']
 
 # %% ../../nbs/20_data/4_swissai.ipynb #33525a21
 import json, numpy as np, os, re
 from dataclasses import replace
 from itertools import groupby
 from ..core.files import UserError, did_you_mean
+from .io import say_note
 from .columns import (
     TOOL_COLUMNS, drop_reason, empty_value, key_masks, plain_column, refused_columns)
 from .messages import (
@@ -915,6 +916,21 @@ def kept_columns(
             *ignore, *(c for name, sources in CARRIED_COLUMNS.items() if name in made for c in sources)}
     return dataset.select_columns([c for c in dataset.column_names if c not in used])
 
+# %% ../../nbs/20_data/4_swissai.ipynb #6cd0ea6d
+def further_branches(
+    dataset, # `datasets.Dataset` of Swiss-AI rows
+)->tuple[int, int]: # (rows with several branches, number of their branches after the first)
+    "Count the branches that are not used if only the first one of a row is"
+    import pyarrow as pa, pyarrow.compute as pc
+    rows = others = 0
+    for table in dataset.select_columns(["conversation_branches"]).with_format("arrow").iter(1000):
+        column = table["conversation_branches"]
+        if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)): return 0, 0
+        more = pc.fill_null(pc.subtract(pc.list_value_length(column), 1), 0).to_numpy()
+        rows += int((more > 0).sum())
+        others += int(more[more > 0].sum())
+    return rows, others
+
 # %% ../../nbs/20_data/4_swissai.ipynb #02f11029
 def as_messages(
     dataset, # `datasets.Dataset` in any known format
@@ -927,6 +943,11 @@ def as_messages(
     "Replace the columns of a dataset's format by a column `messages`; other columns stay"
     names = [c for c in dataset.column_names if c not in ignore]
     columns = None if is_swissai(names) else format_of(names)
+    rows, others = further_branches(dataset) if columns is None else (0, 0)
+    if rows:
+        say_note(f"{rows} of {len(dataset)} rows have further branches: the first one is used, and {others} others are "
+                 "left out with their rewards and reference log-probabilities. The stage linearise makes a row of each "
+                 "with branches=all, and the stage pairs compares them.")
     return convert_dataset(dataset, columns, has_blocks(dataset) if blocks is None else blocks, checks, on_malformed,
                            num_proc, ignore=ignore)
 
