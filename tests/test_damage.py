@@ -120,6 +120,18 @@ def test_force_on_a_damaged_record_keeps_everything(finished):
 
 
 CHANGES = [("record.json", dict(counts=[1])), ("record.json", dict(overrides=3)), ("metrics.jsonl", None)]
+def test_a_notebook_without_cells_and_a_record_without_status(finished):
+    (finished.run_dir/"train_sft.ipynb").write_text('{"nbformat": 4}')
+    code, said = command("runs", "keep", finished.run_dir.name)
+    assert code == 2 and "train_sft.ipynb is damaged" in said, said
+    path = finished.run_dir/"record.json"
+    path.chmod(0o644)
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(status=None)))
+    for argv in (["runs"], ["board", "--out", str(finished.run_dir.parent/"page")]):
+        code, said = command(*argv)
+        assert code == 0 and "Traceback" not in said, said
+
+
 @pytest.mark.parametrize("name,change", CHANGES)
 def test_a_value_or_file_of_another_kind_is_named(finished, name, change):
     path = finished.run_dir/name

@@ -72,7 +72,7 @@ def run_status(
     if record.get("status") == "queued": return "ready" if not_begun(record) and not record.get("jobs") else "queued"
     if last and "exit" not in last: return "running" if is_live(run_dir) else "killed"
     if last.get("exit", 0) != 0: return "killed" if last["exit"] == "killed" else "failed"
-    return record.get("status", "unknown")
+    return record.get("status") or "unknown"
 
 # %% ../../nbs/15_run/5_state.ipynb #d2d87584
 @dataclass

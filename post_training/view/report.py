@@ -676,6 +676,10 @@ def _keep_notebook(path:Path, out:Path, names:dict, max_bytes:int):
     if max_bytes < 0:
         raise UserError(f"Record and config of {path.parent.name} alone are over the limit by {-max_bytes:,} bytes.")
     if not path.exists(): return
-    nb = shrink_notebook(anonymise(read_json(path), names), int(.8*max_bytes))
+    written = read_json(path)
+    cells = written.get("cells")
+    if not isinstance(cells, list) or not all(isinstance(c, dict) for c in cells):
+        raise UserError(f"{path} is damaged: it is no notebook with cells. Move it away, then keep the run again.")
+    nb = shrink_notebook(anonymise(written, names), int(.8*max_bytes))
     (out/path.name).write_text(json.dumps(nb, indent=1, ensure_ascii=False) + "\n")
     (out/path.name).chmod(0o444)
