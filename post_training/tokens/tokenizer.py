@@ -7,8 +7,8 @@ __all__ = ['SPECIAL_TOKENS', 'SAMPLE_TEXT', 'SAMPLE_TOOL', 'RESERVED_ARGUMENTS',
            'toy_tokenizer', 'tekken_backend', 'byte_letters', 'tekken_tokenizer', 'set_special', 'unused_token',
            'check_pad', 'config_ids', 'template_of', 'sample_forms', 'render_sample', 'sample_messages',
            'check_written_tokens', 'check_bos', 'check_needs', 'set_end_token', 'set_bos', 'missing_marks',
-           'set_template', 'arguments_fault', 'set_template_kwargs', 'load_tokenizer', 'read_tokenizer',
-           'plain_backend', 'tokenizer_fingerprint', 'template_fingerprint']
+           'set_template', 'arguments_fault', 'set_template_kwargs', 'two_templates', 'load_tokenizer',
+           'read_tokenizer', 'plain_backend', 'tokenizer_fingerprint', 'template_fingerprint']
 
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #f387f80d
 import hashlib, json, re, weakref
@@ -377,6 +377,21 @@ def set_template_kwargs(
         raise UserError(f"tokenizer_args.chat_template_kwargs: {fault}.")
     if values: tokenizer.chat_template = with_each_source(tokenizer.chat_template, lambda s: with_defaults(s, values))
 
+# %% ../../nbs/25_tokens/2_tokenizer.ipynb #cc57e0f5
+def two_templates(
+    name_or_path:str, # folder or name on the hub
+)->list[str]: # notices, one sentence each
+    "Tell if two files of a folder hold different chat templates"
+    folder = Path(name_or_path).expanduser()
+    try:
+        used = (folder/"chat_template.jinja").read_text()
+        other = json.loads((folder/"tokenizer_config.json").read_text()).get("chat_template")
+    except (OSError, ValueError, AttributeError): return []
+    if isinstance(other, list): other = next((t.get("template") for t in other if t.get("name") == "default"), None)
+    if not isinstance(other, str) or other.strip() == used.strip(): return []
+    return [f"{folder.name}: chat_template.jinja and tokenizer_config.json hold different chat templates; that of "
+            "chat_template.jinja is used. A program that reads the other file renders another text."]
+
 # %% ../../nbs/25_tokens/2_tokenizer.ipynb #76b6e354
 def load_tokenizer(
     tokenizer_name_or_path:str, # folder or name on the hub
@@ -399,6 +414,7 @@ def load_tokenizer(
         raise UserError(f"{tokenizer_name_or_path} has no chat template of its own: set "
                         "tokenizer_args.chat_template_name.")
     set_template(tokenizer, chat_template_name, add_bos_to_chat_template, model_eos_token_id)
+    if not chat_template_name: tokenizer.notices += two_templates(tokenizer_name_or_path)
     if model_pad_token_id is not None: set_special(tokenizer, "pad", model_pad_token_id, "model_pad_token_id")
     check_pad(tokenizer)
     set_template_kwargs(tokenizer, chat_template_kwargs)
