@@ -127,8 +127,8 @@ ROW_KEYS |= key_table([
      "say what is trained by weights: weight in the row, weight or train_detail in a message"),
     ("loss_mask completion_mask assistant_mask assistant_masks response_mask mask_ranges train_detail", "refused",
      "say what is trained by weights: weight or train_detail in a message, weight in the row"),
-    ("label labels kto_tag", "refused", "a mask is to be written as weight or train_detail; of answers that are judged "
-     "good or bad (KTO), keep the good ones or make pairs"),
+    ("label labels kto_tag", "refused", "write a mask as weight or train_detail; if it judges answers as good or "
+     "bad (KTO), keep the good answers or make pairs"),
     ("train_on_input train_on_inputs train_on_prompt mask_prompt mask_input mask_inputs", "refused",
      "one setting says for all rows whether prompts are trained: trainer=plw with plw_args.prompt_loss_weight"),
     (MEDIA, "refused", MEDIA_ADVICE),
@@ -248,7 +248,7 @@ def known_spelling(
     return other if other in known else joined
 
 # %% ../../nbs/20_data/2_columns.ipynb #11bb371d
-# class -> (its words, additional words): a name of this class has a word of the first group and no word outside both
+# class -> (its words, additional words): a name has this class if it has one of its words, and all others are listed
 ALIKE_WORDS = dict(
     weight=("loss weight weights weighting mask masks masked train trained training trainable learn learned learnable "
             "supervise supervised",

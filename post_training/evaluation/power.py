@@ -34,7 +34,7 @@ def variance_parts(
 )->VarianceParts:
     "Estimate the parts of the variance of a difference between two checkpoints"
     if len(before) != len(after):
-        raise UserError(f"{len(before)} prompts against {len(after)}: both checkpoints have to answer the same.")
+        raise UserError(f"{len(before)} prompts against {len(after)}: both must answer the same prompts.")
     sides = prompt_samples(before), prompt_samples(after)
     n = len(sides[0])
     if n < 2: raise UserError("A pilot needs at least 2 prompts.")

@@ -52,7 +52,7 @@ def look(
     smallest:float|None=None, # smallest difference of interest; None: go on until there is a difference
     level:float=.95, # level of the interval
 )->SequentialState:
-    "What the prompts up to now say: a difference, none as large as `smallest`, or go on"
+    "Decide from the prompts up to now: a difference, no difference as large as `smallest`, or go on"
     interval = sequential_interval(differences, level)
     mean = float(np.mean(differences)) if len(differences) else 0.
     decision = None

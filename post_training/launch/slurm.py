@@ -171,7 +171,7 @@ def tokens_at_most(
 def job_nodes(
     cfg:dict, # composed, resolved config
 )->int: # with shards: one node for each task, and one for the second job
-    "The number of nodes that a submission may use for its time limit"
+    "The number of nodes whose time limits add up to the node-hours of a submission"
     return tasks_of(cfg) + 1 if cfg["stage"] in SHARD_STAGES else nodes_of(cfg)
 
 # %% ../../nbs/70_launch/6_slurm.ipynb #ca4811d1
@@ -371,7 +371,7 @@ def server_command(
 def server_options(
     cfg:dict, # composed, resolved config of ref_completions
 )->list[str]: # options of the server's srun
-    "As `step_options`, but with the server's own container if it has one; it need not contain the project"
+    "As `step_options`, but with the server's own container if it has one, which need not contain the project"
     s, c = cfg["server"], cfg["cluster"]
     own = {k: s[k] for k in ("environment", "container_image")}
     box = (own if any(own.values()) else {}) | dict(container_mounts=s["container_mounts"] or c["container_mounts"])

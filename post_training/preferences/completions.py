@@ -139,8 +139,8 @@ def answer_content(
     ids, text = answer["ids"], answer["text"]
     if ids is None:
         if takes_blocks:
-            raise UserError("The server returns no token ids, and under this template thoughts and calls show in them "
-                            "alone. Use vllm serve.")
+            raise UserError("The server returns no token ids. With this template, only the ids show thoughts and "
+                            "calls. Use vllm serve.")
         if not text.strip(): return None, "empty"
     else:
         special = encoder_for(tokenizer).is_special
@@ -357,8 +357,8 @@ def checked_choices(
     "Check the completions in an answer of the server"
     choices, at = answer.get("choices") or [], f"The server at {url}"
     if len(choices) != n:
-        raise UserError(f"{at} gave {len(choices)} completions and {n} were requested. Use a server with n, such as "
-                        "vllm serve, or backend=transformers.")
+        raise UserError(f"{at} gave {len(choices)} completions and {n} were requested. Use a server that supports n, "
+                        "such as vllm serve, or backend=transformers.")
     read = (answer.get("usage") or {}).get("prompt_tokens")
     if read is not None and read != tokens:
         raise UserError(f"{at} read {read} tokens, and the prompt has {tokens} ids: it does not use the ids "
@@ -504,8 +504,8 @@ def check_server_model(
     cause = (likely_cause(path, rows, expected, got, **load_args) if fits_in_memory(path)
              else "unknown, as the model does not fit into memory here")
     raise UserError(f"The server at {url} gives {model!r} other log-probabilities than the {told['compared_with']} of "
-                    f"{path}: {difference_text(told)}. Likely cause: {cause}. Nothing was sampled. Serve this folder "
-                    "with a server that reads it so, or accept the difference with server.max_error.")
+                    f"{path}: {difference_text(told)}. Likely cause: {cause}. Nothing was sampled. Use a server that "
+                    "reads this folder as it is, or accept the difference with server.max_error.")
 
 # %% ../../nbs/35_preferences/3_completions.ipynb #f02d45f9
 @dataclass

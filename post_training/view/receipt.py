@@ -16,7 +16,7 @@ from ..core.files import UserError, read_json, write_atomic, write_json
 from .report import as_table, show_rows
 
 # %% ../../nbs/75_view/5_receipt.ipynb #rcstp002
-NOT_COMPARED = ("perf/", "seconds", "bytes", "_at", "time", "memory") # parts of the names of numbers that may differ
+NOT_COMPARED = ("perf/", "seconds", "bytes", "_at", "time", "memory") # a name with one of them is not compared
 
 # %% ../../nbs/75_view/5_receipt.ipynb #rcstp003
 def is_compared(
