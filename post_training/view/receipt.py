@@ -86,7 +86,9 @@ def output_files(
         path = run.moved_path(record.get("config") or {}, folder)/"manifest.json"
         if path.is_file():
             named = read_json(path).get("files") or {}
-            whole = {k: v.get("sha256") for k, v in named.items() if isinstance(v, dict)}
+            # state.json of a saved dataset has a random fingerprint
+            whole = {k: v.get("sha256") for k, v in named.items()
+                     if isinstance(v, dict) and Path(k).name != "state.json"}
             weights = {k: v for k, v in whole.items() if k.endswith(".safetensors")}
             return weights or whole
     return {}
