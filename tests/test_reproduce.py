@@ -65,7 +65,7 @@ def test_kept_records(name, tmp_root, monkeypatch, capfd):
 
 @pytest.mark.parametrize("words, says", [
     (["reproduce"], "RUN"), (["reproduce", "nothing"], "no run 'nothing'"), (["reproduce", "runs/examples/demo", "--input", "x"], "write NAME=PATH"),
-    (["reproduce", "runs/examples/demo", "--input", "x=/tmp"], "the record names no such input, but artifacts/"),
+    (["reproduce", "runs/examples/demo", "--input", "x=/tmp"], "the record names no such input, only artifacts/"),
     (["receipt", "runs/examples/demo"], "B"), (["receipt", "runs/examples/demo", "runs/examples/generation_ratio"], "A run of train_sft cannot be compared with one of generation_ratio")])
 def test_mistakes(words, says, tmp_root, capsys):
     assert cli.main(["runs", *[str(ROOT / w) if w.startswith("runs/") else w for w in words]]) == 2
